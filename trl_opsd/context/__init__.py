@@ -1,0 +1,73 @@
+"""What the teacher reads: one small class per kind of privileged context."""
+
+import importlib
+import os
+import sys
+from typing import Any
+
+from .base import Message, PrivilegedContext, Rollouts
+from .concise import ConciseContext
+from .rendering import TeacherPrompt, thinking_prefix
+from .solution import AnswerContext, SolutionContext
+from .template import TemplateContext
+
+
+__all__ = [
+    "AnswerContext",
+    "ConciseContext",
+    "Message",
+    "PrivilegedContext",
+    "Rollouts",
+    "SolutionContext",
+    "TeacherPrompt",
+    "TemplateContext",
+    "make_context",
+    "thinking_prefix",
+]
+
+CONTEXTS = {
+    "solution": SolutionContext,
+    "answer": AnswerContext,
+    "concise": ConciseContext,
+    "template": TemplateContext,
+}
+
+
+def make_context(name: str, kwargs: dict[str, Any] | None = None) -> PrivilegedContext:
+    """
+    Construct a privileged context.
+
+    Args:
+        name (`str`):
+            One of the shipped kinds, or the import path of a class that implements [`PrivilegedContext`]. Modules in the
+            working directory can be imported.
+        kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments of the class.
+
+    Raises:
+        ValueError: If there is no such kind, if the path cannot be imported, if what it names is no context, or if the
+            class does not take `kwargs`.
+    """
+    context_class: Any = CONTEXTS.get(name)
+    if context_class is None:
+        module, _, attribute = name.rpartition(".")
+        if not module:
+            raise ValueError(
+                f"`privileged_context` must be one of {list(CONTEXTS)} or the import path of a class, got {name!r}."
+            )
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            context_class = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"`privileged_context={name!r}` cannot be imported: {error}.") from error
+    try:
+        context = context_class(**(kwargs or {}))
+    except TypeError as error:
+        raise ValueError(f"`context_kwargs={kwargs}` do not fit `privileged_context={name!r}`: {error}.") from error
+    if not callable(getattr(context, "teacher_messages", None)) or not hasattr(context, "columns"):
+        raise ValueError(
+            f"`privileged_context={name!r}` is no privileged context: it needs an attribute `columns` and a method "
+            "`teacher_messages(row, rollouts)`."
+        )
+    return context

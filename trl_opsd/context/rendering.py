@@ -1,0 +1,160 @@
+"""From messages to the token ids the teacher reads."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, logging
+
+from .base import Message, PrivilegedContext, Rollouts
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class TeacherPrompt:
+    """
+    Renders and tokenizes the teacher's prompt of a row.
+
+    The prompt is tokenized the way the student's is: conversational prompts by the chat template, which brings its own
+    special tokens, plain ones by the tokenizer. It is never truncated.
+
+    Args:
+        context ([`PrivilegedContext`]):
+            What the teacher reads.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        chat_template_kwargs (`dict[str, Any]`):
+            Keyword arguments of the teacher's chat template.
+        generation_prefix (`str`):
+            Text appended right before the completion.
+        max_length (`int`, *optional*):
+            Budget in tokens.
+        skip_overlong (`bool`):
+            Whether a prompt over budget gives `None` instead of an error.
+        chat_template (`str`, *optional*):
+            Chat template to use instead of the tokenizer's own.
+    """
+
+    context: PrivilegedContext
+    tokenizer: PreTrainedTokenizerBase
+    chat_template_kwargs: dict[str, Any]
+    generation_prefix: str
+    max_length: int | None
+    skip_overlong: bool
+    chat_template: str | None = None
+    _prefix_ids: list[int] = field(init=False)
+
+    def __post_init__(self):
+        self._prefix_ids = self.tokenizer(self.generation_prefix, add_special_tokens=False)["input_ids"]
+
+    def token_ids(
+        self, row: Mapping[str, Any], rollouts: Rollouts | None, tools: list[Callable] | None = None
+    ) -> list[int] | None:
+        """
+        Token ids of the teacher's prompt, or `None` if the row has no context or is over budget and skipped.
+
+        Args:
+            row (`Mapping[str, Any]`):
+                Dataset row, `prompt` being a string or a list of messages.
+            rollouts ([`Rollouts`], *optional*):
+                The rollouts of the row, if there are any yet.
+            tools (`list[Callable]`, *optional*):
+                Tools shown by the chat template, as for the student.
+
+        Raises:
+            ValueError: If the prompt is longer than `max_length` tokens and `skip_overlong` is `False`.
+        """
+        plain = isinstance(row["prompt"], str)
+        prompt = [{"role": "user", "content": row["prompt"]}] if plain else row["prompt"]
+        messages = self.context.teacher_messages({**row, "prompt": prompt}, rollouts)
+        if messages is None:
+            return None
+        ids = self._plain_ids(messages) if plain else self._chat_ids(messages, tools)
+        ids = ids + self._prefix_ids
+        if self.max_length is not None and len(ids) > self.max_length:
+            if self.skip_overlong:
+                return None
+            raise ValueError(
+                f"The teacher's prompt has {len(ids)} tokens, {len(ids) - self.max_length} more than the budget of "
+                f"{self.max_length}. It is never truncated: raise `max_teacher_prompt_length` (and the model's context, "
+                "or lower `max_completion_length`), shorten the privileged column, drop the row, or set "
+                "`overlong_teacher_prompt='skip'` to leave such rows out of the loss."
+            )
+        return ids
+
+    def check_rows(self, dataset: Any, name: str) -> None:
+        """
+        Find rows over budget before training starts. The rows of a streaming dataset are checked as they arrive.
+
+        Args:
+            dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+                Dataset whose rows have been validated.
+            name (`str`):
+                Name of the dataset, for messages.
+
+        Raises:
+            ValueError: If a row is over budget and `skip_overlong` is `False`, with its index.
+        """
+        if self.max_length is None or not hasattr(dataset, "__len__"):
+            return
+        num_skipped = 0
+        for index, row in enumerate(tqdm(dataset, desc=f"Checking teacher prompts of {name}", leave=False)):
+            try:
+                num_skipped += self.token_ids(row, None) is None
+            except ValueError as error:
+                raise ValueError(f"Row {index} of `{name}`: {error}") from None
+        if self.skip_overlong and num_skipped:
+            logger.warning(f"{num_skipped} of {len(dataset)} rows of `{name}` will be left out of the loss.")
+
+    def _chat_ids(self, messages: list[Message], tools: list[Callable] | None) -> list[int]:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tools=tools or None,
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **self.chat_template_kwargs,
+        )["input_ids"]
+
+    def _plain_ids(self, messages: list[Message]) -> list[int]:
+        ids = self.tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        # A prompt that spells out the BOS token gets a second one from the tokenizer
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def thinking_prefix(
+    tokenizer: PreTrainedTokenizerBase,
+    student_kwargs: dict[str, Any],
+    teacher_kwargs: dict[str, Any],
+    chat_template: str | None = None,
+) -> str:
+    """
+    Text that lets the teacher read the completion as its reasoning when only the student's template closes a think block.
+
+    Templates such as Qwen3's end the student's prompt with an empty think block when thinking is off. With thinking on, they
+    leave it to the model to open one, so the teacher would expect `<think>` where the student's answer begins, and the first
+    token's divergence would measure that mismatch alone.
+
+    Returns:
+        `str`: `"<think>\\n"` in that case, else `""`.
+    """
+    if chat_template is None and tokenizer.chat_template is None:
+        return ""
+
+    def tail(kwargs: dict[str, Any]) -> str:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "?"}],
+            chat_template=chat_template,
+            add_generation_prompt=True,
+            tokenize=False,
+            **kwargs,
+        )
+        return text.rpartition("?")[2]
+
+    closed_by_student = tail(student_kwargs).rstrip().endswith("</think>")
+    return "<think>\n" if closed_by_student and "<think>" not in tail(teacher_kwargs) else ""

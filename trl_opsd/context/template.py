@@ -1,0 +1,49 @@
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from .base import Message, Rollouts, last_user_turn
+
+
+class TemplateContext:
+    """
+    Rewrites the last user turn of the prompt through a template. System turns and history stay as they are.
+
+    The base of all contexts that only need the row, and a context of its own: `privileged_context="template"` with
+    `context_kwargs={"template": "{prompt}\\n\\nA colleague noted: {hint}"}`.
+
+    Args:
+        template (`str`):
+            Text of the teacher's last user turn. `{prompt}` stands for the student's, any other placeholder for the dataset
+            column of that name. Literal braces are doubled.
+
+    Raises:
+        ValueError: If the template is malformed or does not contain `{prompt}`.
+    """
+
+    def __init__(self, template: str):
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        except ValueError as error:
+            raise ValueError(f"The template {template!r} is malformed ({error}). Double literal braces.") from None
+        if "prompt" not in names:
+            raise ValueError(
+                f"The template {template!r} has no '{{prompt}}', so the teacher would never read the question. Add it."
+            )
+        if "" in names:
+            raise ValueError(
+                f"The template {template!r} has a placeholder without a name. Name a dataset column, or double literal "
+                "braces."
+            )
+        self.template = template
+        self.columns = tuple(dict.fromkeys(name for name in names if name != "prompt"))
+
+    def teacher_messages(self, row: Mapping[str, Any], rollouts: Rollouts | None) -> list[Message]:
+        messages = list(row["prompt"])
+        turn = last_user_turn(messages)
+        content = messages[turn]["content"]
+        if not isinstance(content, str):  # typed parts, of which the validation let only text through
+            content = "".join(part["text"] for part in content)
+        values = {column: row[column] for column in self.columns}
+        messages[turn] = {**messages[turn], "content": self.template.format(prompt=content, **values)}
+        return messages

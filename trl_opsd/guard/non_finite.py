@@ -1,0 +1,44 @@
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, logging
+
+
+logger = logging.get_logger(__name__)
+
+
+class SkipNonFiniteSteps(TrainerCallback):
+    """
+    Skips optimizer steps whose gradient is not finite, and counts them.
+
+    One NaN in a gradient would turn every weight into NaN. Such a step leaves the weights and the optimizer's moments as they
+    are. The norm that decides is the same on every process under DDP and FSDP2. DeepSpeed, which keeps the gradients to
+    itself, and fp16, whose loss scaler skips such steps already, are left alone.
+
+    Attributes:
+        skipped_steps (`int`):
+            Steps skipped so far.
+    """
+
+    def __init__(self):
+        self.skipped_steps = 0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+    ):
+        if args.fp16:
+            return
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        if not parameters:
+            return
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if torch.isfinite(norm):
+            return
+        for parameter in parameters:
+            parameter.grad = None
+        self.skipped_steps += 1
+        logger.warning(
+            f"The gradient of optimizer step {state.global_step + 1} is not finite: the step is skipped "
+            f"({self.skipped_steps} so far)."
+        )

@@ -1,0 +1,17 @@
+"""What pulls the student: tensors in, tensors out."""
+
+from .aggregation import aggregation_weights
+from .dense import generalized_jsd_loss
+from .divergence import Divergence, pointwise_divergence
+from .fused import FusedDivergence, Head, fused_divergence
+
+
+__all__ = [
+    "Divergence",
+    "FusedDivergence",
+    "Head",
+    "aggregation_weights",
+    "fused_divergence",
+    "generalized_jsd_loss",
+    "pointwise_divergence",
+]

@@ -1,0 +1,59 @@
+"""From token losses to one number: the aggregations GRPOConfig calls `loss_type`."""
+
+import torch
+
+
+_AGGREGATIONS = {
+    "grpo": "sequence_mean",
+    "sapo": "sequence_mean",
+    "luspo": "sequence_sum",
+    "dr_grpo": "constant",
+    "bnpo": "local_mean",
+    "dapo": "global_mean",
+    "cispo": "global_mean",
+    "vespo": "global_mean",
+}
+
+
+def aggregation_weights(
+    mask: torch.Tensor, loss_type: str, num_tokens: torch.Tensor, max_completion_length: int | None
+) -> torch.Tensor:
+    """
+    Weight of each token, so that Σ weights · token loss is the loss aggregated as `loss_type` says.
+
+    The weights are those GRPOTrainer applies, before its division by the number of accumulated micro-batches. A sequence
+    whose mask is all zero counts as a sequence of loss 0, so that splitting a batch into equal micro-batches changes nothing.
+
+    Args:
+        mask (`torch.Tensor` of shape `(B, T)`):
+            1 for the tokens that take part in the loss, else 0.
+        loss_type (`str`):
+            `"grpo"`, `"sapo"`: mean over sequences of their token means, the paper's choice for
+            [OPSD](https://huggingface.co/papers/2601.18734). `"luspo"`: mean over sequences of their token sums.
+            `"dr_grpo"`: the sum divided by B · `max_completion_length`. `"bnpo"`: mean over the tokens of this batch.
+            `"dapo"`, `"cispo"`, `"vespo"`: the sum divided by `num_tokens`.
+        num_tokens (`torch.Tensor`):
+            Positive scalar, the normaliser of `"dapo"`: the number of tokens that take part across processes and
+            accumulated micro-batches, divided by the numbers of both.
+        max_completion_length (`int`, *optional*):
+            The normaliser of `"dr_grpo"`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, fp32.
+
+    Raises:
+        ValueError: If `loss_type` is unknown.
+    """
+    if loss_type not in _AGGREGATIONS:
+        raise ValueError(f"`loss_type` must be one of {sorted(_AGGREGATIONS)}, got {loss_type!r}.")
+    mask = mask.float()
+    aggregation = _AGGREGATIONS[loss_type]
+    if aggregation == "sequence_mean":
+        return mask / mask.sum(dim=1, keepdim=True).clamp(min=1.0) / mask.size(0)
+    if aggregation == "sequence_sum":
+        return mask / mask.size(0)
+    if aggregation == "constant":
+        return mask / (mask.size(0) * max_completion_length)
+    if aggregation == "local_mean":
+        return mask / mask.sum().clamp(min=1.0)
+    return mask / num_tokens

@@ -1,0 +1,59 @@
+"""The pointwise divergences between a teacher and a student distribution, and their gradients.
+
+Notation, after [Self-Distilled Reasoner](https://huggingface.co/papers/2601.18734): `log_s` and `log_t` are the
+log-probabilities log p_S and log p_T of the student and the teacher over the vocabulary, and a divergence is the sum over the
+vocabulary of its entries ℓ_v.
+"""
+
+import math
+from typing import Literal
+
+import torch
+
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+
+
+def pointwise_divergence(
+    log_s: torch.Tensor, log_t: torch.Tensor, divergence: Divergence, jsd_weight: float = 0.5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Entries of a divergence over the vocabulary, and their slopes.
+
+    Entries of probability 0 under the distribution the expectation is taken over contribute 0, also where the other
+    log-probability is `-inf`.
+
+    Args:
+        log_s (`torch.Tensor` of shape `(..., V)`):
+            Student log-probabilities.
+        log_t (`torch.Tensor` of shape `(..., V)`):
+            Teacher log-probabilities.
+        divergence (`str`):
+            `"forward_kl"`: KL(p_T ‖ p_S). `"reverse_kl"`: KL(p_S ‖ p_T). `"jsd"`: β·KL(p_T ‖ m) + (1−β)·KL(p_S ‖ m), m =
+            β·p_T + (1−β)·p_S, Eq. (1) of [GKD](https://huggingface.co/papers/2306.13649).
+        jsd_weight (`float`, *optional*, defaults to `0.5`):
+            β. The formula tends to 0 at both ends, so, as in GKD, 0 stands for the forward and 1 for the reverse KL.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the entries ℓ_v and the slopes d_v = ∂ℓ_v/∂log p_S,v, each of shape `(..., V)`.
+    """
+    if divergence == "jsd" and jsd_weight in (0.0, 1.0):
+        divergence = "forward_kl" if jsd_weight == 0.0 else "reverse_kl"
+
+    if divergence == "forward_kl":
+        p_t = log_t.exp()
+        entries = expectation(p_t, log_t - log_s)
+        return entries, -p_t
+    p_s = log_s.exp()
+    if divergence == "reverse_kl":
+        entries = expectation(p_s, log_s - log_t)
+        return entries, entries + p_s
+    p_t = log_t.exp()
+    log_m = torch.logaddexp(log_t + math.log(jsd_weight), log_s + math.log1p(-jsd_weight))
+    slopes = (1 - jsd_weight) * expectation(p_s, log_s - log_m)
+    return jsd_weight * expectation(p_t, log_t - log_m) + slopes, slopes
+
+
+def expectation(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """p·x with 0 wherever p is 0, even if x is infinite or undefined there."""
+    return torch.where(p > 0, p * x, 0.0)

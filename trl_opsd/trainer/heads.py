@@ -1,0 +1,49 @@
+"""Where a model keeps its backbone and its language-model head."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.utils import is_peft_available
+
+from ..objective import Head
+
+
+if is_peft_available():
+    from peft import PeftModel
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The causal language model inside a model that may be a `PeftModel`."""
+    return model.get_base_model() if is_peft_available() and isinstance(model, PeftModel) else model
+
+
+def head_of(model: nn.Module) -> Head:
+    """
+    The language-model head of a model, with the logit post-processing its configuration declares.
+
+    Read it in the context whose weights are meant: adapters may swap the head module (`modules_to_save`).
+    """
+    model = causal_lm(model)
+    config = model.config.get_text_config()
+    projection = model.get_output_embeddings()
+    if getattr(config, "logits_scaling", None) is not None:  # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
+        scaling = config.logits_scaling
+        scale = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+    else:
+        factors = (getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+        scale = next((factor for factor in factors if factor is not None), 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(projection.weight, getattr(projection, "bias", None), scale, softcap)
+
+
+def unsharded(head: Head) -> Head:
+    """The head with FSDP2's shards gathered, once, into plain tensors."""
+
+    def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    weight = whole(head.weight)
+    assert weight is not None
+    return Head(weight, whole(head.bias), head.scale, head.softcap)

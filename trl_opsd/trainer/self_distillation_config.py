@@ -1,0 +1,276 @@
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+
+class _SingleRollout(int):
+    # GRPOConfig refuses one rollout per prompt because a group of one has no advantage. A divergence needs no group, so
+    # while GRPOConfig runs its other checks, this 1 answers "no" to "less than 2".
+    def __lt__(self, other: Any) -> bool:
+        return False
+
+
+@dataclass
+class SelfDistillationConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`SelfDistillationTrainer`].
+
+    Every field of [`~trl.GRPOConfig`] is accepted and keeps its meaning: `beta` is still the KL coefficient to a reference
+    model, and `loss_type` still selects how token losses are aggregated (`"grpo"`: mean of per-sequence means, `"dapo"`:
+    global token mean, `"bnpo"`, `"dr_grpo"`, ...). This class adds the parameters of on-policy self-distillation.
+
+    Parameters:
+        > Parameters that control the privileged context
+
+        privileged_context (`str`, *optional*, defaults to `"solution"`):
+            What the teacher reads beyond the student's prompt: `"solution"`, `"answer"`, `"concise"`, `"template"`, or the
+            import path of a class that implements [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
+        context_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of that class, for example `{"column": "reference_solution"}` or `{"template": "..."}`.
+        teacher_chat_template_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments for the chat template when it renders the teacher's prompt. `chat_template_kwargs` is the
+            student's. `None` uses the student's.
+        teacher_generation_prefix (`str`, *optional*):
+            Text appended to the teacher's rendered prompt, right before the completion. With `None`, it is `"<think>\n"`
+            if the student's template closes an empty think block and the teacher's leaves the block for the model to open
+            (Qwen3 with `enable_thinking` off for the student and on for the teacher), so that the teacher reads the
+            completion as its reasoning instead of expecting `<think>` as the first token; otherwise nothing.
+        max_teacher_prompt_length (`int`, *optional*):
+            Longest teacher prompt, in tokens. `None` allows what the model's context leaves beside the completion. A
+            teacher prompt is never truncated.
+        overlong_teacher_prompt (`str`, *optional*, defaults to `"error"`):
+            What happens to a row whose teacher prompt is too long: `"error"` stops before training, `"skip"` masks the row
+            from the loss and counts it in `samples_without_context`.
+
+        > Parameters that control the teacher
+
+        teacher (`str`, *optional*, defaults to `"initial"`):
+            Whose weights read the privileged prompt. Possible values are:
+
+            - `"initial"`: the policy as training started. With LoRA, the adapter is switched off (no copy); with full
+              fine-tuning, a frozen copy.
+            - `"live"`: the current policy.
+            - `"periodic"`: a copy of the policy, refreshed every `teacher_update_steps` optimizer steps.
+        teacher_update_steps (`int`, *optional*):
+            Optimizer steps between two refreshes of a `"periodic"` teacher. `None` stands for 50 there, and must be left for
+            the other kinds.
+
+        > Parameters that control the objective
+
+        divergence (`str`, *optional*, defaults to `"forward_kl"`):
+            Divergence between the teacher and the student at each completion token, over the whole vocabulary:
+            `"forward_kl"` is KL(teacher ‖ student), `"reverse_kl"` is KL(student ‖ teacher), `"jsd"` is the generalized
+            Jensen-Shannon divergence of [GKD](https://huggingface.co/papers/2306.13649).
+        jsd_weight (`float`, *optional*, defaults to `0.5`):
+            Weight β in [0, 1] of `divergence="jsd"`, β·KL(teacher ‖ m) + (1−β)·KL(student ‖ m) with m = β·teacher +
+            (1−β)·student. As in GKD, 0 stands for the forward and 1 for the reverse KL.
+        divergence_clip (`float`, *optional*):
+            Upper bound on every vocabulary entry of the divergence, applied before the sum over the vocabulary. `None`
+            does not clip.
+        distillation_temperature (`float`, *optional*):
+            Temperature both sets of logits are divided by inside the loss. `None` uses the sampling `temperature`.
+        policy_loss_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of GRPO's own policy loss, added to the divergence. It needs a reward and more than one rollout per
+            prompt. At `0.0`, reward functions are evaluated and logged only.
+        lmbda (`float`, *optional*, defaults to `1.0`):
+            Share of on-policy sequences, as in [`~trl.experimental.gkd.GKDConfig`]. The other sequences take the
+            dataset's `completion` column, or a sample of the teacher with `seq_kd=True`. Evaluation is always on-policy.
+        seq_kd (`bool`, *optional*, defaults to `False`):
+            Whether the off-policy sequences are sampled from the privileged teacher.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.GRPOConfig`]:
+    > - `num_generations`: Defaults to `1` instead of `8`.
+    > - `loss_type`: Defaults to `"grpo"` instead of `"dapo"`.
+    """
+
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["context_kwargs", "teacher_chat_template_kwargs"]
+
+    # Parameters whose default values are overridden from GRPOConfig
+    num_generations: int | None = field(
+        default=1,
+        metadata={
+            "help": "Number of generations to sample per prompt. The effective batch size must be divisible by it. One "
+            "is enough: the divergence needs no group."
+        },
+    )
+    loss_type: str = field(
+        default="grpo",
+        metadata={
+            "help": "Aggregation of the token losses: 'grpo' (mean of per-sequence means), 'dapo' (global token mean), "
+            "'bnpo' (token mean of the micro-batch), 'dr_grpo' (constant normaliser), 'luspo' (mean of per-sequence "
+            "sums); 'cispo' and 'vespo' aggregate as 'dapo', 'sapo' as 'grpo'."
+        },
+    )
+
+    # Parameters that control the privileged context
+    privileged_context: str = field(
+        default="solution",
+        metadata={
+            "help": "What the teacher reads beyond the student's prompt: 'solution', 'answer', 'concise', 'template', or "
+            "the import path of a class implementing `PrivilegedContext`."
+        },
+    )
+    context_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of the privileged context, e.g. '{\"column\": \"reference\"}'."},
+    )
+    teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for the chat template when it renders the teacher's prompt. None uses the "
+            "student's `chat_template_kwargs`."
+        },
+    )
+    teacher_generation_prefix: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text appended to the teacher's rendered prompt, right before the completion. None opens a think "
+            "block there when only the student's template has closed an empty one."
+        },
+    )
+    max_teacher_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest teacher prompt, in tokens. None allows what the model's context leaves beside the "
+            "completion. A teacher prompt is never truncated."
+        },
+    )
+    overlong_teacher_prompt: str = field(
+        default="error",
+        metadata={
+            "help": "What happens to a row whose teacher prompt is too long: 'error' stops before training, 'skip' masks "
+            "the row from the loss and counts it.",
+            "choices": ["error", "skip"],
+        },
+    )
+
+    # Parameters that control the teacher
+    teacher: str = field(
+        default="initial",
+        metadata={
+            "help": "Whose weights read the privileged prompt: 'initial' (the policy as training started), 'live' (the "
+            "current policy) or 'periodic' (a copy refreshed every `teacher_update_steps` optimizer steps).",
+            "choices": ["initial", "live", "periodic"],
+        },
+    )
+    teacher_update_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps between two refreshes of a 'periodic' teacher. None stands for 50 there, and must "
+            "be left for the other kinds."
+        },
+    )
+
+    # Parameters that control the objective
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "Divergence at each completion token, over the whole vocabulary: 'forward_kl' is KL(teacher || "
+            "student), 'reverse_kl' is KL(student || teacher), 'jsd' is GKD's generalized Jensen-Shannon divergence.",
+            "choices": ["forward_kl", "reverse_kl", "jsd"],
+        },
+    )
+    jsd_weight: float = field(
+        default=0.5,
+        metadata={"help": "Weight in [0, 1] of `divergence='jsd'`. As in GKD, 0 is the forward and 1 the reverse KL."},
+    )
+    divergence_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "Upper bound on every vocabulary entry of the divergence, applied before the sum over the "
+            "vocabulary. None does not clip."
+        },
+    )
+    distillation_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Temperature both sets of logits are divided by inside the loss. None uses the sampling temperature."
+        },
+    )
+    policy_loss_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of GRPO's own policy loss, added to the divergence. At 0, reward functions are evaluated and "
+            "logged only."
+        },
+    )
+    lmbda: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of on-policy sequences. The others take the dataset's `completion` column, or a sample of the "
+            "teacher with `seq_kd=True`."
+        },
+    )
+    seq_kd: bool = field(
+        default=False,
+        metadata={"help": "Whether the off-policy sequences are sampled from the privileged teacher."},
+    )
+
+    def __post_init__(self):
+        single_rollout = self.num_generations == 1
+        if single_rollout:
+            self.num_generations = _SingleRollout(1)
+        super().__post_init__()
+        if single_rollout:
+            self.num_generations = 1
+
+        default_epochs = type(self).__dataclass_fields__["num_train_epochs"].default
+        if self.max_steps > 0 and self.num_train_epochs != default_epochs:
+            warnings.warn(
+                f"`num_train_epochs={self.num_train_epochs}` has no effect because `max_steps={self.max_steps}`. Set "
+                "`max_steps=-1` to train by epochs.",
+                stacklevel=3,
+            )
+        for name in ("overlong_teacher_prompt", "teacher", "divergence"):
+            choices = type(self).__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        if self.teacher == "periodic":
+            self.teacher_update_steps = 50 if self.teacher_update_steps is None else self.teacher_update_steps
+            if self.teacher_update_steps < 1:
+                raise ValueError(f"`teacher_update_steps` must be at least 1, got {self.teacher_update_steps}.")
+        elif self.teacher_update_steps is not None:
+            raise ValueError(
+                f"`teacher_update_steps={self.teacher_update_steps}` contradicts `teacher='{self.teacher}'`, which is "
+                "never refreshed. Set `teacher='periodic'`, or leave `teacher_update_steps` unset."
+            )
+        if not 0.0 <= self.jsd_weight <= 1.0:
+            raise ValueError(f"`jsd_weight` must be in [0, 1], got {self.jsd_weight}.")
+        if self.divergence_clip is not None and not self.divergence_clip > 0.0:
+            raise ValueError(
+                f"`divergence_clip` must be positive, got {self.divergence_clip}. Use `None` for no clipping."
+            )
+        if self.distillation_temperature is None:
+            self.distillation_temperature = self.temperature
+        if not self.distillation_temperature > 0.0:
+            raise ValueError(
+                f"`distillation_temperature` must be positive, got {self.distillation_temperature}. Set it when the "
+                "sampling `temperature` is 0."
+            )
+        if self.max_teacher_prompt_length is not None and self.max_teacher_prompt_length < 1:
+            raise ValueError(
+                f"`max_teacher_prompt_length` must be at least 1, got {self.max_teacher_prompt_length}. Use `None` for "
+                "what the model's context allows."
+            )
+        if not 0.0 <= self.lmbda <= 1.0:
+            raise ValueError(f"`lmbda` must be in [0, 1], got {self.lmbda}.")
+        if self.seq_kd and self.lmbda == 1.0:
+            raise ValueError(
+                "`seq_kd=True` has no effect with `lmbda=1.0`, which makes every sequence on-policy. Lower `lmbda`, or "
+                "set `seq_kd=False`."
+            )
+        if self.seq_kd and self.use_vllm:
+            raise ValueError(
+                "`seq_kd=True` samples from the teacher with transformers and does not work with `use_vllm=True`. Set "
+                "one of them to `False`."
+            )
+        if self.policy_loss_coef < 0.0:
+            raise ValueError(f"`policy_loss_coef` must not be negative, got {self.policy_loss_coef}.")
+        if self.policy_loss_coef > 0.0 and self.num_generations == 1:
+            raise ValueError(
+                f"`policy_loss_coef={self.policy_loss_coef}` needs `num_generations` of at least 2: in a group of one "
+                "every advantage is zero. Raise `num_generations`, or set `policy_loss_coef=0.0`."
+            )

@@ -1,0 +1,706 @@
+"""The trainer all methods share, and the only place that overrides TRL's private methods.
+
+What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_contract.py`):
+
+- `_generate_and_score_completions(inputs)` turns rows into a dict of tensors with the keys `prompt_ids`, `prompt_mask`
+  (left-padded), `completion_ids`, `completion_mask` (right-padded), `advantages` and, with tools, `tool_mask`; with vLLM,
+  `importance_sampling_ratio`. Extra tensors in that dict are shuffled and split with the rest.
+- `_calculate_rewards(inputs, prompts, completions, completion_ids_list)` is called once per batch, after generation, and returns
+  the rewards of all processes, of shape (B_global, number of reward functions).
+- `_generate(prompts)` calls `rollout_func`, or `_generate_single_turn(prompt_ids, images, multimodal_fields,
+  num_generations, has_tool_images)` for each turn, which samples from `model_wrapped`.
+- `_compute_loss(model, inputs)` returns the loss of a micro-batch, already divided by the number of accumulated
+  micro-batches, linear in `advantages` up to the terms of `beta` and `entropy_coef`.
+- `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`, `_load_optimizer_and_scheduler(checkpoint)`,
+  `_set_signature_columns_if_needed()`.
+"""
+
+import json
+import textwrap
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx, pad
+
+from ..context import Rollouts, TeacherPrompt, make_context, thinking_prefix
+from ..data import validate_rows
+from ..guard import SkipNonFiniteSteps
+from ..objective import FusedDivergence, Head, aggregation_weights, fused_divergence, generalized_jsd_loss
+from ..teacher import InitialTeacher, LiveTeacher, PeriodicTeacher, Teacher
+from .heads import causal_lm, head_of, unsharded
+from .self_distillation_config import SelfDistillationConfig
+
+
+_STATE_FILE = "self_distillation_state.json"
+
+
+def _no_reward(completions: list, **kwargs) -> list[float]:
+    # GRPOTrainer insists on a reward function when it is constructed. This one stands in and is removed right after.
+    return [0.0] * len(completions)
+
+
+class SelfDistillationTrainer(GRPOTrainer):
+    """
+    Trainer for on-policy self-distillation.
+
+    The student samples a rollout from the prompt alone. The teacher, the same network reading a prompt with privileged
+    context, scores the same tokens, and the student is pulled towards it token by token. Everything
+    [`~trl.GRPOTrainer`] does for rollouts, rewards, logging and checkpoints stays.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from trl_opsd import SelfDistillationTrainer
+
+    >>> dataset = Dataset.from_list([{"prompt": "What is 2 + 3?", "solution": "Two and three make five, so 5."}])
+    >>> trainer = SelfDistillationTrainer("Qwen/Qwen3-1.7B", train_dataset=dataset)
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy, as in [`~trl.GRPOTrainer`].
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
+            Reward functions, as in [`~trl.GRPOTrainer`]. They are evaluated and logged, are shown to the privileged context,
+            and take part in the loss if `args.policy_loss_coef` is positive.
+        args ([`SelfDistillationConfig`], *optional*):
+            Configuration. `None` uses the defaults.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with a `prompt` (string or messages) and the columns the privileged context reads. All rows are checked
+            before the model is loaded; those of a streaming dataset as they arrive.
+        kwargs:
+            All other arguments of [`~trl.GRPOTrainer`] (`eval_dataset`, `processing_class`, `reward_processing_classes`,
+            `callbacks`, `optimizers`, `quantization_config`, `peft_config`, `tools`, `rollout_func`,
+            `environment_factory`).
+
+    Raises:
+        ValueError: If the data, the tokenizer or the configuration cannot work, naming what and the way out.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "trl-opsd", "self-distillation"]
+    _name: ClassVar[str] = "Self-Distillation"
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models",
+        "id": "2601.18734",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{zhao2026selfdistilled,
+                title        = {{Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models}},
+                author       = {Siyan Zhao and Zhihui Xie and Mengchen Liu and Jing Huang and Guan Pang and Feiyu Chen and Aditya Grover},
+                year         = 2026,
+                eprint       = {arXiv:2601.18734},
+            }"""),
+    }
+    config_class: ClassVar[type[SelfDistillationConfig]] = SelfDistillationConfig
+
+    args: SelfDistillationConfig
+
+    generalized_jsd_loss = staticmethod(generalized_jsd_loss)
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: SelfDistillationConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: Any = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable | None = None,
+        environment_factory: Any = None,
+    ):
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        if args is None:
+            args = self.config_class(f"{model_id.split('/')[-1]}-{self._name}")
+        if not isinstance(args, self.config_class):
+            raise ValueError(
+                f"{type(self).__name__} needs a `{self.config_class.__name__}` as `args`, got "
+                f"{type(args).__name__}. It takes the same fields: only the name changes."
+            )
+        if getattr(peft_config or getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                "Prefix, prompt and p-tuning put virtual tokens in front of the prompt, which would shift the teacher "
+                "and the student against each other. Use LoRA, or train all weights."
+            )
+
+        # Everything that can be wrong with the data is found before the model is loaded
+        self.context = make_context(args.privileged_context, args.context_kwargs)
+        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+        if processing_class is None:
+            processing_class = AutoProcessor.from_pretrained(
+                model_id,
+                revision=revision,
+                truncation_side="left",
+                padding_side="left",
+                trust_remote_code=args.trust_remote_code,
+            )
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"{type(self).__name__} trains on text and needs a tokenizer as `processing_class`, got "
+                f"{type(processing_class).__name__}."
+            )
+        if processing_class.pad_token is None and processing_class.eos_token is None:
+            raise ValueError(
+                "The tokenizer has neither a pad token nor an eos token to pad with. Set `tokenizer.pad_token`."
+            )
+        model_config = (
+            AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+            if isinstance(model, str)
+            else model.config
+        )
+        self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config)
+        self._data_columns = self.context.columns
+        if args.lmbda < 1.0 and not args.seq_kd:
+            self._data_columns = (*self._data_columns, "completion")
+        if environment_factory is None:  # otherwise the prompt comes from the environment
+            train_dataset = self._check_dataset(train_dataset, "train_dataset")
+            if isinstance(eval_dataset, dict):
+                eval_dataset = type(eval_dataset)(
+                    {name: self._check_dataset(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()}
+                )
+            elif eval_dataset is not None:
+                eval_dataset = self._check_dataset(eval_dataset, "eval_dataset")
+        if args.lmbda < 1.0 and (tools or environment_factory or rollout_func):
+            raise ValueError(
+                f"`lmbda={args.lmbda}` replaces rollouts by off-policy completions, which have no tool calls and no "
+                "environment. Set `lmbda=1.0`, or drop `tools`, `environment_factory` and `rollout_func`."
+            )
+
+        # Set by the generation methods for the batch in hand
+        self._first_turn = False
+        self._rows: list[Mapping[str, Any]] = []
+        self._empty_rollouts: set[int] = set()
+        self._dataset_tokens = 0
+        self._rollouts: dict[str, Any] = {}
+        self._num_generated_tokens = 0
+
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs or [_no_reward],
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=None if rollout_func is None else self._without_empty_rollouts(rollout_func),
+            environment_factory=environment_factory,
+        )
+        if self.reward_funcs[0] is _no_reward:
+            for values in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
+                values.pop(0)
+            self.reward_weights = self.reward_weights[1:]
+        if self.args.policy_loss_coef > 0.0 and not self.reward_funcs:
+            raise ValueError(
+                f"`policy_loss_coef={self.args.policy_loss_coef}` needs `reward_funcs`. Pass some, or set it to 0."
+            )
+        self._uses_policy_loss = (
+            self.beta != 0.0
+            or self.args.policy_loss_coef > 0.0
+            or self._entropy_bonus_enabled
+            or self.aux_loss_enabled
+        )
+        self.teacher_prompt.chat_template = self.chat_template
+
+        self._forward_redirection = _ForwardRedirection()
+        starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
+        self.teacher = self._make_teacher(adapter_starts_at_zero=starts_at_zero)
+        self._guard = SkipNonFiniteSteps()
+        self.add_callback(self._guard)
+        self.add_callback(_TeacherCallback(self))
+
+    # Construction
+
+    def _make_teacher_prompt(
+        self, args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any
+    ) -> TeacherPrompt:
+        student_kwargs = args.chat_template_kwargs or {}
+        teacher_kwargs = args.teacher_chat_template_kwargs
+        teacher_kwargs = student_kwargs if teacher_kwargs is None else teacher_kwargs
+        prefix = args.teacher_generation_prefix
+        if prefix is None:
+            prefix = thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
+
+        budget = args.max_teacher_prompt_length
+        context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+        if context_length is not None:
+            available = context_length - (args.max_completion_length or 0)
+            if available < (budget or 1):
+                raise ValueError(
+                    f"The model's context of {context_length} tokens leaves {available} beside "
+                    f"`max_completion_length={args.max_completion_length}`, which is too little for "
+                    f"`max_teacher_prompt_length={budget}`. Lower one of them."
+                )
+            budget = available if budget is None else budget
+        return TeacherPrompt(
+            context=self.context,
+            tokenizer=tokenizer,
+            chat_template_kwargs=teacher_kwargs,
+            generation_prefix=prefix,
+            max_length=budget,
+            skip_overlong=args.overlong_teacher_prompt == "skip",
+        )
+
+    def _check_dataset(self, dataset: Any, name: str) -> Any:
+        if dataset is None:
+            return None
+        columns = dataset.column_names or []
+        if images := {"image", "images"} & set(columns):
+            raise ValueError(
+                f"`{name}` has the column {sorted(images)[0]!r}, but the teacher's prompt is text only. Remove it."
+            )
+        dataset = validate_rows(dataset, self._data_columns, name=name)
+        first = next(iter(dataset))
+        if not isinstance(first["prompt"], str) and self.teacher_prompt.tokenizer.chat_template is None:
+            raise ValueError(
+                f"`{name}` has conversational prompts, but the tokenizer has no chat template. Use a model with one, set "
+                "`tokenizer.chat_template`, or pass prompts as strings."
+            )
+        self.teacher_prompt.check_rows(dataset, name=name)
+        return dataset
+
+    def _make_teacher(self, adapter_starts_at_zero: bool) -> Teacher:
+        def shard(copy: nn.Module) -> nn.Module:
+            if self.is_deepspeed_enabled:
+                return prepare_deepspeed(copy, self.accelerator)
+            if self.is_fsdp_enabled:
+                return prepare_fsdp(copy, self.accelerator)
+            return self.accelerator.prepare_model(copy, evaluation_mode=True)
+
+        if self.args.teacher == "initial":
+            return InitialTeacher(self.model, adapter_starts_at_zero, shard)
+        if self.args.teacher == "periodic":
+            assert self.args.teacher_update_steps is not None
+            return PeriodicTeacher(self.model, self.args.teacher_update_steps, shard)
+        return LiveTeacher()
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._data_columns]))
+
+    def preview_prompts(self) -> tuple[list[int], list[int] | None]:
+        """
+        The prompts of the first training row, as the model will read them.
+
+        Returns:
+            `tuple[list[int], list[int] | None]`: token ids of the student's and of the teacher's prompt; `None` for the
+            teacher's if it needs the rollouts first, or if the row is left out.
+        """
+        row = next(iter(self.train_dataset))
+        student_ids = self._tokenize_prompts([row["prompt"]])[0][0]
+        return list(student_ids), self.teacher_prompt.token_ids(row, None, self.tools)
+
+    # Rollouts
+
+    def _generate(self, prompts: list):
+        self._first_turn = True
+        self._empty_rollouts = set()
+        self._dataset_tokens = 0
+        return super()._generate(prompts)
+
+    def _generate_single_turn(
+        self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
+    ) -> tuple[list[list[int]], list[list[float | None]] | None]:
+        first_turn, self._first_turn = self._first_turn, False
+        if not first_turn:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        off_policy = self._off_policy_completions(len(prompt_ids)) if self.model.training else {}
+        if not off_policy:
+            completion_ids, logprobs = super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        else:
+            on_policy = [index for index in range(len(prompt_ids)) if index not in off_policy]
+            completion_ids = [off_policy.get(index, []) for index in range(len(prompt_ids))]
+            # A sampled token without a log-probability gets an importance ratio of 1
+            logprobs = [[None] * len(ids) for ids in completion_ids] if self.use_vllm else None
+            if on_policy:
+                # The groups are broken up, so every prompt is sampled by itself
+                sampled, sampled_logprobs = super()._generate_single_turn([prompt_ids[i] for i in on_policy], None, {}, 1)
+                for position, index in enumerate(on_policy):
+                    completion_ids[index] = sampled[position]
+                    if logprobs is not None:
+                        logprobs[index] = sampled_logprobs[position]
+        return self._mark_empty_rollouts(completion_ids, logprobs)
+
+    def _mark_empty_rollouts(self, completion_ids, logprobs):
+        # GRPOTrainer looks at the last token of every rollout. One without tokens gets an eos token and is left out of
+        # the loss.
+        completion_ids = [list(ids) for ids in completion_ids]
+        for index, ids in enumerate(completion_ids):
+            if not ids:
+                self._empty_rollouts.add(index)
+                completion_ids[index] = [self.eos_token_ids[0]]
+                if logprobs is not None:
+                    logprobs[index] = [None]
+        return completion_ids, logprobs
+
+    def _without_empty_rollouts(self, rollout_func: Callable) -> Callable:
+        def checked_rollout_func(prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
+            output = dict(rollout_func(prompts, trainer))
+            if "completion_ids" in output:
+                output["completion_ids"], output["logprobs"] = self._mark_empty_rollouts(
+                    output["completion_ids"], output.get("logprobs")
+                )
+                for index in self._empty_rollouts if "env_mask" in output else ():
+                    output["env_mask"][index] = [0]
+            return output
+
+        return checked_rollout_func
+
+    def _off_policy_completions(self, num_rows: int) -> dict[int, list[int]]:
+        """Token ids of the completions that replace rollouts in this batch, by row: a share of 1 − `lmbda` of it."""
+        if self.args.lmbda == 1.0:
+            return {}
+        # The number is the same on every process, which the vLLM server needs; which rows is not
+        step = self.state.global_step
+        shared = np.random.default_rng([self.args.seed, step])
+        own = np.random.default_rng([self.args.seed, step, self.accelerator.process_index + 1])
+        num_on_policy = int(self.args.lmbda * num_rows + shared.random())
+        rows = sorted(own.permutation(num_rows)[num_on_policy:].tolist())
+        if not self.args.seq_kd:
+            completions = {index: self._dataset_completion(self._rows[index]) for index in rows}
+            self._dataset_tokens = sum(len(ids) for ids in completions.values())
+            return completions
+
+        prompts = {index: self.teacher_prompt.token_ids(self._rows[index], None) for index in rows}
+        prompts = {index: ids for index, ids in prompts.items() if ids is not None}
+        if not prompts:
+            return {}
+        policy = self.model_wrapped
+        with self.teacher.weights(policy) as self.model_wrapped:
+            try:
+                completion_ids, _ = super()._generate_single_turn(list(prompts.values()), None, {}, 1)
+            finally:
+                self.model_wrapped = policy
+        return dict(zip(prompts, completion_ids, strict=True))
+
+    def _dataset_completion(self, row: Mapping[str, Any]) -> list[int]:
+        completion = row["completion"]
+        if not isinstance(completion, str):
+            completion = "".join(message["content"] for message in completion)
+        ids = self.processing_class(completion, add_special_tokens=False)["input_ids"] + [self.eos_token_ids[0]]
+        if self.max_completion_length is not None and len(ids) > self.max_completion_length:
+            raise ValueError(
+                f"The completion {completion[:60]!r}... of the dataset has {len(ids)} tokens, more than "
+                f"`max_completion_length={self.max_completion_length}`. It is never truncated: raise the limit, or drop "
+                "the row."
+            )
+        return ids
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        if self.reward_funcs:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        else:
+            num_rollouts = len(prompts) * self.accelerator.num_processes
+            rewards = torch.zeros(num_rollouts, 0, device=self.accelerator.device)
+        self._rollouts = {"prompts": prompts, "completions": completions, "rewards": rewards}
+        return rewards
+
+    def _generate_and_score_completions(self, inputs):
+        mode = "train" if self.model.training else "eval"
+        self._rows = inputs
+        batch = super()._generate_and_score_completions(inputs)
+        if not self.reward_funcs:
+            for name in ("reward", "reward_std", "frac_reward_zero_std"):
+                self._metrics[mode].pop(name, None)
+        return self._add_teacher_inputs(batch, mode)
+
+    def _add_teacher_inputs(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
+        device = self.accelerator.device
+        teacher_ids, has_context = [], []
+        for index, rollouts in enumerate(self._groups(mode)):
+            row = {**self._rows[index], "prompt": self._rollouts["prompts"][index]}
+            tools = self._env_tools[self._batch_environments[index]] if self.environment_factories else self.tools
+            ids = None if index in self._empty_rollouts else self.teacher_prompt.token_ids(row, rollouts, tools)
+            has_context.append(ids is not None)
+            if ids is None:  # masked from the loss: any prompt will do
+                ids = batch["prompt_ids"][index][batch["prompt_mask"][index].bool()].tolist()
+            teacher_ids.append(torch.tensor(ids))
+        batch["teacher_prompt_ids"] = pad(
+            teacher_ids, padding_value=self._tokenizer.pad_token_id, padding_side="left"
+        ).to(device)
+        batch["teacher_prompt_mask"] = pad(
+            [torch.ones_like(ids) for ids in teacher_ids], padding_value=0, padding_side="left"
+        ).to(device)
+
+        model_tokens = batch.get("tool_mask", 1) * batch["completion_mask"]
+        loss_mask = model_tokens * torch.tensor(has_context, device=device).unsqueeze(1)
+        batch["loss_mask"] = loss_mask
+        lengths = batch["teacher_prompt_mask"].sum(1)
+        counts = torch.stack(
+            [
+                loss_mask.sum(),
+                model_tokens.sum() - self._dataset_tokens - len(self._empty_rollouts),
+                torch.tensor(len(has_context) - sum(has_context) - len(self._empty_rollouts), device=device),
+                torch.tensor(len(self._empty_rollouts), device=device),
+                lengths.sum(),
+            ]
+        ).float()
+        num_tokens, num_generated, without_context, num_empty, length_sum = self.accelerator.reduce(counts, "sum")
+        batch["num_loss_tokens"] = num_tokens
+
+        metrics = self._metrics[mode]
+        if mode == "train":
+            self._num_generated_tokens += int(num_generated)
+        metrics["num_generated_tokens"] = [self._num_generated_tokens]
+        metrics["samples_without_context"].append(without_context.item())
+        metrics["empty_completions"].append(num_empty.item())
+        num_rows = len(teacher_ids) * self.accelerator.num_processes
+        metrics["teacher_prompts/mean_length"].append((length_sum / num_rows).item())
+        metrics["teacher_prompts/max_length"].append(self.accelerator.gather(lengths.max()).max().item())
+        return batch
+
+    def _groups(self, mode: str) -> list[Rollouts]:
+        """For each local rollout, the rollouts of its prompt, which may be spread over processes."""
+        size = self.num_generations if mode == "train" else self.num_generations_eval
+        texts = [
+            completion if isinstance(completion, str) else "\n".join(str(m.get("content") or "") for m in completion)
+            for completion in self._rollouts["completions"]
+        ]
+        first = self.accelerator.process_index * len(texts)
+        all_texts = gather_object(texts) if self.accelerator.num_processes > 1 else texts
+        per_func = self._rollouts["rewards"]
+        sums = (per_func * self.reward_weights.to(per_func.device)).nansum(dim=1)
+        rewards = [
+            None if unscored else value
+            for value, unscored in zip(sums.tolist(), per_func.isnan().all(dim=1).tolist(), strict=True)
+        ]
+        groups = []
+        for index in range(first, first + len(texts)):
+            start = index // size * size
+            group = slice(start, start + size)
+            groups.append(Rollouts(texts=all_texts[group], rewards=rewards[group], index=index - start))
+        return groups
+
+    # Loss
+
+    def _compute_loss(self, model, inputs):
+        mode = "train" if self.model.training else "eval"
+        loss_mask, weights = self._loss_weights(inputs, mode)
+        num_completion_tokens = _width(inputs["completion_mask"], "right", self.pad_to_multiple_of)
+        completion_ids = inputs["completion_ids"][:, :num_completion_tokens]
+        completion_mask = inputs["completion_mask"][:, :num_completion_tokens]
+        selected = loss_mask[:, :num_completion_tokens].bool()
+
+        def with_prompt(prompt_ids, prompt_mask):
+            width = _width(prompt_mask, "left", self.pad_to_multiple_of)
+            ids = torch.cat([prompt_ids[:, -width:], completion_ids], dim=1)
+            return ids, torch.cat([prompt_mask[:, -width:], completion_mask], dim=1)
+
+        teacher_hidden, teacher_head = self._teacher_states(
+            model, *with_prompt(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"]), selected
+        )
+        student = self.accelerator.unwrap_model(model)
+        # The whole computation runs inside the wrapped model's forward, so that DDP, FSDP2 and ZeRO-3 see it
+        output = self._forward_redirection(
+            model,
+            student,
+            self._student_divergence,
+            student,
+            *with_prompt(inputs["prompt_ids"], inputs["prompt_mask"]),
+            selected,
+            teacher_hidden,
+            teacher_head,
+            completion_ids[selected],
+            weights[:, :num_completion_tokens][selected],
+        )
+        loss = output.loss
+        if mode == "train":
+            loss = loss / self.current_gradient_accumulation_steps
+        self._log_divergence(output, mode)
+
+        if self._uses_policy_loss:
+            advantages = inputs["advantages"] * self.args.policy_loss_coef
+            loss = loss + super()._compute_loss(model, {**inputs, "advantages": advantages})
+        return loss
+
+    def _loss_weights(self, inputs: dict[str, Any], mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+        loss_mask = inputs["loss_mask"]
+        num_batches = self.args.steps_per_generation if mode == "train" else 1
+        num_tokens = inputs["num_loss_tokens"].clamp(min=1.0) / self.accelerator.num_processes / num_batches
+        weights = aggregation_weights(loss_mask, self.loss_type, num_tokens, self.max_completion_length)
+        if "importance_sampling_ratio" in inputs:  # the sampler's policy differs a little from the trainer's
+            weights = weights * inputs["importance_sampling_ratio"]
+        return loss_mask, weights
+
+    def _teacher_states(
+        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, selected: torch.Tensor
+    ) -> tuple[torch.Tensor, Head]:
+        with torch.no_grad(), self.teacher.weights(model) as module:
+            teacher = self.accelerator.unwrap_model(module)
+            with _evaluation_mode(teacher):
+                hidden = self._forward_redirection(
+                    module, teacher, self._completion_states, teacher, input_ids, attention_mask, selected
+                )
+            return hidden, head_of(teacher)
+
+    def _student_divergence(
+        self,
+        student: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        selected: torch.Tensor,
+        teacher_hidden: torch.Tensor,
+        teacher_head: Head,
+        token_ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> FusedDivergence:
+        student_hidden = self._completion_states(student, input_ids, attention_mask, selected)
+        student_head = head_of(student)
+        heads = (student_head.weight, student_head.bias, teacher_head.weight, teacher_head.bias)
+        with maybe_gather_lm_head_ctx(*heads), self.accelerator.autocast():
+            student_head = unsharded(student_head)
+            return fused_divergence(
+                student_hidden.to(student_head.weight.device),
+                teacher_hidden.to(student_head.weight.device),
+                student_head,
+                unsharded(teacher_head),
+                token_ids,
+                weights,
+                divergence=self.args.divergence,
+                jsd_weight=self.args.jsd_weight,
+                clip=self.args.divergence_clip,
+                temperature=self.args.distillation_temperature,
+            )
+
+    def _completion_states(
+        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, selected: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states that predict the selected completion tokens, of shape (number of them, H)."""
+        # Without explicit positions, left padding would shift them
+        position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        with self.accelerator.autocast():
+            states = (
+                causal_lm(model)
+                .base_model(
+                    input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+                )
+                .last_hidden_state
+            )
+        return states[:, -selected.size(1) - 1 : -1][selected]
+
+    def _log_divergence(self, output: FusedDivergence, mode: str) -> None:
+        finite = output.finite.bool()
+        log_ratio = output.teacher_log_prob - output.student_log_prob
+        sums = [
+            torch.where(finite & value.isfinite(), value, 0.0).sum()
+            for value in (
+                output.divergence,
+                output.student_entropy,
+                output.teacher_entropy,
+                log_ratio,
+                output.clipped,
+                output.finite,
+                1 - output.finite,
+            )
+        ]
+        sums.append((~finite).sum().to(sums[0]))
+        totals = self.accelerator.reduce(torch.stack(sums).detach(), "sum")
+        num_tokens = totals[5].clamp(min=1.0)
+        divergence, entropy, teacher_entropy, log_ratio, clipped = (totals[:5] / num_tokens).tolist()
+
+        metrics = self._metrics[mode]
+        metrics["distillation_loss"].append(divergence)
+        metrics["entropy"].append(entropy)
+        metrics["teacher_entropy"].append(teacher_entropy)
+        metrics["entropy_gap"].append(entropy - teacher_entropy)
+        metrics["log_ratio"].append(log_ratio)
+        if self.args.divergence_clip is not None:
+            metrics["clipped_share"].append(clipped)
+            if divergence < 0.0 and not self._warned_about_clip:
+                self._warned_about_clip = True
+                warnings.warn(
+                    f"With `divergence_clip={self.args.divergence_clip}` the mean loss of a batch is negative "
+                    f"({divergence:.4g}): the clip cuts so much of the positive entries that the sum is no divergence any "
+                    "more, and making it smaller need not bring the student closer to the teacher. Raise the clip.",
+                    stacklevel=2,
+                )
+        metrics["skipped_tokens"].append(totals[7].item())
+        metrics["skipped_steps"] = [self._guard.skipped_steps]
+
+    _warned_about_clip = False
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.teacher.save(directory, self.accelerator.is_main_process)
+        if self.args.should_save:
+            state = {"teacher": self.args.teacher, "num_generated_tokens": self._num_generated_tokens}
+            (directory / _STATE_FILE).write_text(json.dumps(state))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        file = Path(checkpoint) / _STATE_FILE
+        if not file.exists():
+            raise ValueError(
+                f"{checkpoint} holds no {_STATE_FILE}, so it was not written by {type(self).__name__}. Start from its "
+                "weights with `model` instead of resuming."
+            )
+        state = json.loads(file.read_text())
+        if state["teacher"] != self.args.teacher:
+            raise ValueError(
+                f"{checkpoint} was written with `teacher='{state['teacher']}'` and cannot be resumed with "
+                f"`teacher='{self.args.teacher}'`."
+            )
+        self._num_generated_tokens = state["num_generated_tokens"]
+        self.teacher.load(Path(checkpoint))
+
+
+class _TeacherCallback(TrainerCallback):
+    def __init__(self, trainer: SelfDistillationTrainer):
+        self._trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        trainer = self._trainer
+        trainer.teacher.on_step_end(trainer.accelerator.unwrap_model(trainer.model), state.global_step)
+
+
+def _width(mask: torch.Tensor, padding_side: str, multiple_of: int | None) -> int:
+    """Columns of a padded batch that hold at least one token, at least one; all of them where shapes must not vary."""
+    if multiple_of is not None:
+        return mask.size(1)
+    used = mask.any(dim=0)
+    if padding_side == "left":
+        used = used.flip(0)
+    columns = used.nonzero()
+    return int(columns[-1]) + 1 if len(columns) else 1
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module):
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
