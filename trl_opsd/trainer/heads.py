@@ -3,20 +3,16 @@
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.utils import is_peft_available
 
 from ..objective import Head
 
 
-if is_peft_available():
-    from peft import PeftModel
-
-
 def causal_lm(model: nn.Module) -> Any:
     """The causal language model inside a model that may be a `PeftModel`."""
-    return model.get_base_model() if is_peft_available() and isinstance(model, PeftModel) else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def head_of(model: nn.Module) -> Head:

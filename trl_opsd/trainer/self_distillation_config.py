@@ -101,7 +101,8 @@ class SelfDistillationConfig(GRPOConfig):
         metadata={
             "help": "Aggregation of the token losses: 'grpo' (mean of per-sequence means), 'dapo' (global token mean), "
             "'bnpo' (token mean of the micro-batch), 'dr_grpo' (constant normaliser), 'luspo' (mean of per-sequence "
-            "sums); 'cispo' and 'vespo' aggregate as 'dapo', 'sapo' as 'grpo'."
+            "sums); 'cispo' and 'vespo' aggregate as 'dapo', 'sapo' as 'grpo'.",
+            "choices": ["grpo", "dapo", "bnpo", "dr_grpo", "luspo", "cispo", "vespo", "sapo"],
         },
     )
 
@@ -224,7 +225,7 @@ class SelfDistillationConfig(GRPOConfig):
                 "`max_steps=-1` to train by epochs.",
                 stacklevel=3,
             )
-        for name in ("overlong_teacher_prompt", "teacher", "divergence"):
+        for name in ("loss_type", "overlong_teacher_prompt", "teacher", "divergence"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")

@@ -108,6 +108,7 @@ class SelfDistillationTrainer(GRPOTrainer):
     config_class: ClassVar[type[SelfDistillationConfig]] = SelfDistillationConfig
 
     args: SelfDistillationConfig
+    _warned_about_clip = False
 
     generalized_jsd_loss = staticmethod(generalized_jsd_loss)
 
@@ -173,6 +174,13 @@ class SelfDistillationTrainer(GRPOTrainer):
             self._data_columns = (*self._data_columns, "completion")
         if environment_factory is None:  # otherwise the prompt comes from the environment
             train_dataset = self._check_dataset(train_dataset, "train_dataset")
+            prompts_per_batch = args.generation_batch_size // args.num_generations
+            if isinstance(train_dataset, Dataset) and len(train_dataset) < prompts_per_batch:
+                raise ValueError(
+                    f"`train_dataset` has {len(train_dataset)} rows, fewer than the {prompts_per_batch} prompts of one "
+                    "generation batch, so no batch could be drawn. Add rows, or lower `per_device_train_batch_size`, "
+                    "`gradient_accumulation_steps` or `steps_per_generation`."
+                )
             if isinstance(eval_dataset, dict):
                 eval_dataset = type(eval_dataset)(
                     {name: self._check_dataset(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()}
@@ -643,8 +651,6 @@ class SelfDistillationTrainer(GRPOTrainer):
                 )
         metrics["skipped_tokens"].append(totals[7].item())
         metrics["skipped_steps"] = [self._guard.skipped_steps]
-
-    _warned_about_clip = False
 
     # Checkpoints
 

@@ -1,0 +1,95 @@
+import dataclasses
+
+import pytest
+from trl import GRPOConfig, TrlParser
+
+from trl_opsd import OPSDCConfig, OPSDConfig, SelfDistillationConfig
+
+
+CONFIGS = [SelfDistillationConfig, OPSDConfig, OPSDCConfig]
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_every_field_of_grpo_config_is_accepted(config_class, tmp_path):
+    grpo = GRPOConfig(str(tmp_path), use_cpu=True, num_generations=4, per_device_train_batch_size=4)
+    derived = {"generation_batch_size"}  # computed from steps_per_generation, and refused beside it
+    values = {f.name: getattr(grpo, f.name) for f in dataclasses.fields(grpo) if f.init and f.name not in derived}
+    config = config_class(**values)
+    assert config.num_generations == 4
+    assert config.loss_type == "dapo"
+
+
+def test_opsd_defaults_are_the_papers_recipe(tmp_path):
+    config = OPSDConfig(str(tmp_path), use_cpu=True)
+    assert (config.privileged_context, config.teacher, config.divergence) == ("solution", "initial", "forward_kl")
+    assert config.divergence_clip == 0.05
+    assert (config.temperature, config.top_p, config.top_k) == (1.1, 0.95, 20)
+    assert config.distillation_temperature == 1.1
+    assert (config.num_generations, config.max_completion_length) == (1, 1024)
+    assert (config.learning_rate, config.max_grad_norm) == (5e-6, 0.1)
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 32
+    assert config.generation_batch_size == 32
+    assert config.loss_type == "grpo"
+    assert config.chat_template_kwargs == {"enable_thinking": False}
+    assert config.teacher_chat_template_kwargs == {"enable_thinking": True}
+    assert (config.beta, config.policy_loss_coef, config.lmbda, config.max_steps) == (0.0, 0.0, 1.0, 100)
+
+
+def test_opsdc_defaults_are_the_papers_recipe(tmp_path):
+    config = OPSDCConfig(str(tmp_path), use_cpu=True)
+    assert (config.privileged_context, config.context_kwargs) == ("concise", None)
+    assert (config.teacher, config.teacher_update_steps, config.divergence) == ("periodic", 50, "reverse_kl")
+    assert config.divergence_clip is None
+    assert (config.temperature, config.top_p, config.top_k) == (1.0, 1.0, 0)
+    assert (config.num_generations, config.max_completion_length) == (1, 8192)
+    assert (config.learning_rate, config.lr_scheduler_type) == (1e-6, "constant")
+    assert (config.weight_decay, config.max_grad_norm) == (0.01, 1.0)
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 32
+    assert config.max_steps == 100
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_docstrings_and_help_cover_every_field(config_class):
+    documentation = SelfDistillationConfig.__doc__ + (config_class.__doc__ or "")
+    own = {f.name for f in dataclasses.fields(config_class)} - {f.name for f in dataclasses.fields(GRPOConfig)}
+    assert own
+    for name in own:
+        assert f"{name} (`" in documentation
+    help_text = TrlParser([config_class]).format_help()
+    assert all(f"--{name}" in help_text for name in own)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"jsd_weight": 1.5}, "`jsd_weight` must be in"),
+        ({"jsd_weight": float("nan")}, "`jsd_weight` must be in"),
+        ({"divergence_clip": -0.1}, "`divergence_clip` must be positive"),
+        ({"divergence": "kl"}, "`divergence` must be one of"),
+        ({"teacher": "frozen"}, "`teacher` must be one of"),
+        ({"overlong_teacher_prompt": "cut"}, "`overlong_teacher_prompt` must be one of"),
+        ({"teacher": "live", "teacher_update_steps": 5}, "contradicts `teacher='live'`"),
+        ({"teacher": "periodic", "teacher_update_steps": 0}, "`teacher_update_steps` must be at least 1"),
+        ({"max_teacher_prompt_length": 0}, "`max_teacher_prompt_length` must be at least 1"),
+        ({"temperature": 0.0}, "`distillation_temperature` must be positive"),
+        ({"lmbda": 1.2}, "`lmbda` must be in"),
+        ({"seq_kd": True}, "`seq_kd=True` has no effect with `lmbda=1.0`"),
+        ({"seq_kd": True, "lmbda": 0.5, "use_vllm": True}, "does not work with `use_vllm=True`"),
+        ({"policy_loss_coef": -1.0}, "`policy_loss_coef` must not be negative"),
+        ({"policy_loss_coef": 1.0}, "needs `num_generations` of at least 2"),
+        ({"loss_type": "mean"}, "`loss_type` must be one of"),
+    ],
+)
+def test_contradictory_settings_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        SelfDistillationConfig(str(tmp_path), use_cpu=True, **settings)
+
+
+def test_epochs_that_max_steps_overrides_are_announced(tmp_path):
+    with pytest.warns(UserWarning, match="Set `max_steps=-1` to train by epochs"):
+        OPSDConfig(str(tmp_path), use_cpu=True, num_train_epochs=2)
+
+
+def test_generation_batch_must_still_hold_whole_groups(tmp_path):
+    with pytest.raises(ValueError, match="must be divisible by num_generations"):
+        OPSDConfig(str(tmp_path), use_cpu=True, num_generations=5)
