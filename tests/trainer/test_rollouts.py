@@ -1,0 +1,385 @@
+"""Rollouts, rewards and what is logged about them."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tiny import make_model, make_tokenizer
+from trl import GRPOConfig, GRPOTrainer
+from trl.chat_template_utils import qwen3_chat_template
+
+from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer, SelfDistillationTrainer
+
+
+def letter_reward(completions, **kwargs):
+    return [float(sum("a" <= c <= "m" for c in completion[0]["content"])) for completion in completions]
+
+
+def add(a: int, b: int) -> int:
+    """
+    Add two numbers.
+
+    Args:
+        a: First number.
+        b: Second number.
+
+    Returns:
+        Their sum.
+    """
+    return a + b
+
+
+class PeerHint:
+    """Shows the teacher its siblings; a rollout without siblings has no context."""
+
+    columns = ()
+    seen: list = []  # noqa: RUF012
+
+    def teacher_messages(self, row, rollouts):
+        if rollouts is not None:
+            self.seen.append(rollouts)
+        if rollouts is None or rollouts.index == 0:
+            return None
+        return [*row["prompt"], {"role": "user", "content": "Peer: " + rollouts.texts[0]}]
+
+
+class NoContext:
+    columns = ()
+
+    def teacher_messages(self, row, rollouts):
+        return None
+
+
+@pytest.fixture
+def make_trainer(tokenizer, model, dataset, training_args):
+    def make(trainer_class=SelfDistillationTrainer, **settings):
+        arguments = {
+            "model": model,
+            "train_dataset": dataset,
+            "processing_class": tokenizer,
+            **{
+                name: settings.pop(name)
+                for name in ("model", "train_dataset", "eval_dataset", "reward_funcs", "peft_config", "rollout_func")
+                if name in settings
+            },
+        }
+        args = trainer_class.config_class(**{**training_args, **settings})
+        return trainer_class(args=args, **arguments)
+
+    return make
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "config_class"),
+    [(GRPOTrainer, GRPOConfig), (OPSDTrainer, OPSDConfig), (OPSDCTrainer, OPSDCConfig)],
+)
+def test_grpo_script_with_two_names_changed(trainer_class, config_class, tokenizer, model, dataset, training_args):
+    config = config_class(
+        **training_args, num_generations=4, beta=0.04, scale_rewards="batch", log_completions=False, temperature=0.9
+    )
+    trainer = trainer_class(
+        model=model,
+        reward_funcs=[letter_reward],
+        args=config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert len(logged(trainer, "rewards/letter_reward/mean")) == 2
+    assert all(math.isfinite(value) for value in logged(trainer, "loss") + logged(trainer, "kl"))
+    assert (config_class is GRPOConfig) != bool(logged(trainer, "distillation_loss"))
+
+
+def test_tools(training_args, dataset):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = qwen3_chat_template
+    trainer = OPSDTrainer(
+        model=make_model(tokenizer),
+        args=OPSDConfig(**training_args, num_generations=4),
+        reward_funcs=letter_reward,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        tools=[add],
+    )
+    student, teacher = (tokenizer.decode(ids) for ids in trainer.preview_prompts())
+    for prompt in (student, teacher):
+        assert '"name": "add"' in prompt
+    trainer.train()
+    assert logged(trainer, "tools/call_frequency") == [0.0, 0.0]
+
+
+def test_metrics_without_rewards(make_trainer):
+    trainer = make_trainer(OPSDTrainer, gradient_accumulation_steps=2)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    expected = (
+        "loss",
+        "grad_norm",
+        "distillation_loss",
+        "entropy",
+        "teacher_entropy",
+        "entropy_gap",
+        "log_ratio",
+        "clipped_share",
+        "teacher_prompts/mean_length",
+        "teacher_prompts/max_length",
+        "samples_without_context",
+        "num_generated_tokens",
+        "num_tokens",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+    )
+    for name in expected:
+        assert math.isfinite(entry[name]), name
+    assert not [name for name in entry if "reward" in name]
+    assert entry["entropy_gap"] == pytest.approx(entry["entropy"] - entry["teacher_entropy"], abs=1e-5)
+    tokens = [8 * entry["completions/mean_length"] for entry in trainer.state.log_history[:2]]
+    assert logged(trainer, "num_generated_tokens") == pytest.approx([tokens[0], sum(tokens)])
+
+
+def test_evaluation_and_streaming(make_trainer, dataset):
+    trainer = make_trainer(
+        OPSDTrainer,
+        train_dataset=dataset.to_iterable_dataset(),
+        eval_dataset=dataset.select(range(4)),
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    trainer.train()
+    assert len(logged(trainer, "eval_loss")) == 2
+    assert all(math.isfinite(value) for value in logged(trainer, "eval_distillation_loss"))
+    assert not [name for entry in trainer.state.log_history for name in entry if "reward" in name]
+
+
+def test_plain_prompts_with_a_bos_token(make_trainer, dataset):
+    tokenizer = make_tokenizer(bos_token="<s>")
+    rows = Dataset.from_list([{**row, "prompt": row["prompt"][0]["content"]} for row in dataset])
+    args = {"train_dataset": rows, "model": make_model(tokenizer)}
+    trainer = make_trainer(OPSDTrainer, **args)
+    trainer = OPSDTrainer(args=trainer.args, processing_class=tokenizer, **args)
+    for ids in trainer.preview_prompts():
+        assert ids.count(tokenizer.bos_token_id) == 1
+        assert ids[0] == tokenizer.bos_token_id
+    trainer.train()
+    assert math.isfinite(logged(trainer, "loss")[0])
+
+
+def test_peers_reach_the_context_and_rows_without_one_are_masked(make_trainer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peer_hint", sys.modules[__name__])
+    PeerHint.seen.clear()
+    trainer = make_trainer(
+        privileged_context="peer_hint.PeerHint", num_generations=2, reward_funcs=letter_reward, max_steps=1
+    )
+    trainer.train()
+    groups = PeerHint.seen
+    assert [group.index for group in groups] == [0, 1, 0, 1]
+    assert groups[0].texts == groups[1].texts != groups[2].texts
+    assert groups[0].rewards == letter_reward([[{"content": text}] for text in groups[0].texts])
+    assert logged(trainer, "samples_without_context") == [2.0]
+
+
+def test_batches_without_any_context_neither_crash_nor_train(make_trainer, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "no_context", sys.modules[__name__])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(privileged_context="no_context.NoContext", weight_decay=0.0, loss_type="dapo")
+    trainer.train()
+    assert logged(trainer, "samples_without_context") == [4.0, 4.0]
+    assert logged(trainer, "loss") == [0.0, 0.0]
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(before[name], value)
+
+
+def test_context_gates_the_loss_of_its_row_only(make_trainer, dataset):
+    """Overlong teacher prompts are skipped and counted; the other rows train as if nothing was there."""
+    rows = list(dataset.select(range(4)))
+    rows[2] = {**rows[2], "solution": "far too long " * 40}
+    trainer = make_trainer(
+        max_teacher_prompt_length=600, overlong_teacher_prompt="skip", train_dataset=Dataset.from_list(rows)
+    )
+    batch = trainer._generate_and_score_completions(rows)
+    kept = batch["loss_mask"].sum(1) > 0
+    assert kept.tolist() == [True, True, False, True]
+    assert batch["num_loss_tokens"] == batch["loss_mask"].sum()
+    assert trainer._metrics["train"]["samples_without_context"] == [1.0]
+
+
+def test_empty_rollouts_are_skipped_and_counted(make_trainer, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    def rollout(prompts, trainer):
+        completions = [[], [10, 11, 12], [], [13]][: len(prompts)]
+        return {"prompt_ids": trainer._tokenize_prompts(prompts)[0], "completion_ids": completions, "logprobs": None}
+
+    trainer = make_trainer(rollout_func=rollout)
+    trainer.train()
+    assert logged(trainer, "empty_completions") == [2.0, 2.0]
+    assert logged(trainer, "num_generated_tokens") == [4.0, 8.0]
+    assert all(math.isfinite(value) and value > 0 for value in logged(trainer, "loss"))
+
+
+def test_empty_generations_are_skipped_and_counted(make_trainer, monkeypatch):
+    original = GRPOTrainer._generate_single_turn
+
+    def first_is_empty(self, *args, **kwargs):
+        completion_ids, logprobs = original(self, *args, **kwargs)
+        return [[], *completion_ids[1:]], logprobs
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", first_is_empty)
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    assert logged(trainer, "empty_completions") == [1.0]
+    assert math.isfinite(logged(trainer, "loss")[0])
+
+
+def test_teacher_without_a_finite_score_is_skipped_and_counted(make_trainer, model):
+    trainer = make_trainer(teacher="initial", max_steps=1)
+    with trainer.teacher.weights(model) as teacher:
+        teacher.lm_head.weight.data[5] = float("nan")
+    trainer.train()
+    assert logged(trainer, "skipped_tokens")[0] > 0
+    assert logged(trainer, "loss") == [0.0]
+    assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+
+
+def test_step_with_a_gradient_that_is_not_finite_is_skipped(make_trainer, model):
+    trainer = make_trainer(max_steps=3)
+    calls = []
+
+    def poison(gradient):
+        calls.append(1)
+        return gradient * float("nan") if len(calls) == 2 else gradient
+
+    model.model.layers[0].mlp.up_proj.weight.register_hook(poison)
+    trainer.train()
+    assert logged(trainer, "skipped_steps") == [0.0, 0.0, 1.0]
+    assert trainer.state.global_step == 3
+    assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+
+
+def test_negative_clipped_loss_is_announced(make_trainer):
+    with pytest.warns(UserWarning, match="no divergence any more"):
+        make_trainer(divergence_clip=1e-6, max_steps=1).train()
+
+
+def test_policy_loss_is_added_with_its_weight(make_trainer, dataset):
+    rows = [row for row in dataset.select(range(2)) for _ in range(2)]
+    losses = {}
+    for coefficient in (0.0, 0.5, 1.0):
+        trainer = make_trainer(
+            reward_funcs=letter_reward,
+            num_generations=2,
+            policy_loss_coef=coefficient,
+            loss_type="dapo",  # with "grpo", on-policy advantages of a group cancel in the value, not in the gradient
+            beta=0.1,
+            peft_config=LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="gaussian"),
+            model=make_model(make_tokenizer()),
+        )
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:  # away from the reference model
+                parameter.data.fill_(0.1)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.model.train()
+        torch.manual_seed(0)
+        batch = trainer._generate_and_score_completions(rows)
+        assert batch["advantages"].abs().sum() > 0
+        losses[coefficient] = trainer._compute_loss(trainer.model, batch).item()
+        policy = GRPOTrainer._compute_loss(trainer, trainer.model, batch).item()
+    rise = losses[1.0] - losses[0.0]
+    assert abs(rise) > 1e-4
+    assert losses[0.5] - losses[0.0] == pytest.approx(rise / 2, rel=1e-3)
+    # What is left without advantages is GRPO's penalty on the distance to the reference model
+    trainer.args.policy_loss_coef = 0.0
+    no_advantage = {**batch, "advantages": 0 * batch["advantages"]}
+    penalty = GRPOTrainer._compute_loss(trainer, trainer.model, no_advantage).item()
+    assert penalty > 0
+    trainer._uses_policy_loss = False
+    assert losses[0.0] - trainer._compute_loss(trainer.model, batch).item() == pytest.approx(penalty, rel=1e-3)
+    assert losses[1.0] - trainer._compute_loss(trainer.model, batch).item() == pytest.approx(policy, rel=1e-3)
+
+
+def test_policy_loss_needs_rewards(make_trainer):
+    with pytest.raises(ValueError, match="needs `reward_funcs`"):
+        make_trainer(num_generations=2, policy_loss_coef=1.0)
+
+
+class TestOffPolicy:
+    @pytest.fixture
+    def rows(self, dataset):
+        return dataset.add_column("completion", [f"It is {row['answer']}." for row in dataset])
+
+    @pytest.mark.parametrize(("lmbda", "expected"), [(0.0, 4), (0.5, 2), (0.75, 1)])
+    def test_share_of_dataset_completions(self, make_trainer, rows, lmbda, expected):
+        trainer = make_trainer(lmbda=lmbda, train_dataset=rows, max_completion_length=16)
+        batch = trainer._generate_and_score_completions(list(rows.select(range(4))))
+        texts = trainer.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+        taken = [text == row["completion"] for text, row in zip(texts, rows, strict=False)]
+        assert sum(taken) == expected
+        eos = (batch["completion_ids"] == trainer.eos_token_ids[0]) & batch["completion_mask"].bool()
+        assert eos.any(1)[torch.tensor(taken)].all()
+        sampled = batch["completion_mask"].sum(1)[~torch.tensor(taken)].sum()
+        assert trainer._num_generated_tokens == sampled
+
+    def test_trains_and_evaluates_on_policy(self, make_trainer, rows):
+        trainer = make_trainer(
+            lmbda=0.25, train_dataset=rows, eval_dataset=rows.select(range(4)), max_completion_length=16
+        )
+        trainer.train()
+        assert all(math.isfinite(value) for value in logged(trainer, "loss"))
+        trainer.model.eval()
+        batch = trainer._generate_and_score_completions(list(rows.select(range(4))))
+        texts = trainer.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+        assert not set(texts) & set(rows["completion"])
+
+    def test_completion_over_budget_is_refused(self, make_trainer, rows):
+        trainer = make_trainer(lmbda=0.0, train_dataset=rows, max_completion_length=4)
+        with pytest.raises(ValueError, match="It is never truncated"):
+            trainer.train()
+
+    def test_completion_column_is_required(self, make_trainer):
+        with pytest.raises(ValueError, match="completion"):
+            make_trainer(lmbda=0.5)
+
+    def test_seq_kd_samples_from_the_teacher(self, make_trainer, dataset):
+        """A teacher that can only say one token gives completions of that token, and the policy is put back."""
+        trainer = make_trainer(lmbda=0.5, seq_kd=True, top_k=1)
+        token = trainer.processing_class.convert_tokens_to_ids("z")
+        with trainer.teacher.weights(trainer.model) as teacher:
+            teacher.lm_head.weight.data.zero_()
+            teacher.lm_head.bias = torch.nn.Parameter(torch.zeros(len(trainer.processing_class)))
+            teacher.lm_head.bias.data[token] = 100.0
+        policy = trainer.model_wrapped
+        batch = trainer._generate_and_score_completions(list(dataset.select(range(4))))
+        from_teacher = (batch["completion_ids"] == token).all(1)
+        assert from_teacher.sum() == 2
+        assert trainer.model_wrapped is policy
+        assert trainer._num_generated_tokens == batch["completion_mask"].sum()
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "paper", "tag"),
+    [(OPSDTrainer, "2601.18734", "opsd"), (OPSDCTrainer, "2603.05433", "opsdc")],
+)
+def test_model_card_cites_the_paper(make_trainer, trainer_class, paper, tag):
+    trainer = make_trainer(trainer_class)
+    trainer.create_model_card("tiny")
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert f"huggingface.co/papers/{paper}" in card
+    assert trainer._name in card
+    assert f"- {tag}" in card
+    assert trainer._paper["title"] in card
+
+
+def test_log_completions(make_trainer):
+    trainer = make_trainer(log_completions=True, max_steps=1)
+    trainer.train()
+    assert list((Path(trainer.args.output_dir) / "completions").glob("*.parquet"))
