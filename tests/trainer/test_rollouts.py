@@ -273,38 +273,41 @@ def test_negative_clipped_loss_is_announced(make_trainer):
 
 def test_policy_loss_is_added_with_its_weight(make_trainer, dataset):
     rows = [row for row in dataset.select(range(2)) for _ in range(2)]
-    losses = {}
+    trainer = make_trainer(
+        reward_funcs=letter_reward,
+        num_generations=2,
+        policy_loss_coef=1.0,
+        beta=0.1,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj"]),
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:  # away from the reference model
+            parameter.data.fill_(0.1)
+    batch = trainer._generate_and_score_completions(rows)
+    assert batch["advantages"].abs().sum() > 0
+
+    def gradient(compute_loss, batch=batch):
+        trainer.model.zero_grad()
+        compute_loss(trainer.model, batch).backward()
+        return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+    def policy_loss(model, batch):
+        return GRPOTrainer._compute_loss(trainer, model, batch)
+
+    gradients = {}
     for coefficient in (0.0, 0.5, 1.0):
-        trainer = make_trainer(
-            reward_funcs=letter_reward,
-            num_generations=2,
-            policy_loss_coef=coefficient,
-            loss_type="dapo",  # with "grpo", on-policy advantages of a group cancel in the value, not in the gradient
-            beta=0.1,
-            peft_config=LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="gaussian"),
-            model=make_model(make_tokenizer()),
-        )
-        for name, parameter in trainer.model.named_parameters():
-            if "lora_B" in name:  # away from the reference model
-                parameter.data.fill_(0.1)
-        trainer.current_gradient_accumulation_steps = 1
-        trainer.model.train()
-        torch.manual_seed(0)
-        batch = trainer._generate_and_score_completions(rows)
-        assert batch["advantages"].abs().sum() > 0
-        losses[coefficient] = trainer._compute_loss(trainer.model, batch).item()
-        policy = GRPOTrainer._compute_loss(trainer, trainer.model, batch).item()
-    rise = losses[1.0] - losses[0.0]
-    assert abs(rise) > 1e-4
-    assert losses[0.5] - losses[0.0] == pytest.approx(rise / 2, rel=1e-3)
-    # What is left without advantages is GRPO's penalty on the distance to the reference model
-    trainer.args.policy_loss_coef = 0.0
-    no_advantage = {**batch, "advantages": 0 * batch["advantages"]}
-    penalty = GRPOTrainer._compute_loss(trainer, trainer.model, no_advantage).item()
-    assert penalty > 0
+        trainer.args.policy_loss_coef = coefficient
+        gradients[coefficient] = gradient(trainer._compute_loss)
     trainer._uses_policy_loss = False
-    assert losses[0.0] - trainer._compute_loss(trainer.model, batch).item() == pytest.approx(penalty, rel=1e-3)
-    assert losses[1.0] - trainer._compute_loss(trainer.model, batch).item() == pytest.approx(policy, rel=1e-3)
+    divergence = gradient(trainer._compute_loss)
+    # Without advantages, GRPO's loss is its penalty on the distance to the reference model
+    penalty = gradient(policy_loss, {**batch, "advantages": 0 * batch["advantages"]})
+    advantage = gradient(policy_loss) - penalty
+    assert penalty.abs().max() > 1e-4
+    assert advantage.abs().max() > 1e-4
+    for coefficient, value in gradients.items():
+        torch.testing.assert_close(value, divergence + penalty + coefficient * advantage, rtol=1e-4, atol=1e-6)
 
 
 def test_policy_loss_needs_rewards(make_trainer):
