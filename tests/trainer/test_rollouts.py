@@ -16,7 +16,7 @@ from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer, SelfDis
 
 
 def letter_reward(completions, **kwargs):
-    return [float(sum("a" <= c <= "m" for c in completion[0]["content"])) for completion in completions]
+    return [float(sum(map(ord, completion[0]["content"]))) for completion in completions]
 
 
 def add(a: int, b: int) -> int:

@@ -1,0 +1,140 @@
+"""Bad input ends in one clear error, before the model is loaded."""
+
+import pytest
+from datasets import Dataset
+from peft import PromptTuningConfig
+from tiny import make_tokenizer
+from trl import GRPOConfig
+
+from trl_opsd import OPSDConfig, OPSDTrainer
+
+
+MESSAGE = {"role": "user", "content": "What is 3 + 4?"}
+ROW = {"prompt": [MESSAGE], "solution": "It is 7.", "answer": "7"}
+
+
+@pytest.fixture
+def refused(model_path, training_args, monkeypatch):
+    def load_nothing(*args, **kwargs):
+        raise AssertionError("the model was loaded before the input was checked")
+
+    def check(rows, match, processing_class=None, trainer_kwargs=None, **settings):
+        rows = [{**ROW, **row} for row in rows] if isinstance(rows, list) else rows
+        dataset = Dataset.from_list(rows) if isinstance(rows, list) else rows
+        args = OPSDConfig(**{**training_args, "per_device_train_batch_size": 1, **settings})
+        monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", load_nothing)
+        with pytest.raises(ValueError, match=match):
+            OPSDTrainer(
+                model=model_path,
+                args=args,
+                train_dataset=dataset,
+                processing_class=processing_class,
+                **(trainer_kwargs or {}),
+            )
+
+    return check
+
+
+def test_missing_column(refused):
+    rows = Dataset.from_list([{"prompt": [MESSAGE], "reference": "7", "level": 1}])
+    refused(rows, "no column `solution`; its columns are `prompt`, `reference`, `level`")
+
+
+def test_missing_prompt(refused):
+    refused(Dataset.from_list([{"problem": "?", "solution": "!"}]), "no column `prompt`")
+
+
+def test_empty_dataset(refused):
+    refused(Dataset.from_dict({"prompt": [], "solution": []}), "train_dataset is empty")
+
+
+@pytest.mark.parametrize(("value", "problem"), [("", "is empty"), ("  \n", "is empty"), (None, "is null")])
+def test_solution_without_content(refused, value, problem):
+    refused([{}, {"solution": value}], f"row 1: `solution` {problem}")
+
+
+def test_prompt_that_ends_in_an_assistant_turn(refused):
+    answer = {"role": "assistant", "content": "7"}
+    refused([{}, {}, {"prompt": [MESSAGE, answer]}], "row 2: `prompt` ends in an assistant turn")
+
+
+def test_template_with_an_unknown_placeholder(refused):
+    refused(
+        [{}],
+        "no column `hint`; its columns are `prompt`, `solution`, `answer`",
+        privileged_context="template",
+        context_kwargs={"template": "{prompt} {hint}"},
+    )
+
+
+def test_teacher_prompt_over_budget(refused):
+    refused(
+        [{}, {"solution": "It is 7. " * 100}],
+        r"Row 1 of `train_dataset`: .* more than the budget of 700. It is never truncated",
+        max_teacher_prompt_length=700,
+    )
+
+
+def test_context_too_short_for_prompt_and_completion(refused):
+    refused([{}], "leaves 96 beside `max_completion_length=4000`", max_completion_length=4000, max_teacher_prompt_length=97)
+
+
+def test_tokenizer_without_anything_to_pad_with(refused):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    refused([{}], "neither a pad token nor an eos token", processing_class=tokenizer)
+
+
+def test_conversational_prompts_without_a_chat_template(refused):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    refused([{}], "the tokenizer has no chat template", processing_class=tokenizer)
+
+
+def test_fewer_rows_than_a_batch_draws(refused):
+    refused([{}, {}], "has 2 rows, fewer than the 4 prompts", gradient_accumulation_steps=4)
+
+
+def test_unknown_context(refused):
+    refused([{}], "`privileged_context` must be one of", privileged_context="hint")
+
+
+def test_images(refused):
+    refused([{"image": "cat.png"}], "has the column 'image', but the teacher's prompt is text only")
+
+
+def test_eval_dataset_is_checked_too(refused):
+    empty = Dataset.from_list([ROW, {**ROW, "solution": ""}])
+    refused([{}], "eval_dataset, row 1: `solution` is empty", trainer_kwargs={"eval_dataset": empty})
+
+
+def test_prompt_tuning(refused):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    refused([{}], "virtual tokens in front of the prompt", trainer_kwargs={"peft_config": config})
+
+
+def test_off_policy_with_tools(refused):
+    refused(
+        [{"completion": "7"}], "replaces rollouts by off-policy completions", lmbda=0.5, trainer_kwargs={"tools": [len]}
+    )
+
+
+def test_grpo_config(model_path, training_args):
+    with pytest.raises(ValueError, match="OPSDTrainer needs a `OPSDConfig` as `args`, got GRPOConfig"):
+        OPSDTrainer(
+            model=model_path,
+            args=GRPOConfig(**training_args, num_generations=4),
+            train_dataset=Dataset.from_list([ROW]),
+        )
+
+
+def test_streamed_row_without_content_names_its_index(model, tokenizer, training_args):
+    rows = Dataset.from_list([ROW, ROW, {**ROW, "solution": ""}, ROW]).to_iterable_dataset()
+    trainer = OPSDTrainer(
+        model=model,
+        args=OPSDConfig(**{**training_args, "shuffle_dataset": False}),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    with pytest.raises(ValueError, match="row 2: `solution` is empty"):
+        trainer.train()

@@ -1,0 +1,89 @@
+"""What the trainer relies on in TRL's private methods. A new TRL release that moves one of them fails here, readably."""
+
+import inspect
+
+import pytest
+import torch
+from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import _ForwardRedirection
+from trl.trainer import utils
+
+
+SIGNATURES = {
+    "_generate": ["self", "prompts"],
+    "_generate_single_turn": [
+        "self",
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "num_generations",
+        "has_tool_images",
+    ],
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_compute_loss": ["self", "model", "inputs"],
+    "_tokenize_prompts": ["self", "prompts"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_set_signature_columns_if_needed": ["self"],
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name):
+    found = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)
+    assert found == SIGNATURES[name], (
+        f"GRPOTrainer.{name} now takes {found}; trl_opsd/trainer/self_distillation_trainer.py overrides or calls it with "
+        f"{SIGNATURES[name]}."
+    )
+
+
+def test_batch_and_call_order(tokenizer, model, dataset, training_args):
+    """The keys and paddings of a batch, and that rewards are computed once, after generation, for all rows."""
+    calls = []
+
+    class Recorder(GRPOTrainer):
+        def _generate(self, prompts):
+            calls.append("generate")
+            return super()._generate(prompts)
+
+        def _generate_single_turn(self, *args, **kwargs):
+            calls.append("single_turn")
+            return super()._generate_single_turn(*args, **kwargs)
+
+        def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+            calls.append("rewards")
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            assert rewards.shape == (len(prompts), 1)
+            assert [completion[0]["role"] for completion in completions] == ["assistant"] * len(prompts)
+            return rewards
+
+    trainer = Recorder(
+        model=model,
+        reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+        args=GRPOConfig(**training_args, num_generations=2),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    rows = [row for row in dataset.select(range(2)) for _ in range(2)]
+    batch = trainer._generate_and_score_completions(rows)
+    assert calls == ["generate", "single_turn", "rewards"]
+    assert {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages"} <= batch.keys()
+    assert batch["prompt_mask"][:, -1].all()
+    assert batch["completion_mask"][:, 0].all()
+
+    tensors = {"advantages": torch.arange(4.0), "extra": torch.arange(4), "scalar": torch.tensor(7.0)}
+    shuffled = utils.shuffle_sequence_dict(tensors)
+    assert shuffled["extra"].tolist() == shuffled["advantages"].int().tolist()
+    for part in utils.split_tensor_dict(shuffled, 2):
+        assert part["extra"].shape == (2,)
+        assert part["scalar"] == 7.0
+
+
+def test_forward_redirection_runs_the_method_inside_the_wrapper():
+    inner = torch.nn.Linear(1, 1)
+    outer = torch.nn.Sequential(inner)
+    seen = []
+    outer.register_forward_pre_hook(lambda *_: seen.append("wrapper"))
+    assert _ForwardRedirection()(outer, inner, lambda value: value + 1, 41) == 42
+    assert seen == ["wrapper"]
