@@ -76,7 +76,9 @@ def test_teacher_prompt_over_budget(refused):
 
 
 def test_context_too_short_for_prompt_and_completion(refused):
-    refused([{}], "leaves 96 beside `max_completion_length=4000`", max_completion_length=4000, max_teacher_prompt_length=97)
+    refused(
+        [{}], "leaves 96 beside `max_completion_length=4000`", max_completion_length=4000, max_teacher_prompt_length=97
+    )
 
 
 def test_tokenizer_without_anything_to_pad_with(refused):
@@ -114,8 +116,15 @@ def test_prompt_tuning(refused):
 
 
 def test_off_policy_with_tools(refused):
+    def now() -> str:
+        """Tell the time."""
+        return "noon"
+
     refused(
-        [{"completion": "7"}], "replaces rollouts by off-policy completions", lmbda=0.5, trainer_kwargs={"tools": [len]}
+        [{"completion": "7"}],
+        "replaces rollouts by off-policy completions",
+        lmbda=0.5,
+        trainer_kwargs={"tools": [now]},
     )
 
 

@@ -78,6 +78,7 @@ def test_docstrings_and_help_cover_every_field(config_class):
         ({"policy_loss_coef": -1.0}, "`policy_loss_coef` must not be negative"),
         ({"policy_loss_coef": 1.0}, "needs `num_generations` of at least 2"),
         ({"loss_type": "mean"}, "`loss_type` must be one of"),
+        ({"loss_type": "dr_grpo", "max_completion_length": None}, "divides by `max_completion_length`"),
     ],
 )
 def test_contradictory_settings_are_refused(settings, message, tmp_path):

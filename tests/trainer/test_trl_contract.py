@@ -1,4 +1,6 @@
-"""What the trainer relies on in TRL's private methods. A new TRL release that moves one of them fails here, readably."""
+"""
+What the trainer relies on in TRL's private methods. A new TRL release that moves one of them fails here, readably.
+"""
 
 import inspect
 
@@ -33,8 +35,8 @@ SIGNATURES = {
 def test_signature(name):
     found = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)
     assert found == SIGNATURES[name], (
-        f"GRPOTrainer.{name} now takes {found}; trl_opsd/trainer/self_distillation_trainer.py overrides or calls it with "
-        f"{SIGNATURES[name]}."
+        f"GRPOTrainer.{name} now takes {found}; trl_opsd/trainer/self_distillation_trainer.py overrides or calls it "
+        f"with {SIGNATURES[name]}."
     )
 
 

@@ -39,8 +39,8 @@ def make_context(name: str, kwargs: dict[str, Any] | None = None) -> PrivilegedC
 
     Args:
         name (`str`):
-            One of the shipped kinds, or the import path of a class that implements [`PrivilegedContext`]. Modules in the
-            working directory can be imported.
+            One of the shipped kinds, or the import path of a class that implements [`PrivilegedContext`]. Modules in
+            the working directory can be imported.
         kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments of the class.
 
@@ -51,7 +51,7 @@ def make_context(name: str, kwargs: dict[str, Any] | None = None) -> PrivilegedC
     context_class: Any = CONTEXTS.get(name)
     if context_class is None:
         module, _, attribute = name.rpartition(".")
-        if not module:
+        if not module or name.startswith("."):
             raise ValueError(
                 f"`privileged_context` must be one of {list(CONTEXTS)} or the import path of a class, got {name!r}."
             )
@@ -65,9 +65,10 @@ def make_context(name: str, kwargs: dict[str, Any] | None = None) -> PrivilegedC
         context = context_class(**(kwargs or {}))
     except TypeError as error:
         raise ValueError(f"`context_kwargs={kwargs}` do not fit `privileged_context={name!r}`: {error}.") from error
-    if not callable(getattr(context, "teacher_messages", None)) or not hasattr(context, "columns"):
+    columns = getattr(context, "columns", None)
+    if not callable(getattr(context, "teacher_messages", None)) or not isinstance(columns, tuple | list):
         raise ValueError(
-            f"`privileged_context={name!r}` is no privileged context: it needs an attribute `columns` and a method "
-            "`teacher_messages(row, rollouts)`."
+            f"`privileged_context={name!r}` is no privileged context: it needs an attribute `columns`, a tuple of "
+            "column names, and a method `teacher_messages(row, rollouts)`."
         )
     return context

@@ -54,12 +54,12 @@ class PrivilegedContext(Protocol):
             row (`Mapping[str, Any]`):
                 Dataset row. `row["prompt"]` is a list of messages; a plain-text prompt arrives as one user message.
             rollouts ([`Rollouts`], *optional*):
-                The rollouts of this prompt. `None` before they exist: when prompts are checked and shown before training,
-                and when the teacher itself samples (`seq_kd`).
+                The rollouts of this prompt. `None` before they exist: when prompts are checked and shown before
+                training, and when the teacher itself samples (`seq_kd`).
 
         Returns:
-            `list[Message]`, *optional*: the teacher's prompt, ending before the assistant's turn. `None` if there is no
-            context for this rollout, which is then left out of the loss and counted.
+            `list[Message]`, *optional*: the teacher's prompt, ending before the assistant's turn. `None` if there is
+            no context for this rollout, which is then left out of the loss and counted.
         """
         ...
 

@@ -3,14 +3,14 @@ from .template import TemplateContext
 
 _INSTRUCTIONS = {
     "uniform": (
-        "Answer directly. Leave out needless elaboration and redundant steps, do not restate the problem, and keep the "
-        "reasoning as short as a correct solution allows."
+        "Answer directly. Leave out needless elaboration and redundant steps, do not restate the problem, and keep "
+        "the reasoning as short as a correct solution allows."
     ),
     "percent": "Use about {percent} % fewer tokens than you usually would for the problem below, and still solve it.",
     "difficulty": (
         "A correct answer comes first, brevity second. If the problem is easy, solve it directly. If it is hard, keep "
-        "every step that correctness depends on, including case distinctions, edge cases and one short check, and leave "
-        "out the rest."
+        "every step that correctness depends on, including case distinctions, edge cases and one short check, and "
+        "leave out the rest."
     ),
 }
 
@@ -22,8 +22,8 @@ class ConciseContext(TemplateContext):
 
     Args:
         mode (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`: be direct, for all problems alike. `"percent"`: use `percent` % fewer tokens. `"difficulty"`: be
-            brief where the problem is easy, and keep what correctness needs where it is hard.
+            `"uniform"`: be direct, for all problems alike. `"percent"`: use `percent` % fewer tokens. `"difficulty"`:
+            be brief where the problem is easy, and keep what correctness needs where it is hard.
         percent (`int`, *optional*, defaults to `50`):
             Reduction asked for in mode `"percent"`, between 1 and 99. The paper tries 20, 50 and 80.
         template (`str`, *optional*):

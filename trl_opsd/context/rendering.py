@@ -47,11 +47,11 @@ class TeacherPrompt:
     chat_template: str | None = None
     _prefix_ids: list[int] = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._prefix_ids = self.tokenizer(self.generation_prefix, add_special_tokens=False)["input_ids"]
 
     def token_ids(
-        self, row: Mapping[str, Any], rollouts: Rollouts | None, tools: list[Callable] | None = None
+        self, row: Mapping[str, Any], rollouts: Rollouts | None, tools: list[Callable[..., Any]] | None = None
     ) -> list[int] | None:
         """
         Token ids of the teacher's prompt, or `None` if the row has no context or is over budget and skipped.
@@ -61,31 +61,35 @@ class TeacherPrompt:
                 Dataset row, `prompt` being a string or a list of messages.
             rollouts ([`Rollouts`], *optional*):
                 The rollouts of the row, if there are any yet.
-            tools (`list[Callable]`, *optional*):
+            tools (`list[Callable[..., Any]]`, *optional*):
                 Tools shown by the chat template, as for the student.
 
         Raises:
             ValueError: If the prompt is longer than `max_length` tokens and `skip_overlong` is `False`.
         """
+        ids = self._all_ids(row, rollouts, tools)
+        if ids is not None and self.max_length is not None and len(ids) > self.max_length:
+            if self.skip_overlong:
+                return None
+            raise ValueError(
+                f"The teacher's prompt has {len(ids)} tokens, {len(ids) - self.max_length} more than the budget of "
+                f"{self.max_length}. It is never truncated: raise `max_teacher_prompt_length` (and the model's "
+                "context, or lower `max_completion_length`), shorten the privileged column, drop the row, or set "
+                "`overlong_teacher_prompt='skip'` to leave such rows out of the loss."
+            )
+        return ids
+
+    def _all_ids(
+        self, row: Mapping[str, Any], rollouts: Rollouts | None, tools: list[Callable[..., Any]] | None
+    ) -> list[int] | None:
         plain = isinstance(row["prompt"], str)
         prompt = [{"role": "user", "content": row["prompt"]}] if plain else row["prompt"]
         messages = self.context.teacher_messages({**row, "prompt": prompt}, rollouts)
         if messages is None:
             return None
-        ids = self._plain_ids(messages) if plain else self._chat_ids(messages, tools)
-        ids = ids + self._prefix_ids
-        if self.max_length is not None and len(ids) > self.max_length:
-            if self.skip_overlong:
-                return None
-            raise ValueError(
-                f"The teacher's prompt has {len(ids)} tokens, {len(ids) - self.max_length} more than the budget of "
-                f"{self.max_length}. It is never truncated: raise `max_teacher_prompt_length` (and the model's context, "
-                "or lower `max_completion_length`), shorten the privileged column, drop the row, or set "
-                "`overlong_teacher_prompt='skip'` to leave such rows out of the loss."
-            )
-        return ids
+        return (self._plain_ids(messages) if plain else self._chat_ids(messages, tools)) + self._prefix_ids
 
-    def check_rows(self, dataset: Any, name: str) -> None:
+    def check_rows(self, dataset: Any, name: str, tools: list[Callable[..., Any]] | None = None) -> None:
         """
         Find rows over budget before training starts. The rows of a streaming dataset are checked as they arrive.
 
@@ -94,6 +98,8 @@ class TeacherPrompt:
                 Dataset whose rows have been validated.
             name (`str`):
                 Name of the dataset, for messages.
+            tools (`list[Callable[..., Any]]`, *optional*):
+                Tools shown by the chat template.
 
         Raises:
             ValueError: If a row is over budget and `skip_overlong` is `False`, with its index.
@@ -103,13 +109,15 @@ class TeacherPrompt:
         num_skipped = 0
         for index, row in enumerate(tqdm(dataset, desc=f"Checking teacher prompts of {name}", leave=False)):
             try:
-                num_skipped += self.token_ids(row, None) is None
+                if self.token_ids(row, None, tools) is None:
+                    # Rows whose context waits for the rollouts are not over budget
+                    num_skipped += self._all_ids(row, None, tools) is not None
             except ValueError as error:
                 raise ValueError(f"Row {index} of `{name}`: {error}") from None
         if self.skip_overlong and num_skipped:
             logger.warning(f"{num_skipped} of {len(dataset)} rows of `{name}` will be left out of the loss.")
 
-    def _chat_ids(self, messages: list[Message], tools: list[Callable] | None) -> list[int]:
+    def _chat_ids(self, messages: list[Message], tools: list[Callable[..., Any]] | None) -> list[int]:
         return self.tokenizer.apply_chat_template(
             messages,
             tools=tools or None,
@@ -134,11 +142,12 @@ def thinking_prefix(
     chat_template: str | None = None,
 ) -> str:
     """
-    Text that lets the teacher read the completion as its reasoning when only the student's template closes a think block.
+    Text that lets the teacher read the completion as its reasoning when only the student's template closes a think
+    block.
 
-    Templates such as Qwen3's end the student's prompt with an empty think block when thinking is off. With thinking on, they
-    leave it to the model to open one, so the teacher would expect `<think>` where the student's answer begins, and the first
-    token's divergence would measure that mismatch alone.
+    Templates such as Qwen3's end the student's prompt with an empty think block when thinking is off. With thinking
+    on, they leave it to the model to open one, so the teacher would expect `<think>` where the student's answer
+    begins, and the first token's divergence would measure that mismatch alone.
 
     Returns:
         `str`: `"<think>\\n"` in that case, else `""`.

@@ -14,28 +14,32 @@ class TemplateContext:
 
     Args:
         template (`str`):
-            Text of the teacher's last user turn. `{prompt}` stands for the student's, any other placeholder for the dataset
-            column of that name. Literal braces are doubled.
+            Text of the teacher's last user turn. `{prompt}` stands for the student's, any other placeholder for the
+            dataset column of that name. Literal braces are doubled.
 
     Raises:
-        ValueError: If the template is malformed or does not contain `{prompt}`.
+        ValueError: If the template is malformed, lacks `{prompt}`, or has a placeholder with a format.
     """
 
     def __init__(self, template: str):
         try:
-            names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+            parts = list(string.Formatter().parse(template))
         except ValueError as error:
             raise ValueError(f"The template {template!r} is malformed ({error}). Double literal braces.") from None
+        names = [name for _, name, _, _ in parts if name is not None]
         if "prompt" not in names:
             raise ValueError(
                 f"The template {template!r} has no '{{prompt}}', so the teacher would never read the question. Add it."
             )
         if "" in names:
             raise ValueError(
-                f"The template {template!r} has a placeholder without a name. Name a dataset column, or double literal "
-                "braces."
+                f"The template {template!r} has a placeholder without a name. Name a dataset column, or double "
+                "literal braces."
             )
+        if any(spec or conversion for _, _, spec, conversion in parts):
+            raise ValueError(f"The template {template!r} has a placeholder with a format or a conversion. Remove it.")
         self.template = template
+        self._parts = [(literal, name) for literal, name, _, _ in parts]
         self.columns = tuple(dict.fromkeys(name for name in names if name != "prompt"))
 
     def teacher_messages(self, row: Mapping[str, Any], rollouts: Rollouts | None) -> list[Message]:
@@ -44,6 +48,8 @@ class TemplateContext:
         content = messages[turn]["content"]
         if not isinstance(content, str):  # typed parts, of which the validation let only text through
             content = "".join(part["text"] for part in content)
-        values = {column: row[column] for column in self.columns}
-        messages[turn] = {**messages[turn], "content": self.template.format(prompt=content, **values)}
+        values = {**row, "prompt": content}
+        # Not `str.format`, which would take the dots and brackets of a column's name for look-ups
+        text = "".join(literal + ("" if name is None else str(values[name])) for literal, name in self._parts)
+        messages[turn] = {**messages[turn], "content": text}
         return messages

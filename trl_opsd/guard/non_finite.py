@@ -11,9 +11,9 @@ class SkipNonFiniteSteps(TrainerCallback):
     """
     Skips optimizer steps whose gradient is not finite, and counts them.
 
-    One NaN in a gradient would turn every weight into NaN. Such a step leaves the weights and the optimizer's moments as they
-    are. The norm that decides is the same on every process under DDP and FSDP2. DeepSpeed, which keeps the gradients to
-    itself, and fp16, whose loss scaler skips such steps already, are left alone.
+    One NaN in a gradient would turn every weight into NaN. Such a step leaves the weights and the optimizer's moments
+    as they are. The norm that decides is the same on every process under DDP and FSDP2. DeepSpeed, which keeps the
+    gradients to itself, and fp16, whose loss scaler skips such steps already, are left alone.
 
     Attributes:
         skipped_steps (`int`):
@@ -28,15 +28,14 @@ class SkipNonFiniteSteps(TrainerCallback):
     ):
         if args.fp16:
             return
-        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        if not parameters:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not gradients:
             return
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if torch.isfinite(norm):
             return
-        for parameter in parameters:
-            parameter.grad = None
+        model.zero_grad()
         self.skipped_steps += 1
         logger.warning(
             f"The gradient of optimizer step {state.global_step + 1} is not finite: the step is skipped "

@@ -16,13 +16,14 @@ _AGGREGATIONS = {
 
 
 def aggregation_weights(
-    mask: torch.Tensor, loss_type: str, num_tokens: torch.Tensor, max_completion_length: int | None
+    mask: torch.Tensor, loss_type: str, num_tokens: torch.Tensor, max_completion_length: int
 ) -> torch.Tensor:
     """
     Weight of each token, so that Σ weights · token loss is the loss aggregated as `loss_type` says.
 
-    The weights are those GRPOTrainer applies, before its division by the number of accumulated micro-batches. A sequence
-    whose mask is all zero counts as a sequence of loss 0, so that splitting a batch into equal micro-batches changes nothing.
+    The weights are those GRPOTrainer applies, before its division by the number of accumulated micro-batches. A
+    sequence whose mask is all zero counts as a sequence of loss 0, so that splitting a batch into equal micro-batches
+    changes nothing.
 
     Args:
         mask (`torch.Tensor` of shape `(B, T)`):
@@ -35,7 +36,7 @@ def aggregation_weights(
         num_tokens (`torch.Tensor`):
             Positive scalar, the normaliser of `"dapo"`: the number of tokens that take part across processes and
             accumulated micro-batches, divided by the numbers of both.
-        max_completion_length (`int`, *optional*):
+        max_completion_length (`int`):
             The normaliser of `"dr_grpo"`.
 
     Returns:

@@ -1,4 +1,7 @@
-"""The generalized Jensen-Shannon divergence on whole logit tensors: the plain formula, for reference and for small inputs."""
+"""
+The generalized Jensen-Shannon divergence on whole logit tensors: the plain formula, for reference and for small
+inputs.
+"""
 
 import torch
 
@@ -15,8 +18,8 @@ def generalized_jsd_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
-    Generalized Jensen-Shannon divergence, Eq. (1) of [GKD](https://huggingface.co/papers/2306.13649), with the signature and
-    the values of [`~trl.experimental.gkd.GKDTrainer.generalized_jsd_loss`].
+    Generalized Jensen-Shannon divergence, Eq. (1) of [GKD](https://huggingface.co/papers/2306.13649), with the
+    signature and the values of [`~trl.experimental.gkd.GKDTrainer.generalized_jsd_loss`].
 
     Differentiable through both arguments. It holds several `(B, T, V)` tensors at once; training uses
     [`fused_divergence`], which holds none.

@@ -1,8 +1,8 @@
 """The pointwise divergences between a teacher and a student distribution, and their gradients.
 
 Notation, after [Self-Distilled Reasoner](https://huggingface.co/papers/2601.18734): `log_s` and `log_t` are the
-log-probabilities log p_S and log p_T of the student and the teacher over the vocabulary, and a divergence is the sum over the
-vocabulary of its entries ℓ_v.
+log-probabilities log p_S and log p_T of the student and the teacher over the vocabulary, and a divergence is the sum
+over the vocabulary of its entries ℓ_v.
 """
 
 import math
@@ -29,13 +29,14 @@ def pointwise_divergence(
         log_t (`torch.Tensor` of shape `(..., V)`):
             Teacher log-probabilities.
         divergence (`str`):
-            `"forward_kl"`: KL(p_T ‖ p_S). `"reverse_kl"`: KL(p_S ‖ p_T). `"jsd"`: β·KL(p_T ‖ m) + (1−β)·KL(p_S ‖ m), m =
-            β·p_T + (1−β)·p_S, Eq. (1) of [GKD](https://huggingface.co/papers/2306.13649).
+            `"forward_kl"`: KL(p_T ‖ p_S). `"reverse_kl"`: KL(p_S ‖ p_T). `"jsd"`: β·KL(p_T ‖ m) + (1−β)·KL(p_S ‖ m), m
+            = β·p_T + (1−β)·p_S, Eq. (1) of [GKD](https://huggingface.co/papers/2306.13649).
         jsd_weight (`float`, *optional*, defaults to `0.5`):
             β. The formula tends to 0 at both ends, so, as in GKD, 0 stands for the forward and 1 for the reverse KL.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the entries ℓ_v and the slopes d_v = ∂ℓ_v/∂log p_S,v, each of shape `(..., V)`.
+        `tuple[torch.Tensor, torch.Tensor]`: the entries ℓ_v and the slopes d_v = ∂ℓ_v/∂log p_S,v, each of shape `(...,
+        V)`.
     """
     if divergence == "jsd" and jsd_weight in (0.0, 1.0):
         divergence = "forward_kl" if jsd_weight == 0.0 else "reverse_kl"
@@ -55,5 +56,5 @@ def pointwise_divergence(
 
 
 def expectation(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """p·x with 0 wherever p is 0, even if x is infinite or undefined there."""
-    return torch.where(p > 0, p * x, 0.0)
+    """p·x with 0 wherever p is 0, even if x is infinite or undefined there. A p that is NaN stays NaN."""
+    return torch.where(p == 0, 0.0, p * x)

@@ -1,14 +1,16 @@
 """The divergence between student and teacher from hidden states, without ever holding their logits.
 
-For each block of rows, both language-model heads are applied, the divergence and its gradient with respect to the student's
-logits are computed, and the gradient is folded into those of the hidden states and of the head at once: four
-vocabulary-sized matrix products, three when the head is frozen. The backward pass only scales what the forward pass left.
+For each block of rows, both language-model heads are applied, the divergence and its gradient with respect to the
+student's logits are computed, and the gradient is folded into those of the hidden states and of the head at once: four
+vocabulary-sized matrix products, three when the head is frozen. The backward pass only scales what the forward pass
+left.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .divergence import Divergence, expectation, pointwise_divergence
 
@@ -38,10 +40,13 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Logits in fp32 or wider, shape `(N, V)`, of hidden states of shape `(N, H)`, multiplied in `dtype`."""
-        logits = hidden.to(dtype) @ self.weight.to(dtype).t()
-        logits = logits.to(torch.promote_types(dtype, torch.float32))
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """
+        Logits of shape `(N, V)`, in fp32 or wider, of hidden states of shape `(N, H)`, multiplied in the weight's
+        dtype.
+        """
+        logits = hidden.to(self.weight.dtype) @ self.weight.t()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.bias is not None:
             logits += self.bias
         if self.scale != 1.0:
@@ -53,7 +58,8 @@ class Head:
 
 class FusedDivergence(NamedTuple):
     """
-    Result of [`fused_divergence`]. All but `loss` carry no gradient and have shape `(N,)`, fp32 (fp64 for fp64 inputs).
+    Result of [`fused_divergence`]. All but `loss` carry no gradient and have shape `(N,)`, fp32 (fp64 for fp64
+    inputs).
 
     Args:
         loss (`torch.Tensor`):
@@ -71,7 +77,8 @@ class FusedDivergence(NamedTuple):
         clipped (`torch.Tensor`):
             1 where the clip lowered at least one vocabulary entry, else 0.
         finite (`torch.Tensor`):
-            1 where the divergence and its gradient are finite, else 0. Other rows contribute neither loss nor gradient.
+            1 where the divergence and its gradient are finite, else 0. Other rows contribute neither loss nor
+            gradient.
     """
 
     loss: torch.Tensor
@@ -100,9 +107,9 @@ def fused_divergence(
     """
     Weighted sum over tokens of the full-vocabulary divergence between teacher and student.
 
-    Differentiable in `student_hidden` and in the student head's weight and bias. The teacher receives no gradient. Matrix
-    products run in the autocast dtype, or else in the dtype of the head; everything elementwise and every accumulation in
-    fp32 (fp64 for fp64 inputs).
+    Differentiable in `student_hidden` and in the student head's weight and bias. The teacher receives no gradient.
+    Matrix products run in the autocast dtype, or else in the dtype of the head; everything elementwise and every
+    accumulation in fp32 (fp64 for fp64 inputs).
 
     Args:
         student_hidden (`torch.Tensor` of shape `(N, H)`):
@@ -122,8 +129,8 @@ def fused_divergence(
         jsd_weight (`float`, *optional*, defaults to `0.5`):
             See [`pointwise_divergence`].
         clip (`float`, *optional*):
-            Upper bound τ on the entries before the sum over the vocabulary, Σ_v min(ℓ_v, τ), as in the released recipe of
-            [Self-Distilled Reasoner](https://huggingface.co/papers/2601.18734).
+            Upper bound τ on the entries before the sum over the vocabulary, Σ_v min(ℓ_v, τ), as in the released recipe
+            of [Self-Distilled Reasoner](https://huggingface.co/papers/2601.18734).
         temperature (`float`, *optional*, defaults to `1.0`):
             Both sets of logits are divided by it. The loss is not multiplied by its square.
         block_rows (`int`, *optional*):
@@ -142,7 +149,7 @@ def fused_divergence(
             "divergence between them is undefined: use a teacher with the student's tokenizer."
         )
     block_rows = block_rows or max(1, _BLOCK_ELEMENTS // vocabulary)
-    inputs = (student_hidden, student_head.weight, student_head.bias)
+    inputs: tuple[torch.Tensor | None, ...] = (student_hidden, student_head.weight, student_head.bias)
     if not torch.is_grad_enabled():  # inside the function grad mode is always off, and the gradients would be computed
         inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
     outputs = _FusedDivergenceFunction.apply(
@@ -184,6 +191,10 @@ class _FusedDivergenceFunction(torch.autograd.Function):
             dtype = torch.promote_types(hidden.dtype, weight.dtype)
         wide = torch.promote_types(dtype, torch.float32)
         weights = weights.to(wide)
+        # Gradients are kept relative to the largest weight: fp16 would round small ones to 0 before a loss scale helps
+        peak = weights.abs().max().clamp(min=torch.finfo(wide).tiny) if weights.numel() else weights.new_ones(())
+        student_head = replace(student_head, weight=weight.to(dtype))
+        teacher_head = replace(teacher_head, weight=teacher_head.weight.to(dtype))
 
         def gradient_buffer(index, like):
             return torch.zeros(like.shape, dtype=wide, device=like.device) if ctx.needs_input_grad[index] else None
@@ -196,8 +207,8 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden.size(0), block_rows):
                 rows = slice(start, start + block_rows)
-                student_logits = student_head.logits(hidden[rows], dtype)
-                teacher_logits = teacher_head.logits(teacher_hidden[rows], dtype)
+                student_logits = student_head.logits(hidden[rows])
+                teacher_logits = teacher_head.logits(teacher_hidden[rows])
                 log_s = torch.log_softmax(student_logits / temperature, dim=-1)
                 log_t = torch.log_softmax(teacher_logits / temperature, dim=-1)
                 del teacher_logits
@@ -213,6 +224,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                 value = entries.sum(dim=-1)
                 slope_sum = slopes.sum(dim=-1, keepdim=True)
                 finite = torch.isfinite(value) & torch.isfinite(slope_sum.squeeze(-1))
+                finite &= torch.isfinite(hidden[rows]).all(dim=-1)  # a softcap hides infinite ones
                 target = token_ids[rows, None]
                 per_token[:, rows] = torch.stack(
                     [
@@ -229,7 +241,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                     continue
 
                 # For log p = log_softmax(z): ∂/∂z_v = d_v − p_v Σ_u d_u
-                grad = slopes.sub_(p_s.mul_(slope_sum)).mul_(weights[rows, None] / temperature)
+                grad = slopes.sub_(p_s.mul_(slope_sum)).mul_(weights[rows, None] / (peak * temperature))
                 if student_head.softcap is not None:
                     grad *= 1 - (student_logits / student_head.softcap) ** 2
                 grad *= student_head.scale
@@ -238,7 +250,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                     grad_bias += grad.sum(dim=0)
                 grad = grad.to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = (grad @ weight.to(dtype)).to(wide)
+                    grad_hidden[rows] = (grad @ student_head.weight).to(wide)
                 if grad_weight is not None:
                     block = hidden[rows].to(dtype).masked_fill(~finite[:, None], 0.0)
                     if dtype == wide:
@@ -247,16 +259,18 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                         grad_weight += grad.t() @ block
 
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(peak, grad_hidden, grad_weight, grad_bias)
         loss = (per_token[0] * weights).sum()
         outputs = per_token.unbind(0)
         ctx.mark_non_differentiable(*outputs)
         return loss, *outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss, *_):
+        peak, *grads = ctx.saved_tensors
         grads = [
-            None if grad is None else (grad * grad_loss).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if grad is None else (grad * (grad_loss * peak)).to(dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
         return *grads, *[None] * 9

@@ -11,8 +11,8 @@ class Teacher(ABC):
     """
     Whose weights read the privileged prompt.
 
-    A teacher hands out the module to run the forward through and, if it keeps weights of its own, says when they change and
-    puts them into checkpoints.
+    A teacher hands out the module to run the forward through and, if it keeps weights of its own, says when they
+    change and puts them into checkpoints.
     """
 
     @abstractmethod
@@ -22,8 +22,8 @@ class Teacher(ABC):
 
         Args:
             policy (`nn.Module`):
-                The policy as the trainer calls it, wrapped for DDP, FSDP2 or DeepSpeed. Teachers that share its weights
-                yield it.
+                The policy as the trainer calls it, wrapped for DDP, FSDP2 or DeepSpeed. Teachers that share its
+                weights yield it.
         """
 
     def on_step_end(self, policy: nn.Module, step: int) -> None:

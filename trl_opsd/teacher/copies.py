@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn

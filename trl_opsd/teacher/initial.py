@@ -19,8 +19,8 @@ class InitialTeacher(Teacher):
         policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Policy, not yet wrapped.
         adapter_starts_at_zero (`bool`):
-            Whether the policy's adapter changes nothing yet, so that switching it off is the initial policy and no copy is
-            needed.
+            Whether the policy's adapter changes nothing yet, so that switching it off is the initial policy and no
+            copy is needed.
         shard (`Callable[[nn.Module], nn.Module]`):
             Wraps a copy for the distributed setup in use.
     """

@@ -12,7 +12,8 @@ from ..objective import Head
 
 def causal_lm(model: nn.Module) -> Any:
     """The causal language model inside a model that may be a `PeftModel`."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    unwrapped: Any = model
+    return unwrapped.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def head_of(model: nn.Module) -> Head:
@@ -21,9 +22,9 @@ def head_of(model: nn.Module) -> Head:
 
     Read it in the context whose weights are meant: adapters may swap the head module (`modules_to_save`).
     """
-    model = causal_lm(model)
-    config = model.config.get_text_config()
-    projection = model.get_output_embeddings()
+    policy = causal_lm(model)
+    config = policy.config.get_text_config()
+    projection = policy.get_output_embeddings()
     if getattr(config, "logits_scaling", None) is not None:  # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
         scaling = config.logits_scaling
         scale = scaling if config.model_type == "hyperclovax" else 1.0 / scaling

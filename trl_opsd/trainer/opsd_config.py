@@ -10,9 +10,9 @@ class OPSDConfig(SelfDistillationConfig):
     Configuration class for the [`OPSDTrainer`].
 
     The defaults are the released recipe of [Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language
-    Models](https://huggingface.co/papers/2601.18734) for its 1.7B and 4B models: the initial policy reads the reference
-    solution, and the student matches it with a clipped forward KL over one rollout per prompt. The paper trains a LoRA
-    adapter of rank 64, which is a property of the model, not of this class: see `recipes/opsd`.
+    Models](https://huggingface.co/papers/2601.18734) for its 1.7B and 4B models: the initial policy reads the
+    reference solution, and the student matches it with a clipped forward KL over one rollout per prompt. The paper
+    trains a LoRA adapter of rank 64, which is a property of the model, not of this class: see `recipes/opsd`.
 
     All parameters are those of [`SelfDistillationConfig`].
 
@@ -24,7 +24,8 @@ class OPSDConfig(SelfDistillationConfig):
     > - `chat_template_kwargs`, `teacher_chat_template_kwargs`: Default to `{"enable_thinking": False}` and
     >   `{"enable_thinking": True}`, the paper's best pairing. Templates that know no such switch ignore it.
     > - `learning_rate`, `max_grad_norm`: Default to `5e-6` and `0.1`.
-    > - `per_device_train_batch_size`, `gradient_accumulation_steps`: Default to `4` and `8`, the paper's effective batch of
+    > - `per_device_train_batch_size`, `gradient_accumulation_steps`: Default to `4` and `8`, the paper's effective
+    batch of
     >   32 on one process.
     > - `max_steps`: Defaults to `100`. The paper sees later checkpoints degrade. Set `-1` to train by epochs.
     """

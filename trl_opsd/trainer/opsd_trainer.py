@@ -6,11 +6,11 @@ from .self_distillation_trainer import SelfDistillationTrainer
 
 class OPSDTrainer(SelfDistillationTrainer):
     """
-    Trainer for On-Policy Self-Distillation (OPSD), from [Self-Distilled Reasoner: On-Policy Self-Distillation for Large
-    Language Models](https://huggingface.co/papers/2601.18734).
+    Trainer for On-Policy Self-Distillation (OPSD), from [Self-Distilled Reasoner: On-Policy Self-Distillation for
+    Large Language Models](https://huggingface.co/papers/2601.18734).
 
-    The teacher is the initial policy reading the reference solution. [`OPSDConfig`] holds the method; the arguments are those
-    of [`SelfDistillationTrainer`].
+    The teacher is the initial policy reading the reference solution. [`OPSDConfig`] holds the method; the arguments
+    are those of [`SelfDistillationTrainer`].
 
     Example:
 

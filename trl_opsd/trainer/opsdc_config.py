@@ -11,9 +11,9 @@ class OPSDCConfig(SelfDistillationConfig):
     Configuration class for the [`OPSDCTrainer`].
 
     The defaults are the recipe of [CRISP: Compressed Reasoning via Iterative Self-Policy
-    Distillation](https://huggingface.co/papers/2603.05433), first published as OPSDC: a copy of the policy, refreshed every 50
-    optimizer steps, reads the question behind a conciseness instruction, and the student matches it with a reverse KL over
-    one rollout per prompt. No reference solution and no reward take part.
+    Distillation](https://huggingface.co/papers/2603.05433), first published as OPSDC: a copy of the policy, refreshed
+    every 50 optimizer steps, reads the question behind a conciseness instruction, and the student matches it with a
+    reverse KL over one rollout per prompt. No reference solution and no reward take part.
 
     All parameters are those of [`SelfDistillationConfig`].
 
@@ -23,7 +23,8 @@ class OPSDCConfig(SelfDistillationConfig):
     > - `max_completion_length`: Defaults to `8192` (1k to 4k work too).
     > - `learning_rate`, `lr_scheduler_type`, `weight_decay`, `max_grad_norm`: Default to `1e-6`, `"constant"`, `0.01`
     >   and `1.0`.
-    > - `per_device_train_batch_size`, `gradient_accumulation_steps`: Default to `1` and `32`, the paper's effective batch of
+    > - `per_device_train_batch_size`, `gradient_accumulation_steps`: Default to `1` and `32`, the paper's effective
+    batch of
     >   32 on one process.
     > - `max_steps`: Defaults to `100`. Set `-1` to train by epochs.
     """
@@ -32,8 +33,8 @@ class OPSDCConfig(SelfDistillationConfig):
     privileged_context: str = field(
         default="concise",
         metadata={
-            "help": "What the teacher reads beyond the student's prompt: 'solution', 'answer', 'concise', 'template', or "
-            "the import path of a class implementing `PrivilegedContext`."
+            "help": "What the teacher reads beyond the student's prompt: 'solution', 'answer', 'concise', 'template', "
+            "or the import path of a class implementing `PrivilegedContext`."
         },
     )
     teacher: str = field(

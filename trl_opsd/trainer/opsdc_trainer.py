@@ -10,8 +10,8 @@ class OPSDCTrainer(SelfDistillationTrainer):
     Trainer for On-Policy Self-Distillation for Reasoning Compression (OPSDC), from [CRISP: Compressed Reasoning via
     Iterative Self-Policy Distillation](https://huggingface.co/papers/2603.05433).
 
-    The teacher is a periodically refreshed copy of the policy reading an instruction to be concise. [`OPSDCConfig`] holds the
-    method; the arguments are those of [`SelfDistillationTrainer`]. The dataset needs a `prompt` column only.
+    The teacher is a periodically refreshed copy of the policy reading an instruction to be concise. [`OPSDCConfig`]
+    holds the method; the arguments are those of [`SelfDistillationTrainer`]. The dataset needs a `prompt` column only.
 
     Example:
 
@@ -34,9 +34,8 @@ class OPSDCTrainer(SelfDistillationTrainer):
         "citation": textwrap.dedent("""\
             @article{sang2026crisp,
                 title        = {{CRISP: Compressed Reasoning via Iterative Self-Policy Distillation}},
-                author       = {Hejian Sang and Yuanda Xu and Zhengze Zhou and Ran He and Zhipeng Wang and Jiachen Sun},
-                year         = 2026,
-                eprint       = {arXiv:2603.05433},
+                author       = {Hejian Sang and Yuanda Xu and Zhengze Zhou and Ran He and Zhipeng Wang and Jiachen
+                Sun}, year         = 2026, eprint       = {arXiv:2603.05433},
             }"""),
     }
     config_class: ClassVar[type[OPSDCConfig]] = OPSDCConfig

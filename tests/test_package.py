@@ -1,0 +1,67 @@
+"""What a user gets by installing the package and importing it."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import trl_opsd
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def imported_by(statement):
+    """Top-level modules that a statement brings into a fresh interpreter."""
+    code = f"{statement}\nimport json, sys; print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import trl_opsd", "import trl_opsd; trl_opsd.__version__; dir(trl_opsd)", "import trl_opsd.cli"],
+)
+def test_import_is_light(statement):
+    heavy = {"torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy"}
+    assert not imported_by(statement) & heavy
+
+
+def test_every_public_name_is_there():
+    assert set(trl_opsd.__all__) <= set(dir(trl_opsd))
+    for name in trl_opsd.__all__:
+        value = getattr(trl_opsd, name)
+        if isinstance(value, type):
+            assert value.__name__ == name
+            assert value.__module__.startswith("trl_opsd.trainer.")
+
+
+def test_unknown_name_is_refused():
+    with pytest.raises(AttributeError, match="'trl_opsd' has no attribute 'OPSDTrianer'"):
+        _ = trl_opsd.OPSDTrianer
+
+
+def test_version_is_the_installed_one():
+    assert trl_opsd.__version__ == version("trl-opsd")
+
+
+def test_wheel(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)],
+        check=True,
+        capture_output=True,
+        cwd=ROOT,
+    )
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = set(archive.namelist())
+        [entry_points] = [name for name in shipped if name.endswith(".dist-info/entry_points.txt")]
+        assert "trl-opsd = trl_opsd.cli:main" in archive.read(entry_points).decode()
+    recipes = {f"trl_opsd/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "recipes").rglob("*.yaml")}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "trl_opsd").rglob("*.py")}
+    assert recipes | modules | {"trl_opsd/py.typed"} <= shipped
+    assert not [name for name in shipped if name.startswith(("tests/", "recipes/", "docs/"))]

@@ -1,0 +1,124 @@
+"""The `trl-opsd` command. Nothing heavy is imported until a command runs, so that help and version answer at once."""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from subprocess import CalledProcessError
+
+
+_TRAINING_COMMANDS = {
+    "opsd": "train a model to solve problems as if it had read their solutions",
+    "opsdc": "train a model to reason in fewer tokens",
+    "distill": "on-policy self-distillation with every part chosen by fields",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run the command line.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Arguments; those of the process if `None`.
+
+    Returns:
+        `int`:
+            Exit status.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = ArgumentParser(
+        prog="trl-opsd",
+        description="On-policy self-distillation on top of TRL.",
+        epilog="A training command starts `accelerate launch`: trl-opsd opsd --config recipe.yaml "
+        "[--accelerate_config zero3] [--num_processes 2] [--any_field value]. `trl-opsd opsd --help` explains every "
+        "field.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    for name, help in _TRAINING_COMMANDS.items():
+        commands.add_parser(name, help=help, add_help=False)
+    commands.add_parser("env", help="print the versions that a bug report should name")
+
+    args = parser.parse_args(argv[:1])
+    command = args.command
+    if args.version:
+        print(version("trl-opsd"))
+        return 0
+    if command is None:
+        parser.print_help()
+        return 0
+    if command == "env":
+        parser.parse_args(argv)
+        from trl_opsd.scripts.env import print_env
+
+        print_env()
+        return 0
+    return _train(command, argv[1:])
+
+
+def _train(command: str, args: Sequence[str]) -> int:
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    parser = import_module(f"trl_opsd.scripts.{command}").make_parser(prog=f"trl-opsd {command}")
+    launcher = launch_command_parser()
+    try:
+        script_args, launch_args = parser.split_args(args)
+        launch_flags = {"--accelerate_config", *launcher._option_string_actions}
+        for position, arg in enumerate(launch_args):
+            if (position == 0 or arg.startswith("-")) and arg.partition("=")[0] not in launch_flags:
+                raise ValueError(parser.explain_unknown(arg))
+        # As a module, not as a file: a file would make its neighbours importable as `env` and `utils`.
+        module = f"trl_opsd.scripts.{command}"
+        launch = launcher.parse_args([*_resolve_accelerate_config(launch_args), "--module", module, *script_args])
+        if launch.training_script != module:
+            raise ValueError(parser.explain_unknown(launch.training_script))
+        # Only the names and types of the fields are checked here. Their values may depend on the number of processes,
+        # and are checked in those.
+        parser.dataclass_types = []
+        parser.parse_args_and_config(script_args)
+    except (ValueError, OSError) as error:
+        print(f"trl-opsd {command}: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        launch_command(launch)
+    except CalledProcessError as error:
+        # The process has already shown what went wrong.
+        return error.returncode
+    return 0
+
+
+def _resolve_accelerate_config(launch_args: Sequence[str]) -> list[str]:
+    """Replace `--accelerate_config name_or_path` by accelerate's `--config_file path`."""
+    resolved: list[str] = []
+    args = iter(launch_args)
+    for arg in args:
+        flag, is_assigned, name = arg.partition("=")
+        if flag != "--accelerate_config":
+            resolved.append(arg)
+            continue
+        name = name if is_assigned else next(args, "")
+        if Path(name).is_file():
+            path = Path(name)
+        else:
+            folder = _recipes() / "accelerate"
+            path = folder / f"{name}.yaml"
+            if not name or not path.is_file():
+                known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+                raise ValueError(f"`--accelerate_config {name}` is neither a file nor one of: {known}.")
+        resolved += ["--config_file", str(path)]
+    return resolved
+
+
+def _recipes() -> Path:
+    package = Path(str(files("trl_opsd")))
+    # A wheel has the recipes inside the package, a checkout beside it.
+    shipped = package / "recipes"
+    return shipped if shipped.is_dir() else package.parent / "recipes"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,122 @@
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+
+_BATCH_SIZE = 1000
+
+
+def validate_rows(
+    dataset: Dataset | IterableDataset, columns: Sequence[str], *, name: str = "train_dataset"
+) -> Dataset | IterableDataset:
+    """
+    Refuse a dataset that cannot be trained on, before anything is put on a device.
+
+    Every row needs a prompt that a model can answer (a non-empty string, or messages of text with a user turn that do
+    not end in an assistant turn) and a value in each privileged column.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Dataset to check.
+        columns (`Sequence[str]`):
+            Privileged columns, besides `prompt`.
+        name (`str`, *optional*, defaults to `"train_dataset"`):
+            What error messages call the dataset.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]:
+            The same dataset, all of it checked; or, for a stream, one that had its first row checked and checks the
+            others as they are read.
+
+    Raises:
+        `ValueError`: naming the missing column, or the row and column at fault.
+
+    Example:
+    ```python
+    >>> from datasets import Dataset
+    >>> from trl_opsd.data import validate_rows
+
+    >>> validate_rows(Dataset.from_dict({"prompt": ["2 + 2?"], "solution": [" "]}), ["solution"])
+    ValueError: train_dataset, row 0: `solution` is empty. ...
+    ```
+    """
+    required = list(dict.fromkeys(["prompt", *columns]))
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"{name} is empty: it has no rows.")
+    if missing := [column for column in required if column not in first]:
+        raise ValueError(
+            f"{name} has no column {_listed(missing)}; its columns are {_listed(first)}. Rename a column with "
+            "`column_mapping` (or `dataset.rename_column`), or choose another `privileged_context`."
+        )
+
+    def check(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        for column in required:
+            find_problem = _prompt_problem if column == "prompt" else _problem
+            for index, value in zip(indices, rows[column], strict=True):
+                if problem := find_problem(value):
+                    raise ValueError(
+                        f"{name}, row {index}: `{column}` {problem}. Correct the row, or remove it with "
+                        "`dataset.filter`."
+                    )
+        return rows
+
+    if isinstance(dataset, IterableDataset):
+        checked = dataset.map(check, with_indices=True, batched=True, batch_size=1, features=dataset.features)
+        next(iter(checked))
+        return checked
+
+    # A `set_transform` may make values on the fly; any other format (torch, numpy, ...) only changes their type.
+    plain = dataset if dataset.format["type"] == "custom" else dataset.with_format(None).select_columns(required)
+    start = 0
+    for rows in plain.iter(_BATCH_SIZE):
+        indices = list(range(start, start + len(rows["prompt"])))
+        check(rows, indices)
+        start += len(indices)
+    return dataset
+
+
+def _problem(value: Any) -> str | None:
+    if value is None:
+        return "is null"
+    if isinstance(value, str | list | dict) and not (value.strip() if isinstance(value, str) else value):
+        return "is empty"
+    return None
+
+
+def _prompt_problem(prompt: Any) -> str | None:
+    if problem := _problem(prompt):
+        return problem
+    if isinstance(prompt, str):
+        return None
+    if not isinstance(prompt, list):
+        return f"is of type {type(prompt).__name__}, neither a string nor a list of messages"
+    has_user_turn = False
+    for position, message in enumerate(prompt):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            return f"has a message, number {position}, that is not a dictionary with `role` and `content`"
+        text = _text(message["content"])
+        if text is None and not (message["role"] == "assistant" and message.get("tool_calls")):
+            return f"has a message, number {position}, whose content is neither a string nor a list of text parts"
+        if message["role"] == "user":
+            has_user_turn = True
+            if not text or not text.strip():
+                return f"has a user turn, message number {position}, that is empty"
+    if not has_user_turn:
+        return "has no user turn"
+    if prompt[-1]["role"] == "assistant":
+        return "ends in an assistant turn, so there is nothing left to answer"
+    return None
+
+
+def _text(content: Any) -> str | None:
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+    ):
+        content = "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else None
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,4 @@
+from .prompt_preview import PromptPreviewCallback
+
+
+__all__ = ["PromptPreviewCallback"]
