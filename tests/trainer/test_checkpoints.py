@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,3 +131,13 @@ def test_resuming_from_another_trainers_checkpoint_is_refused(make_trainer):
     (checkpoint / "self_distillation_state.json").unlink()
     with pytest.raises(ValueError, match="was not written by SelfDistillationTrainer"):
         make_trainer().train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_fsdp_copy_without_weights_is_refused(make_trainer, monkeypatch):
+    """With RAM-efficient loading, only the first process has weights when the copy is made."""
+    trainer = make_trainer()
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_ram_efficient_loading=True))
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=state))
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: true"):
+        trainer._make_teacher(adapter_starts_at_zero=False)

@@ -302,6 +302,12 @@ class SelfDistillationTrainer(GRPOTrainer):
             if self.is_deepspeed_enabled:
                 return prepare_deepspeed(copy, self.accelerator)
             if self.is_fsdp_enabled:
+                if self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+                    raise ValueError(
+                        "With `fsdp_cpu_ram_efficient_loading: true` only the first process holds weights when the "
+                        f"frozen copy for `teacher='{self.args.teacher}'` is made. Set it to `false` in the accelerate "
+                        "configuration (recipes/accelerate/fsdp2.yaml does), or train a LoRA adapter."
+                    )
                 return prepare_fsdp(copy, self.accelerator)
             return self.accelerator.prepare_model(copy, evaluation_mode=True)
 
