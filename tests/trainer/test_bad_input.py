@@ -75,10 +75,18 @@ def test_teacher_prompt_over_budget(refused):
     )
 
 
-def test_context_too_short_for_prompt_and_completion(refused):
-    refused(
-        [{}], "leaves 96 beside `max_completion_length=4000`", max_completion_length=4000, max_teacher_prompt_length=97
-    )
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (
+            {"max_completion_length": 4000, "max_teacher_prompt_length": 97},
+            "leaves 96 beside .* too little for `max_te",
+        ),
+        ({"max_completion_length": 5000}, "leaves 0 beside `max_completion_length=5000`, too little for any prompt"),
+    ],
+)
+def test_context_too_short_for_prompt_and_completion(refused, settings, match):
+    refused([{}], match, **settings)
 
 
 def test_tokenizer_without_anything_to_pad_with(refused):

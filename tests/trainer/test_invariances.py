@@ -159,6 +159,27 @@ def test_micro_batches_do_not_change_training(make_trainer, model, loss_type):
     assert any(not torch.equal(start.state_dict()[name], value) for name, value in weights[0].items())
 
 
+@pytest.mark.parametrize("peft_config", [None, LORA])
+@pytest.mark.parametrize("teacher", ["initial", "live", "periodic"])
+def test_gradient_checkpointing_does_not_change_training(make_trainer, model, peft_config, teacher):
+    """The backward pass recomputes the student's activations, not the teacher's."""
+    start = copy.deepcopy(model)
+    weights = []
+    for gradient_checkpointing in (False, True):
+        trainer = make_trainer(
+            copy.deepcopy(start),
+            peft_config=peft_config,
+            teacher=teacher,
+            gradient_checkpointing=gradient_checkpointing,
+            optim="sgd",
+            learning_rate=0.1,
+        )
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_left_padding_of_position_dependent_models_is_harmless(make_trainer, tokenizer, dataset):
     """GPT-2 adds learned absolute positions, so shifted prompts would be read as other inputs."""
     from transformers import GPT2Config, GPT2LMHeadModel

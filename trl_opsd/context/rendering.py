@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm.auto import tqdm
+from accelerate.utils import tqdm
 from transformers import PreTrainedTokenizerBase, logging
 
 from .base import Message, PrivilegedContext, Rollouts

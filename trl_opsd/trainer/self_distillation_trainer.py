@@ -160,8 +160,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             )
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise ValueError(
-                f"{type(self).__name__} trains on text and needs a tokenizer as `processing_class`, got "
-                f"{type(processing_class).__name__}."
+                f"{type(self).__name__} trains on text and needs a tokenizer, got {type(processing_class).__name__}. "
+                "Pass `processing_class=AutoTokenizer.from_pretrained(...)`."
             )
         if processing_class.pad_token is None and processing_class.eos_token is None:
             raise ValueError(
@@ -264,10 +264,11 @@ class SelfDistillationTrainer(GRPOTrainer):
         if context_length is not None:
             available = context_length - (args.max_completion_length or 0)
             if available < (budget or 1):
+                what = "any prompt" if budget is None else f"`max_teacher_prompt_length={budget}`"
                 raise ValueError(
-                    f"The model's context of {context_length} tokens leaves {available} beside "
-                    f"`max_completion_length={args.max_completion_length}`, which is too little for "
-                    f"`max_teacher_prompt_length={budget}`. Lower one of them."
+                    f"The model's context of {context_length} tokens leaves {max(available, 0)} beside "
+                    f"`max_completion_length={args.max_completion_length}`, too little for {what}. Lower "
+                    "`max_completion_length`."
                 )
             budget = available if budget is None else budget
         return TeacherPrompt(
