@@ -10,7 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny import make_model, make_tokenizer
 
-from trl_opsd import OPSDCConfig, OPSDCTrainer, OPSDConfig, OPSDTrainer
+from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer
 
 
 def fixed_rollouts(prompts, trainer):

@@ -306,8 +306,8 @@ class SelfDistillationTrainer(GRPOTrainer):
                 if self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
                     raise ValueError(
                         "With `fsdp_cpu_ram_efficient_loading: true` only the first process holds weights when the "
-                        f"frozen copy for `teacher='{self.args.teacher}'` is made. Set it to `false` in the accelerate "
-                        "configuration (recipes/accelerate/fsdp2.yaml does), or train a LoRA adapter."
+                        f"frozen copy for `teacher='{self.args.teacher}'` is made. Set it to `false` in the "
+                        "accelerate configuration (recipes/accelerate/fsdp2.yaml does), or train a LoRA adapter."
                     )
                 return prepare_fsdp(copy, self.accelerator)
             return self.accelerator.prepare_model(copy, evaluation_mode=True)
