@@ -32,6 +32,7 @@ def test_opsd_defaults_are_the_papers_recipe(tmp_path):
     assert config.loss_type == "grpo"
     assert config.chat_template_kwargs == {"enable_thinking": False}
     assert config.teacher_chat_template_kwargs == {"enable_thinking": True}
+    assert config.vllm_importance_sampling_correction is False
     assert (config.beta, config.policy_loss_coef, config.lmbda, config.max_steps) == (0.0, 0.0, 1.0, 100)
 
 
@@ -75,6 +76,10 @@ def test_docstrings_and_help_cover_every_field(config_class):
         ({"lmbda": 1.2}, "`lmbda` must be in"),
         ({"seq_kd": True}, "`seq_kd=True` has no effect with `lmbda=1.0`"),
         ({"seq_kd": True, "lmbda": 0.5, "use_vllm": True}, "does not work with `use_vllm=True`"),
+        (
+            {"use_vllm": True, "vllm_importance_sampling_correction": True, "top_p": 0.95},
+            "contradicts truncated sampling",
+        ),
         ({"policy_loss_coef": -1.0}, "`policy_loss_coef` must not be negative"),
         ({"policy_loss_coef": 1.0}, "needs `num_generations` of at least 2"),
         ({"loss_type": "mean"}, "`loss_type` must be one of"),

@@ -87,6 +87,8 @@ class SelfDistillationConfig(GRPOConfig):
     > These parameters have default values different from [`~trl.GRPOConfig`]:
     > - `num_generations`: Defaults to `1` instead of `8`.
     > - `loss_type`: Defaults to `"grpo"` instead of `"dapo"`.
+    > - `vllm_importance_sampling_correction`: Defaults to `False` instead of `True`. Neither paper corrects the
+    >   divergence, and a ratio of whole sequences would all but erase it over thousands of tokens.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -110,6 +112,14 @@ class SelfDistillationConfig(GRPOConfig):
             "mean), 'bnpo' (token mean of the micro-batch), 'dr_grpo' (constant normaliser), 'luspo' (mean of "
             "per-sequence sums); 'cispo' and 'vespo' aggregate as 'dapo', 'sapo' as 'grpo'.",
             "choices": ["grpo", "dapo", "bnpo", "dr_grpo", "luspo", "cispo", "vespo", "sapo"],
+        },
+    )
+
+    vllm_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to weight the divergence by the importance ratio between the trainer's and vLLM's "
+            "log-probabilities, as GRPO weights its loss. Needs sampling from the whole distribution."
         },
     )
 
@@ -280,6 +290,14 @@ class SelfDistillationConfig(GRPOConfig):
             raise ValueError(
                 "`seq_kd=True` samples from the teacher with transformers and does not work with `use_vllm=True`. Set "
                 "one of them to `False`."
+            )
+        truncated = self.top_p < 1.0 or self.top_k > 0 or (self.min_p or 0.0) > 0.0
+        if self.use_vllm and self.vllm_importance_sampling_correction and truncated:
+            raise ValueError(
+                f"`vllm_importance_sampling_correction=True` contradicts truncated sampling (`top_p={self.top_p}`, "
+                f"`top_k={self.top_k}`, `min_p={self.min_p}`): vLLM's log-probabilities are those of the truncated "
+                "distribution, so the ratio would fall towards 0 with every token. Set the correction to `False`, or "
+                "sample from the whole distribution (`top_p=1.0`, `top_k=0`, `min_p=None`)."
             )
         if self.policy_loss_coef < 0.0:
             raise ValueError(f"`policy_loss_coef` must not be negative, got {self.policy_loss_coef}.")

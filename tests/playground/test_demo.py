@@ -1,0 +1,129 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from trl_opsd.playground import demo, world
+
+
+METHODS = ["opsd", "opsdc"]
+OVERRIDES = [
+    "--max_steps",
+    "2",
+    "--save_steps",
+    "1",
+    "--per_device_train_batch_size",
+    "4",
+    "--max_completion_length",
+    "8",
+]
+
+
+@pytest.fixture
+def small_worlds(monkeypatch):
+    for name in METHODS:
+        monkeypatch.setitem(
+            world.WORLDS, name, world.World(digits=2, base_rows=32, train_rows=16, test_rows=6, chatty=name == "opsdc")
+        )
+
+
+def run(method, folder, overrides=OVERRIDES, seed=3):
+    console = Console(width=200, record=True, force_terminal=False)
+    results = demo.run_demo(method, seed, folder, demo.find_recipe(method), overrides, base_steps=2, console=console)
+    return results, console.export_text()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_demo_leaves_a_model_results_and_a_page(tmp_path, small_worlds, method):
+    results, output = run(method, tmp_path)
+    assert results["steps"] == 2
+    assert 0 < results["num_generated_tokens"] <= 2 * 4 * 8
+    assert results["curve"]["step"] == [1, 2]
+    assert all(value >= 0 for value in results["curve"]["divergence"])
+    assert None not in results["curve"]["accuracy"]
+    assert results["problems"] == 6
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert "on held-out problems, seed 3" in output
+
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer.chat_template is not None
+    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 16
+
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "index.html").read_text()
+    assert f"{results['after']['mean_tokens']:.1f}" in page
+    assert results["examples"][0]["problem"] in page
+    assert not re.search(r'(src|href)="(?!data:)', page)  # self-contained
+
+
+def test_a_demo_goes_on_where_it_stopped(tmp_path, small_worlds, monkeypatch):
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "_progress_callback", lambda progress, task: Stop())
+        with pytest.raises(KeyboardInterrupt):
+            run("opsd", tmp_path)
+
+    monkeypatch.setattr("trl_opsd.playground.base.train_base", None)  # the base is finished
+    results, output = run("opsd", tmp_path)
+    assert "is used again" in output
+    assert re.search(r"Going on from \S+checkpoint-1\.", output)
+    assert results["curve"]["step"] == [1, 2]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trl_opsd.OPSDTrainer", None)  # and now all of it
+        again, output = run("opsd", tmp_path)
+    assert "Finished already" in output
+    assert again == results
+
+    # Other settings: a new run on the same base
+    results, output = run("opsd", tmp_path, overrides=["--max_steps", "1", *OVERRIDES[2:]])
+    assert "is used again" in output
+    assert "Going on" not in output
+    assert results["curve"]["step"] == [1]
+
+
+def test_several_seeds_end_in_one_table(tmp_path, small_worlds, capsys):
+    demo.main(["opsd", "--seeds", "0", "1", "--output_dir", str(tmp_path), "--base_steps", "1", *OVERRIDES])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [result["seed"] for result in results] == [0, 1]
+    assert "OPSD, 2 seeds" in capsys.readouterr().out
+
+
+def test_a_context_without_a_template_is_refused(tmp_path, small_worlds, monkeypatch):
+    class Hint:
+        columns = ()
+
+        def teacher_messages(self, row, rollouts):
+            return row["prompt"]
+
+    monkeypatch.setattr("trl_opsd.context.CONTEXTS", {"solution": Hint})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("privileged_context: solution\nuse_cpu: true\nbf16: false\n")
+    with pytest.raises(ValueError, match="learns to read its context from a template"):
+        demo.run_demo("opsd", 0, tmp_path / "run", recipe)
+
+
+def test_unknown_flags_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="learning_rate"):
+        demo.main(["opsd", "--output_dir", str(tmp_path), "--learning_rat", "1"])
+
+
+def test_examples_show_what_was_learnt_first():
+    before = [True, False, False, True, False]
+    after = [True, False, True, False, True]
+    assert demo._examples(before, after) == [2, 4]
+    assert demo._examples(before, after, number=3) == [2, 4, 0]
+
+
+def test_help_is_quick():
+    code = "import sys; from trl_opsd.playground import demo; demo.make_parser(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,479 @@
+"""
+The main demo: a small model teaches itself in minutes on two CPU cores.
+
+    python -m trl_opsd.playground.demo opsd
+    python -m trl_opsd.playground.demo opsdc
+"""
+
+import argparse
+import base64
+import io
+import json
+import logging
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+METHODS = {
+    "opsd": "OPSD: the model learns to solve what it could only solve while reading the worked solution.",
+    "opsdc": "OPSDC: the model learns to be as brief as it is when told to be.",
+}
+TOLD = {"opsd": "base, reading the solution", "opsdc": "base, told to be brief"}
+
+
+_REWARD = "rewards/accuracy_reward/mean"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Makes the parser of the demo's own arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trl_opsd.playground.demo",
+        description="Makes the embedded world, trains a small base model on it, runs self-distillation, and compares "
+        "held-out answers before and after. Downloads nothing. Takes minutes on two CPU cores. Started again with the "
+        "same output_dir, it goes on where it stopped.",
+        epilog="Any other flag is a field of the recipe and takes precedence over it, for example "
+        "--learning_rate 1e-3 or --max_steps 50.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("method", choices=list(METHODS), help=" ".join(METHODS.values()))
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument(
+        "--seed", type=int, default=0, help="seed of the problems, the base and the training (default: 0)"
+    )
+    seeds.add_argument(
+        "--seeds", type=int, nargs="+", help="several seeds, one after the other, with one table at the end"
+    )
+    parser.add_argument("--output_dir", type=Path, help="where everything goes (default: outputs/demo-METHOD)")
+    parser.add_argument("--recipe", type=Path, help="recipe of the self-distillation (default: recipes/playground)")
+    parser.add_argument("--base_steps", type=int, help="optimizer steps of the base model's training")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the demo from the command line."""
+    args, overrides = make_parser().parse_known_args(argv)
+    console = Console()
+    output_dir = args.output_dir or Path("outputs") / f"demo-{args.method}"
+    recipe = args.recipe or find_recipe(args.method)
+    seeds = [args.seed] if args.seeds is None else args.seeds
+    results = [
+        run_demo(args.method, seed, output_dir / f"seed{seed}", recipe, overrides, args.base_steps, console)
+        for seed in seeds
+    ]
+    if len(results) > 1:
+        console.print(seeds_table(results))
+        (output_dir / "results.json").write_text(json.dumps(results, indent=2))
+
+
+def find_recipe(method: str) -> Path:
+    """Finds the playground recipe of a method, in a checkout or in the installed package."""
+    package = Path(__file__).parents[1]
+    folders = [package.parent / "recipes", package / "recipes"]
+    folder = next(folder for folder in folders if (folder / "playground").is_dir())
+    return folder / "playground" / f"{method}.yaml"
+
+
+def run_demo(
+    method: str,
+    seed: int,
+    folder: Path,
+    recipe: Path,
+    overrides: Sequence[str] = (),
+    base_steps: int | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """
+    Runs one demo, or what is left of it.
+
+    Args:
+        method (`str`):
+            `"opsd"` or `"opsdc"`.
+        seed (`int`):
+            Seed of the problems, the base model and the self-distillation.
+        folder (`Path`):
+            Where everything goes.
+        recipe (`Path`):
+            Recipe of the self-distillation.
+        overrides (`Sequence[str]`, *optional*, defaults to `()`):
+            Flags that take precedence over the recipe.
+        base_steps (`int`, *optional*):
+            Optimizer steps of the base model's training. `None` takes the demo's own number.
+        console ([`~rich.console.Console`], *optional*):
+            Console to write to.
+
+    Returns:
+        `dict[str, Any]`:
+            The results, as they are in `results.json`.
+    """
+    # Imported late: `--help` should not wait for torch.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..context import TemplateContext, make_context
+    from ..data import load_rows
+    from ..report import PromptPreviewCallback
+    from ..scripts import opsd, opsdc
+    from ..scripts.utils import find_checkpoint
+    from .base import BASE_RECIPES, has_base, train_base
+    from .evaluate import evaluate
+    from .world import WORLDS
+
+    started = time.perf_counter()
+    console = console or Console()
+    _quiet()
+    console.rule(f"[bold]{method.upper()}[/bold], seed {seed}")
+    console.print(METHODS[method])
+
+    base, model_dir = folder / "base", folder / "model"
+    settings = {
+        "method": method,
+        "seed": seed,
+        "recipe": yaml.safe_load(recipe.read_text()),
+        "overrides": list(overrides),
+        "base_steps": base_steps,
+    }
+    results_file, settings_file = folder / "results.json", folder / "settings.json"
+    if settings_file.is_file() and json.loads(settings_file.read_text()) == settings:
+        if results_file.is_file():
+            console.print(f"Finished already: these are the results in {folder}. Delete it to run again.")
+            results = json.loads(results_file.read_text())
+            console.print(results_table(results))
+            return results
+    else:
+        # What another recipe left here must not be continued with this one. The base is checked by itself.
+        shutil.rmtree(model_dir, ignore_errors=True)
+        results_file.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings_file.write_text(json.dumps(settings, indent=2))
+
+    script_args, training_args, _, _ = (
+        {"opsd": opsd, "opsdc": opsdc}[method]
+        .make_parser()
+        .parse_args_and_config(
+            ["--config", str(recipe), *overrides, "--output_dir", str(model_dir), "--seed", str(seed)]
+        )
+    )
+    context = make_context(training_args.privileged_context, training_args.context_kwargs)
+    if not isinstance(context, TemplateContext):
+        raise ValueError(
+            f"The demo's base model learns to read its context from a template, which `privileged_context="
+            f"{training_args.privileged_context!r}` has not. Use 'solution', 'answer', 'concise' or 'template'."
+        )
+
+    world, base_recipe = WORLDS[method], BASE_RECIPES[method]
+    if base_steps is not None:
+        base_recipe = replace(base_recipe, steps=base_steps)
+    splits = world.splits(seed)
+    for name in ("train", "test"):
+        splits[name].to_json(folder / f"{name}.jsonl")
+    test = splits["test"]
+    console.print(
+        f"The world: {world.digits}-digit addition, {len(splits['base'])} problems for the base model, "
+        f"{len(splits['train'])} for {method.upper()}, {len(test)} held out."
+    )
+
+    timings = {}
+    if has_base(base, world, base_recipe, context, seed):
+        console.print(f"The base model in {base} is finished and is used again.")
+    else:
+        with _stage("Training the base", base_recipe.steps, console) as (progress, task):
+
+            def on_step(step: int, loss: float) -> None:
+                progress.update(task, completed=step, status=f"loss {loss:.3f}")
+
+            train_base(base, world, base_recipe, context, splits["base"], seed, on_step)
+    timings["base"] = time.perf_counter() - started
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    told_prompts = [context.teacher_messages(row, None) for row in test]
+
+    def answer(path: Path, prompts: Sequence[list[dict[str, Any]]]) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(path)
+        return evaluate(model, tokenizer, prompts, test["answer"], training_args.max_completion_length)
+
+    with console.status("Evaluating the base on held-out problems"):
+        before, told = answer(base, test["prompt"]), answer(base, told_prompts)
+
+    distillation_started = time.perf_counter()
+    checkpoint = find_checkpoint("auto", str(model_dir))
+    if checkpoint is not None:
+        console.print(f"Going on from {checkpoint}.")
+    trainer = _make_trainer(method, base, script_args, training_args, load_rows(str(folder / "train.jsonl")))
+    with _stage(f"Running {method.upper()}", training_args.max_steps, console) as (progress, task):
+        trainer.add_callback(_progress_callback(progress, task))
+        trainer.add_callback(PromptPreviewCallback(trainer, console))
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(model_dir))
+    timings["self-distillation"] = time.perf_counter() - distillation_started
+
+    with console.status("Evaluating again"):
+        after = answer(model_dir, test["prompt"])
+    timings["total"] = time.perf_counter() - started
+
+    rows = [row for row in trainer.state.log_history if "distillation_loss" in row]
+    keys = {"divergence": "distillation_loss", "accuracy": _REWARD, "tokens": "completions/mean_length"}
+    results = {
+        "method": method,
+        "seed": seed,
+        "problems": len(test),
+        "before": _without_responses(before),
+        "told": _without_responses(told),
+        "after": _without_responses(after),
+        "steps": trainer.state.global_step,
+        "num_generated_tokens": int(rows[-1]["num_generated_tokens"]),
+        "seconds": {name: round(seconds, 1) for name, seconds in timings.items()},
+        "curve": {"step": [row["step"] for row in rows]}
+        | {name: [row.get(key) for row in rows] for name, key in keys.items()},
+        "examples": [
+            {
+                "problem": test[index]["prompt"][-1]["content"],
+                "answer": test[index]["answer"],
+                "before": before.responses[index],
+                "after": after.responses[index],
+            }
+            for index in _examples(before.correct, after.correct)
+        ],
+    }
+    write_page(results, folder)
+    results_file.write_text(json.dumps(results, indent=2))
+    console.print(results_table(results))
+    console.print(f"Page:   {folder / 'index.html'}\nModel:  {model_dir}, for AutoModelForCausalLM.from_pretrained")
+    return results
+
+
+def _make_trainer(method: str, base: Path, script_args: Any, training_args: Any, rows: Any) -> Any:
+    from transformers import PrinterCallback, ProgressCallback
+
+    from trl_opsd import OPSDCTrainer, OPSDTrainer
+
+    from ..scripts.utils import load_reward_funcs
+
+    trainer_class = {"opsd": OPSDTrainer, "opsdc": OPSDCTrainer}[method]
+    trainer = trainer_class(
+        model=str(base),
+        reward_funcs=load_reward_funcs(script_args),
+        args=training_args,
+        train_dataset=rows,
+    )
+    # One line of progress takes their place.
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def _progress_callback(progress: Progress, task: TaskID) -> Any:
+    from transformers import TrainerCallback
+
+    class StageCallback(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            progress.update(task, total=state.max_steps)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            progress.update(task, completed=state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "distillation_loss" in logs:
+                status = f"KL {logs['distillation_loss']:.3f}, {logs['completions/mean_length']:.0f} tokens"
+                if _REWARD in logs:
+                    status += f", {logs[_REWARD]:.0%} right"
+                progress.update(task, status=status)
+
+    return StageCallback()
+
+
+@contextmanager
+def _stage(name: str, steps: int, console: Console) -> Iterator[tuple[Progress, TaskID]]:
+    """A progress bar that leaves one line with the time taken."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+    )
+    with progress:
+        yield progress, progress.add_task(name, total=steps, status="")
+
+
+def _quiet() -> None:
+    """Keeps the libraries' remarks on loading, saving and defaults off the console."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _without_responses(evaluation: Any) -> dict[str, float]:
+    values = asdict(evaluation)
+    return {name: values[name] for name in ("accuracy", "mean_tokens", "truncated")}
+
+
+def _examples(before: Sequence[bool], after: Sequence[bool], number: int = 2) -> list[int]:
+    """Problems to show: those that came to be solved first, then those solved both times."""
+    order = sorted(range(len(before)), key=lambda index: (not after[index], before[index]))
+    return order[:number]
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """Makes the summary table of one run."""
+    method = results["method"]
+    seconds = results["seconds"]
+    table = Table(
+        title=f"{method.upper()} on held-out problems, seed {results['seed']}",
+        caption=f"{results['steps']} steps, {results['num_generated_tokens']:,} generated tokens. "
+        f"{seconds['total']:.0f} s: base {seconds['base']:.0f} s, "
+        f"{method.upper()} {seconds['self-distillation']:.0f} s.",
+    )
+    table.add_column("")
+    for name in ("base", TOLD[method], f"after {method.upper()}"):
+        table.add_column(name, justify="right")
+    columns = [results[name] for name in ("before", "told", "after")]
+    table.add_row("accuracy", *(f"{column['accuracy']:.1%}" for column in columns))
+    table.add_row("response tokens", *(f"{column['mean_tokens']:.1f}" for column in columns))
+    table.add_row("cut short", *(f"{column['truncated']:.1%}" for column in columns))
+    return table
+
+
+def seeds_table(all_results: Sequence[Mapping[str, Any]]) -> Table:
+    """Makes the table of several seeds."""
+    table = Table(title=f"{all_results[0]['method'].upper()}, {len(all_results)} seeds")
+    for name in ("seed", "accuracy", "change", "response tokens", "change", "generated tokens", "seconds"):
+        table.add_column(name, justify="right")
+    for results in all_results:
+        before, after = results["before"], results["after"]
+        table.add_row(
+            str(results["seed"]),
+            f"{before['accuracy']:.1%} → {after['accuracy']:.1%}",
+            f"{100 * (after['accuracy'] - before['accuracy']):+.1f} points",
+            f"{before['mean_tokens']:.1f} → {after['mean_tokens']:.1f}",
+            f"{after['mean_tokens'] / before['mean_tokens'] - 1:+.0%}",
+            f"{results['num_generated_tokens']:,}",
+            f"{results['seconds']['total']:.0f}",
+        )
+    return table
+
+
+def plot(results: Mapping[str, Any]) -> bytes:
+    """Draws accuracy and length before and after, and the course of the training, as PNG."""
+    from matplotlib.figure import Figure
+
+    grey, blue, light = "#9aa5b1", "#2f6fde", "#cdd5de"
+    method, curve = results["method"].upper(), results["curve"]
+    columns = [results[name] for name in ("before", "told", "after")]
+    labels = ["base", TOLD[results["method"]].replace(", ", ",\n"), f"after\n{method}"]
+    figure = Figure(figsize=(11, 6.6), layout="constrained")
+    (accuracy, length), (divergence, rollouts) = figure.subplots(2, 2)
+    shares, tokens = [100 * column["accuracy"] for column in columns], [column["mean_tokens"] for column in columns]
+    for axes, title, values, top in (
+        (accuracy, "Held-out accuracy (%)", shares, 112),
+        (length, "Mean response length (tokens)", tokens, 1.15 * max(tokens)),
+    ):
+        bars = axes.bar(labels, values, color=[grey, light, blue], width=0.6)
+        axes.bar_label(bars, labels=[f"{value:.1f}" for value in values], padding=2)
+        axes.set_title(title)
+        axes.set_ylim(0, top)
+    divergence.plot(curve["step"], curve["divergence"], color=blue)
+    divergence.set_title("Divergence from the teacher in training (nats per token)")
+    divergence.set_ylim(bottom=0)
+    if results["method"] == "opsd":
+        shown, scale, title = "accuracy", 100, "Right rollouts in training (%, sampled)"
+    else:
+        shown, scale, title = "tokens", 1, "Rollout length in training (tokens)"
+    rollouts.plot(curve["step"], [math.nan if value is None else scale * value for value in curve[shown]], color=blue)
+    rollouts.set_title(title)
+    rollouts.set_ylim(bottom=0)
+    for axes in (divergence, rollouts):
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.3)
+    for axes in (accuracy, length, divergence, rollouts):
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    return buffer.getvalue()
+
+
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{{ method }} on the embedded world, seed {{ results.seed }}</title>
+<style>
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1d2733; }
+  table { border-collapse: collapse; margin: 1rem 0; }
+  th, td { padding: .3rem .9rem; border-bottom: 1px solid #cdd5de; text-align: right; }
+  th:first-child, td:first-child { text-align: left; }
+  img { width: 100%; }
+  pre { background: #f3f5f8; padding: .7rem; border-radius: 6px; white-space: pre-wrap; margin: 0; }
+  .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin-bottom: 1rem; }
+</style>
+<h1>{{ method }} on the embedded world</h1>
+<p>{{ lead }}</p>
+<table>
+  <tr><th>{{ number }} held-out problems</th><th>base</th><th>{{ told }}</th><th>after {{ method }}</th></tr>
+  <tr><td>accuracy</td>{% for c in columns %}<td>{{ "%.1f" | format(100 * c.accuracy) }} %</td>{% endfor %}</tr>
+  <tr><td>response tokens</td>{% for c in columns %}<td>{{ "%.1f" | format(c.mean_tokens) }}</td>{% endfor %}</tr>
+  <tr><td>cut short</td>{% for c in columns %}<td>{{ "%.1f" | format(100 * c.truncated) }} %</td>{% endfor %}</tr>
+</table>
+<p>{{ results.steps }} optimizer steps, {{ "{:,}".format(results.num_generated_tokens) }} generated tokens, seed
+{{ results.seed }}. {{ "%.0f" | format(results.seconds.total) }} s in all, of which the base model took
+{{ "%.0f" | format(results.seconds.base) }} s and {{ method }}
+{{ "%.0f" | format(results.seconds["self-distillation"]) }} s.</p>
+<img alt="Accuracy and length before and after, and the training curves" src="data:image/png;base64,{{ image }}">
+<h2>Answers before and after</h2>
+{% for example in results.examples %}
+<h3>{{ example.problem }} <small>(right: {{ example.answer }})</small></h3>
+<div class="pair">
+  <div>base<pre>{{ example.before }}</pre></div>
+  <div>after {{ method }}<pre>{{ example.after }}</pre></div>
+</div>
+{% endfor %}
+</html>
+"""
+
+
+def write_page(results: Mapping[str, Any], folder: Path) -> None:
+    """
+    Writes `plot.png` and the self-contained `index.html`.
+
+    Args:
+        results (`Mapping[str, Any]`):
+            Results of a run.
+        folder (`Path`):
+            Where they go.
+    """
+    image = plot(results)
+    (folder / "plot.png").write_bytes(image)
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
+    (folder / "index.html").write_text(
+        page.render(
+            results=results,
+            method=results["method"].upper(),
+            lead=METHODS[results["method"]],
+            told=TOLD[results["method"]],
+            columns=[results[name] for name in ("before", "told", "after")],
+            number=results["problems"],
+            image=base64.b64encode(image).decode(),
+        ),
+        encoding="utf-8",
+    )
+
+
+if __name__ == "__main__":
+    main()
