@@ -6,25 +6,25 @@ The main demo: a small model teaches itself in minutes on two CPU cores.
 """
 
 import argparse
-import base64
-import io
 import json
-import logging
 import math
 import shutil
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 from rich.table import Table
+
+from .present import find_recipe, quiet, stage, write_page
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 METHODS = {
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = make_parser().parse_known_args(argv)
     console = Console()
     output_dir = args.output_dir or Path("outputs") / f"demo-{args.method}"
-    recipe = args.recipe or find_recipe(args.method)
+    recipe = args.recipe or find_recipe(f"playground/{args.method}")
     seeds = [args.seed] if args.seeds is None else args.seeds
     results = [
         run_demo(args.method, seed, output_dir / f"seed{seed}", recipe, overrides, args.base_steps, console)
@@ -76,14 +76,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(results) > 1:
         console.print(seeds_table(results))
         (output_dir / "results.json").write_text(json.dumps(results, indent=2))
-
-
-def find_recipe(method: str) -> Path:
-    """Finds the playground recipe of a method, in a checkout or in the installed package."""
-    package = Path(__file__).parents[1]
-    folders = [package.parent / "recipes", package / "recipes"]
-    folder = next(folder for folder in folders if (folder / "playground").is_dir())
-    return folder / "playground" / f"{method}.yaml"
 
 
 def run_demo(
@@ -132,7 +124,7 @@ def run_demo(
 
     started = time.perf_counter()
     console = console or Console()
-    _quiet()
+    quiet()
     console.rule(f"[bold]{method.upper()}[/bold], seed {seed}")
     console.print(METHODS[method])
 
@@ -188,7 +180,7 @@ def run_demo(
     if has_base(base, world, base_recipe, context, seed):
         console.print(f"The base model in {base} is finished and is used again.")
     else:
-        with _stage("Training the base", base_recipe.steps, console) as (progress, task):
+        with stage("Training the base", base_recipe.steps, console) as (progress, task):
 
             def on_step(step: int, loss: float) -> None:
                 progress.update(task, completed=step, status=f"loss {loss:.3f}")
@@ -211,7 +203,7 @@ def run_demo(
     if checkpoint is not None:
         console.print(f"Going on from {checkpoint}.")
     trainer = _make_trainer(method, base, script_args, training_args, load_rows(str(folder / "train.jsonl")))
-    with _stage(f"Running {method.upper()}", training_args.max_steps, console) as (progress, task):
+    with stage(f"Running {method.upper()}", training_args.max_steps, console) as (progress, task):
         trainer.add_callback(_progress_callback(progress, task))
         trainer.add_callback(PromptPreviewCallback(trainer, console))
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -246,7 +238,7 @@ def run_demo(
             for index in _examples(before.correct, after.correct)
         ],
     }
-    write_page(results, folder)
+    write_results_page(results, folder)
     results_file.write_text(json.dumps(results, indent=2))
     console.print(results_table(results))
     console.print(f"Page:   {folder / 'index.html'}\nModel:  {model_dir}, for AutoModelForCausalLM.from_pretrained")
@@ -291,33 +283,6 @@ def _progress_callback(progress: Progress, task: TaskID) -> Any:
                 progress.update(task, status=status)
 
     return StageCallback()
-
-
-@contextmanager
-def _stage(name: str, steps: int, console: Console) -> Iterator[tuple[Progress, TaskID]]:
-    """A progress bar that leaves one line with the time taken."""
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=console,
-    )
-    with progress:
-        yield progress, progress.add_task(name, total=steps, status="")
-
-
-def _quiet() -> None:
-    """Keeps the libraries' remarks on loading, saving and defaults off the console."""
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("trl").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _without_responses(evaluation: Any) -> dict[str, float]:
@@ -370,8 +335,8 @@ def seeds_table(all_results: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def plot(results: Mapping[str, Any]) -> bytes:
-    """Draws accuracy and length before and after, and the course of the training, as PNG."""
+def plot(results: Mapping[str, Any]) -> "Figure":
+    """Draws accuracy and length before and after, and the course of the training."""
     from matplotlib.figure import Figure
 
     grey, blue, light = "#9aa5b1", "#2f6fde", "#cdd5de"
@@ -404,29 +369,13 @@ def plot(results: Mapping[str, Any]) -> bytes:
         axes.grid(alpha=0.3)
     for axes in (accuracy, length, divergence, rollouts):
         axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    return buffer.getvalue()
+    return figure
 
 
 _PAGE = """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>{{ method }} on the embedded world, seed {{ results.seed }}</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1d2733; }
-  table { border-collapse: collapse; margin: 1rem 0; }
-  th, td { padding: .3rem .9rem; border-bottom: 1px solid #cdd5de; text-align: right; }
-  th:first-child, td:first-child { text-align: left; }
-  img { width: 100%; }
-  pre { background: #f3f5f8; padding: .7rem; border-radius: 6px; white-space: pre-wrap; margin: 0; }
-  .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin-bottom: 1rem; }
-</style>
-<h1>{{ method }} on the embedded world</h1>
 <p>{{ lead }}</p>
 <table>
-  <tr><th>{{ number }} held-out problems</th><th>base</th><th>{{ told }}</th><th>after {{ method }}</th></tr>
+  <tr><th>{{ results.problems }} held-out problems</th><th>base</th><th>{{ told }}</th><th>after {{ method }}</th></tr>
   <tr><td>accuracy</td>{% for c in columns %}<td>{{ "%.1f" | format(100 * c.accuracy) }} %</td>{% endfor %}</tr>
   <tr><td>response tokens</td>{% for c in columns %}<td>{{ "%.1f" | format(c.mean_tokens) }}</td>{% endfor %}</tr>
   <tr><td>cut short</td>{% for c in columns %}<td>{{ "%.1f" | format(100 * c.truncated) }} %</td>{% endfor %}</tr>
@@ -435,43 +384,26 @@ _PAGE = """\
 {{ results.seed }}. {{ "%.0f" | format(results.seconds.total) }} s in all, of which the base model took
 {{ "%.0f" | format(results.seconds.base) }} s and {{ method }}
 {{ "%.0f" | format(results.seconds["self-distillation"]) }} s.</p>
-<img alt="Accuracy and length before and after, and the training curves" src="data:image/png;base64,{{ image }}">
-<h2>Answers before and after</h2>
-{% for example in results.examples %}
-<h3>{{ example.problem }} <small>(right: {{ example.answer }})</small></h3>
-<div class="pair">
-  <div>base<pre>{{ example.before }}</pre></div>
-  <div>after {{ method }}<pre>{{ example.after }}</pre></div>
-</div>
-{% endfor %}
-</html>
 """
 
 
-def write_page(results: Mapping[str, Any], folder: Path) -> None:
-    """
-    Writes `plot.png` and the self-contained `index.html`.
-
-    Args:
-        results (`Mapping[str, Any]`):
-            Results of a run.
-        folder (`Path`):
-            Where they go.
-    """
-    image = plot(results)
-    (folder / "plot.png").write_bytes(image)
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
-    (folder / "index.html").write_text(
-        page.render(
-            results=results,
-            method=results["method"].upper(),
-            lead=METHODS[results["method"]],
-            told=TOLD[results["method"]],
-            columns=[results[name] for name in ("before", "told", "after")],
-            number=results["problems"],
-            image=base64.b64encode(image).decode(),
-        ),
-        encoding="utf-8",
+def write_results_page(results: Mapping[str, Any], folder: Path) -> None:
+    """Writes `plot.png` and the self-contained `index.html` of a run."""
+    method = results["method"]
+    write_page(
+        folder,
+        title=f"{method.upper()} on the embedded world, seed {results['seed']}",
+        body=_PAGE,
+        values={
+            "results": results,
+            "method": method.upper(),
+            "lead": METHODS[method],
+            "told": TOLD[method],
+            "columns": [results[name] for name in ("before", "told", "after")],
+        },
+        figure=plot(results),
+        caption="Accuracy and length before and after, and the training curves",
+        examples=results["examples"],
     )
 
 
