@@ -631,23 +631,19 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _log_divergence(self, output: FusedDivergence, mode: str) -> None:
         finite = output.finite.bool()
-        log_ratio = output.teacher_log_prob - output.student_log_prob
-        sums = [
-            torch.where(finite & value.isfinite(), value, 0.0).sum()
-            for value in (
+        values = torch.stack(
+            [
                 output.divergence,
                 output.student_entropy,
                 output.teacher_entropy,
-                log_ratio,
+                output.teacher_log_prob - output.student_log_prob,
                 output.clipped,
-                output.finite,
-                1 - output.finite,
-            )
-        ]
-        sums.append((~finite).sum().to(sums[0]))
-        totals = self.accelerator.reduce(torch.stack(sums).detach(), "sum")
-        num_tokens = totals[5].clamp(min=1.0)
-        divergence, entropy, teacher_entropy, log_ratio, clipped = (totals[:5] / num_tokens).tolist()
+            ]
+        )
+        sums = torch.where(finite & values.isfinite(), values, 0.0).sum(dim=1)
+        counts = torch.stack([finite.sum(), (~finite).sum()]).to(sums)
+        *totals, num_tokens, num_skipped = self.accelerator.reduce(torch.cat([sums, counts]), "sum").tolist()
+        divergence, entropy, teacher_entropy, log_ratio, clipped = (total / max(num_tokens, 1) for total in totals)
 
         metrics = self._metrics[mode]
         metrics["distillation_loss"].append(divergence)
@@ -666,7 +662,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                     "clip.",
                     stacklevel=2,
                 )
-        metrics["skipped_tokens"].append(totals[7].item())
+        metrics["skipped_tokens"].append(num_skipped)
         metrics["skipped_steps"] = [self._guard.skipped_steps]
 
     # Checkpoints
