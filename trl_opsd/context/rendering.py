@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from accelerate.utils import tqdm
+from accelerate import PartialState
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, logging
 
 from .base import Message, PrivilegedContext, Rollouts
@@ -107,7 +108,10 @@ class TeacherPrompt:
         if self.max_length is None or not hasattr(dataset, "__len__"):
             return
         num_skipped = 0
-        for index, row in enumerate(tqdm(dataset, desc=f"Checking teacher prompts of {name}", leave=False)):
+        disable = None if PartialState().is_local_main_process else True  # None: no bar where there is no terminal
+        for index, row in enumerate(
+            tqdm(dataset, f"Checking teacher prompts of {name}", leave=False, disable=disable)
+        ):
             try:
                 if self.token_ids(row, None, tools) is None:
                     # Rows whose context waits for the rollouts are not over budget
