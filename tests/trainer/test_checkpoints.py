@@ -18,7 +18,7 @@ from trl_opsd import SelfDistillationTrainer
 def make_trainer(tokenizer, dataset, training_args):
     rows = Dataset.from_list(list(dataset) * 4)
 
-    def make(lora=False, init_lora_weights=True, **settings):
+    def make(lora=False, init_lora_weights=True, use_dora=False, **settings):
         args = SelfDistillationTrainer.config_class(
             **{
                 **training_args,
@@ -36,7 +36,11 @@ def make_trainer(tokenizer, dataset, training_args):
             train_dataset=rows,
             processing_class=tokenizer,
             peft_config=LoraConfig(
-                r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=init_lora_weights
+                r=4,
+                lora_alpha=16,
+                target_modules=["q_proj", "down_proj"],
+                init_lora_weights=init_lora_weights,
+                use_dora=use_dora,
             )
             if lora
             else None,
@@ -85,10 +89,10 @@ def test_periodic_teacher_is_the_policy_of_its_last_refresh(make_trainer, lora):
     assert torch.equal(teacher_weights(trainer), start)
 
 
-@pytest.mark.parametrize("init_lora_weights", [False, "pissa"])
-def test_adapter_that_does_not_start_at_zero_is_copied(make_trainer, init_lora_weights):
+@pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa"}, {"init_lora_weights": False, "use_dora": True}])
+def test_adapter_that_does_not_start_at_zero_is_copied(make_trainer, settings):
     """Switching it off would not give back the initial policy."""
-    trainer = make_trainer(lora=True, init_lora_weights=init_lora_weights, save_strategy="no", max_steps=3)
+    trainer = make_trainer(lora=True, save_strategy="no", max_steps=3, **settings)
     ids = torch.tensor([trainer.preview_prompts()[1]])
     with torch.no_grad():
         initial = trainer.model.eval()(ids).logits

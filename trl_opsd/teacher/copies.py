@@ -49,13 +49,10 @@ class AdapterCopy:
     def _pairs(self, policy: PeftModel) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         parameters = dict(policy.named_parameters())
         for name, parameter in parameters.items():
-            twin = name.replace(f".{self._student_adapter}.", f".{ADAPTER_NAME}.")
-            # Parameters such as DoRA's magnitude end with the adapter's name
-            twin = twin.removesuffix(f".{self._student_adapter}") + (
-                f".{ADAPTER_NAME}" if twin.endswith(f".{self._student_adapter}") else ""
-            )
-            if twin != name:
-                yield parameter, parameters[twin]
+            parts = name.split(".")
+            if self._student_adapter in parts:
+                twin = [ADAPTER_NAME if part == self._student_adapter else part for part in parts]
+                yield parameter, parameters[".".join(twin)]
 
     def weights(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
         return _with_adapter(policy, ADAPTER_NAME)
