@@ -180,7 +180,7 @@ def _written_whole(folder: Path) -> Iterator[Path]:
 # Data
 
 
-def prepare_data(folder: Path, console: Console, num_train: int = 512, num_test: int = 32, seed: int = 0) -> None:
+def prepare_data(folder: Path, console: Console, num_train: int = 512, num_test: int = 48, seed: int = 0) -> None:
     """
     Writes `train.jsonl` and `test.jsonl`, unless they are there already.
 
@@ -191,7 +191,7 @@ def prepare_data(folder: Path, console: Console, num_train: int = 512, num_test:
             Console to write to.
         num_train (`int`, *optional*, defaults to `512`):
             Number of problems to train on.
-        num_test (`int`, *optional*, defaults to `32`):
+        num_test (`int`, *optional*, defaults to `48`):
             Number of held-out problems.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the problems.
