@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_opsd.objective import Head, fused_divergence
+from trl_opsd.objective import Head, Objective, fused_divergence
 
 
 DIVERGENCES = [
@@ -39,8 +39,14 @@ class Inputs:
         tensors = (self.student_hidden, self.student_head.weight, self.student_head.bias)
         return [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
 
-    def fused(self, divergence="forward_kl", jsd_weight=0.5, **options):
-        return fused_divergence(*self.tensors, divergence, jsd_weight=jsd_weight, **options)
+    def fused(self, divergence="forward_kl", jsd_weight=0.5, block_rows=None, compile=False, **options):
+        budget = {}
+        if block_rows is not None:
+            itemsize = 8 if self.student_hidden.dtype == torch.float64 else 4
+            row_bytes = 2 * itemsize * self.student_head.weight.size(0)
+            budget = {"memory_budget": (block_rows + 0.1) * row_bytes * 4 / 3 / 2**20}
+        objective = Objective(divergence, jsd_weight, top_k=options.pop("top_k", 2), **options)
+        return fused_divergence(*self.tensors, objective, compile=compile, **budget)
 
     @property
     def tensors(self):
@@ -190,7 +196,7 @@ def test_directions_by_hand(divergence, beta, value, pull):
     logits = Head(torch.eye(2, dtype=torch.float64))  # hidden states that are the logits
 
     output = fused_divergence(
-        student, teacher, logits, logits, torch.tensor([1]), torch.ones(1), divergence, jsd_weight=beta
+        student, teacher, logits, logits, torch.tensor([1]), torch.ones(1), Objective(divergence, beta)
     )
     output.loss.backward()
 
@@ -206,7 +212,7 @@ def test_clip_by_hand():
     logits = Head(torch.eye(2, dtype=torch.float64))
 
     output = fused_divergence(
-        student, teacher, logits, logits, torch.tensor([0]), torch.ones(1), "forward_kl", clip=0.05
+        student, teacher, logits, logits, torch.tensor([0]), torch.ones(1), Objective("forward_kl", clip=0.05)
     )
     output.loss.backward()
 
@@ -223,7 +229,8 @@ def test_temperature_divides_both_sides_and_multiplies_nothing():
     def loss(factor, temperature):
         hidden = (student * factor, teacher * factor)
         tokens, weights = torch.tensor([0]), torch.ones(1)
-        return fused_divergence(*hidden, logits, logits, tokens, weights, "reverse_kl", temperature=temperature).loss
+        objective = Objective("reverse_kl", temperature=temperature)
+        return fused_divergence(*hidden, logits, logits, tokens, weights, objective).loss
 
     assert_close([loss(4.0, 4.0)], [loss(1.0, 1.0)])
     assert not torch.isclose(loss(1.0, 4.0), loss(1.0, 1.0))
@@ -495,7 +502,7 @@ def test_token_impossible_for_one_side(side, divergence, beta, clip):
     finite_case = with_bias(lambda bias: blocked(bias, 2).clamp(min=-1e3))
     expected = finite_case.fused(divergence, beta, clip=clip)
     assert output.finite.all()
-    assert_close(output, expected)
+    assert_close(output._replace(clipped_mass=expected.clipped_mass), expected)  # an infinite entry, an infinite mass
     assert_close(gradients(output.loss, case), gradients(expected.loss, finite_case))
     assert_close([output.divergence], [dense_limit(finite_case, direction, beta, clip)])
 
@@ -588,9 +595,9 @@ def test_bf16_inputs_are_close_to_fp32(divergence, beta):
 
     assert {value.dtype for value in output} == {torch.float32}
     assert [gradient.dtype for gradient in found] == [torch.bfloat16] * 3
-    assert torch.isclose(output.loss, expected.loss, rtol=1e-2)
+    assert_close([output.loss], [expected.loss], rtol=1e-5, atol=1e-6)
     for gradient, reference in zip(found, gradients(expected.loss, fp32), strict=True):
-        assert (gradient - reference).norm() < 2e-2 * reference.norm()
+        assert (gradient - reference).norm() < 4e-3 * reference.norm()
 
 
 def test_fp32_equals_fp64():
@@ -629,7 +636,7 @@ class Record(TorchDispatchMode):
     """What the operations inside produce: the largest tensor, and the matrix products by their dtype."""
 
     def __enter__(self):
-        self.largest, self.products, self.softmaxes = 0, [], set()
+        self.largest, self.products = 0, []
         return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -640,24 +647,23 @@ class Record(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("mm", "addmm", "addmm_", "matmul", "bmm"):
             self.products.append(result.dtype)
-        if name == "_log_softmax":
-            self.softmaxes.add(result.dtype)
         return result
 
 
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("divergence", "beta"), KINDS)
-def test_autocast_multiplies_in_bf16_and_does_the_rest_in_fp32(divergence, beta, hidden_dtype):
+def test_autocast_rounds_the_operands_to_bf16_and_does_the_rest_in_fp32(divergence, beta, hidden_dtype):
     inputs = in_precision(make_inputs(rows=64, vocabulary=31, size=16, bias=True), hidden_dtype, torch.float32)
     reference = in_precision(inputs, torch.float32, torch.float32)
 
-    with Record() as record, torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
         output = inputs.fused(divergence, beta, temperature=4.0)
     found = gradients(output.loss, inputs)
-    expected = reference.fused(divergence, beta, temperature=4.0)
+    bf16 = in_precision(in_precision(inputs, torch.bfloat16, torch.bfloat16), torch.float32, torch.float32)
+    rounded, expected = (case.fused(divergence, beta, temperature=4.0) for case in (bf16, reference))
 
-    assert record.products == [torch.bfloat16] * 4
-    assert record.softmaxes == {torch.float32}
+    assert_close([output.loss], [rounded.loss], rtol=2e-4, atol=1e-6)  # the bias is not rounded
+    assert not torch.equal(output.loss, expected.loss)
     assert {value.dtype for value in output} == {torch.float32}
     assert [gradient.dtype for gradient in found] == [hidden_dtype, torch.float32, torch.float32]
     assert torch.isclose(output.loss, expected.loss, rtol=2e-2)
@@ -699,17 +705,17 @@ def test_logits_of_all_rows_never_exist(divergence, beta, clip, dtype):
     with Record() as record:
         gradients(inputs.fused(divergence, beta, clip=clip, block_rows=8).loss, inputs)
 
-    assert record.largest <= 8 * 101
+    assert record.largest <= 9 * 101
 
 
 def test_default_block_does_not_grow_with_the_rows():
     vocabulary = 2**18
-    inputs = make_inputs(rows=40, vocabulary=vocabulary, size=1, dtype=torch.float32)
+    inputs = make_inputs(rows=120, vocabulary=vocabulary, size=1, dtype=torch.float32)
 
     with Record() as record:
         gradients(inputs.fused().loss, inputs)
 
-    assert record.largest <= 2**22 < 40 * vocabulary
+    assert record.largest <= 96 * vocabulary  # two of them are three quarters of 256 MiB
 
 
 def test_matrix_products():

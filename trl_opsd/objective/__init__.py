@@ -3,13 +3,18 @@
 from .aggregation import aggregation_weights
 from .dense import generalized_jsd_loss
 from .divergence import Divergence, pointwise_divergence
-from .fused import FusedDivergence, Head, fused_divergence
+from .fused import FusedDivergence, fused_divergence
+from .head import Head
+from .objective import Objective, Support, Tail
 
 
 __all__ = [
     "Divergence",
     "FusedDivergence",
     "Head",
+    "Objective",
+    "Support",
+    "Tail",
     "aggregation_weights",
     "fused_divergence",
     "generalized_jsd_loss",

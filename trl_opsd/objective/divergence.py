@@ -5,7 +5,6 @@ log-probabilities log p_S and log p_T of the student and the teacher over the vo
 over the vocabulary of its entries ℓ_v.
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -38,9 +37,7 @@ def pointwise_divergence(
         `tuple[torch.Tensor, torch.Tensor]`: the entries ℓ_v and the slopes d_v = ∂ℓ_v/∂log p_S,v, each of shape `(...,
         V)`.
     """
-    if divergence == "jsd" and jsd_weight in (0.0, 1.0):
-        divergence = "forward_kl" if jsd_weight == 0.0 else "reverse_kl"
-
+    divergence = canonical(divergence, jsd_weight)
     if divergence == "forward_kl":
         p_t = log_t.exp()
         entries = expectation(p_t, log_t - log_s)
@@ -50,9 +47,16 @@ def pointwise_divergence(
         entries = expectation(p_s, log_s - log_t)
         return entries, entries + p_s
     p_t = log_t.exp()
-    log_m = torch.logaddexp(log_t + math.log(jsd_weight), log_s + math.log1p(-jsd_weight))
+    log_m = (jsd_weight * p_t + (1 - jsd_weight) * p_s).log()
     slopes = (1 - jsd_weight) * expectation(p_s, log_s - log_m)
     return jsd_weight * expectation(p_t, log_t - log_m) + slopes, slopes
+
+
+def canonical(divergence: Divergence, jsd_weight: float) -> Divergence:
+    """The divergence meant: a JSD of weight 0 or 1 stands for a KL."""
+    if divergence == "jsd" and jsd_weight in (0.0, 1.0):
+        return "forward_kl" if jsd_weight == 0.0 else "reverse_kl"
+    return divergence
 
 
 def expectation(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

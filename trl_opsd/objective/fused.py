@@ -6,54 +6,23 @@ vocabulary-sized matrix products, three when the head is frozen. The backward pa
 left.
 """
 
-from dataclasses import dataclass, replace
+import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
-from .divergence import Divergence, expectation, pointwise_divergence
+from .compilation import Compiled
+from .head import Finish, Head
+from .kernel import STATISTICS, divergence_kernel
+from .objective import Objective
+from .products import add_outer, project, project_back
 
 
-# Elements of one block of logits (16 MiB in fp32). About ten temporaries of this size are alive at once.
-_BLOCK_ELEMENTS = 2**22
-
-
-@dataclass(frozen=True)
-class Head:
-    """
-    A language-model head: logits = softcap(scale · (hidden · weightᵀ + bias)).
-
-    Args:
-        weight (`torch.Tensor` of shape `(V, H)`):
-            Projection.
-        bias (`torch.Tensor` of shape `(V,)`, *optional*):
-            Bias.
-        scale (`float`, *optional*, defaults to `1.0`):
-            Factor on the logits (Cohere, Granite, Falcon-H1, ...).
-        softcap (`float`, *optional*):
-            Logits y become softcap · tanh(y / softcap) (Gemma).
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """
-        Logits of shape `(N, V)`, in fp32 or wider, of hidden states of shape `(N, H)`, multiplied in the weight's
-        dtype.
-        """
-        logits = hidden.to(self.weight.dtype) @ self.weight.t()
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.bias is not None:
-            logits += self.bias
-        if self.scale != 1.0:
-            logits *= self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+# Below, compiling takes longer than it saves.
+_MIN_COMPILED_VOCABULARY = 2**13
 
 
 class FusedDivergence(NamedTuple):
@@ -67,15 +36,21 @@ class FusedDivergence(NamedTuple):
         divergence (`torch.Tensor`):
             Divergence of each token, in nats, after clipping.
         student_entropy (`torch.Tensor`):
-            Entropy of the student's distribution, in nats.
+            Entropy of the student's distribution over the vocabulary, in nats.
         teacher_entropy (`torch.Tensor`):
-            Entropy of the teacher's distribution, in nats.
+            Entropy of the teacher's, in nats.
         student_log_prob (`torch.Tensor`):
             Log-probability of the sampled token under the student.
         teacher_log_prob (`torch.Tensor`):
             Log-probability of the sampled token under the teacher.
+        top_k_overlap (`torch.Tensor`):
+            Share of the teacher's top-k tokens that are among the student's.
+        top_k_mass (`torch.Tensor`):
+            Probability the student gives to the teacher's top-k tokens.
         clipped (`torch.Tensor`):
-            1 where the clip lowered at least one vocabulary entry, else 0.
+            1 where the clip lowered at least one entry, else 0.
+        clipped_mass (`torch.Tensor`):
+            What the clip took off the divergence, in nats.
         finite (`torch.Tensor`):
             1 where the divergence and its gradient are finite, else 0. Other rows contribute neither loss nor
             gradient.
@@ -87,7 +62,10 @@ class FusedDivergence(NamedTuple):
     teacher_entropy: torch.Tensor
     student_log_prob: torch.Tensor
     teacher_log_prob: torch.Tensor
+    top_k_overlap: torch.Tensor
+    top_k_mass: torch.Tensor
     clipped: torch.Tensor
+    clipped_mass: torch.Tensor
     finite: torch.Tensor
 
 
@@ -98,18 +76,16 @@ def fused_divergence(
     teacher_head: Head,
     token_ids: torch.Tensor,
     weights: torch.Tensor,
-    divergence: Divergence,
-    jsd_weight: float = 0.5,
-    clip: float | None = None,
-    temperature: float = 1.0,
-    block_rows: int | None = None,
+    objective: Objective,
+    memory_budget: float = 256.0,
+    compile: bool | None = None,
 ) -> FusedDivergence:
     """
-    Weighted sum over tokens of the full-vocabulary divergence between teacher and student.
+    Weighted sum over tokens of a divergence between teacher and student.
 
     Differentiable in `student_hidden` and in the student head's weight and bias. The teacher receives no gradient.
-    Matrix products run in the autocast dtype, or else in the dtype of the head; everything elementwise and every
-    accumulation in fp32 (fp64 for fp64 inputs).
+    Matrix products run in the autocast dtype, or else in the dtype of the head, and are summed in fp32; everything
+    elementwise and every accumulation is in fp32 too (fp64 for fp64 inputs).
 
     Args:
         student_hidden (`torch.Tensor` of shape `(N, H)`):
@@ -121,20 +97,17 @@ def fused_divergence(
         teacher_head ([`Head`]):
             Teacher head, with V rows. It may share the student's tensors.
         token_ids (`torch.Tensor` of shape `(N,)`):
-            Sampled tokens, int64. They only feed the log-probabilities of the result.
+            Sampled tokens, int64.
         weights (`torch.Tensor` of shape `(N,)`):
-            Factor of each token's divergence in the loss.
-        divergence (`str`):
-            See [`pointwise_divergence`].
-        jsd_weight (`float`, *optional*, defaults to `0.5`):
-            See [`pointwise_divergence`].
-        clip (`float`, *optional*):
-            Upper bound τ on the entries before the sum over the vocabulary, Σ_v min(ℓ_v, τ), as in the released recipe
-            of [Self-Distilled Reasoner](https://huggingface.co/papers/2601.18734).
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Both sets of logits are divided by it. The loss is not multiplied by its square.
-        block_rows (`int`, *optional*):
-            Rows processed at once. `None` chooses by the size of the vocabulary.
+            Factor of each token's divergence in the loss. It may be negative.
+        objective ([`Objective`]):
+            Which divergence, over which tokens.
+        memory_budget (`float`, *optional*, defaults to `256.0`):
+            MiB this may take beyond its inputs and their gradients, whatever N is. It sets the number of rows
+            processed at once; a single row is always processed.
+        compile (`bool`, *optional*):
+            Whether to fuse the elementwise work with torch.compile. `None` does from a vocabulary of 8,192 on. Where
+            compiling fails, a warning says so and the work runs uncompiled.
 
     Returns:
         [`FusedDivergence`]: the loss and what the log needs, from the same pass.
@@ -148,7 +121,8 @@ def fused_divergence(
             f"The teacher's vocabulary has {teacher_head.weight.size(0)} entries and the student's {vocabulary}. A "
             "divergence between them is undefined: use a teacher with the student's tokenizer."
         )
-    block_rows = block_rows or max(1, _BLOCK_ELEMENTS // vocabulary)
+    if compile is None:
+        compile = vocabulary >= _MIN_COMPILED_VOCABULARY
     inputs: tuple[torch.Tensor | None, ...] = (student_hidden, student_head.weight, student_head.bias)
     if not torch.is_grad_enabled():  # inside the function grad mode is always off, and the gradients would be computed
         inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
@@ -159,12 +133,38 @@ def fused_divergence(
         teacher_head,
         token_ids,
         weights,
-        (divergence, jsd_weight),
-        clip,
-        temperature,
-        block_rows,
+        objective,
+        memory_budget,
+        _compiled_kernel() if compile else divergence_kernel,
     )
     return FusedDivergence(*outputs)
+
+
+@cache
+def _compiled_kernel() -> Compiled:
+    return Compiled(divergence_kernel)
+
+
+class _Blocks(NamedTuple):
+    # A block of rows goes through the matrix products at once. Its elementwise work is done slice by slice, so that
+    # the temporaries, up to a dozen of a slice's size, are small and stay in cache.
+    block_rows: int
+    slice_rows: int
+
+    @classmethod
+    def fit(cls, num_rows: int, row_bytes: int, memory_budget: float) -> "_Blocks":
+        """As few and as equal blocks as three quarters of the budget allow; the rest is for everything else."""
+        budget = memory_budget * 2**20
+        # Powers of two, so that the kernel sees few shapes and is rarely compiled anew
+        slice_rows = min(_floor_to_power_of_two(budget / 32 / row_bytes), _floor_to_power_of_two(2 * num_rows - 1))
+        most = max(1, int(budget * 3 / 4 / row_bytes) // slice_rows)
+        num_slices = max(1, math.ceil(num_rows / slice_rows))
+        num_blocks = math.ceil(num_slices / most)
+        return cls(math.ceil(num_slices / num_blocks) * slice_rows, slice_rows)
+
+
+def _floor_to_power_of_two(number: float) -> int:
+    return 2 ** (int(max(1, number)).bit_length() - 1)
 
 
 class _FusedDivergenceFunction(torch.autograd.Function):
@@ -179,89 +179,80 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         teacher_head,
         token_ids,
         weights,
-        divergence,
-        clip,
-        temperature,
-        block_rows,
+        objective,
+        memory_budget,
+        kernel,
     ):
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        device = hidden.device
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         else:
             dtype = torch.promote_types(hidden.dtype, weight.dtype)
         wide = torch.promote_types(dtype, torch.float32)
+        num_rows, vocabulary = hidden.size(0), weight.size(0)
         weights = weights.to(wide)
         # Gradients are kept relative to the largest weight: fp16 would round small ones to 0 before a loss scale helps
-        peak = weights.abs().max().clamp(min=torch.finfo(wide).tiny) if weights.numel() else weights.new_ones(())
-        student_head = replace(student_head, weight=weight.to(dtype))
-        teacher_head = replace(teacher_head, weight=teacher_head.weight.to(dtype))
+        peak = weights.abs().max().clamp(min=torch.finfo(wide).tiny) if num_rows else weights.new_ones(())
+        trains_hidden, trains_weight, trains_bias = ctx.needs_input_grad[:3]
+        needs_grad = trains_hidden or trains_weight or trains_bias
 
-        def gradient_buffer(index, like):
-            return torch.zeros(like.shape, dtype=wide, device=like.device) if ctx.needs_input_grad[index] else None
+        grad_dtype = dtype if device.type == "cuda" else wide
+        row_bytes = vocabulary * (2 * wide.itemsize + (0 if grad_dtype == wide else grad_dtype.itemsize))
+        block_rows, slice_rows = _Blocks.fit(num_rows, row_bytes, memory_budget)
+        student_block = torch.empty(block_rows, vocabulary, dtype=wide, device=device)
+        teacher_block = torch.empty_like(student_block)
+        grad_block = student_block if grad_dtype == wide else torch.empty_like(student_block, dtype=grad_dtype)
+        padding = (0, slice_rows)  # rows past the last token are computed with the others, and ignored
+        token_ids = pad(token_ids, padding)
+        factors = pad(weights / (peak * objective.temperature), padding)
+        statistics = torch.zeros(len(STATISTICS), num_rows + slice_rows, dtype=wide, device=device)
+        finishes = [
+            Finish(None if head.bias is None else head.bias.detach().to(wide), head.scale, head.softcap)
+            for head in (student_head, teacher_head)
+        ]
 
-        grad_hidden = gradient_buffer(0, hidden)
-        grad_weight = gradient_buffer(1, weight)
-        grad_bias = gradient_buffer(2, bias)
-        per_token = torch.zeros(7, hidden.size(0), dtype=wide, device=hidden.device)
+        grad_hidden = torch.empty(hidden.shape, dtype=wide, device=device) if trains_hidden else None
+        make_total = torch.empty if num_rows else torch.zeros
+        grad_weight = make_total(weight.shape, dtype=wide, device=device) if trains_weight else None
+        grad_bias = torch.zeros(vocabulary, dtype=wide, device=device) if trains_bias else None
 
-        with torch.autocast(device, enabled=False):
-            for start in range(0, hidden.size(0), block_rows):
-                rows = slice(start, start + block_rows)
-                student_logits = student_head.logits(hidden[rows])
-                teacher_logits = teacher_head.logits(teacher_hidden[rows])
-                log_s = torch.log_softmax(student_logits / temperature, dim=-1)
-                log_t = torch.log_softmax(teacher_logits / temperature, dim=-1)
-                del teacher_logits
-
-                entries, slopes = pointwise_divergence(log_s, log_t, *divergence)
-                clipped = per_token.new_zeros(entries.size(0))
-                if clip is not None:
-                    above = entries > clip
-                    entries = entries.clamp(max=clip)
-                    slopes = slopes.masked_fill(above, 0.0)
-                    clipped = above.any(dim=-1)
-                p_s = log_s.exp()
-                value = entries.sum(dim=-1)
-                slope_sum = slopes.sum(dim=-1, keepdim=True)
-                finite = torch.isfinite(value) & torch.isfinite(slope_sum.squeeze(-1))
-                finite &= torch.isfinite(hidden[rows]).all(dim=-1)  # a softcap hides infinite ones
-                target = token_ids[rows, None]
-                per_token[:, rows] = torch.stack(
-                    [
-                        value.masked_fill(~finite, 0.0),
-                        -expectation(p_s, log_s).sum(dim=-1),
-                        -expectation(log_t.exp(), log_t).sum(dim=-1),
-                        log_s.gather(1, target).squeeze(1),
-                        log_t.gather(1, target).squeeze(1),
-                        clipped.to(wide),
-                        finite.to(wide),
-                    ]
-                )
-                if grad_hidden is None and grad_weight is None and grad_bias is None:
+        with torch.autocast(device.type, enabled=False):
+            for start in range(0, num_rows, block_rows):
+                rows = slice(start, min(start + block_rows, num_rows))
+                size = rows.stop - start
+                student_rows = hidden[rows].to(dtype)
+                project(student_rows, weight, student_block[:size], dtype)
+                project(teacher_hidden[rows].to(dtype), teacher_head.weight, teacher_block[:size], dtype)
+                valid = pad(hidden[rows].isfinite().all(dim=-1), padding)  # a softcap hides infinite ones
+                for first in range(0, size, slice_rows):
+                    part, place = slice(first, first + slice_rows), slice(start + first, start + first + slice_rows)
+                    statistics[:, place] = kernel(
+                        student_block[part],
+                        teacher_block[part],
+                        *finishes,
+                        token_ids[place],
+                        factors[place],
+                        valid[part],
+                        objective,
+                        needs_grad,
+                        None if grad_block is student_block else grad_block[part],
+                    )
+                if not needs_grad:
                     continue
-
-                # For log p = log_softmax(z): ∂/∂z_v = d_v − p_v Σ_u d_u
-                grad = slopes.sub_(p_s.mul_(slope_sum)).mul_(weights[rows, None] / (peak * temperature))
-                if student_head.softcap is not None:
-                    grad *= 1 - (student_logits / student_head.softcap) ** 2
-                grad *= student_head.scale
-                grad.masked_fill_(~finite[:, None], 0.0)
+                grad = grad_block[:size]
                 if grad_bias is not None:
-                    grad_bias += grad.sum(dim=0)
-                grad = grad.to(dtype)
+                    grad_bias += grad.sum(dim=0, dtype=wide)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = (grad @ student_head.weight).to(wide)
+                    project_back(grad, weight, grad_hidden[rows], dtype)
                 if grad_weight is not None:
-                    block = hidden[rows].to(dtype).masked_fill(~finite[:, None], 0.0)
-                    if dtype == wide:
-                        grad_weight.addmm_(grad.t(), block)
-                    else:
-                        grad_weight += grad.t() @ block
+                    finite = statistics[-1, rows].bool()
+                    student_rows = student_rows.masked_fill(~finite[:, None], 0.0)
+                    add_outer(grad, student_rows, grad_weight, dtype, first=start == 0)
 
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(peak, grad_hidden, grad_weight, grad_bias)
-        loss = (per_token[0] * weights).sum()
-        outputs = per_token.unbind(0)
+        outputs = statistics[:, :num_rows].unbind(0)
+        loss = (outputs[0] * weights).sum()
         ctx.mark_non_differentiable(*outputs)
         return loss, *outputs
 
@@ -269,8 +260,10 @@ class _FusedDivergenceFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         peak, *grads = ctx.saved_tensors
-        grads = [
-            None if grad is None else (grad * (grad_loss * peak)).to(dtype)
-            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
-        ]
-        return *grads, *[None] * 9
+        factor = grad_loss * peak
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # they will be needed again
+            grads = [None if grad is None else grad * factor for grad in grads]
+        else:
+            grads = [None if grad is None else grad.mul_(factor) for grad in grads]
+        grads = [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return *grads, *[None] * 8

@@ -380,7 +380,7 @@ class FixedRollouts:
         """Mean divergence per token, in nats and without clipping, of each rollout under the current weights."""
         import torch
 
-        from ..objective import fused_divergence
+        from ..objective import Objective, fused_divergence
         from ..trainer.heads import head_of
 
         args: Any = self.trainer.args
@@ -396,9 +396,7 @@ class FixedRollouts:
                     head,
                     torch.tensor(completion, device=student.device),
                     torch.ones(len(completion), device=student.device),
-                    divergence=args.divergence,
-                    jsd_weight=args.jsd_weight,
-                    temperature=args.distillation_temperature,
+                    Objective(args.divergence, args.jsd_weight, temperature=args.distillation_temperature),
                 )
             means.append(output.divergence.mean().item())
         return means

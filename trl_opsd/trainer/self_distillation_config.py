@@ -68,6 +68,21 @@ class SelfDistillationConfig(GRPOConfig):
         jsd_weight (`float`, *optional*, defaults to `0.5`):
             Weight β in [0, 1] of `divergence="jsd"`, β·KL(teacher ‖ m) + (1−β)·KL(student ‖ m) with m = β·teacher +
             (1−β)·student. As in GKD, 0 stands for the forward and 1 for the reverse KL.
+        divergence_support (`str`, *optional*, defaults to `"full"`):
+            Tokens of the vocabulary the divergence is summed over. Possible values are:
+
+            - `"full"`: all of them.
+            - `"teacher_top_k"`, `"student_top_k"`, `"union_top_k"`: the `divergence_top_k` most probable ones under
+              the teacher, the student, or either.
+            - `"sampled_token"`: the sampled token alone, an unbiased estimate for on-policy rollouts. With
+              `divergence="reverse_kl"` it is the policy gradient whose advantage is log p_teacher − log p_student.
+        divergence_top_k (`int`, *optional*, defaults to `16`):
+            Size of the top-k sets: those of `divergence_support`, and those compared in the logged `top_k_overlap`
+            and `top_k_mass`.
+        divergence_tail (`str`, *optional*):
+            What becomes of the probability outside a top-k support: `"bucket"` makes it one more entry,
+            `"renormalize"` divides by the probability inside. `None` stands for `"bucket"` there, and must be left
+            for the other supports.
         divergence_clip (`float`, *optional*):
             Upper bound on every vocabulary entry of the divergence, applied before the sum over the vocabulary. `None`
             does not clip.
@@ -82,6 +97,15 @@ class SelfDistillationConfig(GRPOConfig):
             on-policy.
         seq_kd (`bool`, *optional*, defaults to `False`):
             Whether the off-policy sequences are sampled from the privileged teacher.
+
+        > Parameters that control how the divergence is computed
+
+        divergence_memory (`int`, *optional*, defaults to `256`):
+            MiB the divergence may take beyond hidden states, head and their gradients. It sets how many tokens are
+            processed at once, and changes nothing else. On a large GPU, 1024 keeps the matrix products busier.
+        compile_divergence (`bool`, *optional*):
+            Whether to fuse the elementwise work with torch.compile. `None` does for vocabularies of 8,192 tokens or
+            more. Where compiling fails, a warning says so and the same code runs uncompiled.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -195,6 +219,31 @@ class SelfDistillationConfig(GRPOConfig):
         default=0.5,
         metadata={"help": "Weight in [0, 1] of `divergence='jsd'`. As in GKD, 0 is the forward and 1 the reverse KL."},
     )
+    divergence_support: str = field(
+        default="full",
+        metadata={
+            "help": "Tokens of the vocabulary the divergence is summed over: 'full', the most probable "
+            "`divergence_top_k` of the teacher, the student or either ('teacher_top_k', 'student_top_k', "
+            "'union_top_k'), or the 'sampled_token' alone, an unbiased estimate.",
+            "choices": ["full", "teacher_top_k", "student_top_k", "union_top_k", "sampled_token"],
+        },
+    )
+    divergence_top_k: int = field(
+        default=16,
+        metadata={
+            "help": "Size of the top-k sets: those of `divergence_support`, and those compared in the logged "
+            "`top_k_overlap` and `top_k_mass`."
+        },
+    )
+    divergence_tail: str | None = field(
+        default=None,
+        metadata={
+            "help": "What becomes of the probability outside a top-k support: 'bucket' makes it one more entry, "
+            "'renormalize' divides by the probability inside. None stands for 'bucket' there, and must be left for "
+            "the other supports.",
+            "choices": ["bucket", "renormalize"],
+        },
+    )
     divergence_clip: float | None = field(
         default=None,
         metadata={
@@ -228,6 +277,22 @@ class SelfDistillationConfig(GRPOConfig):
         metadata={"help": "Whether the off-policy sequences are sampled from the privileged teacher."},
     )
 
+    # Parameters that control how the divergence is computed
+    divergence_memory: int = field(
+        default=256,
+        metadata={
+            "help": "MiB the divergence may take beyond hidden states, head and their gradients. It sets how many "
+            "tokens are processed at once, and changes nothing else."
+        },
+    )
+    compile_divergence: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to fuse the elementwise work of the divergence with torch.compile. None does for "
+            "vocabularies of 8,192 tokens or more."
+        },
+    )
+
     def __post_init__(self):
         single_rollout = self.num_generations == 1
         if single_rollout:
@@ -243,7 +308,7 @@ class SelfDistillationConfig(GRPOConfig):
                 "`max_steps=-1` to train by epochs.",
                 stacklevel=3,
             )
-        for name in ("loss_type", "overlong_teacher_prompt", "teacher", "divergence"):
+        for name in ("loss_type", "overlong_teacher_prompt", "teacher", "divergence", "divergence_support"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
@@ -263,6 +328,33 @@ class SelfDistillationConfig(GRPOConfig):
             )
         if not 0.0 <= self.jsd_weight <= 1.0:
             raise ValueError(f"`jsd_weight` must be in [0, 1], got {self.jsd_weight}.")
+        top_k_support = self.divergence_support.endswith("top_k")
+        if self.divergence_tail not in (None, "bucket", "renormalize"):
+            raise ValueError(f"`divergence_tail` must be 'bucket' or 'renormalize', got {self.divergence_tail!r}.")
+        if self.divergence_tail is not None and not top_k_support:
+            raise ValueError(
+                f"`divergence_tail='{self.divergence_tail}'` has no effect with "
+                f"`divergence_support='{self.divergence_support}'`, which has no tail. Choose a top-k support, or "
+                "leave `divergence_tail` unset."
+            )
+        if self.divergence_top_k < 1:
+            raise ValueError(f"`divergence_top_k` must be at least 1, got {self.divergence_top_k}.")
+        if (
+            self.divergence_tail == "renormalize"
+            and self.divergence_top_k == 1
+            and self.divergence_support != "union_top_k"
+        ):
+            raise ValueError(
+                "`divergence_top_k=1` with `divergence_tail='renormalize'` leaves one token of probability 1 on both "
+                "sides, whose divergence is always 0. Raise `divergence_top_k`, or set `divergence_tail='bucket'`."
+            )
+        if self.divergence_support == "sampled_token" and self.lmbda < 1.0:
+            raise ValueError(
+                f"`divergence_support='sampled_token'` estimates the divergence from tokens the student sampled, and "
+                f"`lmbda={self.lmbda}` replaces some of them. Set `lmbda=1.0`, or choose another support."
+            )
+        if self.divergence_memory < 1:
+            raise ValueError(f"`divergence_memory` must be at least 1 (MiB), got {self.divergence_memory}.")
         if self.divergence_clip is not None and not self.divergence_clip > 0.0:
             raise ValueError(
                 f"`divergence_clip` must be positive, got {self.divergence_clip}. Use `None` for no clipping."

@@ -38,7 +38,14 @@ from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx, pad
 from ..context import Rollouts, TeacherPrompt, make_context, thinking_prefix
 from ..data import validate_rows
 from ..guard import SkipNonFiniteSteps
-from ..objective import Divergence, FusedDivergence, Head, aggregation_weights, fused_divergence, generalized_jsd_loss
+from ..objective import (
+    FusedDivergence,
+    Head,
+    Objective,
+    aggregation_weights,
+    fused_divergence,
+    generalized_jsd_loss,
+)
 from ..teacher import InitialTeacher, LiveTeacher, PeriodicTeacher, Teacher
 from .heads import causal_lm, head_of, unsharded
 from .self_distillation_config import SelfDistillationConfig
@@ -239,6 +246,15 @@ class SelfDistillationTrainer(GRPOTrainer):
             or self.aux_loss_enabled
         )
         self.teacher_prompt.chat_template = self.chat_template
+        self._objective = Objective(
+            divergence=args.divergence,  # type: ignore[arg-type]
+            jsd_weight=args.jsd_weight,
+            support=args.divergence_support,  # type: ignore[arg-type]
+            top_k=args.divergence_top_k,
+            tail=args.divergence_tail or "bucket",  # type: ignore[arg-type]
+            clip=args.divergence_clip,
+            temperature=cast(float, args.distillation_temperature),
+        )
 
         self._forward_redirection = _ForwardRedirection()
         starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
@@ -607,10 +623,9 @@ class SelfDistillationTrainer(GRPOTrainer):
                 unsharded(teacher_head),
                 token_ids,
                 weights,
-                divergence=cast(Divergence, self.args.divergence),
-                jsd_weight=self.args.jsd_weight,
-                clip=self.args.divergence_clip,
-                temperature=cast(float, self.args.distillation_temperature),
+                self._objective,
+                memory_budget=self.args.divergence_memory,
+                compile=self.args.compile_divergence,
             )
 
     def _completion_states(
@@ -637,13 +652,17 @@ class SelfDistillationTrainer(GRPOTrainer):
                 output.student_entropy,
                 output.teacher_entropy,
                 output.teacher_log_prob - output.student_log_prob,
+                output.top_k_overlap,
+                output.top_k_mass,
                 output.clipped,
+                output.clipped_mass,
             ]
         )
         sums = torch.where(finite & values.isfinite(), values, 0.0).sum(dim=1)
         counts = torch.stack([finite.sum(), (~finite).sum()]).to(sums)
         *totals, num_tokens, num_skipped = self.accelerator.reduce(torch.cat([sums, counts]), "sum").tolist()
-        divergence, entropy, teacher_entropy, log_ratio, clipped = (total / max(num_tokens, 1) for total in totals)
+        means = (total / max(num_tokens, 1) for total in totals)
+        divergence, entropy, teacher_entropy, log_ratio, overlap, mass, clipped, clipped_mass = means
 
         metrics = self._metrics[mode]
         metrics["distillation_loss"].append(divergence)
@@ -651,8 +670,11 @@ class SelfDistillationTrainer(GRPOTrainer):
         metrics["teacher_entropy"].append(teacher_entropy)
         metrics["entropy_gap"].append(entropy - teacher_entropy)
         metrics["log_ratio"].append(log_ratio)
+        metrics["top_k_overlap"].append(overlap)
+        metrics["top_k_mass"].append(mass)
         if self.args.divergence_clip is not None:
             metrics["clipped_share"].append(clipped)
+            metrics["clipped_mass"].append(clipped_mass)
             if divergence < 0.0 and not self._warned_about_clip:
                 self._warned_about_clip = True
                 warnings.warn(

@@ -1,0 +1,139 @@
+"""All elementwise work of the fused loss, written once. It runs as it stands and under torch.compile."""
+
+import torch
+
+from .divergence import canonical, expectation, pointwise_divergence
+from .head import Finish
+from .objective import TOP_K_SUPPORTS, Objective
+from .support import chunk_maxima, restrict, select_support, spread, top_k_tokens
+
+
+# What the kernel reports of each token, in this order. `FusedDivergence` says what they are.
+STATISTICS = (
+    "divergence",
+    "student_entropy",
+    "teacher_entropy",
+    "student_log_prob",
+    "teacher_log_prob",
+    "top_k_overlap",
+    "top_k_mass",
+    "clipped",
+    "clipped_mass",
+    "finite",
+)
+
+
+def divergence_kernel(
+    student_products: torch.Tensor,
+    teacher_products: torch.Tensor,
+    student_finish: Finish,
+    teacher_finish: Finish,
+    token_ids: torch.Tensor,
+    factors: torch.Tensor,
+    valid: torch.Tensor,
+    objective: Objective,
+    needs_grad: bool,
+    grad: torch.Tensor | None,
+) -> torch.Tensor:
+    """
+    Divergence of each row, its statistics and its gradient.
+
+    Args:
+        student_products (`torch.Tensor` of shape `(N, V)`):
+            Products of the student's hidden states and head weight, fp32 or fp64.
+        teacher_products (`torch.Tensor` of shape `(N, V)`):
+            The teacher's.
+        student_finish ([`Finish`]):
+            The rest of the student's head.
+        teacher_finish ([`Finish`]):
+            The rest of the teacher's head.
+        token_ids (`torch.Tensor` of shape `(N,)`):
+            Sampled tokens.
+        factors (`torch.Tensor` of shape `(N,)`):
+            Factor of each row's gradient.
+        valid (`torch.Tensor` of shape `(N,)`):
+            False for rows whose hidden states are not finite.
+        objective ([`Objective`]):
+            What to compute.
+        needs_grad (`bool`):
+            Whether to compute the gradient with respect to the student's products (plus bias).
+        grad (`torch.Tensor` of shape `(N, V)`, *optional*):
+            Where it is written. `None` writes over `student_products`.
+
+    Returns:
+        `torch.Tensor` of shape `(len(STATISTICS), N)`.
+    """
+    student_logits = student_finish.logits(student_products)
+    teacher_logits = teacher_finish.logits(teacher_products)
+    maxima_s, maxima_t = chunk_maxima(student_logits), chunk_maxima(teacher_logits)
+    log_s = log_softmax(student_logits, maxima_s.amax(dim=-1, keepdim=True), objective.temperature)
+    log_t = log_softmax(teacher_logits, maxima_t.amax(dim=-1, keepdim=True), objective.temperature)
+    p_s, p_t = log_s.exp(), log_t.exp()
+    target = token_ids.unsqueeze(1)
+
+    top_k = min(objective.top_k, log_s.size(1))
+    student_top = top_k_tokens(student_logits, maxima_s, top_k)
+    teacher_top = top_k_tokens(teacher_logits, maxima_t, top_k)
+    if objective.support in TOP_K_SUPPORTS:
+        tokens, kept = select_support(objective, student_top, teacher_top)
+        support_s, support_t = (restrict(log_p, tokens, kept, objective) for log_p in (log_s, log_t))
+    elif objective.support == "sampled_token":
+        support_s, support_t = log_s.gather(1, target), log_t.gather(1, target)
+    else:
+        support_s, support_t = log_s, log_t
+
+    divergence, jsd_weight = objective.divergence, objective.jsd_weight
+    entries, slopes = pointwise_divergence(support_s, support_t, divergence, jsd_weight)
+    if objective.support == "sampled_token":
+        # Σ_v d_v ∇log p_v is the mean of (d_y / p_y) ∇log p_y over sampled y, which any constant added to d_y / p_y
+        # leaves as it is
+        p_y = support_s.exp()
+        baseline = {"forward_kl": 1.0, "reverse_kl": -1.0, "jsd": 0.0}[canonical(divergence, jsd_weight)]
+        entries, slopes = entries / p_y, slopes / p_y + baseline
+    clipped = clipped_mass = torch.zeros_like(factors)
+    if objective.clip is not None:
+        above = entries > objective.clip
+        clipped = above.any(dim=-1).to(entries.dtype)
+        clipped_mass = torch.where(above, entries - objective.clip, 0.0).sum(dim=-1)
+        entries, slopes = entries.clamp(max=objective.clip), torch.where(above, 0.0, slopes)
+    value, slope_sum = entries.sum(dim=-1), slopes.sum(dim=-1)
+    finite = valid & value.isfinite() & slope_sum.isfinite()
+
+    statistics = torch.stack(
+        [
+            torch.where(finite, value, 0.0),
+            -expectation(p_s, log_s).sum(dim=-1),
+            -expectation(p_t, log_t).sum(dim=-1),
+            log_s.gather(1, target).squeeze(1),
+            log_t.gather(1, target).squeeze(1),
+            (student_top.unsqueeze(2) == teacher_top.unsqueeze(1)).sum(dim=(1, 2)).to(value.dtype) / top_k,
+            p_s.gather(1, teacher_top).sum(dim=-1),
+            clipped,
+            clipped_mass,
+            finite.to(value.dtype),
+        ]
+    )
+    if needs_grad:
+        # For log p = log_softmax(z): ∂/∂z_v = d_v − p_v Σ_u d_u
+        if objective.support == "full":
+            logit_grad = slopes - p_s * slope_sum.unsqueeze(1)
+        elif objective.support == "sampled_token":
+            logit_grad = (-p_s * slopes).scatter_add(1, target, slopes)
+        else:
+            logit_grad = spread(slopes, log_s, support_s, tokens, objective)
+        logit_grad = student_finish.pull_back(logit_grad, student_logits) * factors.unsqueeze(1)
+        target_block = student_products if grad is None else grad
+        target_block.copy_(torch.where(finite.unsqueeze(1), logit_grad, 0.0))
+    return statistics
+
+
+def log_softmax(logits: torch.Tensor, maximum: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    log softmax(logits / temperature), given the maximum of each row.
+
+    Spelled out, because torch.compile takes a factor out of a softmax by a detour that costs more than the rest.
+    """
+    shifted = logits - maximum
+    if temperature != 1.0:
+        shifted = shifted * (1 / temperature)
+    return shifted - shifted.exp().sum(dim=-1, keepdim=True).log()

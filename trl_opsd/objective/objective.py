@@ -1,0 +1,80 @@
+"""Which divergence, over which part of the vocabulary: the choices that make an objective."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .divergence import Divergence
+
+
+Support = Literal["full", "teacher_top_k", "student_top_k", "union_top_k", "sampled_token"]
+Tail = Literal["bucket", "renormalize"]
+
+TOP_K_SUPPORTS = ("teacher_top_k", "student_top_k", "union_top_k")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """
+    A divergence between the teacher's and the student's distribution of one token.
+
+    Args:
+        divergence (`str`, *optional*, defaults to `"forward_kl"`):
+            See [`pointwise_divergence`].
+        jsd_weight (`float`, *optional*, defaults to `0.5`):
+            See [`pointwise_divergence`].
+        support (`str`, *optional*, defaults to `"full"`):
+            Tokens whose entries are summed:
+
+            - `"full"`: the vocabulary.
+            - `"teacher_top_k"`, `"student_top_k"`, `"union_top_k"`: the `top_k` most probable tokens of the teacher,
+              of the student, or of either. The choice itself carries no gradient.
+            - `"sampled_token"`: the one token the student sampled, as an unbiased estimate of the divergence and of
+              its gradient for tokens sampled from the student at `temperature`: the entry ℓ_y divided by p_S,y, with
+              a baseline that makes the gradient vanish where teacher and student agree. With `"reverse_kl"` this is
+              the policy gradient whose advantage is log p_T,y − log p_S,y.
+        top_k (`int`, *optional*, defaults to `16`):
+            Size of the top-k sets: those of `support`, and those whose overlap is measured.
+        tail (`str`, *optional*, defaults to `"bucket"`):
+            What becomes of the probability outside a top-k support: `"bucket"` adds it as one more entry, so that the
+            divergence is a lower bound of the full one; `"renormalize"` divides by the probability inside, so that
+            the mass a student puts outside costs nothing.
+        clip (`float`, *optional*):
+            Upper bound τ on the entries before they are summed, Σ_v min(ℓ_v, τ), as in the released recipe of
+            [Self-Distilled Reasoner](https://huggingface.co/papers/2601.18734).
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Both sets of logits are divided by it. The loss is not multiplied by its square.
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+
+    divergence: Divergence = "forward_kl"
+    jsd_weight: float = 0.5
+    support: Support = "full"
+    top_k: int = 16
+    tail: Tail = "bucket"
+    clip: float | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("divergence", ("forward_kl", "reverse_kl", "jsd")),
+            ("support", ("full", *TOP_K_SUPPORTS, "sampled_token")),
+            ("tail", ("bucket", "renormalize")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
+        if not 0.0 <= self.jsd_weight <= 1.0:
+            raise ValueError(f"`jsd_weight` must be in [0, 1], got {self.jsd_weight}.")
+        if self.top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, got {self.top_k}.")
+        single = self.top_k == 1 and self.support in ("teacher_top_k", "student_top_k")
+        if single and self.tail == "renormalize":
+            raise ValueError(
+                "`top_k=1` with `tail='renormalize'` leaves one token of probability 1 on both sides, whose "
+                "divergence is always 0. Raise `top_k`, or set `tail='bucket'`."
+            )
+        if self.clip is not None and not self.clip > 0.0:
+            raise ValueError(f"`clip` must be positive, got {self.clip}. Use `None` for no clipping.")
+        if not self.temperature > 0.0:
+            raise ValueError(f"`temperature` must be positive, got {self.temperature}.")

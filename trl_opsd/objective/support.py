@@ -1,0 +1,144 @@
+"""Restricting two distributions over the vocabulary to a few of its tokens."""
+
+import torch
+
+from .objective import Objective
+
+
+_CHUNK = 64
+
+
+def chunk_maxima(scores: torch.Tensor) -> torch.Tensor:
+    """
+    Maxima of consecutive chunks of the vocabulary, which the row's maximum and its top k are found from.
+
+    Args:
+        scores (`torch.Tensor` of shape `(N, V)`):
+            Anything.
+
+    Returns:
+        `torch.Tensor` of shape `(N, ceil(V / 64))`.
+    """
+    whole = scores.size(1) - scores.size(1) % _CHUNK
+    maxima = scores[:, :whole].unflatten(1, (-1, _CHUNK)).amax(dim=-1)
+    if whole == scores.size(1):
+        return maxima
+    return torch.cat([maxima, scores[:, whole:].amax(dim=-1, keepdim=True)], dim=1)
+
+
+def top_k_tokens(scores: torch.Tensor, maxima: torch.Tensor, k: int) -> torch.Tensor:
+    """
+    The tokens with the k highest scores, in no particular order.
+
+    They lie in the k chunks with the highest maxima, so that little of a wide row is sorted.
+
+    Args:
+        scores (`torch.Tensor` of shape `(N, V)`):
+            Anything that grows with the probability.
+        maxima (`torch.Tensor` of shape `(N, ceil(V / 64))`):
+            Their [`chunk_maxima`].
+        k (`int`):
+            Number of tokens, at most V.
+
+    Returns:
+        `torch.Tensor` of shape `(N, k)`, int64.
+    """
+    num_rows, vocabulary = scores.shape
+    if vocabulary < 4 * k * _CHUNK:
+        return scores.topk(k, sorted=False).indices
+    whole = vocabulary - vocabulary % _CHUNK
+    chunks = maxima[:, : whole // _CHUNK].topk(k, sorted=False).indices
+    within = torch.arange(_CHUNK, device=scores.device)
+    tokens = (chunks.unsqueeze(-1) * _CHUNK + within).flatten(1)
+    rest = torch.arange(whole, vocabulary, device=scores.device).expand(num_rows, -1)
+    tokens = torch.cat([tokens, rest], dim=1)
+    return tokens.gather(1, scores.gather(1, tokens).topk(k, sorted=False).indices)
+
+
+def select_support(
+    objective: Objective, student_top: torch.Tensor, teacher_top: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The tokens of a top-k support.
+
+    Args:
+        objective ([`Objective`]):
+            Its `support`.
+        student_top (`torch.Tensor` of shape `(N, k)`):
+            The student's top-k tokens.
+        teacher_top (`torch.Tensor` of shape `(N, k)`):
+            The teacher's top-k tokens.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: token ids of shape `(N, K)`, and a mask of the same shape that is False
+        where a token is listed a second time.
+    """
+    if objective.support == "union_top_k":
+        repeated = (student_top.unsqueeze(2) == teacher_top.unsqueeze(1)).any(dim=2)
+        tokens = torch.cat([teacher_top, student_top], dim=1)
+        return tokens, torch.cat([torch.ones_like(repeated), ~repeated], dim=1)
+    tokens = teacher_top if objective.support == "teacher_top_k" else student_top
+    return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+
+def restrict(log_p: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor, objective: Objective) -> torch.Tensor:
+    """
+    Log-probabilities over a support.
+
+    Args:
+        log_p (`torch.Tensor` of shape `(N, V)`):
+            Log-probabilities over the vocabulary.
+        tokens (`torch.Tensor` of shape `(N, K)`):
+            The support.
+        kept (`torch.Tensor` of shape `(N, K)`):
+            False where a token is to be left out: it gets probability 0.
+        objective ([`Objective`]):
+            Its `tail`.
+
+    Returns:
+        `torch.Tensor` of shape `(N, K + 1)` whose last entry is the probability of all other tokens, or of shape `(N,
+        K)` with `tail="renormalize"`.
+    """
+    inside = log_p.gather(1, tokens).masked_fill(~kept, -torch.inf)
+    if objective.tail == "renormalize":
+        return inside.log_softmax(dim=-1)
+    # Summed over the outside, not as 1 − (inside), which would lose the tail of a peaked distribution to rounding
+    outside = log_p.scatter(1, tokens, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    return torch.cat([inside, outside], dim=1)
+
+
+def spread(
+    slopes: torch.Tensor, log_s: torch.Tensor, restricted: torch.Tensor, tokens: torch.Tensor, objective: Objective
+) -> torch.Tensor:
+    """
+    Gradient with respect to the student's logits, from the slopes over a support.
+
+    With q the student's distribution over the support, ∂/∂z_v = d_v − q_v Σ_u d_u for a renormalised support. With a
+    bucket, d_v of a token outside is d_bucket · p_v / p_bucket.
+
+    Args:
+        slopes (`torch.Tensor` of shape `(N, K)` or `(N, K + 1)`):
+            d = ∂ℓ/∂log q, 0 for tokens left out.
+        log_s (`torch.Tensor` of shape `(N, V)`):
+            Student log-probabilities over the vocabulary.
+        restricted (`torch.Tensor` of the shape of `slopes`):
+            log q, from [`restrict`].
+        tokens (`torch.Tensor` of shape `(N, K)`):
+            The support.
+        objective ([`Objective`]):
+            Its `tail`.
+
+    Returns:
+        `torch.Tensor` of shape `(N, V)`.
+    """
+    total = slopes.sum(dim=-1, keepdim=True)
+    if objective.tail == "renormalize":
+        grad, inside = torch.zeros_like(log_s), slopes - restricted.exp() * total
+    else:
+        num_tokens = tokens.size(1)
+        bucket, log_bucket = slopes[:, num_tokens:], restricted[:, num_tokens:]
+        share = torch.where(log_bucket == -torch.inf, 0.0, (log_s - log_bucket).exp())
+        grad = bucket * share - log_s.exp() * total
+        inside = slopes[:, :num_tokens] - restricted[:, :num_tokens].exp() * total
+        grad = grad.scatter(1, tokens, 0.0)
+    return grad.scatter_add(1, tokens, inside)
