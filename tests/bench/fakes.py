@@ -1,0 +1,31 @@
+"""Contenders that do next to nothing, or die doing it. They run in processes of their own."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from trl_opsd.bench.channel import CannotRun
+
+
+def serve(name, case, channel):
+    if name == "unable":
+        raise CannotRun("it cannot do that")
+    if name == "broken":
+        raise RuntimeError("no such kernel\nand a long explanation")
+    print("a library says hello")
+    channel.send({"pid": os.getpid()})
+    timed = 0
+    while (command := channel.receive()) is not None:
+        if command == "time":
+            timed += 1
+            if name == "killed" and timed == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if name == "raising" and timed == 2:
+                raise ValueError("out of luck")
+        with Path(case["journal"]).open("a") as journal:
+            journal.write(f"{command} {name} begins\n")
+            journal.flush()
+            time.sleep(0.01)
+            journal.write(f"{command} {name} ends\n")
+        channel.send({"seconds": float(timed)} if command != "memory" else {"peak_extra_bytes": 3})

@@ -1,0 +1,109 @@
+import pytest
+import torch
+
+from trl_opsd.bench import loss as bench
+from trl_opsd.bench.channel import CannotRun
+from trl_opsd.bench.loss import LOSSES, Floor, Loss, LossCase, LossInputs, missing_feature
+
+
+def make_case(**kwargs):
+    return LossCase(**{"num_tokens": 7, "hidden_size": 6, "vocab_size": 11, "device": "cpu", **kwargs})
+
+
+def reference(case):
+    """Loss and gradients by the plain formula in float64."""
+    inputs = LossInputs.make(case).double()
+    p_s = torch.softmax(inputs.hidden @ inputs.weight.t(), dim=-1)
+    p_t = torch.softmax(inputs.teacher_hidden @ inputs.weight.detach().t(), dim=-1)
+    m = (p_s + p_t) / 2
+    entries = {
+        "forward_kl": p_t * (p_t / p_s).log(),
+        "reverse_kl": p_s * (p_s / p_t).log(),
+        "jsd": (p_t * (p_t / m).log() + p_s * (p_s / m).log()) / 2,
+    }[case.divergence]
+    if case.clip is not None:
+        entries = entries.clamp(max=case.clip)
+    value = (entries.sum(dim=-1) * inputs.weights).sum()
+    value.backward()
+    return value.detach(), inputs.gradients()
+
+
+def assert_as_reference(name, case):
+    if name == "liger":
+        pytest.importorskip("liger_kernel")
+    inputs = LossInputs.make(case)
+    value = LOSSES[name](inputs, case)
+    value.backward()
+
+    expected, gradients = reference(case)
+    torch.testing.assert_close(value.detach().double(), expected, atol=1e-6, rtol=1e-4)
+    assert len(inputs.gradients()) == len(gradients) == 2 - case.frozen_head
+    for got, wanted in zip(inputs.gradients(), gradients, strict=True):
+        torch.testing.assert_close(got.double(), wanted, atol=1e-6, rtol=1e-3)
+
+
+@pytest.fixture(autouse=True)
+def no_compilation(monkeypatch):
+    # It would take longer than all of these tests
+    monkeypatch.setattr(torch, "compile", lambda function, *args, **kwargs: function)
+
+
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_contenders_compute_the_same(name, divergence, frozen_head):
+    assert_as_reference(name, make_case(divergence=divergence, frozen_head=frozen_head))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("options", [{"clip": 0.01}, {"token_weights": True}, {"metrics": True}])
+def test_options_are_honoured_or_refused(name, options):
+    case = make_case(**options)
+    if missing_feature(name, case) is None:
+        assert_as_reference(name, case)
+    else:
+        assert name in ("trl-chunked", "liger")
+        with pytest.raises(CannotRun, match=r"^(it|of) "):
+            Loss(name, case)
+
+
+def test_the_clip_of_these_tests_bites():
+    assert reference(make_case(clip=0.01))[0] < reference(make_case())[0]
+
+
+def test_all_contenders_have_the_same_inputs():
+    case = make_case(token_weights=True)
+    first, second = LossInputs.make(case), LossInputs.make(case)
+    for name, tensor in vars(first).items():
+        assert torch.equal(tensor, vars(second)[name])
+    assert first.weights.sum().item() == pytest.approx(1.0)
+    assert not torch.equal(first.hidden, LossInputs.make(make_case(seed=1)).hidden)
+
+
+def test_check_finds_a_wrong_gradient(monkeypatch):
+    case = make_case(num_tokens=40)
+    assert Loss("dense", case).check()["gradient_error"] < 1e-5
+    monkeypatch.setitem(LOSSES, "dense", lambda inputs, case: 1.1 * bench.dense(inputs, case))
+    assert Loss("dense", case).check()["gradient_error"] == pytest.approx(0.1, rel=1e-3)
+
+
+def test_bfloat16_runs():
+    assert Loss("dense", make_case(dtype="bfloat16", num_tokens=16)).check()["gradient_error"] < 0.1
+
+
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize("rows", [3, 1024])
+def test_floor_is_the_products(monkeypatch, rows, frozen_head):
+    monkeypatch.setattr(bench, "_FLOOR_ROWS", rows)
+    case = make_case(frozen_head=frozen_head)
+    floor, inputs = Floor(case), LossInputs.make(case)
+    floor.run()
+    floor.run()
+
+    weight, hidden = inputs.weight.detach(), inputs.hidden.detach()
+    logits = hidden @ weight.t()
+    torch.testing.assert_close(floor._grad_hidden, logits @ weight)
+    if frozen_head:
+        assert floor._grad_weight is None
+    else:
+        torch.testing.assert_close(floor._grad_weight, logits.t() @ hidden)

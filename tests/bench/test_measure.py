@@ -1,0 +1,48 @@
+import time
+
+import pytest
+import torch
+
+from trl_opsd.bench import measure
+from trl_opsd.bench.measure import PeakMemory
+
+
+MIB = 2**20
+
+
+def allocate(mib, seconds=0.0):
+    tensor = torch.ones(mib * MIB, dtype=torch.uint8)
+    time.sleep(seconds)
+    return tensor
+
+
+@pytest.mark.parametrize("resettable", [True, False])
+def test_known_allocation(resettable, monkeypatch):
+    if not resettable:
+        monkeypatch.setattr(measure, "_reset_high_water_mark", lambda: False)
+    peak = PeakMemory(torch.device("cpu"))
+    allocate(64, seconds=0.1)
+    assert 60 <= peak.stop() / MIB <= 72
+
+
+@pytest.mark.parametrize("resettable", [True, False])
+def test_restart_forgets_the_peak_but_not_the_start(resettable, monkeypatch):
+    if not resettable:
+        monkeypatch.setattr(measure, "_reset_high_water_mark", lambda: False)
+    peak = PeakMemory(torch.device("cpu"))
+    kept = allocate(16)
+    allocate(128, seconds=0.05)
+    peak.restart()
+    allocate(32, seconds=0.1)
+    assert 44 <= peak.stop() / MIB <= 56
+    assert kept.size(0) == 16 * MIB
+
+
+def test_what_was_freed_before_hides_nothing():
+    # Many small pieces stay with the C library when they are freed
+    pieces = [bytearray(4096) for _ in range(16 * 256)]
+    del pieces
+    peak = PeakMemory(torch.device("cpu"))
+    pieces = [bytearray(4096) for _ in range(16 * 256)]
+    assert peak.stop() / MIB >= 14
+    assert len(pieces) == 16 * 256

@@ -1,0 +1,287 @@
+"""The fields of the two benchmarks. Nothing heavy is imported here, so that `--help` answers at once."""
+
+import tempfile
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+
+@dataclass
+class BenchArguments:
+    """
+    Fields of both benchmarks.
+
+    Args:
+        contenders (`list[str]`, *optional*):
+            Names of the contenders to run, in this order. `None` runs all of them.
+        repeats (`int`, *optional*, defaults to `5`):
+            Timed iterations of each contender, one per round. Fewer than 5 give no median worth quoting.
+        warmups (`int`, *optional*, defaults to `1`):
+            Iterations of each contender before the first timed one.
+        device (`str`, *optional*, defaults to `"auto"`):
+            `"cpu"`, `"cuda"`, or `"auto"` for CUDA where there is a GPU.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            `"float32"` or `"bfloat16"`.
+        threads (`int`, *optional*):
+            CPU threads of each contender. `None` leaves the choice to PyTorch.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of everything random, the same for all contenders.
+        output_dir (`str`, *optional*):
+            Folder for the results, the plot and what the contenders write on their consoles. Defaults to
+            `bench/<name of the benchmark>`.
+    """
+
+    name: ClassVar[str]
+    all_contenders: ClassVar[tuple[str, ...]]
+    factory: ClassVar[str]
+
+    contenders: list[str] | None = field(
+        default=None, metadata={"help": "Names of the contenders to run, in this order. All of them by default."}
+    )
+    repeats: int = field(
+        default=5,
+        metadata={
+            "help": "Timed iterations of each contender, one per round. Fewer than 5 give no median worth quoting."
+        },
+    )
+    warmups: int = field(default=1, metadata={"help": "Iterations of each contender before the first timed one."})
+    device: Literal["auto", "cpu", "cuda"] = field(
+        default="auto", metadata={"help": "'cpu', 'cuda', or 'auto' for CUDA where there is a GPU."}
+    )
+    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "'float32' or 'bfloat16'."})
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of each contender. By default PyTorch chooses."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of everything random, the same for all contenders."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the results, the plot and what the contenders write on their consoles. Defaults to "
+            "bench/<name of the benchmark>."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.contenders = list(self.all_contenders if self.contenders is None else self.contenders)
+        for name in self.contenders:
+            if name not in self.all_contenders:
+                raise ValueError(f"`contenders` knows no {name!r}. Choose from: {', '.join(self.all_contenders)}.")
+        if len(set(self.contenders)) < len(self.contenders):
+            raise ValueError(f"`contenders` names one twice: {' '.join(self.contenders)}. Name each once.")
+        self._check_at_least(1, "repeats", "threads")
+        self._check_at_least(0, "warmups")
+        if self.output_dir is None:
+            self.output_dir = f"bench/{self.name}"
+
+    def _check_at_least(self, minimum: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            for number in value if isinstance(value, list) else [value]:
+                if number is not None and number < minimum:
+                    raise ValueError(f"`{name}` must be at least {minimum}, got {number}.")
+
+    def prepare_output_dir(self) -> Path:
+        """
+        Makes the output folder.
+
+        Returns:
+            `Path`:
+                The folder.
+
+        Raises:
+            ValueError: If nothing can be written there.
+        """
+        assert self.output_dir is not None
+        folder = Path(self.output_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"`output_dir={self.output_dir}` cannot be written to ({error.strerror}). Name another folder."
+            ) from None
+        return folder
+
+    def cases(self) -> list[dict[str, Any]]:
+        """What is measured, one after the other: settings that a contender's process receives."""
+        raise NotImplementedError
+
+
+@dataclass
+class LossArguments(BenchArguments):
+    """
+    Fields of `trl-opsd bench loss`: one forward and backward pass of the divergence, from hidden states.
+
+    The first three take several values each; all combinations are run.
+
+    Args:
+        num_tokens (`list[int]`, *optional*, defaults to `[512]`):
+            Number of tokens N.
+        hidden_size (`list[int]`, *optional*, defaults to `[1024]`):
+            Width H of the hidden states.
+        vocab_size (`list[int]`, *optional*, defaults to `[151936]`):
+            Size V of the vocabulary.
+        divergence (`str`, *optional*, defaults to `"jsd"`):
+            `"forward_kl"`, `"reverse_kl"` or `"jsd"` (with β = 0.5).
+        frozen_head (`bool`, *optional*, defaults to `False`):
+            Whether the head is frozen, as with LoRA: the gradient then goes to the hidden states alone.
+        clip (`float`, *optional*):
+            Upper bound on every vocabulary entry of the divergence.
+        token_weights (`bool`, *optional*, defaults to `False`):
+            Whether every token has a weight of its own, as the aggregations over sequences need, instead of 1/N.
+        metrics (`bool`, *optional*, defaults to `False`):
+            Whether the pass also yields what a training log shows: both entropies, both log-probabilities of the
+            sampled token and, with a clip, the share of clipped tokens.
+        check (`bool`, *optional*, defaults to `False`):
+            Whether to compare every contender's gradients with those of the plain formula in float64, on a small slice
+            of the same inputs.
+    """
+
+    name: ClassVar[str] = "loss"
+    all_contenders: ClassVar[tuple[str, ...]] = (
+        "ours-compiled",
+        "ours-eager",
+        "trl-chunked",
+        "liger",
+        "dense",
+        "floor",
+    )
+    factory: ClassVar[str] = "trl_opsd.bench.loss:serve"
+
+    num_tokens: list[int] = field(
+        default_factory=lambda: [512], metadata={"help": "Number of tokens N; several values make a sweep."}
+    )
+    hidden_size: list[int] = field(
+        default_factory=lambda: [1024],
+        metadata={"help": "Width H of the hidden states; several values make a sweep."},
+    )
+    vocab_size: list[int] = field(
+        default_factory=lambda: [151936],
+        metadata={"help": "Size V of the vocabulary; several values make a sweep."},
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = field(
+        default="jsd", metadata={"help": "'forward_kl', 'reverse_kl' or 'jsd' (with beta = 0.5)."}
+    )
+    frozen_head: bool = field(
+        default=False,
+        metadata={"help": "Whether the head is frozen, as with LoRA: only the hidden states receive a gradient."},
+    )
+    clip: float | None = field(
+        default=None, metadata={"help": "Upper bound on every vocabulary entry of the divergence."}
+    )
+    token_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether every token has a weight of its own, as the aggregations over sequences need, instead of "
+            "1/N."
+        },
+    )
+    metrics: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the pass also yields what a training log shows: both entropies, both log-probabilities "
+            "of the sampled token and, with a clip, the share of clipped tokens."
+        },
+    )
+    check: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to compare every contender's gradients with those of the plain formula in float64, on a "
+            "small slice of the same inputs."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_at_least(1, "num_tokens", "hidden_size", "vocab_size")
+        if self.clip is not None and not self.clip > 0.0:
+            raise ValueError(f"`clip` must be positive, got {self.clip}. Leave it out for no clipping.")
+
+    def cases(self) -> list[dict[str, Any]]:
+        shared = {
+            name: getattr(self, name)
+            for name in ("dtype", "divergence", "frozen_head", "clip", "token_weights", "metrics", "seed")
+        }
+        sizes = product(self.num_tokens, self.hidden_size, self.vocab_size)
+        return [{"num_tokens": n, "hidden_size": h, "vocab_size": v, **shared} for n, h, v in sizes]
+
+
+@dataclass
+class StepArguments(BenchArguments):
+    """
+    Fields of `trl-opsd bench step`: whole optimizer steps of trainers, generation timed apart from learning.
+
+    Args:
+        model (`str`, *optional*):
+            Id or folder of the model. `None` makes a small Qwen3 with random weights.
+        lora (`bool`, *optional*, defaults to `False`):
+            Whether to train a LoRA adapter of rank 16 on all linear layers instead of all weights.
+        num_rollouts (`int`, *optional*, defaults to `4`):
+            Rollouts of a step, all in one batch, each of a prompt of its own.
+        prompt_tokens (`int`, *optional*, defaults to `64`):
+            Length of every student prompt, in tokens.
+        teacher_prompt_tokens (`int`, *optional*, defaults to `192`):
+            Length of every teacher prompt, in tokens.
+        max_new_tokens (`int`, *optional*, defaults to `128`):
+            Length of every rollout, in tokens. None ends earlier.
+        divergence (`str`, *optional*, defaults to `"jsd"`):
+            `"forward_kl"`, `"reverse_kl"` or `"jsd"` (with β = 0.5), over the whole vocabulary.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            Whether activations are recomputed in the backward pass.
+    """
+
+    name: ClassVar[str] = "step"
+    all_contenders: ClassVar[tuple[str, ...]] = ("self-distillation", "sdft", "distillation")
+    factory: ClassVar[str] = "trl_opsd.bench.step:serve"
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Id or folder of the model. By default a small Qwen3 with random weights is made."},
+    )
+    lora: bool = field(
+        default=False,
+        metadata={"help": "Whether to train a LoRA adapter of rank 16 on all linear layers instead of all weights."},
+    )
+    num_rollouts: int = field(
+        default=4, metadata={"help": "Rollouts of a step, all in one batch, each of a prompt of its own."}
+    )
+    prompt_tokens: int = field(default=64, metadata={"help": "Length of every student prompt, in tokens."})
+    teacher_prompt_tokens: int = field(default=192, metadata={"help": "Length of every teacher prompt, in tokens."})
+    max_new_tokens: int = field(
+        default=128, metadata={"help": "Length of every rollout, in tokens. None ends earlier."}
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = field(
+        default="jsd",
+        metadata={"help": "'forward_kl', 'reverse_kl' or 'jsd' (with beta = 0.5), over the whole vocabulary."},
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Whether activations are recomputed in the backward pass."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_at_least(1, "num_rollouts", "prompt_tokens", "max_new_tokens")
+        if self.teacher_prompt_tokens <= self.prompt_tokens:
+            raise ValueError(
+                f"`teacher_prompt_tokens={self.teacher_prompt_tokens}` must be more than `prompt_tokens="
+                f"{self.prompt_tokens}`: the teacher reads the prompt and the privileged context."
+            )
+
+    def cases(self) -> list[dict[str, Any]]:
+        names = (
+            "model",
+            "lora",
+            "num_rollouts",
+            "prompt_tokens",
+            "teacher_prompt_tokens",
+            "max_new_tokens",
+            "divergence",
+            "gradient_checkpointing",
+            "dtype",
+            "seed",
+        )
+        case = {name: getattr(self, name) for name in names}
+        # Warm-ups, timed steps, and the one whose memory is measured
+        return [{**case, "num_steps": self.warmups + self.repeats + 1}]

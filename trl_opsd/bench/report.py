@@ -1,0 +1,388 @@
+"""What people look at: a table per case, all numbers as JSON, and a plot."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.table import Table
+
+from .runner import Row
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+_SIZES = ("num_tokens", "hidden_size", "vocab_size")
+_AXIS_LABELS = {"num_tokens": "tokens N", "hidden_size": "hidden size H", "vocab_size": "vocabulary V"}
+_COLORS = {
+    "ours-compiled": "#2f6fde",
+    "ours-eager": "#7aa7ef",
+    "trl-chunked": "#d9822b",
+    "liger": "#3a9d6e",
+    "dense": "#b8405e",
+    "floor": "#9aa5b1",
+}
+_GENERATION, _LEARNING, _WEIGHTS = "#c9d3de", "#2f6fde", "#9aa5b1"
+
+
+@dataclass
+class CaseResult:
+    """
+    What was measured in one case.
+
+    Args:
+        case (`dict[str, Any]`):
+            Settings.
+        rows (`list[Row]`):
+            One per contender.
+        order (`list[str]`):
+            Contenders in the order in which their timed iterations ran.
+    """
+
+    case: dict[str, Any]
+    rows: list[Row]
+    order: list[str]
+
+    def median_of(self, *names: str) -> float | None:
+        """Median seconds of the first of some contenders that has one."""
+        medians = {row.contender: row.median() for row in self.rows}
+        return next((medians[name] for name in names if medians.get(name) is not None), None)
+
+
+class Report(NamedTuple):
+    """
+    How a benchmark is shown.
+
+    Args:
+        table (`Callable[[CaseResult], Table]`):
+            Makes the table of a case.
+        plot (`Callable[[Sequence[CaseResult]], Figure]`):
+            Draws all cases.
+    """
+
+    table: Callable[[CaseResult], Table]
+    plot: Callable[[Sequence[CaseResult]], "Figure"]
+
+
+def write_json(path: Path, record: dict[str, Any], results: Sequence[CaseResult]) -> None:
+    """
+    Writes all numbers.
+
+    Args:
+        path (`Path`):
+            File to write.
+        record (`dict[str, Any]`):
+            What holds for all cases.
+        results (`Sequence[CaseResult]`):
+            The cases.
+    """
+    cases = [
+        {
+            "case": result.case,
+            "order": result.order,
+            "contenders": [
+                {
+                    **asdict(row),
+                    "median": {key: row.median(key) for key in row.samples[0]} if row.median() is not None else None,
+                }
+                for row in result.rows
+            ],
+        }
+        for result in results
+    ]
+    path.write_text(json.dumps({**record, "cases": cases}, indent=2) + "\n", encoding="utf-8")
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if value >= 10 else f"{value:.3f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def _ratio(value: float | None, reference: float | None) -> str:
+    return "–" if value is None or not reference else f"{value / reference:.2f}×"
+
+
+def _mib(value: float | None) -> str:
+    return "–" if value is None else f"{value / 2**20:,.0f}"
+
+
+def _range(row: Row, key: str = "seconds") -> str:
+    values = [sample[key] for sample in row.samples]
+    return f"{_seconds(min(values))} … {_seconds(max(values))}" if row.median() is not None else "–"
+
+
+def _table(title: str, caption: str, columns: Sequence[str], result: CaseResult) -> Table:
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right" if column != "contender" else "left")
+    if any(row.error for row in result.rows):
+        table.add_column("", justify="left")
+    return table
+
+
+# Loss
+
+
+def loss_table(result: CaseResult) -> Table:
+    """
+    Makes the table of a case of the loss benchmark.
+
+    Args:
+        result ([`CaseResult`]):
+            What was measured.
+
+    Returns:
+        [`~rich.table.Table`]:
+            The table.
+    """
+    caption = "Forward and backward. Extra memory is beyond inputs and their gradients."
+    checked = any("gradient_error" in row.facts for row in result.rows)
+    columns = ["contender", "median s", "min … max", "× floor", "× ours", "peak extra MiB"]
+    columns += ["gradient error"] if checked else []
+    table = _table(_described(result.case), caption, columns, result)
+    floor, own = result.median_of("floor"), result.median_of("ours-compiled", "ours-eager")
+    for row in result.rows:
+        value = row.median()
+        cells = [
+            row.contender,
+            _seconds(value),
+            _range(row),
+            _ratio(value, floor),
+            _ratio(value, own),
+            _mib(row.facts.get("peak_extra_bytes")),
+        ]
+        if checked:
+            error = row.facts.get("gradient_error")
+            cells.append("–" if error is None else f"{error:.0e}")
+        table.add_row(*cells, *([row.error] if row.error else []))
+    return table
+
+
+def loss_plot(results: Sequence[CaseResult]) -> "Figure":
+    """
+    Draws bars for one case, lines over the swept size for several.
+
+    Args:
+        results (`Sequence[CaseResult]`):
+            The cases.
+
+    Returns:
+        [`~matplotlib.figure.Figure`]:
+            The figure: time on the left, memory on the right.
+    """
+    return _loss_bars(results[0]) if len(results) == 1 else _loss_lines(results)
+
+
+def _described(case: dict[str, Any], without: str | None = None) -> str:
+    parts = [case["divergence"]]
+    parts += [f"{letter} = {case[size]:,}" for letter, size in zip("NHV", _SIZES, strict=True) if size != without]
+    parts += [f"{case['dtype']} on {case['device']}", "frozen head" if case["frozen_head"] else "trained head"]
+    parts += [f"clip {case['clip']:g}"] if case["clip"] is not None else []
+    parts += [text for name, text in (("token_weights", "token weights"), ("metrics", "metrics")) if case[name]]
+    return ", ".join(parts)
+
+
+def _loss_bars(result: CaseResult) -> "Figure":
+    from matplotlib.figure import Figure
+
+    rows = [row for row in result.rows if row.median() is not None]
+    figure = Figure(figsize=(11, 1.4 + 0.45 * len(rows)), layout="constrained")
+    figure.suptitle(f"Divergence and gradients: {_described(result.case)}")
+    time_axes, memory_axes = figure.subplots(1, 2, sharey=True)
+    names = [row.contender for row in rows]
+    _bars(time_axes, names, [row.median() or 0.0 for row in rows], _seconds, "median seconds")
+    floor = result.median_of("floor")
+    if floor is not None:
+        time_axes.axvline(floor, color=_COLORS["floor"], linestyle=":", zorder=0)
+    # The floor's memory is its buffers, made beforehand
+    weighed = [row for row in rows if "peak_extra_bytes" in row.facts]
+    values = [row.facts["peak_extra_bytes"] / 2**20 for row in weighed]
+    _bars(memory_axes, [row.contender for row in weighed], values, lambda v: f"{v:,.0f}", "peak extra MiB")
+    return figure
+
+
+def _bars(
+    axes: "Axes", names: Sequence[str], values: Sequence[float], label: Callable[[float], str], title: str
+) -> None:
+    bars = axes.barh(names, values, color=[_COLORS[name] for name in names], height=0.65)
+    axes.bar_label(bars, [label(value) for value in values], padding=4)
+    axes.set_xlabel(title)
+    axes.margins(x=0.15)
+    if not axes.yaxis_inverted():
+        axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _loss_lines(results: Sequence[CaseResult]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    # The size with most values is the axis; each combination of the others gets a row of panels
+    values = {size: sorted({result.case[size] for result in results}) for size in _SIZES}
+    axis = max(_SIZES, key=lambda size: len(values[size]))
+    groups: dict[tuple[int, ...], list[CaseResult]] = {}
+    for result in sorted(results, key=lambda result: result.case[axis]):
+        groups.setdefault(tuple(result.case[size] for size in _SIZES if size != axis), []).append(result)
+    figure = Figure(figsize=(11, 0.8 + 3.8 * len(groups)), layout="constrained")
+    figure.suptitle("Divergence and gradients")
+    panels = figure.subplots(len(groups), 2, squeeze=False)
+    for (time_axes, memory_axes), group in zip(panels, groups.values(), strict=True):
+        time_axes.set_title(_described(group[0].case, without=axis), loc="left", fontsize=10)
+        _lines(time_axes, axis, group, lambda row: row.median(), "median seconds")
+        _lines(memory_axes, axis, group, _extra_mib, "peak extra MiB")
+    # A contender that ran out of memory in one panel may still be in another
+    lines = {line.get_label(): line for axes in panels[:, 0] for line in axes.lines}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines) or 1, frameon=False)
+    return figure
+
+
+def _extra_mib(row: Row) -> float | None:
+    extra = row.facts.get("peak_extra_bytes")
+    return None if extra is None else extra / 2**20
+
+
+def _lines(
+    axes: "Axes", axis: str, group: Sequence[CaseResult], value: Callable[[Row], float | None], label: str
+) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    for index, row in enumerate(group[0].rows):
+        points = [(result.case[axis], value(result.rows[index])) for result in group]
+        # A log axis has no place for nothing at all
+        points = [(x, y) for x, y in points if y]
+        style = ":" if row.contender == "floor" else "-"
+        if points:
+            axes.plot(*zip(*points, strict=True), f"o{style}", color=_COLORS[row.contender], label=row.contender)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = [result.case[axis] for result in group]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.minorticks_off()
+    axes.set_xlabel(_AXIS_LABELS[axis])
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+# Step
+
+
+def step_table(result: CaseResult) -> Table:
+    """
+    Makes the table of the step benchmark.
+
+    Args:
+        result ([`CaseResult`]):
+            What was measured.
+
+    Returns:
+        [`~rich.table.Table`]:
+            The table.
+    """
+    case = result.case
+    title = (
+        f"{Path(case['model']).name}, {'LoRA' if case['lora'] else 'all weights'}, {case['divergence']}, "
+        f"{case['num_rollouts']} rollouts of {case['max_new_tokens']} tokens, prompts of {case['prompt_tokens']}, "
+        f"teacher prompts of {case['teacher_prompt_tokens']}, {case['dtype']} on {case['device']}"
+    )
+    caption = (
+        "Medians of an optimizer step; learning is the step without the sampling. Weights are the parameters and "
+        "buffers of all models in the process. Peak is while learning, above what was in use before the step. The "
+        "teacher of `distillation` is a second model and reads the student's prompt, having no privileged context."
+    )
+    columns = [
+        "contender",
+        "step s",
+        "generation s",
+        "learning s",
+        "min … max",
+        "learning × ours",
+        "weights MiB",
+        "loaded MiB",
+        "peak MiB",
+    ]
+    table = _table(title, caption, columns, result)
+    own = next((row.median("learning_seconds") for row in result.rows if row.contender == "self-distillation"), None)
+    for row in result.rows:
+        learning = row.median("learning_seconds")
+        cells = [
+            row.contender,
+            _seconds(row.median()),
+            _seconds(row.median("generation_seconds")),
+            _seconds(learning),
+            _range(row, "learning_seconds"),
+            _ratio(learning, own),
+            _mib(row.facts.get("model_bytes")),
+            _mib(row.facts.get("loading_bytes")),
+            _mib(row.facts.get("peak_learning_bytes")),
+        ]
+        table.add_row(*cells, *([row.error] if row.error else []))
+    return table
+
+
+def step_plot(results: Sequence[CaseResult]) -> "Figure":
+    """
+    Draws what a step takes.
+
+    Args:
+        results (`Sequence[CaseResult]`):
+            The one case.
+
+    Returns:
+        [`~matplotlib.figure.Figure`]:
+            The figure: time on the left, memory on the right.
+    """
+    from matplotlib.figure import Figure
+
+    [result] = results
+    case = result.case
+    rows = [row for row in result.rows if row.median() is not None]
+    figure = Figure(figsize=(11, 2.0 + 0.55 * len(rows)), layout="constrained")
+    figure.suptitle(
+        f"One optimizer step: {Path(case['model']).name}, {'LoRA' if case['lora'] else 'all weights'}, "
+        f"{case['num_rollouts']} × {case['max_new_tokens']} tokens, {case['dtype']} on {case['device']}"
+    )
+    time_axes, memory_axes = figure.subplots(1, 2, sharey=True)
+    names = [row.contender for row in rows]
+    generation = [row.median("generation_seconds") or 0.0 for row in rows]
+    learning = [row.median("learning_seconds") or 0.0 for row in rows]
+    _stacked(time_axes, names, ("generation", generation, _GENERATION), ("learning", learning, _LEARNING), _seconds)
+    time_axes.set_xlabel("median seconds")
+    weights = [row.facts["model_bytes"] / 2**20 for row in rows]
+    peak = [row.facts.get("peak_learning_bytes", 0) / 2**20 for row in rows]
+    _stacked(
+        memory_axes,
+        names,
+        ("weights", weights, _WEIGHTS),
+        ("peak while learning", peak, _LEARNING),
+        lambda value: f"{value:,.0f}",
+    )
+    memory_axes.set_xlabel("MiB")
+    time_axes.invert_yaxis()
+    return figure
+
+
+def _stacked(
+    axes: "Axes",
+    names: Sequence[str],
+    first: tuple[str, Sequence[float], str],
+    second: tuple[str, Sequence[float], str],
+    label: Callable[[float], str],
+) -> None:
+    left: Sequence[float] = [0.0] * len(names)
+    for name, values, color in (first, second):
+        bars = axes.barh(names, values, left=left, color=color, height=0.6, label=name)
+        ink = "white" if color == _LEARNING else "black"
+        axes.bar_label(bars, [label(value) for value in values], label_type="center", color=ink)
+        left = values
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+REPORTS = {"loss": Report(loss_table, loss_plot), "step": Report(step_table, step_plot)}

@@ -1,0 +1,167 @@
+"""One benchmark from its arguments to its table, its numbers and its plot."""
+
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .arguments import BenchArguments, StepArguments
+from .report import REPORTS, CaseResult, write_json
+from .runner import run_case
+
+
+_PACKAGES = ("trl-opsd", "torch", "transformers", "trl", "peft", "accelerate", "liger-kernel", "triton")
+
+
+def find_device(name: str) -> str:
+    """
+    Finds the device to measure on.
+
+    Args:
+        name (`str`):
+            `"auto"`, `"cpu"` or `"cuda"`.
+
+    Returns:
+        `str`:
+            `"cpu"` or `"cuda"`.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("`device=cuda` needs a GPU that PyTorch can use, and there is none. Use `cpu`.")
+    return name
+
+
+def run(arguments: BenchArguments, folder: Path, device: str, command: str) -> int:
+    """
+    Measures, and writes `results.json` and `plot.png`.
+
+    Args:
+        arguments ([`BenchArguments`]):
+            Fields of the benchmark.
+        folder (`Path`):
+            Where the results go.
+        device (`str`):
+            `"cpu"` or `"cuda"`.
+        command (`str`):
+            Command line, for the record.
+
+    Returns:
+        `int`:
+            Exit status.
+    """
+    # Where there is no terminal, its width would be taken for 80 columns
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    contenders = arguments.contenders
+    assert contenders is not None
+    commands = ["memory"]
+    cases = [{**case, "device": device} for case in arguments.cases()]
+    if isinstance(arguments, StepArguments):
+        for case in cases:
+            case["output_dir"] = str(folder / "trainer")
+            if case["model"] is None:
+                from .step import save_tiny_model
+
+                model = folder / "random-qwen3"
+                save_tiny_model(model, arguments.seed)
+                case["model"] = str(model)
+    elif getattr(arguments, "check", False):
+        commands.append("check")
+
+    report = REPORTS[arguments.name]
+    results: list[CaseResult] = []
+    record = {
+        "benchmark": arguments.name,
+        "command": command,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "repeats": arguments.repeats,
+        "warmups": arguments.warmups,
+        "device": describe_device(device),
+        "versions": versions(),
+    }
+    rounds = 1 + arguments.warmups + arguments.repeats + len(commands)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    with progress:
+        task = progress.add_task("", total=len(cases) * rounds * len(contenders))
+        turns_before = count()
+
+        def on_turn(phase: str, name: str) -> None:
+            progress.update(task, description=f"{phase}: {name}", completed=next(turns_before))
+
+        for number, case in enumerate(cases):
+            rows, order = run_case(
+                arguments.factory,
+                contenders,
+                case,
+                folder / "logs" / str(number),
+                arguments.repeats,
+                arguments.warmups,
+                commands,
+                arguments.threads,
+                on_turn,
+            )
+            results.append(CaseResult(case, rows, order))
+            # After every case: a long sweep that is interrupted has not been for nothing
+            write_json(folder / "results.json", record, results)
+            console.print(report.table(results[-1]))
+
+    if arguments.repeats < 5:
+        console.print(f"With `repeats={arguments.repeats}` these are no medians to quote: use 5 or more.")
+    console.print(f"Numbers: {folder / 'results.json'}")
+    if not any(row.median() is not None for result in results for row in result.rows):
+        console.print(f"No contender could be measured. What they printed is in {folder / 'logs'}.")
+        return 1
+    if find_spec("matplotlib") is None:
+        console.print("No plot was drawn: it needs `pip install matplotlib`.")
+    else:
+        report.plot(results).savefig(folder / "plot.png", dpi=120)
+        console.print(f"Plot:    {folder / 'plot.png'}")
+    return 0
+
+
+def describe_device(device: str) -> dict[str, Any]:
+    """
+    Says what the numbers were measured on.
+
+    Args:
+        device (`str`):
+            `"cpu"` or `"cuda"`.
+
+    Returns:
+        `dict[str, Any]`:
+            Type and name of the device, number of CPU cores, and the system.
+    """
+    name = platform.processor() or platform.machine()
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    elif (info := Path("/proc/cpuinfo")).is_file():
+        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return {"type": device, "name": name, "cores": os.cpu_count(), "system": platform.system()}
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that matter, `None` for those that are not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
