@@ -125,6 +125,8 @@ class LossArguments(BenchArguments):
             Size V of the vocabulary.
         divergence (`str`, *optional*, defaults to `"jsd"`):
             `"forward_kl"`, `"reverse_kl"` or `"jsd"` (with β = 0.5).
+        support (`str`, *optional*, defaults to `"full"`):
+            Tokens whose entries are summed, as `divergence_support` of the trainers. The peers know `"full"` only.
         frozen_head (`bool`, *optional*, defaults to `False`):
             Whether the head is frozen, as with LoRA: the gradient then goes to the hidden states alone.
         clip (`float`, *optional*):
@@ -164,6 +166,10 @@ class LossArguments(BenchArguments):
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = field(
         default="jsd", metadata={"help": "'forward_kl', 'reverse_kl' or 'jsd' (with beta = 0.5)."}
     )
+    support: Literal["full", "teacher_top_k", "student_top_k", "union_top_k", "sampled_token"] = field(
+        default="full",
+        metadata={"help": "Tokens whose entries are summed, as `divergence_support` of the trainers."},
+    )
     frozen_head: bool = field(
         default=False,
         metadata={"help": "Whether the head is frozen, as with LoRA: only the hidden states receive a gradient."},
@@ -202,7 +208,7 @@ class LossArguments(BenchArguments):
     def cases(self) -> list[dict[str, Any]]:
         shared = {
             name: getattr(self, name)
-            for name in ("dtype", "divergence", "frozen_head", "clip", "token_weights", "metrics", "seed")
+            for name in ("dtype", "divergence", "support", "frozen_head", "clip", "token_weights", "metrics", "seed")
         }
         sizes = product(self.num_tokens, self.hidden_size, self.vocab_size)
         return [{"num_tokens": n, "hidden_size": h, "vocab_size": v, **shared} for n, h, v in sizes]

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch.nn import functional as F
 
-from ..objective import Divergence, Head, fused_divergence
+from ..objective import Divergence, Head, Objective, Support, fused_divergence
 from .channel import CannotRun, Channel
 from .measure import PeakMemory, release_memory, synchronize
 
@@ -39,6 +39,7 @@ class LossCase:
         device (`str`): Device of all tensors.
         dtype (`str`, *optional*, defaults to `"float32"`): Dtype of hidden states and head.
         divergence (`str`, *optional*, defaults to `"jsd"`): `"forward_kl"`, `"reverse_kl"` or `"jsd"`, β = 0.5.
+        support (`str`, *optional*, defaults to `"full"`): Tokens whose entries are summed, see [`Objective`].
         frozen_head (`bool`, *optional*, defaults to `False`): Whether the head gets no gradient.
         clip (`float`, *optional*): Upper bound on every vocabulary entry.
         token_weights (`bool`, *optional*, defaults to `False`): Whether tokens have weights of their own.
@@ -52,6 +53,7 @@ class LossCase:
     device: str
     dtype: str = "float32"
     divergence: str = "jsd"
+    support: str = "full"
     frozen_head: bool = False
     clip: float | None = None
     token_weights: bool = False
@@ -143,8 +145,8 @@ def ours(inputs: LossInputs, case: LossCase, compile: bool) -> torch.Tensor:
         Head(weight=inputs.weight.detach()),
         inputs.token_ids,
         inputs.weights,
-        cast(Divergence, case.divergence),
-        clip=case.clip,
+        Objective(cast(Divergence, case.divergence), support=cast(Support, case.support), clip=case.clip),
+        compile=compile,
     ).loss
 
 
@@ -217,6 +219,8 @@ def missing_feature(name: str, case: LossCase) -> str | None:
         `str`, *optional*:
             The reason, `None` if it has everything.
     """
+    if case.support != "full" and not name.startswith("ours"):
+        return "it sums over the whole vocabulary"
     if name in ("trl-chunked", "liger") and case.clip is not None:
         return "it cannot clip"
     if name == "liger" and case.token_weights:

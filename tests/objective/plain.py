@@ -1,0 +1,186 @@
+"""The fused loss once more, as the papers write it: whole float64 logits, plain probabilities, autograd."""
+
+import dataclasses
+import itertools
+
+import torch
+
+from trl_opsd.objective import Head, Objective, fused_divergence
+
+
+DIVERGENCES = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.3)]
+TOP_K = ("teacher_top_k", "student_top_k", "union_top_k")
+SUPPORTS = [
+    ("full", "bucket"),
+    *itertools.product(TOP_K, ("bucket", "renormalize")),
+    ("sampled_token", "bucket"),
+]
+CELLS = [
+    (divergence, weight, support, tail)
+    for (divergence, weight), (support, tail) in itertools.product(DIVERGENCES, SUPPORTS)
+]
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+
+
+@dataclasses.dataclass
+class Case:
+    """What the loss reads. The student's tensors are leaves."""
+
+    student_hidden: torch.Tensor
+    teacher_hidden: torch.Tensor
+    student_head: Head
+    teacher_head: Head
+    token_ids: torch.Tensor
+    weights: torch.Tensor
+
+    @property
+    def leaves(self):
+        tensors = (self.student_hidden, self.student_head.weight, self.student_head.bias)
+        return [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+
+    def fused(self, objective, memory_budget=256.0, compile=False):
+        tensors = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return fused_divergence(*tensors, objective, memory_budget, compile)
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+    def with_student(self, hidden, weight, bias=None):
+        head = dataclasses.replace(self.student_head, weight=weight, bias=bias)
+        return self.replace(student_hidden=hidden, student_head=head)
+
+    def with_biases(self, student, teacher):
+        return self.replace(
+            student_head=dataclasses.replace(self.student_head, bias=student),
+            teacher_head=dataclasses.replace(self.teacher_head, bias=teacher),
+        )
+
+    def gradients(self, loss):
+        return torch.autograd.grad(loss, self.leaves)
+
+
+def make_case(
+    rows=6, vocabulary=9, size=3, bias=False, tied=False, scale=1.0, softcap=None, dtype=torch.float64, seed=0, std=1.0
+):
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape, std=1.0):
+        return (std * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+
+    def head(size):
+        return Head(leaf(vocabulary, size, std=std), leaf(vocabulary) if bias else None, scale, softcap)
+
+    student_head = head(size)
+    return Case(
+        student_hidden=leaf(rows, size),
+        teacher_hidden=leaf(rows, size if tied else size + 2).detach(),
+        student_head=student_head,
+        teacher_head=student_head if tied else head(size + 2),
+        token_ids=torch.randint(vocabulary, (rows,), generator=generator),
+        weights=torch.randn(rows, generator=generator, dtype=torch.float64),
+    )
+
+
+def make_objective(cell, top_k=3, **options):
+    divergence, weight, support, tail = cell
+    return Objective(divergence, weight, support=support, tail=tail, top_k=top_k, **options)
+
+
+def probabilities(hidden, head, temperature):
+    logits = torch.einsum("nh,vh->nv", hidden, head.weight)
+    if head.bias is not None:
+        logits = logits + head.bias
+    logits = logits * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return torch.softmax(logits / temperature, dim=-1)
+
+
+def log_ratio(p, q):
+    """log p/q, 0 where p is 0."""
+    return torch.where(p > 0, p, 1.0).log() - torch.where(p > 0, q, 1.0).log()
+
+
+def entries_of(p_s, p_t, objective):
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(objective.divergence, objective.jsd_weight)
+    if beta == 0.0:
+        return p_t * log_ratio(p_t, p_s)
+    if beta == 1.0:
+        return p_s * log_ratio(p_s, p_t)
+    m = beta * p_t + (1 - beta) * p_s
+    return beta * p_t * log_ratio(p_t, m) + (1 - beta) * p_s * log_ratio(p_s, m)
+
+
+def top_k_mask(p, k):
+    top = p.detach().topk(min(k, p.size(1))).indices
+    return torch.zeros_like(p, dtype=torch.bool).scatter(1, top, True)
+
+
+def reduced(p, inside, tail):
+    if tail == "renormalize":
+        return p * inside / (p * inside).sum(-1, keepdim=True)
+    return torch.cat([p * inside, (p * ~inside).sum(-1, keepdim=True)], dim=-1)
+
+
+def sampled_token_coefficients(p_s, p_t, objective):
+    """What ∇ log p_S(y) is multiplied by: each averages to a multiple of ∇D, as Σ_v p_S,v ∇ log p_S,v = 0."""
+    if objective.divergence == "forward_kl":
+        return 1 - p_t / p_s
+    if objective.divergence == "reverse_kl":
+        return torch.log(p_s / p_t)
+    beta = objective.jsd_weight
+    return (1 - beta) * torch.log(p_s / (beta * p_t + (1 - beta) * p_s))
+
+
+def plain_entries(case, objective):
+    """The entries before the clip, differentiable; and both distributions over the vocabulary."""
+    p_s = probabilities(case.student_hidden, case.student_head, objective.temperature)
+    p_t = probabilities(case.teacher_hidden, case.teacher_head, objective.temperature).detach()
+    if objective.support in TOP_K:
+        teacher, student = top_k_mask(p_t, objective.top_k), top_k_mask(p_s, objective.top_k)
+        inside = {"teacher_top_k": teacher, "student_top_k": student, "union_top_k": teacher | student}
+        restricted = (reduced(p, inside[objective.support], objective.tail) for p in (p_s, p_t))
+        return entries_of(*restricted, objective), p_s, p_t
+    if objective.support == "full":
+        return entries_of(p_s, p_t, objective), p_s, p_t
+    y = case.token_ids[:, None]
+    q_s, q_t = p_s.gather(1, y), p_t.gather(1, y)
+    values = (entries_of(q_s, q_t, objective) / q_s).detach()
+    pull = sampled_token_coefficients(q_s, q_t, objective).detach() * q_s.log()
+    return values + pull - pull.detach(), p_s, p_t
+
+
+def plain_loss(case, objective):
+    """The loss, differentiable, and what else the fused one returns, by name."""
+    entries, p_s, p_t = plain_entries(case, objective)
+    clip = torch.inf if objective.clip is None else objective.clip
+    clipped = entries.clamp(max=clip)
+    teacher, student = top_k_mask(p_t, objective.top_k), top_k_mask(p_s, objective.top_k)
+    values = {
+        "divergence": clipped.sum(-1),
+        "student_entropy": torch.special.entr(p_s).sum(-1),
+        "teacher_entropy": torch.special.entr(p_t).sum(-1),
+        "student_log_prob": p_s.gather(1, case.token_ids[:, None])[:, 0].log(),
+        "teacher_log_prob": p_t.gather(1, case.token_ids[:, None])[:, 0].log(),
+        "top_k_overlap": (teacher & student).double().sum(-1) / min(objective.top_k, p_s.size(1)),
+        "top_k_mass": (p_s * teacher).sum(-1),
+        "clipped": (entries > clip).any(-1),
+        "clipped_mass": (entries - clipped).sum(-1),
+        "finite": torch.ones(len(p_s)),
+    }
+    loss = (values["divergence"] * case.weights).sum()
+    return loss, {name: value.detach().to(p_s.dtype) for name, value in values.items()}
+
+
+def assert_close(actual, expected, **tolerance):
+    torch.testing.assert_close(list(actual), list(expected), **(tolerance or EXACT))
+
+
+def assert_equals_plain(case, objective, **options):
+    output = case.fused(objective, **options)
+    loss, values = plain_loss(case, objective)
+
+    assert_close([output.loss], [loss])
+    torch.testing.assert_close({name: getattr(output, name) for name in values}, values, **EXACT)
+    assert_close(case.gradients(output.loss), case.gradients(loss))
+    return output
