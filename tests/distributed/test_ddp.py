@@ -36,7 +36,7 @@ def run(launcher: list[str], arguments: list[str], output_dir: Path) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(("method", "weights"), [("opsd", "lora"), ("opsdc", "full")])
+@pytest.mark.parametrize(("method", "weights"), [("opsd", "lora"), ("opsdc", "full"), ("opsd-budget", "full")])
 def test_two_processes_equal_one(method, weights, tmp_path):
     one = run([], [method, weights], tmp_path / "one")
     two = run(
@@ -46,6 +46,10 @@ def test_two_processes_equal_one(method, weights, tmp_path):
     )
     assert one.pop("world") == [1, "NO"]
     assert two.pop("world") == [2, "MULTI_CPU"]
+    one.pop("num_passes")
+    first_rank, second_rank = two.pop("num_passes")
+    assert first_rank == second_rank
+    assert (max(first_rank) > 1) == (method == "opsd-budget")
     for name, values in one.items():
         assert two[name] == pytest.approx(values, rel=1e-5), name
     first, second = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))

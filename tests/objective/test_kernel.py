@@ -201,7 +201,9 @@ def test_two_losses_in_one_graph():
     case, objective = make_case(bias=True), make_objective(SMALL[0])
     losses = [case.fused(objective).loss, case.replace(weights=case.weights * 7).fused(objective).loss]
 
-    assert_close(case.gradients(losses[0] + losses[1]), [8 * grad for grad in case.gradients(case.fused(objective).loss)])
+    assert_close(
+        case.gradients(losses[0] + losses[1]), [8 * grad for grad in case.gradients(case.fused(objective).loss)]
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e30])

@@ -241,8 +241,8 @@ def test_dropout_reaches_the_student_only(make_trainer, tokenizer, dataset):
     ids = torch.cat([batch["teacher_prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["teacher_prompt_mask"], batch["completion_mask"]], dim=1)
     model.train()
-    first, _ = trainer._teacher_states(model, ids, mask, selected)
-    second, _ = trainer._teacher_states(model, ids, mask, selected)
+    first, _ = trainer._teacher_states(model, ids, mask, selected, batch["teacher_prompt_groups"])
+    second, _ = trainer._teacher_states(model, ids, mask, selected, batch["teacher_prompt_groups"])
     assert torch.equal(first, second)
     assert model.training
     assert not torch.equal(trainer._completion_states(model, ids, mask, selected), first)

@@ -12,6 +12,7 @@ from trl.trainer import utils
 
 
 SIGNATURES = {
+    "_prepare_inputs": ["self", "generation_batch"],
     "_generate": ["self", "prompts"],
     "_generate_single_turn": [
         "self",
@@ -80,6 +81,32 @@ def test_batch_and_call_order(tokenizer, model, dataset, training_args):
     for part in utils.split_tensor_dict(shuffled, 2):
         assert part["extra"].shape == (2,)
         assert part["scalar"] == 7.0
+
+
+def test_micro_batches_are_buffered(tokenizer, model, dataset, training_args):
+    """The list of shuffled micro-batches is made anew when there is a new generation, and only then."""
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+        args=GRPOConfig(**{**training_args, "gradient_accumulation_steps": 2, "num_generations": 2}),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    trainer.model.train()
+    rows = [row for row in dataset.select(range(4)) for _ in range(2)]
+    lists = []
+    for step in range(3):
+        trainer._step = step
+        inputs = trainer._prepare_inputs(rows)
+        assert inputs is trainer._buffered_inputs[step % 2]
+        lists.append(trainer._buffered_inputs)
+    assert lists[0] is lists[1]
+    assert lists[1] is not lists[2]
+    assert all(isinstance(value, torch.Tensor) for batch in lists[0] for value in batch.values())
+
+
+def test_loss_is_not_divided_again_by_the_number_of_micro_batches():
+    assert GRPOTrainer.loss_is_scaled_for_ga
 
 
 def test_forward_redirection_runs_the_method_inside_the_wrapper():

@@ -98,7 +98,7 @@ class SelfDistillationConfig(GRPOConfig):
         seq_kd (`bool`, *optional*, defaults to `False`):
             Whether the off-policy sequences are sampled from the privileged teacher.
 
-        > Parameters that control how the divergence is computed
+        > Parameters that control the cost of a step
 
         divergence_memory (`int`, *optional*, defaults to `256`):
             MiB the divergence may take beyond hidden states, head and their gradients. It sets how many tokens are
@@ -106,6 +106,12 @@ class SelfDistillationConfig(GRPOConfig):
         compile_divergence (`bool`, *optional*):
             Whether to fuse the elementwise work with torch.compile. `None` does for vocabularies of 8,192 tokens or
             more. Where compiling fails, a warning says so and the same code runs uncompiled.
+        max_tokens_per_microbatch (`int`, *optional*):
+            Most tokens, padding included, that go through the network at once. The `per_device_train_batch_size` rows
+            of a micro-batch are sorted by length and cut into forward-backward passes of at most this many: rows ×
+            (longest prompt of student and teacher + longest completion). Gradients and metrics remain those of the
+            whole micro-batch, while memory is bounded and one long row no longer pads all others. A single row that
+            is longer than this gets a pass of its own; it is never truncated. `None` makes one pass.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -277,7 +283,7 @@ class SelfDistillationConfig(GRPOConfig):
         metadata={"help": "Whether the off-policy sequences are sampled from the privileged teacher."},
     )
 
-    # Parameters that control how the divergence is computed
+    # Parameters that control the cost of a step
     divergence_memory: int = field(
         default=256,
         metadata={
@@ -290,6 +296,14 @@ class SelfDistillationConfig(GRPOConfig):
         metadata={
             "help": "Whether to fuse the elementwise work of the divergence with torch.compile. None does for "
             "vocabularies of 8,192 tokens or more."
+        },
+    )
+    max_tokens_per_microbatch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens, padding included, that go through the network at once: the rows of a micro-batch "
+            "are cut into forward-backward passes by it, with the same gradients. A longer row gets a pass of its "
+            "own. None makes one pass."
         },
     )
 
@@ -398,3 +412,19 @@ class SelfDistillationConfig(GRPOConfig):
                 f"`policy_loss_coef={self.policy_loss_coef}` needs `num_generations` of at least 2: in a group of one "
                 "every advantage is zero. Raise `num_generations`, or set `policy_loss_coef=0.0`."
             )
+        if self.max_tokens_per_microbatch is not None:
+            self._check_max_tokens_per_microbatch(self.max_tokens_per_microbatch)
+
+    def _check_max_tokens_per_microbatch(self, max_tokens: int) -> None:
+        if max_tokens < 1:
+            raise ValueError(
+                f"`max_tokens_per_microbatch` must be at least 1, got {max_tokens}. Use `None` for one pass."
+            )
+        for name in ("beta", "policy_loss_coef", "entropy_coef", "use_adaptive_entropy"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`max_tokens_per_microbatch={max_tokens}` cannot be combined with "
+                    f"`{name}={getattr(self, name)}`: GRPO's own loss terms are computed for the whole micro-batch at "
+                    "once. Leave `max_tokens_per_microbatch` unset and lower `per_device_train_batch_size`, or leave "
+                    f"`{name}` at its default."
+                )

@@ -10,16 +10,20 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
 - `_generate(prompts)` calls `rollout_func`, or `_generate_single_turn(prompt_ids, images, multimodal_fields,
   num_generations, has_tool_images)` for each turn, which samples from `model_wrapped`.
 - `_compute_loss(model, inputs)` returns the loss of a micro-batch, already divided by the number of accumulated
-  micro-batches, linear in `advantages` up to the terms of `beta` and `entropy_coef`.
+  micro-batches, linear in `advantages` up to the terms of `beta` and `entropy_coef`. `training_step` hands that
+  loss to `accelerator.backward` as it is (`loss_is_scaled_for_ga`).
+- `_prepare_inputs(generation_batch)` returns, in training, `_buffered_inputs[_step % steps_per_generation]`, and makes
+  that list anew, shuffled, whenever it generates.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
 
 import json
+import math
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -29,6 +33,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -48,10 +53,24 @@ from ..objective import (
 )
 from ..teacher import InitialTeacher, LiveTeacher, PeriodicTeacher, Teacher
 from .heads import causal_lm, head_of, unsharded
+from .microbatches import cut_by_tokens, cut_into, keep_groups_together, padded_length, used_width
 from .self_distillation_config import SelfDistillationConfig
+from .shared_prefix import can_share_prompts, pays_off, positions, states_with_shared_prompts
 
 
 _STATE_FILE = "self_distillation_state.json"
+# What a pass over some rows of a micro-batch needs
+_ROW_INPUTS = (
+    "prompt_ids",
+    "prompt_mask",
+    "teacher_prompt_ids",
+    "teacher_prompt_mask",
+    "teacher_prompt_groups",
+    "completion_ids",
+    "completion_mask",
+    "loss_mask",
+    "loss_weights",
+)
 
 
 def _no_reward(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -118,6 +137,7 @@ class SelfDistillationTrainer(GRPOTrainer):
     args: SelfDistillationConfig
     model_wrapped: Any
     reward_weights: torch.Tensor
+    _buffered_inputs: Any
     _signature_columns: list[str]
     _warned_about_clip = False
 
@@ -245,6 +265,13 @@ class SelfDistillationTrainer(GRPOTrainer):
             or self._entropy_bonus_enabled
             or self.aux_loss_enabled
         )
+        if self.args.max_tokens_per_microbatch is not None and self.aux_loss_enabled:
+            raise ValueError(
+                f"`max_tokens_per_microbatch={self.args.max_tokens_per_microbatch}` cannot be combined with the "
+                f"auxiliary loss of a mixture of experts (`router_aux_loss_coef={self.router_aux_loss_coef}`), which "
+                "is a statistic of the whole micro-batch. Set `router_aux_loss_coef=0.0`, or leave "
+                "`max_tokens_per_microbatch` unset."
+            )
         self.teacher_prompt.chat_template = self.chat_template
         self._objective = Objective(
             divergence=args.divergence,  # type: ignore[arg-type]
@@ -257,6 +284,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         )
 
         self._forward_redirection = _ForwardRedirection()
+        self._can_share_prompts = can_share_prompts(causal_lm(self.model))
         starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
         self.teacher = self._make_teacher(adapter_starts_at_zero=starts_at_zero)
         self._guard = SkipNonFiniteSteps()
@@ -462,6 +490,20 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._rollouts = {"prompts": prompts, "completions": completions, "rewards": rewards}
         return rewards
 
+    def _prepare_inputs(self, generation_batch):
+        buffered = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        fresh = self._buffered_inputs is not buffered
+        if fresh and self.num_generations > 1 and self._can_share_prompts:
+            # GRPO's shuffle scatters the rollouts of a prompt over micro-batches, where each would pay for the
+            # teacher's prompt again. Rows change places among the micro-batches of one optimizer step only, so that
+            # every step keeps the rows the shuffle gave it: the greatest common divisor never straddles two steps.
+            steps = self.args.steps_per_generation
+            window = math.gcd(steps, self.args.gradient_accumulation_steps)
+            self._buffered_inputs = keep_groups_together(self._buffered_inputs, window, "teacher_prompt_groups")
+            inputs = self._buffered_inputs[self._step % steps]
+        return inputs
+
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
         self._rows = inputs
@@ -482,11 +524,15 @@ class SelfDistillationTrainer(GRPOTrainer):
             if ids is None:  # masked from the loss: any prompt will do
                 ids = batch["prompt_ids"][index][batch["prompt_mask"][index].bool()].tolist()
             teacher_ids.append(torch.tensor(ids))
+        # The same number for rows with the same teacher prompt
+        first_rows: dict[tuple[int, ...], int] = {}
+        numbers = [first_rows.setdefault(tuple(ids.tolist()), index) for index, ids in enumerate(teacher_ids)]
+        batch["teacher_prompt_groups"] = torch.tensor(numbers)
         batch["teacher_prompt_ids"] = pad(
-            teacher_ids, padding_value=self._tokenizer.pad_token_id, padding_side="left"
+            teacher_ids, self._tokenizer.pad_token_id, padding_side="left", pad_to_multiple_of=self.pad_to_multiple_of
         ).to(device)
         batch["teacher_prompt_mask"] = pad(
-            [torch.ones_like(ids) for ids in teacher_ids], padding_value=0, padding_side="left"
+            [torch.ones_like(ids) for ids in teacher_ids], 0, "left", self.pad_to_multiple_of
         ).to(device)
 
         model_tokens = batch.get("tool_mask", 1) * batch["completion_mask"]
@@ -542,23 +588,83 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         mode = "train" if self.model.training else "eval"
-        loss_mask, weights = self._loss_weights(inputs, mode)
-        num_completion_tokens = _width(inputs["completion_mask"], "right", self.pad_to_multiple_of)
+        num_micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
+        _, weights = self._loss_weights(inputs, mode)
+        # Weights are those of the whole micro-batch, so the gradients of its passes add up to its gradient. The last
+        # pass is left to the caller, who runs the backward pass that synchronises.
+        *early, last = self._passes({**inputs, "loss_weights": weights})
+        outputs = []
+        for rows in early:
+            with self._postponed_synchronisation(model):
+                output = self._divergence(model, rows)
+                if mode == "train":
+                    kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                    self.accelerator.backward(output.loss / num_micro_batches, **kwargs)
+            outputs.append(output._replace(loss=output.loss.detach()))
+        outputs.append(self._divergence(model, last))
+        loss = torch.stack([output.loss for output in outputs]).sum() / num_micro_batches
+        self._log_divergence(FusedDivergence(loss, *map(torch.cat, list(zip(*outputs, strict=True))[1:])), mode)
+
+        if self._uses_policy_loss:
+            advantages = inputs["advantages"] * self.args.policy_loss_coef
+            loss = loss + super()._compute_loss(model, {**inputs, "advantages": advantages})
+        return loss
+
+    def _passes(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """The rows of a micro-batch, cut into what goes through the network at once."""
+        max_tokens = self.args.max_tokens_per_microbatch
+        if max_tokens is None:
+            return [inputs]
+        prompts = torch.maximum(inputs["prompt_mask"].sum(1), inputs["teacher_prompt_mask"].sum(1)).tolist()
+        completions = inputs["completion_mask"].sum(1).tolist()
+        multiple_of = self.pad_to_multiple_of
+        passes = cut_by_tokens(
+            [padded_length(length, multiple_of) for length in prompts],
+            [padded_length(length, multiple_of) for length in completions],
+            inputs["teacher_prompt_groups"].tolist(),
+            max_tokens,
+        )
+        if self.accelerator.num_processes > 1:  # whose forward and backward passes meet in collective operations
+            number = torch.tensor(len(passes), device=self.accelerator.device)
+            passes = cut_into(passes, int(self.accelerator.gather(number).max()))
+        return [{name: inputs[name][rows] for name in _ROW_INPUTS} for rows in passes]
+
+    @contextmanager
+    def _postponed_synchronisation(self, model: nn.Module) -> Iterator[None]:
+        """Inside, gradients are accumulated as they are in all but the last micro-batch of an optimizer step."""
+        accelerator = self.accelerator
+        if not accelerator.sync_gradients:
+            yield
+            return
+        # As `Trainer` decides for its micro-batches. `backward` reads the flag and has DeepSpeed's engine step by it.
+        synchronises = self.is_deepspeed_enabled or accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
+        accelerator.sync_gradients = False
+        try:
+            with nullcontext() if synchronises else accelerator.no_sync(model):
+                yield
+        finally:
+            accelerator.sync_gradients = True
+
+    def _divergence(self, model: nn.Module, inputs: dict[str, Any]) -> FusedDivergence:
+        num_completion_tokens = used_width(inputs["completion_mask"], "right", self.pad_to_multiple_of)
         completion_ids = inputs["completion_ids"][:, :num_completion_tokens]
         completion_mask = inputs["completion_mask"][:, :num_completion_tokens]
-        selected = loss_mask[:, :num_completion_tokens].bool()
+        selected = inputs["loss_mask"][:, :num_completion_tokens].bool()
 
         def with_prompt(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            width = _width(prompt_mask, "left", self.pad_to_multiple_of)
+            width = used_width(prompt_mask, "left", self.pad_to_multiple_of)
             ids = torch.cat([prompt_ids[:, -width:], completion_ids], dim=1)
             return ids, torch.cat([prompt_mask[:, -width:], completion_mask], dim=1)
 
         teacher_hidden, teacher_head = self._teacher_states(
-            model, *with_prompt(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"]), selected
+            model,
+            *with_prompt(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"]),
+            selected,
+            inputs["teacher_prompt_groups"],
         )
         student = self.accelerator.unwrap_model(model)
         # The whole computation runs inside the wrapped model's forward, so that DDP, FSDP2 and ZeRO-3 see it
-        output = self._forward_redirection(
+        return self._forward_redirection(
             model,
             student,
             self._student_divergence,
@@ -568,17 +674,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             teacher_hidden,
             teacher_head,
             completion_ids[selected],
-            weights[:, :num_completion_tokens][selected],
+            inputs["loss_weights"][:, :num_completion_tokens][selected],
         )
-        loss = output.loss
-        if mode == "train":
-            loss = loss / self.current_gradient_accumulation_steps
-        self._log_divergence(output, mode)
-
-        if self._uses_policy_loss:
-            advantages = inputs["advantages"] * self.args.policy_loss_coef
-            loss = loss + super()._compute_loss(model, {**inputs, "advantages": advantages})
-        return loss
 
     def _loss_weights(self, inputs: dict[str, Any], mode: str) -> tuple[torch.Tensor, torch.Tensor]:
         loss_mask = inputs["loss_mask"]
@@ -590,15 +687,39 @@ class SelfDistillationTrainer(GRPOTrainer):
         return loss_mask, weights
 
     def _teacher_states(
-        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, selected: torch.Tensor
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        selected: torch.Tensor,
+        groups: torch.Tensor,
     ) -> tuple[torch.Tensor, Head]:
+        shared_groups = groups if self._should_share_prompts(input_ids, selected.size(1), groups) else None
         with torch.no_grad(), self.teacher.weights(model) as module:
             teacher = self.accelerator.unwrap_model(module)
             with _evaluation_mode(teacher):
                 hidden = self._forward_redirection(
-                    module, teacher, self._completion_states, teacher, input_ids, attention_mask, selected
+                    module,
+                    teacher,
+                    self._completion_states,
+                    teacher,
+                    input_ids,
+                    attention_mask,
+                    selected,
+                    shared_groups,
                 )
             return hidden, head_of(teacher)
+
+    def _should_share_prompts(self, input_ids: torch.Tensor, completion_width: int, groups: torch.Tensor) -> bool:
+        if not self._can_share_prompts:
+            return False
+        prompt_width = input_ids.size(1) - completion_width
+        num_shared = len(groups.unique()) * prompt_width + len(groups) * completion_width
+        counts = torch.tensor([[input_ids.numel(), num_shared]], device=self.accelerator.device)
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            # Where parameters are gathered, every process has to run as many forward passes; all wait for the slowest
+            counts = self.accelerator.gather(counts)
+        return pays_off(*counts.amax(dim=0).tolist())
 
     def _student_divergence(
         self,
@@ -629,20 +750,29 @@ class SelfDistillationTrainer(GRPOTrainer):
             )
 
     def _completion_states(
-        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, selected: torch.Tensor
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        selected: torch.Tensor,
+        shared_groups: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states that predict the selected completion tokens, of shape (number of them, H)."""
-        # Without explicit positions, left padding would shift them
-        position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        """
+        Hidden states that predict the selected completion tokens, of shape (number of them, H). Rows with the same
+        number in `shared_groups` have the same prompt, which is then read once.
+        """
+        backbone = causal_lm(model).base_model
+        width = selected.size(1)
         with self.accelerator.autocast():
-            states = (
-                causal_lm(model)
-                .base_model(
-                    input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-                )
-                .last_hidden_state
-            )
-        return states[:, -selected.size(1) - 1 : -1][selected]
+            if shared_groups is not None:
+                return states_with_shared_prompts(backbone, input_ids, attention_mask, width, shared_groups)[selected]
+            states = backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=positions(attention_mask),
+                use_cache=False,
+            ).last_hidden_state
+        return states[:, -width - 1 : -1][selected]
 
     def _log_divergence(self, output: FusedDivergence, mode: str) -> None:
         finite = output.finite.bool()
@@ -726,17 +856,6 @@ class _TeacherCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self._trainer
         trainer.teacher.on_step_end(trainer.accelerator.unwrap_model(trainer.model), state.global_step)
-
-
-def _width(mask: torch.Tensor, padding_side: str, multiple_of: int | None) -> int:
-    """Columns of a padded batch that hold at least one token, at least one; all of them where shapes must not vary."""
-    if multiple_of is not None:
-        return mask.size(1)
-    used = mask.any(dim=0)
-    if padding_side == "left":
-        used = used.flip(0)
-    columns = used.nonzero()
-    return int(columns[-1]) + 1 if len(columns) else 1
 
 
 @contextmanager

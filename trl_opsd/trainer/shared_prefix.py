@@ -1,0 +1,108 @@
+"""Scoring the rollouts of one prompt without reading that prompt once for each of them."""
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+def can_share_prompts(model: Any) -> bool:
+    """
+    Whether all that a causal language model remembers of a prompt is keys and values, which several rows can read.
+
+    A recurrent state is no such thing, and neither is a rotary embedding that is rescaled once a sequence is long
+    enough. Models whose code does not come from transformers are not relied on to read a cache they are given.
+    """
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope_types = {entry.get("rope_type") for entry in (rope, *rope.values()) if isinstance(entry, dict)}
+    return (
+        type(model).__module__.startswith("transformers.models.")
+        and config.get_text_config() is config
+        and not model._is_stateful
+        and "past_key_values" in inspect.signature(model.base_model.forward).parameters
+        and set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+        and all(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers
+        )
+        and not rope_types & {"dynamic", "longrope"}
+    )
+
+
+def pays_off(num_tokens: int, num_tokens_shared: int) -> bool:
+    """
+    Whether reading each prompt once is faster, by the tokens, padding included, that the backbone then processes.
+
+    On SmolLM2-135M's shape (CPU, fp32; prompts of 32 to 2,048 tokens, completions of 32 to 512, 2 to 8 rollouts) the
+    time followed the number of tokens: 0.16 × for 8 rollouts of 256 tokens after 2,048, 0.60 × for 2 of 128 after 512,
+    0.9 to 1.0 × where less than a tenth is saved, up to 1.1 × where fewer than 128 are, as a second pass is not free.
+    """
+    saved = num_tokens - num_tokens_shared
+    return saved >= 128 and saved >= 0.1 * num_tokens
+
+
+def states_with_shared_prompts(
+    backbone: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_width: int, groups: torch.Tensor
+) -> torch.Tensor:
+    """
+    Hidden states that predict the completion tokens. Each distinct prompt goes through the backbone once, and the
+    completions attend to its keys and values.
+
+    Args:
+        backbone (`nn.Module`):
+            Transformer without its head, in evaluation mode, of a model for which [`can_share_prompts`] holds.
+        input_ids (`torch.Tensor` of shape `(B, P + T)`):
+            Left-padded prompts and right-padded completions.
+        attention_mask (`torch.Tensor` of shape `(B, P + T)`):
+            1 for tokens, 0 for padding.
+        completion_width (`int`):
+            T.
+        groups (`torch.Tensor` of shape `(B,)`):
+            The same number for rows with the same prompt.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, H)`: the state one token before each completion token.
+    """
+    numbers = groups.tolist()
+    position = {number: index for index, number in enumerate(dict.fromkeys(numbers))}
+    first_rows = [numbers.index(number) for number in position]
+    prompt_of_row = torch.tensor([position[number] for number in numbers], device=input_ids.device)
+    position_ids = positions(attention_mask)
+    prompt, completion = slice(None, -completion_width), slice(-completion_width, None)
+
+    cache = DynamicCache(config=backbone.config)
+    prompt_states = backbone(
+        input_ids=input_ids[first_rows, prompt],
+        attention_mask=attention_mask[first_rows, prompt],
+        position_ids=position_ids[first_rows, prompt],
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state[:, -1:]
+    for layer in cache.layers:
+        layer.update = partial(_prompt_and_completion, layer, prompt_of_row)
+    completion_states = backbone(
+        input_ids=input_ids[:, completion],
+        attention_mask=attention_mask,
+        position_ids=position_ids[:, completion],
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    return torch.cat([prompt_states[prompt_of_row], completion_states[:, :-1]], dim=1)
+
+
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions counted from the first token of each row. Without them, left padding would shift the tokens."""
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _prompt_and_completion(
+    layer: DynamicLayer, prompt_of_row: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # In place of `update`, which would keep what it returns: the prompts repeated for each row, in every layer at once
+    return (
+        torch.cat([layer.keys[prompt_of_row], keys], dim=-2),
+        torch.cat([layer.values[prompt_of_row], values], dim=-2),
+    )
