@@ -266,22 +266,23 @@ def relative_errors(found, expected):
 
 @pytest.mark.parametrize(("divergence", "weight"), DIVERGENCES)
 @pytest.mark.parametrize(("rows", "size", "vocabulary"), [(64, 32, 500), (100, 64, 1500), (33, 128, 1001)])
-@pytest.mark.parametrize("distance", [1.0, 0.1, 0.01])
-def test_bf16_gradient_is_as_exact_as_that_of_trl(divergence, weight, rows, size, vocabulary, distance):
-    objective, squares = Objective(divergence, weight), torch.zeros(2, 2)
-    for seed in range(6):  # one case's rounding is a matter of luck
-        case = half_precision_case(rows, size, vocabulary, distance, seed=seed)
+def test_bf16_gradient_is_as_exact_as_that_of_trl(divergence, weight, rows, size, vocabulary):
+    objective, squares = Objective(divergence, weight), []
+    for seed in range(24):  # one case's rounding is a matter of luck
+        case = half_precision_case(rows, size, vocabulary, distance=(1.0, 0.1, 0.01)[seed % 3], seed=seed)
         reference = in_fp64(case)
         exact = reference.fused(objective)
         expected = reference.gradients(exact.loss)
         output = case.fused(objective)
-        for index, loss in enumerate((output.loss, trl_loss(case, objective))):
-            squares[index] += relative_errors(case.gradients(loss), expected) ** 2
+        errors = [
+            relative_errors(case.gradients(loss), expected) for loss in (output.loss, trl_loss(case, objective))
+        ]
+        squares.append(torch.stack(errors) ** 2)
         assert abs(output.loss - exact.loss) < 2e-7  # fp32 rounds log-probabilities of 10 to 5e-7 at most
+        assert errors[0].max() < 4e-3  # bf16 rounds by 2⁻⁹ at most, here twice
 
-    ours, theirs = (squares / 6).sqrt()
+    ours, theirs = torch.stack(squares).mean(0).sqrt()
     assert (ours <= 1.05 * theirs).all()
-    assert (ours < 3e-3).all()  # bf16 rounds by 2⁻⁹ at most, here twice
 
 
 @pytest.mark.parametrize(("support", "tail"), SUPPORTS)
