@@ -20,9 +20,10 @@ def test_overview(capsys):
     output = capsys.readouterr().out
     assert "loss" in output
     assert "step" in output
+    assert "teacher" in output
 
 
-@pytest.mark.parametrize(("name", "field"), [("loss", "--frozen_head"), ("step", "--teacher_prompt_tokens")])
+@pytest.mark.parametrize(("name", "field"), [("loss", "--frozen_head"), ("step", "--teacher_prompt_tokens"), ("teacher", "--num_rollouts")])
 def test_help_explains_fields_and_imports_nothing_heavy(name, field):
     code = f"""
 import sys

@@ -67,6 +67,18 @@ def test_options_are_honoured_or_refused(name, options):
             Loss(name, case)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_peers_refuse_a_support(name):
+    reason = missing_feature(name, make_case(support="teacher_top_k"))
+    assert reason == (None if name.startswith("ours") else "it sums over the whole vocabulary")
+
+
+def test_a_support_is_honoured():
+    cases = [make_case(support=support, vocab_size=64) for support in ("full", "teacher_top_k")]
+    full, top_k = (LOSSES["ours-eager"](LossInputs.make(case), case).item() for case in cases)
+    assert top_k < full
+
+
 def test_the_clip_of_these_tests_bites():
     assert reference(make_case(clip=0.01))[0] < reference(make_case())[0]
 

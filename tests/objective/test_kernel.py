@@ -77,6 +77,7 @@ def test_blocks_fit_the_budget_and_hold_every_row(num_rows, row_bytes, budget):
     assert slice_rows == 1 or slice_rows * row_bytes * 32 <= budget * 2**20
     assert block_rows == 1 or block_rows * row_bytes <= 0.75 * budget * 2**20
     assert slice_rows < 2 * max(num_rows, 1)
+    assert slice_rows >= num_rows or 2 * slice_rows * row_bytes * 32 > budget * 2**20
     # No block more than needed, and none much emptier than the others
     num_blocks = math.ceil(num_rows / block_rows)
     most = max(1, int(0.75 * budget * 2**20 / row_bytes) // slice_rows) * slice_rows
@@ -99,10 +100,10 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell[0] == "jsd"], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_of_all_rows_never_exist(cell, dtype):
-    rows, vocabulary = 96, 301
+    rows, vocabulary = 32, 301
     case = make_case(rows=rows, vocabulary=vocabulary, bias=True, softcap=3.0, dtype=dtype)
     budget = 8.1 * 8 * vocabulary * 4 / 3 / 2**20  # two fp32 blocks of eight rows
 
@@ -137,14 +138,14 @@ def run(divergence, support, rows, budget):
 
 run("jsd", "full", 8, 4)  # what is loaded when first used
 for divergence, support in (("jsd", "full"), ("reverse_kl", "union_top_k")):
-    print(run(divergence, support, 512, 64))
-print(run("reverse_kl", "union_top_k", 2048, 64))
+    print(run(divergence, support, 128, 16))
+print(run("reverse_kl", "union_top_k", 256, 16))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the high-water mark from /proc")
 def test_memory_stays_within_the_budget_whatever_the_number_of_rows():
-    # 512 rows of fp32 logits are 64 MiB, 2048 are 256 MiB; the gradient of the head is 2 MiB, and all else is smaller
+    # 128 rows of fp32 logits are 16 MiB, 256 are 32 MiB; the gradient of the head is 2 MiB, and all else is smaller
     result = subprocess.run(
         [sys.executable, "-c", MEASURE],
         capture_output=True,
@@ -155,7 +156,7 @@ def test_memory_stays_within_the_budget_whatever_the_number_of_rows():
     assert result.returncode == 0, result.stderr
     full, union, union_of_many = map(float, result.stdout.split())
 
-    budget, gradients, slack = 64, 2, 6
+    budget, gradients, slack = 16, 2, 3
     assert full < budget + gradients + slack
     assert union < budget + gradients + slack
     assert union_of_many < union + slack
@@ -265,18 +266,16 @@ def relative_errors(found, expected):
 
 
 @pytest.mark.parametrize(("divergence", "weight"), DIVERGENCES)
-@pytest.mark.parametrize(("rows", "size", "vocabulary"), [(64, 32, 500), (100, 64, 1500), (33, 128, 1001)])
+@pytest.mark.parametrize(("rows", "size", "vocabulary"), [(64, 32, 500), (33, 128, 1001)])
 def test_bf16_gradient_is_as_exact_as_that_of_trl(divergence, weight, rows, size, vocabulary):
     objective, squares = Objective(divergence, weight), []
-    for seed in range(24):  # one case's rounding is a matter of luck
+    for seed in range(15):  # one case's rounding is a matter of luck
         case = half_precision_case(rows, size, vocabulary, distance=(1.0, 0.1, 0.01)[seed % 3], seed=seed)
         reference = in_fp64(case)
         exact = reference.fused(objective)
         expected = reference.gradients(exact.loss)
         output = case.fused(objective)
-        errors = [
-            relative_errors(case.gradients(loss), expected) for loss in (output.loss, trl_loss(case, objective))
-        ]
+        errors = [relative_errors(case.gradients(loss), expected) for loss in (output.loss, trl_loss(case, objective))]
         squares.append(torch.stack(errors) ** 2)
         assert abs(output.loss - exact.loss) < 2e-7  # fp32 rounds log-probabilities of 10 to 5e-7 at most
         assert errors[0].max() < 4e-3  # bf16 rounds by 2⁻⁹ at most, here twice

@@ -30,10 +30,12 @@ TINY = 1e-6  # MiB: a row at a time
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 @pytest.mark.parametrize("clip", [None, 0.03])
 def test_every_cell_equals_the_plain_formula(cell, clip):
+    capped = make_case(bias=True, scale=1.7, softcap=2.5, seed=2)
+    capped.teacher_head = dataclasses.replace(capped.teacher_head, scale=0.6, softcap=None)
     for case, temperature, budget in (
         (make_case(), 1.0, 256.0),
-        (make_case(bias=True, vocabulary=70, seed=1), 0.7, 0.003),
-        (make_case(bias=True, scale=1.7, softcap=2.5, seed=2), 1.6, TINY),
+        (make_case(bias=True, vocabulary=800, seed=1), 0.7, 0.05),  # wide enough to look for the top k in chunks
+        (capped, 1.6, TINY),
     ):
         output = assert_equals_plain(
             case, make_objective(cell, clip=clip, temperature=temperature), memory_budget=budget
@@ -44,10 +46,9 @@ def test_every_cell_equals_the_plain_formula(cell, clip):
 
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell[2] != "sampled_token"], ids=str)
-@pytest.mark.parametrize("clip", [None, 0.03])
-def test_gradcheck(cell, clip):
-    case = make_case(rows=3, vocabulary=6, size=2, bias=True, softcap=3.0)
-    objective = make_objective(cell, top_k=2, clip=clip, temperature=1.1)
+def test_gradcheck(cell):
+    case = make_case(rows=2, vocabulary=5, size=2, bias=True, softcap=3.0)
+    objective = make_objective(cell, top_k=2, clip=0.03, temperature=1.1)
 
     def loss(*leaves):
         return case.with_student(*leaves).fused(objective, TINY).loss * 2.5
@@ -55,7 +56,7 @@ def test_gradcheck(cell, clip):
     assert torch.autograd.gradcheck(loss, case.leaves)
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     data=st.data(),
     cell=st.sampled_from(CELLS),
@@ -183,6 +184,27 @@ def test_tokens_of_probability_zero(cell, clip, where):
     assert_close(infinite.gradients(output.loss), limit.gradients(expected))
 
 
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize("top_k", [2, 3, 5])
+def test_nothing_possible_outside_of_the_support(cell, top_k):
+    case = make_case(bias=True)
+    impossible = torch.ones(9, dtype=torch.bool)
+    impossible[[0, 4, 8]] = False
+    heads = (case.student_head, case.teacher_head)
+    case = case.with_biases(
+        *(head.bias.detach().masked_fill(impossible, -math.inf).requires_grad_() for head in heads)
+    )
+    case.token_ids = torch.tensor([0, 4, 8, 8, 4, 0])
+    objective = make_objective(cell, top_k)
+
+    output = case.fused(objective)
+    loss, values = plain_loss(case, objective)
+
+    assert output.finite.all()
+    assert_close([output.loss, output.divergence], [loss, values["divergence"]])
+    assert_close(case.gradients(output.loss), case.gradients(loss))
+
+
 def test_which_impossible_tokens_make_a_row_infinite():
     # Student without its token 0, the teacher's best: the forward KL is infinite unless the support leaves it out
     student = torch.tensor([[-math.inf, 2.0, 1.0, 0.0, 0.5]], dtype=torch.float64)
@@ -201,6 +223,26 @@ def test_which_impossible_tokens_make_a_row_infinite():
     assert finite("sampled_token", "bucket")
     assert finite("full", "bucket", divergence="reverse_kl")
     assert finite("full", "bucket", clip=1.0)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_rows_that_are_not_finite_leave_the_others_alone(cell, bad, side):
+    # A softcap makes logits finite whose hidden states are not
+    case = make_case(bias=True, vocabulary=20, softcap=4.0 if side == "student" else None)
+    objective = make_objective(cell)
+    student, teacher = case.student_hidden.detach().clone(), case.teacher_hidden.clone()
+    (student if side == "student" else teacher)[4, 0] = bad
+    poisoned = case.replace(student_hidden=student.requires_grad_(), teacher_hidden=teacher)
+    case.weights[4] = 0.0
+
+    output, expected = poisoned.fused(objective, 0.012), case.fused(objective)
+    found, exact = poisoned.gradients(output.loss), case.gradients(expected.loss)
+
+    assert output.finite.tolist() == [1, 1, 1, 1, 0, 1]
+    assert output.divergence[4] == 0.0
+    assert_close([output.loss, *found], [expected.loss, *exact])
 
 
 # Invariances
@@ -265,7 +307,9 @@ def test_tail_of_a_peaked_distribution_is_accurate(divergence, weight, support):
     assert_close([found[:, :4].double()], [expected[:, :4]], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize(
+    "cell", [*CELLS, *(("jsd", weight, *support) for support in SUPPORTS for weight in (0.0, 1.0))], ids=str
+)
 @pytest.mark.parametrize("clip", [None, 0.03])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_teacher_equal_to_student_gives_no_loss_and_no_gradient(cell, clip, dtype):
@@ -282,14 +326,13 @@ def test_teacher_equal_to_student_gives_no_loss_and_no_gradient(cell, clip, dtyp
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
-@pytest.mark.parametrize("clip", [None, 0.03])
-def test_budget_changes_nothing(cell, clip):
-    case, objective = make_case(rows=21, vocabulary=130, bias=True), make_objective(cell, clip=clip)
+def test_budget_changes_nothing(cell):
+    case, objective = make_case(rows=13, vocabulary=130, bias=True), make_objective(cell, clip=0.03)
     whole = case.fused(objective)
     expected = case.gradients(whole.loss)
 
     # A row takes 2 kB: one block of several slices, several blocks, a row at a time
-    for budget in (0.1, 0.03, 0.012, 0.004, TINY):
+    for budget in (0.1, 0.012, TINY):
         output = case.fused(objective, budget)
         assert_close(output, whole)
         assert_close(case.gradients(output.loss), expected)
@@ -342,6 +385,16 @@ def test_sampled_token_is_unbiased_in_value_and_gradient(divergence, weight, tem
         assert_close([ours(enumerated(case, objective), objective)], [full.loss])
         assert expectation_is_exact(case, objective, ours)
         assert depends_on_the_teacher(case, objective, ours)
+
+
+@pytest.mark.parametrize(("weight", "divergence"), [(0.0, "forward_kl"), (1.0, "reverse_kl")])
+@pytest.mark.parametrize(("support", "tail"), SUPPORTS)
+def test_ends_of_the_jsd_are_the_kls(weight, divergence, support, tail):
+    case = make_case(bias=True)
+    ends, kls = (case.fused(make_objective((name, weight, support, tail))) for name in ("jsd", divergence))
+
+    assert_close(ends, kls)
+    assert_close(case.gradients(ends.loss), case.gradients(kls.loss))
 
 
 def test_sampled_reverse_kl_is_the_policy_gradient():

@@ -1,4 +1,4 @@
-"""The fields of the two benchmarks. Nothing heavy is imported here, so that `--help` answers at once."""
+"""The fields of the benchmarks. Nothing heavy is imported here, so that `--help` answers at once."""
 
 import tempfile
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 @dataclass
 class BenchArguments:
     """
-    Fields of both benchmarks.
+    Fields of all benchmarks.
 
     Args:
         contenders (`list[str]`, *optional*):
@@ -291,3 +291,40 @@ class StepArguments(BenchArguments):
         case = {name: getattr(self, name) for name in names}
         # Warm-ups, timed steps, and the one whose memory is measured
         return [{**case, "num_steps": self.warmups + self.repeats + 1}]
+
+
+@dataclass
+class TeacherArguments(BenchArguments):
+    """
+    Fields of `trl-opsd bench teacher`: the teacher's pass over rollouts that share one privileged prompt.
+
+    Args:
+        model (`str`, *optional*):
+            Id or folder of the model. `None` makes a small Qwen3 with random weights.
+        num_rollouts (`int`, *optional*, defaults to `8`):
+            Rollouts of the prompt.
+        teacher_prompt_tokens (`int`, *optional*, defaults to `2048`):
+            Length of the teacher's prompt, in tokens.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Length of every rollout, in tokens.
+    """
+
+    name: ClassVar[str] = "teacher"
+    all_contenders: ClassVar[tuple[str, ...]] = ("shared-prompt", "whole-sequences")
+    factory: ClassVar[str] = "trl_opsd.bench.teacher:serve"
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Id or folder of the model. By default a small Qwen3 with random weights is made."},
+    )
+    num_rollouts: int = field(default=8, metadata={"help": "Rollouts of the prompt."})
+    teacher_prompt_tokens: int = field(default=2048, metadata={"help": "Length of the teacher's prompt, in tokens."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Length of every rollout, in tokens."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_at_least(1, "num_rollouts", "teacher_prompt_tokens", "max_new_tokens")
+
+    def cases(self) -> list[dict[str, Any]]:
+        names = ("model", "num_rollouts", "teacher_prompt_tokens", "max_new_tokens", "dtype", "seed")
+        return [{name: getattr(self, name) for name in names}]

@@ -1,4 +1,4 @@
-"""`trl-opsd bench`: the command line of the two benchmarks."""
+"""`trl-opsd bench`: the command line of the benchmarks."""
 
 import shlex
 import signal
@@ -11,12 +11,13 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from .arguments import BenchArguments, LossArguments, StepArguments
+from .arguments import BenchArguments, LossArguments, StepArguments, TeacherArguments
 
 
 _BENCHMARKS: dict[str, tuple[type[BenchArguments], str]] = {
     "loss": (LossArguments, "time and memory of the divergence and its gradients, from hidden states"),
     "step": (StepArguments, "time and memory of whole optimizer steps of trainers"),
+    "teacher": (TeacherArguments, "time and memory of the teacher's pass over rollouts that share a prompt"),
 }
 
 
@@ -31,11 +32,11 @@ def make_parser(name: str) -> HfArgumentParser:
 
     Args:
         name (`str`):
-            `"loss"` or `"step"`.
+            `"loss"`, `"step"` or `"teacher"`.
 
     Returns:
         [`~transformers.HfArgumentParser`]:
-            Parser into [`LossArguments`] or [`StepArguments`].
+            Parser into its arguments, such as [`LossArguments`].
     """
     arguments, help = _BENCHMARKS[name]
     return _Parser(

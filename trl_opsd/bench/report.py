@@ -25,6 +25,8 @@ _COLORS = {
     "liger": "#3a9d6e",
     "dense": "#b8405e",
     "floor": "#9aa5b1",
+    "shared-prompt": "#2f6fde",
+    "whole-sequences": "#b8405e",
 }
 _GENERATION, _LEARNING, _WEIGHTS = "#c9d3de", "#2f6fde", "#9aa5b1"
 
@@ -179,7 +181,7 @@ def loss_plot(results: Sequence[CaseResult]) -> "Figure":
 
 
 def _described(case: dict[str, Any], without: str | None = None) -> str:
-    parts = [case["divergence"]]
+    parts = [case["divergence"]] + ([case["support"]] if case["support"] != "full" else [])
     parts += [f"{letter} = {case[size]:,}" for letter, size in zip("NHV", _SIZES, strict=True) if size != without]
     parts += [f"{case['dtype']} on {case['device']}", "frozen head" if case["frozen_head"] else "trained head"]
     parts += [f"clip {case['clip']:g}"] if case["clip"] is not None else []
@@ -188,17 +190,22 @@ def _described(case: dict[str, Any], without: str | None = None) -> str:
 
 
 def _loss_bars(result: CaseResult) -> "Figure":
+    figure = _bars_of(result, f"Divergence and gradients: {_described(result.case)}")
+    floor = result.median_of("floor")
+    if floor is not None:
+        figure.axes[0].axvline(floor, color=_COLORS["floor"], linestyle=":", zorder=0)
+    return figure
+
+
+def _bars_of(result: CaseResult, title: str) -> "Figure":
     from matplotlib.figure import Figure
 
     rows = [row for row in result.rows if row.median() is not None]
     figure = Figure(figsize=(11, 1.4 + 0.45 * len(rows)), layout="constrained")
-    figure.suptitle(f"Divergence and gradients: {_described(result.case)}")
+    figure.suptitle(title)
     time_axes, memory_axes = figure.subplots(1, 2, sharey=True)
     names = [row.contender for row in rows]
     _bars(time_axes, names, [row.median() or 0.0 for row in rows], _seconds, "median seconds")
-    floor = result.median_of("floor")
-    if floor is not None:
-        time_axes.axvline(floor, color=_COLORS["floor"], linestyle=":", zorder=0)
     # The floor's memory is its buffers, made beforehand
     weighed = [row for row in rows if "peak_extra_bytes" in row.facts]
     values = [row.facts["peak_extra_bytes"] / 2**20 for row in weighed]
@@ -385,4 +392,56 @@ def _stacked(
     axes.spines[["top", "right"]].set_visible(False)
 
 
-REPORTS = {"loss": Report(loss_table, loss_plot), "step": Report(step_table, step_plot)}
+# Teacher
+
+
+def teacher_table(result: CaseResult) -> Table:
+    """
+    Makes the table of the teacher benchmark.
+
+    Args:
+        result ([`CaseResult`]):
+            What was measured.
+
+    Returns:
+        [`~rich.table.Table`]:
+            The table.
+    """
+    columns = ["contender", "median s", "min … max", "× whole", "peak extra MiB"]
+    table = _table(_teacher_title(result.case), "The backbone's pass over all rollouts.", columns, result)
+    whole = result.median_of("whole-sequences")
+    for row in result.rows:
+        cells = [row.contender, _seconds(row.median()), _range(row), _ratio(row.median(), whole)]
+        cells.append(_mib(row.facts.get("peak_extra_bytes")))
+        table.add_row(*cells, *([row.error] if row.error else []))
+    return table
+
+
+def teacher_plot(results: Sequence[CaseResult]) -> "Figure":
+    """
+    Draws what the teacher's pass takes.
+
+    Args:
+        results (`Sequence[CaseResult]`):
+            The one case.
+
+    Returns:
+        [`~matplotlib.figure.Figure`]:
+            The figure: time on the left, memory on the right.
+    """
+    [result] = results
+    return _bars_of(result, f"Teacher's pass: {_teacher_title(result.case)}")
+
+
+def _teacher_title(case: dict[str, Any]) -> str:
+    return (
+        f"{Path(case['model']).name}, {case['num_rollouts']} rollouts of {case['max_new_tokens']} tokens after one "
+        f"prompt of {case['teacher_prompt_tokens']}, {case['dtype']} on {case['device']}"
+    )
+
+
+REPORTS = {
+    "loss": Report(loss_table, loss_plot),
+    "step": Report(step_table, step_plot),
+    "teacher": Report(teacher_table, teacher_plot),
+}

@@ -65,16 +65,16 @@ def run(arguments: BenchArguments, folder: Path, device: str, command: str) -> i
     assert contenders is not None
     commands = ["memory"]
     cases = [{**case, "device": device} for case in arguments.cases()]
-    if isinstance(arguments, StepArguments):
-        for case in cases:
+    for case in cases:
+        if isinstance(arguments, StepArguments):
             case["output_dir"] = str(folder / "trainer")
-            if case["model"] is None:
-                from .step import save_tiny_model
+        if "model" in case and case["model"] is None:
+            from .step import save_tiny_model
 
-                model = folder / "random-qwen3"
-                save_tiny_model(model, arguments.seed)
-                case["model"] = str(model)
-    elif getattr(arguments, "check", False):
+            model = folder / "random-qwen3"
+            save_tiny_model(model, arguments.seed)
+            case["model"] = str(model)
+    if getattr(arguments, "check", False):
         commands.append("check")
 
     report = REPORTS[arguments.name]

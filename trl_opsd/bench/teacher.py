@@ -1,0 +1,110 @@
+"""
+The contenders of `trl-opsd bench teacher`: the teacher's backbone scores rollouts that share one prompt.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..trainer.heads import causal_lm
+from ..trainer.shared_prefix import can_share_prompts, positions, states_with_shared_prompts
+from .channel import CannotRun, Channel
+from .measure import PeakMemory, release_memory, synchronize
+
+
+@dataclass(frozen=True)
+class TeacherCase:
+    """
+    What is scored.
+
+    Args:
+        model (`str`): Id or folder of the model.
+        device (`str`): `"cpu"` or `"cuda"`.
+        num_rollouts (`int`): Rollouts of the one prompt.
+        teacher_prompt_tokens (`int`): Length of the teacher's prompt.
+        max_new_tokens (`int`): Length of the rollouts.
+        dtype (`str`): Dtype of the weights.
+        seed (`int`): Seed of the tokens.
+    """
+
+    model: str
+    device: str
+    num_rollouts: int
+    teacher_prompt_tokens: int
+    max_new_tokens: int
+    dtype: str
+    seed: int
+
+
+class Teacher:
+    """
+    A contender that yields the hidden states of the rollouts.
+
+    Args:
+        name (`str`):
+            `"shared-prompt"` or `"whole-sequences"`.
+        case ([`TeacherCase`]):
+            Case.
+    """
+
+    def __init__(self, name: str, case: TeacherCase):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(case.model, dtype=case.dtype).to(case.device).eval()
+        if name == "shared-prompt" and not can_share_prompts(model):
+            raise CannotRun("this model keeps more of a prompt than keys and values")
+        self._backbone, self._shares, self._case = causal_lm(model).base_model, name == "shared-prompt", case
+        generator = torch.Generator().manual_seed(case.seed)
+        size = (case.num_rollouts, case.max_new_tokens)
+        prompt = torch.randint(model.config.vocab_size, (1, case.teacher_prompt_tokens), generator=generator)
+        rollouts = torch.randint(model.config.vocab_size, size, generator=generator)
+        self._input_ids = torch.cat([prompt.expand(case.num_rollouts, -1), rollouts], dim=1).to(case.device)
+        self._mask = torch.ones_like(self._input_ids)
+
+    @torch.no_grad()
+    def run(self) -> torch.Tensor:
+        """Hidden states of shape `(number of rollouts, tokens of a rollout, H)`, as the trainer computes them."""
+        width = self._case.max_new_tokens
+        if self._shares:
+            groups = torch.zeros(self._case.num_rollouts, dtype=torch.int64)
+            return states_with_shared_prompts(self._backbone, self._input_ids, self._mask, width, groups)
+        states = self._backbone(
+            input_ids=self._input_ids,
+            attention_mask=self._mask,
+            position_ids=positions(self._mask),
+            use_cache=False,
+        ).last_hidden_state
+        return states[:, -width - 1 : -1]
+
+
+def serve(name: str, settings: dict[str, Any], channel: Channel) -> None:
+    """
+    Runs a contender until there are no more commands.
+
+    Args:
+        name (`str`):
+            Name of the contender.
+        settings (`dict[str, Any]`):
+            Fields of [`TeacherCase`].
+        channel ([`Channel`]):
+            Where commands come from and answers go.
+    """
+    case = TeacherCase(**settings)
+    device = torch.device(case.device)
+    contender = Teacher(name, case)
+    channel.send({"threads": torch.get_num_threads()})
+    while (command := channel.receive()) is not None:
+        if command == "memory":
+            peak = PeakMemory(device)
+            contender.run()
+            synchronize(device)
+            channel.send({"peak_extra_bytes": max(0, peak.stop())})
+            continue
+        synchronize(device)
+        started = time.perf_counter()
+        contender.run()
+        synchronize(device)
+        channel.send({"seconds": time.perf_counter() - started})
+        release_memory(torch.device("cpu"))
