@@ -23,7 +23,9 @@ def test_overview(capsys):
     assert "teacher" in output
 
 
-@pytest.mark.parametrize(("name", "field"), [("loss", "--frozen_head"), ("step", "--teacher_prompt_tokens"), ("teacher", "--num_rollouts")])
+@pytest.mark.parametrize(
+    ("name", "field"), [("loss", "--frozen_head"), ("step", "--teacher_prompt_tokens"), ("teacher", "--num_rollouts")]
+)
 def test_help_explains_fields_and_imports_nothing_heavy(name, field):
     code = f"""
 import sys

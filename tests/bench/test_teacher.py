@@ -51,4 +51,5 @@ def test_table_and_plot(model_path):
     ]
     result = CaseResult(vars(make_case(model_path)), rows, [])
     assert list(teacher_table(result).columns[3].cells) == ["0.25×", "1.00×"]
-    assert teacher_plot([result]).get_suptitle().endswith("3 rollouts of 5 tokens after one prompt of 11, float32 on cpu")
+    title = teacher_plot([result]).get_suptitle()
+    assert title.endswith("3 rollouts of 5 tokens after one prompt of 11, float32 on cpu")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from trl_opsd.objective import pointwise_divergence
+from trl_opsd.objective.divergence import sampled_divergence
 
 
 # Two tokens. Teacher (3/4, 1/4), student (1/2, 1/2).
@@ -115,3 +116,19 @@ def test_nan_is_not_hidden(divergence, sides):
     entries, slopes = pointwise_divergence(log_s, log_t, divergence)
 
     assert (entries + slopes).isnan().all()
+
+
+@pytest.mark.parametrize("log_s", [-1.0, -60.0, -120.0, -600.0])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_an_improbable_sampled_token_is_as_exact_as_any(divergence, log_s):
+    log_p = torch.tensor([[log_s]]), torch.tensor([[log_s + 3.0]])
+
+    value, slope = (result.item() for result in sampled_divergence(*log_p, divergence, 0.3))
+
+    ratio, mixture = math.exp(3.0), 0.3 * math.exp(3.0) + 0.7
+    expected = {
+        "forward_kl": (3.0 * ratio, 1 - ratio),
+        "reverse_kl": (-3.0, -3.0),
+        "jsd": (0.3 * ratio * (3.0 - math.log(mixture)) - 0.7 * math.log(mixture), -0.7 * math.log(mixture)),
+    }[divergence]
+    assert (value, slope) == pytest.approx(expected, rel=1e-4)

@@ -52,6 +52,41 @@ def pointwise_divergence(
     return jsd_weight * expectation(p_t, log_t - log_m) + slopes, slopes
 
 
+def sampled_divergence(
+    log_s: torch.Tensor, log_t: torch.Tensor, divergence: Divergence, jsd_weight: float = 0.5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Estimates of a divergence and of its gradient from tokens y sampled from the student.
+
+    Both are unbiased: the entry ℓ_y and the slope d_y of [`pointwise_divergence`], divided by p_S,y. Since the mean of
+    ∇log p_S,y is 0, a constant added to the slope changes no mean. It is chosen so that the slope is 0 where p_S,y =
+    p_T,y.
+
+    Args:
+        log_s (`torch.Tensor` of shape `(N, 1)`):
+            Student log-probabilities of the sampled tokens.
+        log_t (`torch.Tensor` of shape `(N, 1)`):
+            Teacher log-probabilities of the sampled tokens.
+        divergence (`str`):
+            See [`pointwise_divergence`].
+        jsd_weight (`float`, *optional*, defaults to `0.5`):
+            See [`pointwise_divergence`].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the estimates and the slopes, each of shape `(N, 1)`.
+    """
+    divergence = canonical(divergence, jsd_weight)
+    log_ratio = log_t - log_s
+    ratio = log_ratio.exp()
+    if divergence == "forward_kl":
+        return expectation(ratio, log_ratio), 1 - ratio
+    if divergence == "reverse_kl":
+        return -log_ratio, -log_ratio
+    log_mixture = (jsd_weight * ratio + (1 - jsd_weight)).log()  # relative to the student's probability
+    slopes = (jsd_weight - 1) * log_mixture
+    return jsd_weight * expectation(ratio, log_ratio - log_mixture) + slopes, slopes
+
+
 def canonical(divergence: Divergence, jsd_weight: float) -> Divergence:
     """The divergence meant: a JSD of weight 0 or 1 stands for a KL."""
     if divergence == "jsd" and jsd_weight in (0.0, 1.0):

@@ -104,7 +104,8 @@ def fused_divergence(
             Which divergence, over which tokens.
         memory_budget (`float`, *optional*, defaults to `256.0`):
             MiB this may take beyond its inputs and their gradients, whatever N is. It sets the number of rows
-            processed at once; a single row is always processed.
+            processed at once; a single row is always processed, and a head of another dtype than the products is
+            converted in tiles of 32 MiB.
         compile (`bool`, *optional*):
             Whether to fuse the elementwise work with torch.compile. `None` does from a vocabulary of 8,192 on. Where
             compiling fails, a warning says so and the work runs uncompiled.
@@ -160,12 +161,13 @@ class _Blocks(NamedTuple):
     slice_rows: int
 
     @classmethod
-    def fit(cls, num_rows: int, row_bytes: int, memory_budget: float) -> "_Blocks":
-        """As few and as equal blocks as three quarters of the budget allow; the rest is for everything else."""
+    def fit(cls, num_rows: int, row_bytes: int, memory_budget: float, fixed_slices: bool) -> "_Blocks":
+        """As few and as equal blocks as seven eighths of the budget allow; the rest is for everything else."""
         budget = memory_budget * 2**20
-        # Powers of two, so that the kernel sees few shapes and is rarely compiled anew
-        slice_rows = min(_floor_to_power_of_two(budget / 32 / row_bytes), _floor_to_power_of_two(2 * num_rows - 1))
-        most = max(1, int(budget * 3 / 4 / row_bytes) // slice_rows)
+        slice_rows = _floor_to_power_of_two(budget / 64 / row_bytes)
+        if not fixed_slices:  # a compiled kernel is compiled anew for every size of a slice
+            slice_rows = min(slice_rows, max(1, num_rows))
+        most = max(1, int(budget * 7 / 8 / row_bytes) // slice_rows)
         num_slices = max(1, math.ceil(num_rows / slice_rows))
         num_blocks = math.ceil(num_slices / most)
         return cls(math.ceil(num_slices / num_blocks) * slice_rows, slice_rows)
@@ -208,13 +210,13 @@ class _FusedDivergenceFunction(torch.autograd.Function):
 
         grad_dtype = dtype if device.type == "cuda" else wide
         row_bytes = vocabulary * (2 * wide.itemsize + (0 if grad_dtype == wide else grad_dtype.itemsize))
-        block_rows, slice_rows = _Blocks.fit(num_rows, row_bytes, memory_budget)
+        block_rows, slice_rows = _Blocks.fit(num_rows, row_bytes, memory_budget, isinstance(kernel, Compiled))
         student_block = torch.empty(block_rows, vocabulary, dtype=wide, device=device)
         teacher_block = torch.empty_like(student_block)
         grad_block = student_block if grad_dtype == wide else torch.empty_like(student_block, dtype=grad_dtype)
         padding = (0, slice_rows)  # rows past the last token are computed with the others, and ignored
         token_ids = pad(token_ids, padding)
-        factors = pad(weights / (peak * objective.temperature), padding)
+        factors = pad(weights / peak / objective.temperature, padding)
         statistics = torch.zeros(len(STATISTICS), num_rows + slice_rows, dtype=wide, device=device)
         finishes = [
             Finish(None if head.bias is None else head.bias.detach().to(wide), head.scale, head.softcap)
@@ -233,7 +235,9 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                 student_rows = hidden[rows].to(dtype)
                 project(student_rows, weight, student_block[:size], dtype)
                 project(teacher_hidden[rows].to(dtype), teacher_head.weight, teacher_block[:size], dtype)
-                valid = pad(hidden[rows].isfinite().all(dim=-1), padding)  # a softcap hides infinite ones
+                # Checked here, because a softcap hides infinite ones
+                valid = hidden[rows].isfinite().all(dim=-1) & teacher_hidden[rows].isfinite().all(dim=-1)
+                valid = pad(valid, padding)
                 for first in range(0, size, slice_rows):
                     part, place = slice(first, first + slice_rows), slice(start + first, start + first + slice_rows)
                     statistics[:, place] = kernel(

@@ -2,7 +2,7 @@
 
 import torch
 
-from .divergence import canonical, expectation, pointwise_divergence
+from .divergence import expectation, pointwise_divergence, sampled_divergence
 from .head import Finish
 from .objective import TOP_K_SUPPORTS, Objective
 from .support import chunk_maxima, restrict, select_support, spread, top_k_tokens
@@ -82,14 +82,8 @@ def divergence_kernel(
     else:
         support_s, support_t = log_s, log_t
 
-    divergence, jsd_weight = objective.divergence, objective.jsd_weight
-    entries, slopes = pointwise_divergence(support_s, support_t, divergence, jsd_weight)
-    if objective.support == "sampled_token":
-        # Σ_v d_v ∇log p_v is the mean of (d_y / p_y) ∇log p_y over sampled y, which any constant added to d_y / p_y
-        # leaves as it is
-        p_y = support_s.exp()
-        baseline = {"forward_kl": 1.0, "reverse_kl": -1.0, "jsd": 0.0}[canonical(divergence, jsd_weight)]
-        entries, slopes = entries / p_y, slopes / p_y + baseline
+    slopes_of = sampled_divergence if objective.support == "sampled_token" else pointwise_divergence
+    entries, slopes = slopes_of(support_s, support_t, objective.divergence, objective.jsd_weight)
     clipped = clipped_mass = torch.zeros_like(factors)
     if objective.clip is not None:
         above = entries > objective.clip
@@ -98,6 +92,8 @@ def divergence_kernel(
         entries, slopes = entries.clamp(max=objective.clip), torch.where(above, 0.0, slopes)
     value, slope_sum = entries.sum(dim=-1), slopes.sum(dim=-1)
     finite = valid & value.isfinite() & slope_sum.isfinite()
+    if objective.support == "sampled_token" and grad is not None:  # a ratio can be too large for half precision
+        finite &= ((slopes * factors.unsqueeze(1)).abs() <= torch.finfo(grad.dtype).max).all(dim=-1)
 
     statistics = torch.stack(
         [
@@ -108,8 +104,8 @@ def divergence_kernel(
             log_t.gather(1, target).squeeze(1),
             (student_top.unsqueeze(2) == teacher_top.unsqueeze(1)).sum(dim=(1, 2)).to(value.dtype) / top_k,
             p_s.gather(1, teacher_top).sum(dim=-1),
-            clipped,
-            clipped_mass,
+            torch.where(finite, clipped, 0.0),
+            torch.where(finite, clipped_mass, 0.0),
             finite.to(value.dtype),
         ]
     )
