@@ -1,6 +1,7 @@
 """The fields of the benchmarks. Nothing heavy is imported here, so that `--help` answers at once."""
 
 import tempfile
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 
 @dataclass
-class BenchArguments:
+class BenchArguments(ABC):
     """
     Fields of all benchmarks.
 
@@ -104,9 +105,9 @@ class BenchArguments:
             ) from None
         return folder
 
+    @abstractmethod
     def cases(self) -> list[dict[str, Any]]:
         """What is measured, one after the other: settings that a contender's process receives."""
-        raise NotImplementedError
 
 
 @dataclass

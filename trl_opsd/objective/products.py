@@ -7,6 +7,7 @@ tile of rows at a time, so that no second copy of it exists.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 
@@ -79,7 +80,7 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, dtype: torch.
 @contextmanager
 def _bf16_products() -> Iterator[None]:
     """Let fp32 products run on bf16 hardware, where a CPU has it: exact for operands that hold bf16 values."""
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    settings = cast(Any, torch.backends.mkldnn).matmul  # unknown to PyTorch's annotations
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

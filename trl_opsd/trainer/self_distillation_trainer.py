@@ -44,9 +44,12 @@ from ..context import Rollouts, TeacherPrompt, make_context, thinking_prefix
 from ..data import validate_rows
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
+    Divergence,
     FusedDivergence,
     Head,
     Objective,
+    Support,
+    Tail,
     aggregation_weights,
     fused_divergence,
     generalized_jsd_loss,
@@ -274,11 +277,11 @@ class SelfDistillationTrainer(GRPOTrainer):
             )
         self.teacher_prompt.chat_template = self.chat_template
         self._objective = Objective(
-            divergence=args.divergence,  # type: ignore[arg-type]
+            divergence=cast(Divergence, args.divergence),
             jsd_weight=args.jsd_weight,
-            support=args.divergence_support,  # type: ignore[arg-type]
+            support=cast(Support, args.divergence_support),
             top_k=args.divergence_top_k,
-            tail=args.divergence_tail or "bucket",  # type: ignore[arg-type]
+            tail=cast(Tail, args.divergence_tail or "bucket"),
             clip=args.divergence_clip,
             temperature=cast(float, args.distillation_temperature),
         )
