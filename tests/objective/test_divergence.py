@@ -108,6 +108,16 @@ def test_token_impossible_for_one_side():
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_probabilities_at_hand_are_used(divergence):
+    given = pointwise_divergence(LOG_S, LOG_T, divergence, 0.3, p_s=LOG_S.exp(), p_t=LOG_T.exp())
+    halved = pointwise_divergence(LOG_S, LOG_T, divergence, 0.3, p_s=LOG_S.exp() / 2, p_t=LOG_T.exp() / 2)
+
+    for found, expected in zip(given, pointwise_divergence(LOG_S, LOG_T, divergence, 0.3), strict=True):
+        assert torch.equal(found, expected)
+    assert not torch.allclose(halved[0], given[0])
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("sides", ["student", "teacher", "both"])
 def test_nan_is_not_hidden(divergence, sides):
     nan = torch.full((2,), math.nan)

@@ -1,7 +1,9 @@
 """Precision, memory and the backward pass, for every support."""
 
 import math
+import mmap
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,8 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from trl_opsd.objective import Head, Objective
 from trl_opsd.objective.fused import _Blocks
-from trl_opsd.objective.kernel import STATISTICS, divergence_kernel, log_softmax
+from trl_opsd.objective.kernel import STATISTICS, divergence_kernel, softmax
+from trl_opsd.objective.memory import empty_block, reuse_freed_memory
 
 
 SMALL = [("forward_kl", 0.5, "full", "bucket"), ("jsd", 0.3, "union_top_k", "bucket")]
@@ -71,13 +74,16 @@ def test_a_sampled_token_whose_gradient_half_precision_cannot_hold_is_left_out()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_log_softmax(temperature):
+def test_softmax(temperature):
     logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 30
     logits[:, 3] = -math.inf
 
-    found = log_softmax(logits, logits.amax(-1, keepdim=True), temperature)
+    found = softmax(logits, logits.amax(-1, keepdim=True), temperature)
 
-    torch.testing.assert_close(found, (logits.double() / temperature).log_softmax(-1).float(), rtol=1e-6, atol=1e-6)
+    log_p = (logits.double() / temperature).log_softmax(-1)
+    entropy = torch.distributions.Categorical(logits=log_p.clamp(min=-1e300)).entropy()
+    for value, expected in zip(found, (log_p, log_p.exp(), entropy), strict=True):
+        torch.testing.assert_close(value, expected.float(), rtol=1e-6, atol=1e-6)
 
 
 # Blocks
@@ -95,9 +101,9 @@ def test_blocks_fit_the_budget_and_hold_every_row(num_rows, row_bytes, budget, f
         assert slice_rows == _Blocks.fit(10**6, row_bytes, budget, fixed_slices).slice_rows
     else:
         assert slice_rows <= max(num_rows, 1)
-    assert slice_rows == 1 or slice_rows * row_bytes * 64 <= budget * 2**20
+    assert slice_rows == 1 or slice_rows * row_bytes * 32 <= budget * 2**20
     assert block_rows == 1 or block_rows * row_bytes <= 0.875 * budget * 2**20
-    assert slice_rows >= num_rows or 2 * slice_rows * row_bytes * 64 > budget * 2**20
+    assert slice_rows >= num_rows or 2 * slice_rows * row_bytes * 32 > budget * 2**20
     # No block more than needed, and none much emptier than the others
     num_blocks = math.ceil(num_rows / block_rows)
     most = max(1, int(0.875 * budget * 2**20 / row_bytes) // slice_rows) * slice_rows
@@ -106,6 +112,34 @@ def test_blocks_fit_the_budget_and_hold_every_row(num_rows, row_bytes, budget, f
 
 
 # Memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (700, 1000)])
+def test_empty_blocks_are_separate_tensors_of_their_own(shape, dtype):
+    blocks = [empty_block(*shape, dtype, torch.device("cpu")).fill_(number) for number in range(3)]
+
+    for number, block in enumerate(blocks):
+        assert block.shape == shape
+        assert block.dtype == dtype
+        assert block.is_contiguous()
+        assert (block == number).all()
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="The system has no huge pages")
+def test_empty_blocks_ask_for_huge_pages():
+    block = empty_block(1024, 4096, torch.float32, torch.device("cpu"))
+
+    mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]
+    ranges = [[int(end, 16) for end in text.split(" ", 1)[0].split("-")] for text in mappings]
+    (mine,) = [text for text, (start, end) in zip(mappings, ranges, strict=True) if start <= block.data_ptr() < end]
+    assert " hg" in mine[mine.index("VmFlags:") :]
+
+
+def test_empty_blocks_where_huge_pages_are_refused(monkeypatch):
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1, raising=False)  # no such advice: an OSError, as without support
+
+    assert (empty_block(3, 4, torch.float32, torch.device("cpu")).fill_(2.0) == 2.0).all()
 
 
 class Largest(TorchDispatchMode):
@@ -126,6 +160,7 @@ def test_logits_of_all_rows_never_exist(cell, dtype):
     rows, vocabulary = 32, 301
     case = make_case(rows=rows, vocabulary=vocabulary, bias=True, softcap=3.0, dtype=dtype)
     budget = 8.1 * 8 * vocabulary * 8 / 7 / 2**20  # two fp32 blocks of eight rows
+    reuse_freed_memory()  # it allocates, once in a process
 
     with Largest() as largest:
         case.gradients(case.fused(make_objective(cell, clip=0.05), budget).loss)

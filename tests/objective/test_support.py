@@ -15,7 +15,9 @@ def seeded(seed):
 
 
 def assert_top_k(scores, k):
-    tokens = top_k_tokens(scores, chunk_maxima(scores), k)
+    others = -scores.flip(1)
+    tokens, other_tokens = top_k_tokens((scores, others), (chunk_maxima(scores), chunk_maxima(others)), k)
+    assert torch.equal(others.gather(1, other_tokens).sort(descending=True).values, others.topk(k).values)
     assert tokens.shape == (len(scores), k)
     assert tokens.dtype == torch.int64
     assert all(len(set(row)) == k for row in tokens.tolist())
@@ -83,7 +85,7 @@ def test_nan_scores_give_tokens_of_the_vocabulary(vocabulary):
     scores = torch.randn(3, vocabulary, generator=seeded(0))
     scores[0], scores[1, 5] = math.nan, math.nan
 
-    tokens = top_k_tokens(scores, chunk_maxima(scores), 2)
+    (tokens,) = top_k_tokens((scores,), (chunk_maxima(scores),), 2)
 
     assert ((tokens >= 0) & (tokens < vocabulary)).all()
     assert set(tokens[2].tolist()) == set(scores[2].topk(2).indices.tolist())

@@ -14,7 +14,12 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
 def pointwise_divergence(
-    log_s: torch.Tensor, log_t: torch.Tensor, divergence: Divergence, jsd_weight: float = 0.5
+    log_s: torch.Tensor,
+    log_t: torch.Tensor,
+    divergence: Divergence,
+    jsd_weight: float = 0.5,
+    p_s: torch.Tensor | None = None,
+    p_t: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Entries of a divergence over the vocabulary, and their slopes.
@@ -32,21 +37,23 @@ def pointwise_divergence(
             = β·p_T + (1−β)·p_S, Eq. (1) of [GKD](https://huggingface.co/papers/2306.13649).
         jsd_weight (`float`, *optional*, defaults to `0.5`):
             β. The formula tends to 0 at both ends, so, as in GKD, 0 stands for the forward and 1 for the reverse KL.
+        p_s (`torch.Tensor` of shape `(..., V)`, *optional*):
+            Student probabilities, where they are at hand: it saves their exponentials.
+        p_t (`torch.Tensor` of shape `(..., V)`, *optional*):
+            Teacher probabilities.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the entries ℓ_v and the slopes d_v = ∂ℓ_v/∂log p_S,v, each of shape `(...,
         V)`.
     """
     divergence = canonical(divergence, jsd_weight)
+    p_s = log_s.exp() if p_s is None else p_s
+    p_t = log_t.exp() if p_t is None else p_t
     if divergence == "forward_kl":
-        p_t = log_t.exp()
-        entries = expectation(p_t, log_t - log_s)
-        return entries, -p_t
-    p_s = log_s.exp()
+        return expectation(p_t, log_t - log_s), -p_t
     if divergence == "reverse_kl":
         entries = expectation(p_s, log_s - log_t)
         return entries, entries + p_s
-    p_t = log_t.exp()
     log_m = (jsd_weight * p_t + (1 - jsd_weight) * p_s).log()
     slopes = (1 - jsd_weight) * expectation(p_s, log_s - log_m)
     return jsd_weight * expectation(p_t, log_t - log_m) + slopes, slopes

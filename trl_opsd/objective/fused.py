@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from .compilation import Compiled
 from .head import Finish, Head
 from .kernel import STATISTICS, divergence_kernel
+from .memory import empty_block, reuse_freed_memory
 from .objective import Objective
 from .products import add_outer, project, project_back
 
@@ -142,14 +143,6 @@ def fused_divergence(
 
 
 @cache
-def _reuse_freed_memory() -> None:
-    # The GNU C library gives large blocks back to the system when they are freed, and a kernel's temporaries would be
-    # mapped, and every page of them faulted in, for each slice again: half of the elementwise time. Once it has seen a
-    # block of nearly 32 MiB come and go, it keeps blocks up to that size for the next allocation.
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
-
-
-@cache
 def _compiled_kernel() -> Compiled:
     return Compiled(divergence_kernel)
 
@@ -164,7 +157,7 @@ class _Blocks(NamedTuple):
     def fit(cls, num_rows: int, row_bytes: int, memory_budget: float, fixed_slices: bool) -> "_Blocks":
         """As few and as equal blocks as seven eighths of the budget allow; the rest is for everything else."""
         budget = memory_budget * 2**20
-        slice_rows = _floor_to_power_of_two(budget / 64 / row_bytes)
+        slice_rows = _floor_to_power_of_two(budget / 32 / row_bytes)
         if not fixed_slices:  # a compiled kernel is compiled anew for every size of a slice
             slice_rows = min(slice_rows, max(1, num_rows))
         most = max(1, int(budget * 7 / 8 / row_bytes) // slice_rows)
@@ -195,7 +188,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
     ):
         device = hidden.device
         if device.type == "cpu":
-            _reuse_freed_memory()
+            reuse_freed_memory()
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         else:
@@ -211,8 +204,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         grad_dtype = dtype if device.type == "cuda" else wide
         row_bytes = vocabulary * (2 * wide.itemsize + (0 if grad_dtype == wide else grad_dtype.itemsize))
         block_rows, slice_rows = _Blocks.fit(num_rows, row_bytes, memory_budget, isinstance(kernel, Compiled))
-        student_block = torch.empty(block_rows, vocabulary, dtype=wide, device=device)
-        teacher_block = torch.empty_like(student_block)
+        student_block, teacher_block = (empty_block(block_rows, vocabulary, wide, device) for _ in range(2))
         grad_block = student_block if grad_dtype == wide else torch.empty_like(student_block, dtype=grad_dtype)
         padding = (0, slice_rows)  # rows past the last token are computed with the others, and ignored
         token_ids = pad(token_ids, padding)
@@ -224,8 +216,9 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         ]
 
         grad_hidden = torch.empty(hidden.shape, dtype=wide, device=device) if trains_hidden else None
-        make_total = torch.empty if num_rows else torch.zeros
-        grad_weight = make_total(weight.shape, dtype=wide, device=device) if trains_weight else None
+        grad_weight = empty_block(vocabulary, weight.size(1), wide, device) if trains_weight else None
+        if grad_weight is not None and num_rows == 0:
+            grad_weight.zero_()
         grad_bias = torch.zeros(vocabulary, dtype=wide, device=device) if trains_bias else None
 
         with torch.autocast(device.type, enabled=False):

@@ -1,10 +1,12 @@
 """All elementwise work of the fused loss, written once. It runs as it stands and under torch.compile."""
 
+from typing import NamedTuple
+
 import torch
 
 from .divergence import expectation, pointwise_divergence, sampled_divergence
 from .head import Finish
-from .objective import TOP_K_SUPPORTS, Objective
+from .objective import Objective
 from .support import chunk_maxima, restrict, select_support, spread, top_k_tokens
 
 
@@ -66,24 +68,23 @@ def divergence_kernel(
     student_logits = student_finish.logits(student_products)
     teacher_logits = teacher_finish.logits(teacher_products)
     maxima_s, maxima_t = chunk_maxima(student_logits), chunk_maxima(teacher_logits)
-    log_s = log_softmax(student_logits, maxima_s.amax(dim=-1, keepdim=True), objective.temperature)
-    log_t = log_softmax(teacher_logits, maxima_t.amax(dim=-1, keepdim=True), objective.temperature)
-    p_s, p_t = log_s.exp(), log_t.exp()
+    log_s, p_s, entropy_s = softmax(student_logits, maxima_s.amax(dim=-1, keepdim=True), objective.temperature)
+    log_t, p_t, entropy_t = softmax(teacher_logits, maxima_t.amax(dim=-1, keepdim=True), objective.temperature)
     target = token_ids.unsqueeze(1)
 
     top_k = min(objective.top_k, log_s.size(1))
-    student_top = top_k_tokens(student_logits, maxima_s, top_k)
-    teacher_top = top_k_tokens(teacher_logits, maxima_t, top_k)
-    if objective.support in TOP_K_SUPPORTS:
+    student_top, teacher_top = top_k_tokens((student_logits, teacher_logits), (maxima_s, maxima_t), top_k)
+    if objective.support == "sampled_token":
+        support_s, support_t = log_s.gather(1, target), log_t.gather(1, target)
+        entries, slopes = sampled_divergence(support_s, support_t, objective.divergence, objective.jsd_weight)
+    elif objective.support == "full":
+        entries, slopes = pointwise_divergence(
+            log_s, log_t, objective.divergence, objective.jsd_weight, p_s=p_s, p_t=p_t
+        )
+    else:
         tokens, kept = select_support(objective, student_top, teacher_top)
         support_s, support_t = (restrict(log_p, tokens, kept, objective) for log_p in (log_s, log_t))
-    elif objective.support == "sampled_token":
-        support_s, support_t = log_s.gather(1, target), log_t.gather(1, target)
-    else:
-        support_s, support_t = log_s, log_t
-
-    slopes_of = sampled_divergence if objective.support == "sampled_token" else pointwise_divergence
-    entries, slopes = slopes_of(support_s, support_t, objective.divergence, objective.jsd_weight)
+        entries, slopes = pointwise_divergence(support_s, support_t, objective.divergence, objective.jsd_weight)
     clipped = clipped_mass = torch.zeros_like(factors)
     if objective.clip is not None:
         above = entries > objective.clip
@@ -98,8 +99,8 @@ def divergence_kernel(
     statistics = torch.stack(
         [
             torch.where(finite, value, 0.0),
-            -expectation(p_s, log_s).sum(dim=-1),
-            -expectation(p_t, log_t).sum(dim=-1),
+            entropy_s,
+            entropy_t,
             log_s.gather(1, target).squeeze(1),
             log_t.gather(1, target).squeeze(1),
             (student_top.unsqueeze(2) == teacher_top.unsqueeze(1)).sum(dim=(1, 2)).to(value.dtype) / top_k,
@@ -123,13 +124,36 @@ def divergence_kernel(
     return statistics
 
 
-def log_softmax(logits: torch.Tensor, maximum: torch.Tensor, temperature: float) -> torch.Tensor:
+class Softmax(NamedTuple):
     """
-    log softmax(logits / temperature), given the maximum of each row.
+    A distribution over the vocabulary, by rows.
 
-    Spelled out, because torch.compile takes a factor out of a softmax by a detour that costs more than the rest.
+    Args:
+        log_p (`torch.Tensor` of shape `(N, V)`):
+            Log-probabilities.
+        p (`torch.Tensor` of shape `(N, V)`):
+            Probabilities.
+        entropy (`torch.Tensor` of shape `(N,)`):
+            Entropy, in nats.
+    """
+
+    log_p: torch.Tensor
+    p: torch.Tensor
+    entropy: torch.Tensor
+
+
+def softmax(logits: torch.Tensor, maximum: torch.Tensor, temperature: float) -> Softmax:
+    """
+    softmax(logits / temperature) with all that is needed of it, given the maximum of each row.
+
+    Spelled out, so that each exponential is taken once. Besides, torch.compile takes a factor out of a softmax by a
+    detour that costs more than the rest.
     """
     shifted = logits - maximum
     if temperature != 1.0:
         shifted = shifted * (1 / temperature)
-    return shifted - shifted.exp().sum(dim=-1, keepdim=True).log()
+    exp = shifted.exp()
+    total = exp.sum(dim=-1, keepdim=True)
+    mean = expectation(exp, shifted).sum(dim=-1, keepdim=True) / total
+    log_total = total.log()
+    return Softmax(shifted - log_total, exp * total.reciprocal(), (log_total - mean).squeeze(1))

@@ -9,8 +9,6 @@ from .divergence import Divergence
 Support = Literal["full", "teacher_top_k", "student_top_k", "union_top_k", "sampled_token"]
 Tail = Literal["bucket", "renormalize"]
 
-TOP_K_SUPPORTS = ("teacher_top_k", "student_top_k", "union_top_k")
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -59,7 +57,7 @@ class Objective:
     def __post_init__(self) -> None:
         for name, choices in (
             ("divergence", ("forward_kl", "reverse_kl", "jsd")),
-            ("support", ("full", *TOP_K_SUPPORTS, "sampled_token")),
+            ("support", ("full", "teacher_top_k", "student_top_k", "union_top_k", "sampled_token")),
             ("tail", ("bucket", "renormalize")),
         ):
             if getattr(self, name) not in choices:

@@ -1,5 +1,7 @@
 """Restricting two distributions over the vocabulary to a few of its tokens."""
 
+from collections.abc import Sequence
+
 import torch
 
 from .objective import Objective
@@ -26,33 +28,35 @@ def chunk_maxima(scores: torch.Tensor) -> torch.Tensor:
     return torch.cat([maxima, scores[:, whole:].amax(dim=-1, keepdim=True)], dim=1)
 
 
-def top_k_tokens(scores: torch.Tensor, maxima: torch.Tensor, k: int) -> torch.Tensor:
+def top_k_tokens(scores: Sequence[torch.Tensor], maxima: Sequence[torch.Tensor], k: int) -> tuple[torch.Tensor, ...]:
     """
     The tokens with the k highest scores, in no particular order.
 
-    They lie in the k chunks with the highest maxima, so that little of a wide row is sorted.
+    They lie in the k chunks with the highest maxima, so that little of a wide row is sorted. Several distributions are
+    searched at once, since a search is parallel over rows.
 
     Args:
-        scores (`torch.Tensor` of shape `(N, V)`):
-            Anything that grows with the probability.
-        maxima (`torch.Tensor` of shape `(N, ceil(V / 64))`):
+        scores (sequence of `torch.Tensor` of shape `(N, V)`):
+            Anything that grows with the probability, of each distribution.
+        maxima (sequence of `torch.Tensor` of shape `(N, ceil(V / 64))`):
             Their [`chunk_maxima`].
         k (`int`):
             Number of tokens, at most V.
 
     Returns:
-        `torch.Tensor` of shape `(N, k)`, int64.
+        `tuple` of `torch.Tensor` of shape `(N, k)`, int64: the tokens of each distribution.
     """
-    num_rows, vocabulary = scores.shape
+    vocabulary = scores[0].size(1)
     if vocabulary < 4 * k * _CHUNK:
-        return scores.topk(k, sorted=False).indices
+        return tuple(rows.topk(k, sorted=False).indices for rows in scores)
     whole = vocabulary - vocabulary % _CHUNK
-    chunks = maxima[:, : whole // _CHUNK].topk(k, sorted=False).indices
-    within = torch.arange(_CHUNK, device=scores.device)
+    chunks = torch.cat([rows[:, : whole // _CHUNK] for rows in maxima]).topk(k, sorted=False).indices
+    within = torch.arange(_CHUNK, device=chunks.device)
     tokens = (chunks.unsqueeze(-1) * _CHUNK + within).flatten(1)
-    rest = torch.arange(whole, vocabulary, device=scores.device).expand(num_rows, -1)
+    rest = torch.arange(whole, vocabulary, device=chunks.device).expand(tokens.size(0), -1)
     tokens = torch.cat([tokens, rest], dim=1)
-    return tokens.gather(1, scores.gather(1, tokens).topk(k, sorted=False).indices)
+    candidates = torch.cat([rows.gather(1, at) for rows, at in zip(scores, tokens.chunk(len(scores)), strict=True)])
+    return tokens.gather(1, candidates.topk(k, sorted=False).indices).chunk(len(scores))
 
 
 def select_support(
