@@ -1,10 +1,13 @@
-"""Trains a tiny model on rollouts that are fixed, and writes losses and final weights. Started by test_ddp.py."""
+"""Trains a tiny model on rollouts that are fixed, once per job, and writes what came of it. Started by launch.py."""
 
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate import state as accelerate_state
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
@@ -12,6 +15,8 @@ from safetensors.torch import save_file
 from tiny import make_model, make_tokenizer
 
 from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer
+from trl_opsd.scripts.utils import find_checkpoint
+from trl_opsd.teacher.sharding import part_of
 
 
 def fixed_rollouts(prompts, trainer):
@@ -19,6 +24,62 @@ def fixed_rollouts(prompts, trainer):
     ids = trainer.processing_class(completions, add_special_tokens=False)["input_ids"]
     ids = [row[: 3 + sum(row) % 5] for row in ids]
     return {"prompt_ids": trainer._tokenize_prompts(prompts)[0], "completion_ids": ids, "logprobs": None}
+
+
+def relabel_cpu_world() -> None:
+    """Have FSDP2 shard over CPU processes, which accelerate would run under DDP without a word."""
+    initialise = accelerate_state.PartialState.__init__
+
+    def relabelled(self, *args, **kwargs):
+        initialise(self, *args, **kwargs)
+        if self.__dict__.get("distributed_type") == accelerate_state.DistributedType.MULTI_CPU:
+            self.distributed_type = accelerate_state.DistributedType.MULTI_GPU
+
+    accelerate_state.PartialState.__init__ = relabelled
+
+
+def make_trainer(job: dict[str, Any], output_dir: Path):
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config_class, trainer_class = {"opsd": (OPSDConfig, OPSDTrainer), "opsdc": (OPSDCConfig, OPSDCTrainer)}[
+        job["method"]
+    ]
+    rows = [
+        {"prompt": [{"role": "user", "content": f"What is {a} + {7 * a}?"}], "solution": f"{a}+{7 * a}={8 * a}"}
+        for a in range(1, 17)
+    ]
+    tokenizer = make_tokenizer()
+    settings = {
+        "output_dir": str(output_dir / "run"),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "shuffle_dataset": False,
+        "per_device_train_batch_size": 4 // world_size,
+        "gradient_accumulation_steps": 1,
+        "max_completion_length": 8,
+        "optim": "sgd",  # Adam would blow up the rounding of gradients that are almost zero
+        "learning_rate": 0.1,
+        "max_steps": 4,
+        **job["settings"],
+    }
+    args = config_class(**settings)
+    model = make_model(tokenizer)
+    if job["from_folder"]:  # as users do: `from_pretrained` shards a model for ZeRO-3 while it loads
+        model.save_pretrained(output_dir / "base")
+        model = str(output_dir / "base")
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    return trainer_class(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        rollout_func=fixed_rollouts,
+        peft_config=lora if job["weights"] == "lora" else None,
+    )
 
 
 def count_passes(trainer, num_passes: list[int]) -> None:
@@ -33,58 +94,53 @@ def count_passes(trainer, num_passes: list[int]) -> None:
     trainer._passes = counting
 
 
-def main(method: str, weights: str, output_dir: Path) -> None:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config_class, trainer_class, settings = {
-        "opsd": (OPSDConfig, OPSDTrainer, {"loss_type": "dapo"}),
-        "opsdc": (OPSDCConfig, OPSDCTrainer, {"teacher_update_steps": 2}),
-        # In the first and third step, one process would need one pass for its two rows, and the other two passes
-        "opsd-budget": (OPSDConfig, OPSDTrainer, {"num_generations": 2, "max_tokens_per_microbatch": 896}),
-    }[method]
-    rows = [
-        {"prompt": [{"role": "user", "content": f"What is {a} + {7 * a}?"}], "solution": f"{a}+{7 * a}={8 * a}"}
-        for a in range(1, 17)
-    ]
-    tokenizer = make_tokenizer()
-    trainer = trainer_class(
-        model=make_model(tokenizer),
-        args=config_class(
-            output_dir=str(output_dir / "run"),
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            save_strategy="no",
-            shuffle_dataset=False,
-            per_device_train_batch_size=4 // world_size,
-            gradient_accumulation_steps=1,
-            max_completion_length=8,
-            optim="sgd",  # Adam would blow up the rounding of gradients that are almost zero
-            learning_rate=0.1,
-            max_steps=4,
-            **settings,
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        rollout_func=fixed_rollouts,
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if weights == "lora" else None,
-    )
-    num_passes = []
-    count_passes(trainer, num_passes)
-    trainer.train()
+def share_held(model: torch.nn.Module) -> float:
+    """Share of a model's entries this process holds."""
+    whole = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()]
+    return sum(part_of(parameter).numel() for parameter in model.parameters()) / sum(whole)
+
+
+def report(trainer, num_passes: list[int], output_dir: Path) -> None:
+    accelerator = trainer.accelerator
+    student = accelerator.unwrap_model(trainer.model)
+    with trainer.teacher.weights(trainer.model_wrapped) as module:
+        teacher = accelerator.unwrap_model(module)
+        shares = gather_object([[share_held(student), share_held(teacher)]])
     num_passes = gather_object([num_passes])
-    if trainer.accelerator.is_main_process:
-        history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        names = ("loss", "distillation_loss", "entropy", "num_generated_tokens", "teacher_prompts/max_length")
-        result = {name: [entry[name] for entry in history] for name in names}
-        result["num_passes"] = num_passes
-        result["world"] = [trainer.accelerator.num_processes, trainer.accelerator.distributed_type.value]
-        (output_dir / "result.json").write_text(json.dumps(result))
-        state = {name: value.clone().contiguous() for name, value in trainer.model.state_dict().items()}
-        save_file(state, output_dir / "weights.safetensors")
+    state = accelerator.get_state_dict(trainer.model_wrapped)
+    trainer.teacher.save(output_dir, accelerator.is_main_process)
+    if not accelerator.is_main_process:
+        return
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    names = ("loss", "distillation_loss", "entropy", "num_generated_tokens", "teacher_prompts/max_length")
+    result = {name: [entry[name] for entry in history] for name in names}
+    plugin = accelerator.state.deepspeed_plugin
+    result["num_passes"] = num_passes
+    result["world"] = [accelerator.num_processes, accelerator.distributed_type.value]
+    result["zero_stage"] = None if plugin is None else plugin.zero_stage
+    result["shares"] = shares
+    (output_dir / "result.json").write_text(json.dumps(result))
+    save_file({name: value.clone().contiguous() for name, value in state.items()}, output_dir / "weights.safetensors")
+
+
+def checkpoint_of(resume: str | None, output_dir: Path) -> str | None:
+    if resume in ("auto", None):
+        return find_checkpoint(resume, str(output_dir / "run"))
+    return str(output_dir.parent / resume)
+
+
+def run(job: dict[str, Any], output_dir: Path) -> None:
+    output_dir.mkdir(exist_ok=True)
+    num_passes: list[int] = []
+    trainer = make_trainer(job, output_dir)
+    count_passes(trainer, num_passes)
+    trainer.train(resume_from_checkpoint=checkpoint_of(job["resume"], output_dir))
+    report(trainer, num_passes, output_dir)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    folder = Path(sys.argv[1])
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        relabel_cpu_world()
+    for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
+        run(job, folder / (job["name"] or str(number)))

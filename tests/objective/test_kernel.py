@@ -95,15 +95,16 @@ def test_softmax(temperature):
 @pytest.mark.parametrize("fixed_slices", [False, True])
 def test_blocks_fit_the_budget_and_hold_every_row(num_rows, row_bytes, budget, fixed_slices):
     block_rows, slice_rows = _Blocks.fit(num_rows, row_bytes, budget, fixed_slices)
+    share = 32 if fixed_slices else 64
 
     assert block_rows % slice_rows == 0
     if fixed_slices:
         assert slice_rows == _Blocks.fit(10**6, row_bytes, budget, fixed_slices).slice_rows
     else:
         assert slice_rows <= max(num_rows, 1)
-    assert slice_rows == 1 or slice_rows * row_bytes * 32 <= budget * 2**20
+    assert slice_rows == 1 or slice_rows * row_bytes * share <= budget * 2**20
     assert block_rows == 1 or block_rows * row_bytes <= 0.875 * budget * 2**20
-    assert slice_rows >= num_rows or 2 * slice_rows * row_bytes * 32 > budget * 2**20
+    assert slice_rows >= num_rows or 2 * slice_rows * row_bytes * share > budget * 2**20
     # No block more than needed, and none much emptier than the others
     num_blocks = math.ceil(num_rows / block_rows)
     most = max(1, int(0.875 * budget * 2**20 / row_bytes) // slice_rows) * slice_rows

@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset
 from peft import PromptTuningConfig
-from tiny import make_tokenizer
+from tiny import make_model, make_tokenizer
 from trl import GRPOConfig
 
 from trl_opsd import OPSDConfig, OPSDTrainer
@@ -155,3 +155,27 @@ def test_streamed_row_without_content_names_its_index(model, tokenizer, training
     )
     with pytest.raises(ValueError, match="row 2: `solution` is empty"):
         trainer.train()
+
+
+def test_external_teacher_with_another_vocabulary(refused, tmp_path):
+    make_tokenizer(bos_token="<s>").save_pretrained(tmp_path)
+    refused(
+        [{}],
+        r"has another vocabulary than the policy: .* Choose a teacher with the policy's tokenizer",
+        teacher="external",
+        teacher_model_name_or_path=str(tmp_path),
+    )
+
+
+def test_external_teacher_with_a_padded_vocabulary(refused, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    model = make_model(tokenizer)
+    model.resize_token_embeddings(128)
+    model.save_pretrained(tmp_path)
+    refused(
+        [{}],
+        r"logits over 128 tokens and the policy over 106.*resize_token_embeddings\(128\)",
+        teacher="external",
+        teacher_model_name_or_path=str(tmp_path),
+    )

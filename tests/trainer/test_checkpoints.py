@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from tiny import make_model
 
 from trl_opsd import SelfDistillationTrainer
+from trl_opsd.trainer.checkpoints import STATE_FILE, begin, finish, read_state
 
 
 @pytest.fixture
 def make_trainer(tokenizer, dataset, training_args):
     rows = Dataset.from_list(list(dataset) * 4)
 
-    def make(lora=False, init_lora_weights=True, use_dora=False, **settings):
+    def make(lora=False, init_lora_weights=True, use_dora=False, seed_of_model=0, **settings):
         args = SelfDistillationTrainer.config_class(
             **{
                 **training_args,
@@ -31,7 +32,7 @@ def make_trainer(tokenizer, dataset, training_args):
             }
         )
         return SelfDistillationTrainer(
-            model=make_model(tokenizer),
+            model=make_model(tokenizer, seed_of_model),
             args=args,
             train_dataset=rows,
             processing_class=tokenizer,
@@ -55,12 +56,50 @@ def teacher_weights(trainer):
         return teacher(ids).logits.clone()
 
 
+TEACHERS = [
+    {"teacher": "initial"},
+    {"teacher": "live"},
+    {"teacher": "periodic", "teacher_update_steps": 2},
+    {"teacher": "ema", "teacher_update_rate": 0.3},
+    {"teacher": "external"},
+]
+
+
+@pytest.fixture
+def external(tokenizer, tmp_path):
+    """A wider model with the same vocabulary."""
+    path = str(tmp_path / "external")
+    make_model(tokenizer, seed=5, hidden_size=48).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return {"teacher": "external", "teacher_model_name_or_path": path}
+
+
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("teacher", [{"teacher": "initial"}, {"teacher": "periodic", "teacher_update_steps": 2}])
-def test_resumed_equals_uninterrupted(make_trainer, lora, teacher):
-    whole = make_trainer(lora=lora, **teacher)
+@pytest.mark.parametrize("teacher", TEACHERS, ids=lambda settings: settings["teacher"])
+def test_resumed_equals_uninterrupted(make_trainer, lora, teacher, external):
+    teacher = external if teacher["teacher"] == "external" else teacher
+    assert_resumed_equals_uninterrupted(lambda: make_trainer(lora=lora, **teacher))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps_per_generation": 8},  # checkpoint 3 lies between two generations
+        {"num_iterations": 2},
+        {"num_iterations": 2, "steps_per_generation": 4, "num_generations": 2},
+        {"init_lora_weights": False, "lora": True},  # a random adapter, which the initial teacher copies
+    ],
+    ids=str,
+)
+def test_resumed_equals_uninterrupted_in_the_middle(make_trainer, settings):
+    assert_resumed_equals_uninterrupted(lambda: make_trainer(teacher="initial", **settings))
+
+
+def assert_resumed_equals_uninterrupted(make):
+    whole = make()
     whole.train()
-    resumed = make_trainer(lora=lora, **teacher)
+    torch.manual_seed(123)
+    resumed = make()
     resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-3"))
 
     for name, value in whole.model.state_dict().items():
@@ -110,8 +149,11 @@ def test_checkpoint_contents(make_trainer, tokenizer):
     trainer = make_trainer(teacher="periodic", teacher_update_steps=2, max_steps=3)
     trainer.train()
     checkpoint = Path(trainer.args.output_dir) / "checkpoint-3"
-    state = json.loads((checkpoint / "self_distillation_state.json").read_text())
-    assert state == {"teacher": "periodic", "num_generated_tokens": trainer._num_generated_tokens}
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    assert state["complete"]
+    assert state["files"].keys() == {path.name for path in checkpoint.iterdir()} - {STATE_FILE}
+    assert state["teacher"] == "periodic"
+    assert state["num_generated_tokens"] == trainer._num_generated_tokens > 0
     weights = load_file(checkpoint / "teacher.safetensors")
     assert weights.keys() == dict(trainer.model.named_parameters()).keys()
     reloaded = type(trainer.model).from_pretrained(checkpoint)
@@ -119,22 +161,95 @@ def test_checkpoint_contents(make_trainer, tokenizer):
         assert torch.equal(reloaded.state_dict()[name], value)
 
 
-def test_resuming_with_another_teacher_is_refused(make_trainer):
-    trainer = make_trainer(max_steps=3)
+@pytest.fixture
+def checkpoints(make_trainer):
+    """Folder with the complete checkpoints 3 and 6."""
+    trainer = make_trainer(max_steps=6)
     trainer.train()
+    return Path(trainer.args.output_dir)
+
+
+def test_resuming_with_another_teacher_is_refused(make_trainer, checkpoints):
     with pytest.raises(ValueError, match="cannot be resumed with `teacher='periodic'`"):
-        make_trainer(teacher="periodic").train(
-            resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-3")
-        )
+        make_trainer(teacher="periodic").train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
 
 
-def test_resuming_from_another_trainers_checkpoint_is_refused(make_trainer):
-    trainer = make_trainer(max_steps=3)
+def test_resuming_with_another_model_is_refused(make_trainer, checkpoints):
+    with pytest.raises(ValueError, match=r"The policy is not the one .*checkpoint-3 was started with"):
+        make_trainer(seed_of_model=1).train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
+
+
+def test_resuming_with_another_external_teacher_is_refused(make_trainer, tokenizer, external):
+    trainer = make_trainer(max_steps=3, **external)
     trainer.train()
-    checkpoint = Path(trainer.args.output_dir) / "checkpoint-3"
-    (checkpoint / "self_distillation_state.json").unlink()
-    with pytest.raises(ValueError, match="was not written by SelfDistillationTrainer"):
+    make_model(tokenizer, seed=6, hidden_size=48).save_pretrained(external["teacher_model_name_or_path"])
+    with pytest.raises(ValueError, match="The external teacher is not the one"):
+        make_trainer(**external).train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-3"))
+
+
+def test_resuming_from_another_trainers_checkpoint_is_refused(make_trainer, checkpoints):
+    (checkpoints / "checkpoint-3" / STATE_FILE).unlink()
+    with pytest.raises(ValueError, match="was not written by one of these trainers"):
+        make_trainer().train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
+
+
+def test_resuming_with_more_processes_is_refused(make_trainer, checkpoints):
+    checkpoint = checkpoints / "checkpoint-3"
+    (checkpoint / "rollouts_0.pt").rename(checkpoint / "rollouts_7.pt")
+    finish(checkpoint, read_state(checkpoints / "checkpoint-6"))
+    with pytest.raises(ValueError, match="written by fewer processes"):
         make_trainer().train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("damage", ["never finished", "file missing", "file cut off"])
+def test_torn_checkpoint_is_reported_and_never_loaded(make_trainer, checkpoints, damage):
+    torn = checkpoints / "checkpoint-6"
+    if damage == "never finished":
+        begin(torn)
+    elif damage == "file missing":
+        (torn / "optimizer.pt").unlink()
+    else:
+        (torn / "optimizer.pt").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"checkpoint-6 is (incomplete|damaged)"):
+        make_trainer().train(resume_from_checkpoint=str(torn))
+
+    trainer = make_trainer(max_steps=4)
+    loaded = []
+    load = trainer._load_from_checkpoint
+    trainer._load_from_checkpoint = lambda checkpoint: (loaded.append(checkpoint), load(checkpoint))
+    with pytest.warns(match=r"checkpoint-6 is (incomplete|damaged)"):
+        trainer.train(resume_from_checkpoint=True)
+    assert loaded == [str(checkpoints / "checkpoint-3")]
+
+
+def test_no_checkpoint_to_resume_from(make_trainer):
+    with pytest.raises(ValueError, match="There is no complete checkpoint"):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+def test_older_checkpoints_go_when_the_new_one_is_complete(make_trainer, monkeypatch):
+    trainer = make_trainer(save_total_limit=1, save_steps=2, max_steps=6)
+    there = []
+
+    def watching_finish(directory, state):
+        there.append(sorted(path.name for path in directory.parent.glob("checkpoint-*")))
+        finish(directory, state)
+
+    monkeypatch.setattr("trl_opsd.trainer.self_distillation_trainer.finish", watching_finish)
+    trainer.train()
+    assert there == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-6"]]
+    assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-6"]
+    assert trainer.args.save_total_limit == 1
+
+
+def test_checkpoint_written_again_is_incomplete_meanwhile(checkpoints):
+    checkpoint = checkpoints / "checkpoint-3"
+    begin(checkpoint)
+    with pytest.raises(ValueError, match="incomplete"):
+        read_state(checkpoint)
+    (checkpoint / f"{STATE_FILE}.tmp").write_text("left behind")
+    finish(checkpoint, {"answer": 42})
+    assert read_state(checkpoint) == {"complete": True, "answer": 42}
 
 
 def test_fsdp_copy_without_weights_is_refused(make_trainer, monkeypatch):

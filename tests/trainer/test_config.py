@@ -49,6 +49,22 @@ def test_opsdc_defaults_are_the_papers_recipe(tmp_path):
     assert config.max_steps == 100
 
 
+@pytest.mark.parametrize(
+    ("settings", "name", "default"),
+    [
+        ({"teacher": "periodic"}, "teacher_update_steps", 50),
+        ({"teacher": "ema"}, "teacher_update_rate", 0.05),
+        ({"teacher": "external", "teacher_model_name_or_path": "model"}, "teacher_model_init_kwargs", None),
+    ],
+)
+def test_settings_of_one_kind_of_teacher(settings, name, default, tmp_path):
+    assert getattr(SelfDistillationConfig(str(tmp_path), use_cpu=True, **settings), name) == default
+    value = {"dtype": "bfloat16"} if name == "teacher_model_init_kwargs" else 1
+    message = rf"`{name}=.*has no effect with `teacher='live'`.*`teacher='{settings['teacher']}'`"
+    with pytest.raises(ValueError, match=message):
+        SelfDistillationConfig(str(tmp_path), use_cpu=True, teacher="live", **{name: value})
+
+
 @pytest.mark.parametrize("config_class", CONFIGS)
 def test_docstrings_and_help_cover_every_field(config_class):
     documentation = SelfDistillationConfig.__doc__ + (config_class.__doc__ or "")
@@ -69,7 +85,9 @@ def test_docstrings_and_help_cover_every_field(config_class):
         ({"divergence": "kl"}, "`divergence` must be one of"),
         ({"teacher": "frozen"}, "`teacher` must be one of"),
         ({"overlong_teacher_prompt": "cut"}, "`overlong_teacher_prompt` must be one of"),
-        ({"teacher": "live", "teacher_update_steps": 5}, "contradicts `teacher='live'`"),
+        ({"teacher": "ema", "teacher_update_rate": 0.0}, r"in \(0, 1\], got 0.0.*teacher='initial'"),
+        ({"teacher": "ema", "teacher_update_rate": 1.5}, r"in \(0, 1\], got 1.5"),
+        ({"teacher": "external"}, "needs `teacher_model_name_or_path`"),
         ({"teacher": "periodic", "teacher_update_steps": 0}, "`teacher_update_steps` must be at least 1"),
         ({"max_teacher_prompt_length": 0}, "`max_teacher_prompt_length` must be at least 1"),
         ({"temperature": 0.0}, "`distillation_temperature` must be positive"),

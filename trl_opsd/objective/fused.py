@@ -157,9 +157,10 @@ class _Blocks(NamedTuple):
     def fit(cls, num_rows: int, row_bytes: int, memory_budget: float, fixed_slices: bool) -> "_Blocks":
         """As few and as equal blocks as seven eighths of the budget allow; the rest is for everything else."""
         budget = memory_budget * 2**20
-        slice_rows = _floor_to_power_of_two(budget / 32 / row_bytes)
-        if not fixed_slices:  # a compiled kernel is compiled anew for every size of a slice
-            slice_rows = min(slice_rows, max(1, num_rows))
+        if fixed_slices:  # a compiled kernel is compiled anew for every size, and has half as many temporaries
+            slice_rows = _floor_to_power_of_two(budget / 32 / row_bytes)
+        else:
+            slice_rows = min(_floor_to_power_of_two(budget / 64 / row_bytes), max(1, num_rows))
         most = max(1, int(budget * 7 / 8 / row_bytes) // slice_rows)
         num_slices = max(1, math.ceil(num_rows / slice_rows))
         num_blocks = math.ceil(num_slices / most)

@@ -418,25 +418,18 @@ def find_checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
         `str`, *optional*:
             Folder of the checkpoint, `None` to start from the beginning.
     """
+    from trl_opsd.trainer.checkpoints import newest_complete, read_state
+
     choice = str(resume).lower()
     if choice in ("none", "false", "no"):
         return None
-    # The state is written last: a folder without it was left by a run that ended while saving.
-    steps = {
-        int(folder.name.removeprefix("checkpoint-")): str(folder)
-        for folder in Path(output_dir).glob("checkpoint-*")
-        if folder.name.removeprefix("checkpoint-").isdigit() and (folder / "trainer_state.json").is_file()
-    }
     if choice in ("true", "auto"):
-        if not steps and choice == "true":
+        newest = newest_complete(output_dir)
+        if newest is None and choice == "true":
             raise ValueError(
                 f"`resume_from_checkpoint` is true, but {output_dir} has no complete checkpoint. Name one, or use "
                 "`auto` to start from the beginning where there is none."
             )
-        return steps[max(steps)] if steps else None
-    if not (Path(str(resume)) / "trainer_state.json").is_file():
-        raise ValueError(
-            f"`resume_from_checkpoint` names {resume}, which is no complete checkpoint. {output_dir} has: "
-            f"{', '.join(steps[step] for step in sorted(steps)) or 'none'}."
-        )
+        return newest
+    read_state(Path(str(resume)))
     return str(resume)

@@ -1,9 +1,20 @@
 """Whose weights read the privileged prompt: one small class per kind of teacher."""
 
 from .base import Teacher
+from .ema import EMATeacher
+from .external import ExternalTeacher
+from .fingerprint import fingerprint
 from .initial import InitialTeacher
 from .live import LiveTeacher
 from .periodic import PeriodicTeacher
 
 
-__all__ = ["InitialTeacher", "LiveTeacher", "PeriodicTeacher", "Teacher"]
+__all__ = [
+    "EMATeacher",
+    "ExternalTeacher",
+    "InitialTeacher",
+    "LiveTeacher",
+    "PeriodicTeacher",
+    "Teacher",
+    "fingerprint",
+]

@@ -26,16 +26,8 @@ class Teacher(ABC):
                 weights yield it.
         """
 
-    def on_step_end(self, policy: nn.Module, step: int) -> None:
-        """
-        Called after optimizer step number `step`.
-
-        Args:
-            policy (`nn.Module`):
-                The policy without its wrappers.
-            step (`int`):
-                Optimizer steps taken so far.
-        """
+    def on_step_end(self, step: int) -> None:
+        """Called on every process after optimizer step number `step`."""
 
     def save(self, directory: Path, is_main_process: bool) -> None:
         """Write what a resumed run needs into `directory`. Called on every process."""

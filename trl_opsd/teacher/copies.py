@@ -2,9 +2,10 @@
 
 import copy
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from pathlib import Path
 
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
@@ -13,59 +14,71 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import use_adapter
 
-from .sharding import copy_parameter
+from .files import load_parts, save_parts
+from .sharding import copy_parameter, part_of, write_part
 
 
 ADAPTER_NAME = "teacher"
 
 
-class TeacherCopy(Protocol):
-    """Weights that can be used in place of the policy's, and set to the policy's of the moment."""
+class TeacherCopy(ABC):
+    """Weights that can be used in place of the policy's. They start as the policy's."""
 
-    def weights(self, policy: nn.Module) -> AbstractContextManager[nn.Module]: ...
+    @abstractmethod
+    def weights(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
+        """See [`Teacher.weights`]."""
 
-    def refresh(self, policy: nn.Module) -> None: ...
+    @abstractmethod
+    def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """Every parameter of the copy: its name, the policy's and its own."""
 
-    def parameters(self) -> dict[str, nn.Parameter]: ...
+    def save(self, directory: Path, is_main_process: bool) -> None:
+        """See [`Teacher.save`]."""
+        parts = ((name, teacher, part_of(teacher)) for name, _, teacher in self.pairs())
+        save_parts(directory, parts, is_main_process)
+
+    def load(self, directory: Path) -> None:
+        """See [`Teacher.load`]."""
+        parameters = {name: teacher for name, _, teacher in self.pairs()}
+        for name, part in load_parts(directory, parameters):
+            write_part(parameters[name], part)
 
 
-class AdapterCopy:
+class AdapterCopy(TeacherCopy):
     """A second, frozen adapter on the policy's own base model."""
 
     def __init__(self, policy: PeftModel):
+        self._policy = policy
         self._student_adapter = policy.active_adapter
+        if ADAPTER_NAME in policy.peft_config:
+            raise ValueError(
+                f"The model already has an adapter named {ADAPTER_NAME!r}, the name of the teacher's. Delete it with "
+                f"`model.delete_adapter({ADAPTER_NAME!r})`, or load it under another name."
+            )
         config = policy.peft_config[self._student_adapter]
         if hasattr(config, "init_lora_weights"):
             # Initialisations such as PiSSA would change the base weights a second time
             config = dataclasses.replace(config, init_lora_weights=True)
         policy.add_adapter(ADAPTER_NAME, config, autocast_adapter_dtype=False)
-        for student, teacher in self._pairs(policy):
+        for _, student, teacher in self.pairs():
             teacher.requires_grad_(False)
             if not hasattr(teacher, "ds_id"):
                 teacher.data = teacher.data.to(student.dtype)
-        self._policy = policy
-        self.refresh(policy)
-
-    def _pairs(self, policy: PeftModel) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        parameters = dict(policy.named_parameters())
-        for name, parameter in parameters.items():
-            parts = name.split(".")
-            if self._student_adapter in parts:
-                twin = [ADAPTER_NAME if part == self._student_adapter else part for part in parts]
-                yield parameter, parameters[".".join(twin)]
+            copy_parameter(student, teacher)
 
     def weights(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
         return _with_adapter(policy, ADAPTER_NAME)
 
-    def refresh(self, policy: nn.Module) -> None:
-        for student, teacher in self._pairs(policy):
-            copy_parameter(student, teacher)
+    def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        parameters = dict(self._policy.named_parameters())
+        for name, parameter in parameters.items():
+            parts = name.split(".")
+            if self._student_adapter in parts:
+                twin = ".".join(ADAPTER_NAME if part == self._student_adapter else part for part in parts)
+                yield twin, parameter, parameters[twin]
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self._policy.named_parameters() if ADAPTER_NAME in name.split(".")}
 
-
-class ModelCopy:
+class ModelCopy(TeacherCopy):
     """
     A frozen copy of the whole policy.
 
@@ -77,28 +90,26 @@ class ModelCopy:
     """
 
     def __init__(self, policy: PreTrainedModel, shard: Callable[[nn.Module], nn.Module]):
+        self._policy = policy
         if is_deepspeed_zero3_enabled():  # sharded parameters cannot be deep-copied; fresh ones are sharded at birth
-            model = type(policy)._from_config(policy.config, dtype=policy.dtype)
-            for source, target in zip(policy.parameters(), model.parameters(), strict=True):
+            self._model = type(policy)._from_config(policy.config, dtype=policy.dtype)
+            for _, source, target in self.pairs():
                 copy_parameter(source, target)
         else:
-            model = copy.deepcopy(policy)
+            self._model = copy.deepcopy(policy)
             # A patched `forward` is bound to the policy it was patched on
-            model.__dict__.pop("forward", None)
-        model.requires_grad_(False).eval()
-        self._model = model
-        self._wrapped = shard(model)
+            self._model.__dict__.pop("forward", None)
+        self._model.requires_grad_(False).eval()
+        self._wrapped = shard(self._model)
 
     @contextmanager
     def weights(self, policy: nn.Module) -> Iterator[nn.Module]:
         yield self._wrapped
 
-    def refresh(self, policy: nn.Module) -> None:
-        for source, target in zip(policy.parameters(), self._model.parameters(), strict=True):
-            copy_parameter(source, target)
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self._model.named_parameters())
+    def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        copies = self._model.parameters()
+        for (name, parameter), twin in zip(self._policy.named_parameters(), copies, strict=True):
+            yield name, parameter, twin
 
 
 def copy_of(policy: PreTrainedModel | PeftModel, shard: Callable[[nn.Module], nn.Module]) -> TeacherCopy:

@@ -3,16 +3,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from .base import Teacher
 from .copies import copy_of
-from .sharding import full_value, set_value
-
-
-_FILE = "teacher.safetensors"
+from .sharding import copy_parameter
 
 
 class PeriodicTeacher(Teacher):
@@ -41,26 +37,13 @@ class PeriodicTeacher(Teacher):
     def weights(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
         return self._copy.weights(policy)
 
-    def on_step_end(self, policy: nn.Module, step: int) -> None:
+    def on_step_end(self, step: int) -> None:
         if step % self._update_steps == 0:
-            self._copy.refresh(policy)
+            for _, student, teacher in self._copy.pairs():
+                copy_parameter(student, teacher)
 
     def save(self, directory: Path, is_main_process: bool) -> None:
-        values = {}
-        for name, parameter in self._copy.parameters().items():
-            value = full_value(parameter)
-            if is_main_process:
-                values[name] = value.contiguous()
-        if is_main_process:
-            save_file(values, directory / _FILE)
+        self._copy.save(directory, is_main_process)
 
     def load(self, directory: Path) -> None:
-        file = directory / _FILE
-        if not file.exists():
-            raise ValueError(
-                f"{directory} holds no {_FILE}, so it was not written by a run with a periodic teacher. Resume from a "
-                "checkpoint of such a run, or set the `teacher` it was written with."
-            )
-        values = load_file(file)
-        for name, parameter in self._copy.parameters().items():
-            set_value(parameter, values[name])
+        self._copy.load(directory)

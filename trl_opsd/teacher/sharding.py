@@ -1,46 +1,68 @@
-"""Reading and writing parameters that DeepSpeed ZeRO-3 or FSDP2 may have sharded."""
+"""
+Reading and writing parameters that DeepSpeed ZeRO-3 or FSDP2 may have sharded.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+Every process holds a part of each parameter: the partition of ZeRO-3, the local shard of FSDP2, or all of it.
+"""
+
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-@contextmanager
-def gathered(*parameters: nn.Parameter) -> Iterator[None]:
-    """Makes ZeRO-3 parameters whole inside the context. What rank 0 writes to them reaches the other ranks on exit."""
-    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not sharded:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0):
-        yield
-
-
-def full_value(parameter: nn.Parameter) -> torch.Tensor:
-    """The whole value of a parameter, on the CPU. Every process has to call it."""
+def part_of(parameter: nn.Parameter) -> torch.Tensor:
+    """This process's part of a parameter: its memory, not a copy."""
     if isinstance(parameter, DTensor):
-        return parameter.full_tensor().detach().cpu()
-    with gathered(parameter):
-        return parameter.detach().cpu().clone()
+        return parameter.to_local().detach()
+    return cast(torch.Tensor, getattr(parameter, "ds_tensor", parameter)).detach()
 
 
 @torch.no_grad()
-def set_value(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """Write a whole value into a parameter. Every process has to call it, with the same value."""
+def write_part(parameter: nn.Parameter, part: torch.Tensor) -> None:
+    """Overwrite this process's part of a parameter, in its dtype. Every process has to do so."""
+    part_of(parameter).copy_(part)
+    zero: Any = parameter
+    if hasattr(parameter, "ds_tensor"):
+        zero.partition(has_been_updated=False)  # drops a whole value that ZeRO-3 may be holding on to
+
+
+def whole_value(parameter: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
+    """The whole of a value sharded like `parameter`, on the CPU. Every process has to call it with its part."""
+    zero: Any = parameter
     if isinstance(parameter, DTensor):
-        parameter.copy_(distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements))
-        return
-    with gathered(parameter):
-        parameter.copy_(value)
+        sharded = DTensor.from_local(
+            part, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+        )
+        return sharded.full_tensor().cpu()
+    if hasattr(parameter, "ds_tensor"):
+        group = zero.ds_process_group
+        part = part.to(zero.ds_tensor.device if dist.get_backend(group) == "gloo" else parameter.device)
+        parts = part.new_empty(dist.get_world_size(group) * part.numel())
+        dist.all_gather_into_tensor(parts, part.contiguous(), group=group)
+        return parts[: zero.ds_numel].view(zero.ds_shape).cpu()
+    return part.detach().cpu().clone()
 
 
-@torch.no_grad()
+def shard_like(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """This process's part of a whole value, if it is sharded like `parameter`. Every process has to call it."""
+    zero: Any = parameter
+    if isinstance(parameter, DTensor):
+        value = value.to(parameter.device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements).to_local()
+    if hasattr(parameter, "ds_tensor"):
+        size, rank = zero.ds_tensor.numel(), dist.get_rank(zero.ds_process_group)
+        part = torch.zeros(size, dtype=value.dtype)  # the last partition may reach past the end
+        mine = value.flatten()[rank * size : (rank + 1) * size]
+        part[: mine.numel()] = mine
+        return part
+    return value
+
+
 def copy_parameter(source: nn.Parameter, target: nn.Parameter) -> None:
-    """Copy one parameter into another that is sharded the same way."""
-    with gathered(source, target):
-        target.copy_(source)
+    """Copy one parameter into another of the same shape. Every process has to do so."""
+    part = part_of(source)
+    if hasattr(source, "ds_tensor") != hasattr(target, "ds_tensor"):  # before DeepSpeed has seen both
+        part = shard_like(target, whole_value(source, part))
+    write_part(target, part)

@@ -55,9 +55,19 @@ class SelfDistillationConfig(GRPOConfig):
               fine-tuning, a frozen copy.
             - `"live"`: the current policy.
             - `"periodic"`: a copy of the policy, refreshed every `teacher_update_steps` optimizer steps.
+            - `"ema"`: an exponential moving average of the policy, kept in fp32.
+            - `"external"`: another model, `teacher_model_name_or_path`.
         teacher_update_steps (`int`, *optional*):
             Optimizer steps between two refreshes of a `"periodic"` teacher. `None` stands for 50 there, and must be
             left for the other kinds.
+        teacher_update_rate (`float`, *optional*):
+            Share r of the policy in each update of an `"ema"` teacher, θ_T ← (1 − r)·θ_T + r·θ after every optimizer
+            step. `None` stands for 0.05 there, and must be left for the other kinds.
+        teacher_model_name_or_path (`str`, *optional*):
+            Id or folder of the `"external"` teacher, a causal language model with the policy's vocabulary.
+        teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of its `from_pretrained`, such as `dtype`, `revision` or `quantization_config`. Its dtype
+            defaults to fp32, like the policy's.
 
         > Parameters that control the objective
 
@@ -125,6 +135,7 @@ class SelfDistillationConfig(GRPOConfig):
         *GRPOConfig._VALID_DICT_FIELDS,
         "context_kwargs",
         "teacher_chat_template_kwargs",
+        "teacher_model_init_kwargs",
     ]
 
     # Parameters whose default values are overridden from GRPOConfig
@@ -200,8 +211,9 @@ class SelfDistillationConfig(GRPOConfig):
         default="initial",
         metadata={
             "help": "Whose weights read the privileged prompt: 'initial' (the policy as training started), 'live' "
-            "(the current policy) or 'periodic' (a copy refreshed every `teacher_update_steps` optimizer steps).",
-            "choices": ["initial", "live", "periodic"],
+            "(the current policy), 'periodic' (a copy refreshed every `teacher_update_steps` optimizer steps), 'ema' "
+            "(a moving average of the policy) or 'external' (another model, `teacher_model_name_or_path`).",
+            "choices": ["initial", "live", "periodic", "ema", "external"],
         },
     )
     teacher_update_steps: int | None = field(
@@ -209,6 +221,24 @@ class SelfDistillationConfig(GRPOConfig):
         metadata={
             "help": "Optimizer steps between two refreshes of a 'periodic' teacher. None stands for 50 there, and "
             "must be left for the other kinds."
+        },
+    )
+    teacher_update_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the policy in each update of an 'ema' teacher, after every optimizer step. None stands "
+            "for 0.05 there, and must be left for the other kinds."
+        },
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Id or folder of the 'external' teacher, a model with the policy's vocabulary."},
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments of the external teacher's `from_pretrained`, e.g. "
+            '\'{"dtype": "bfloat16"}\'. Its dtype defaults to fp32.'
         },
     )
 
@@ -331,15 +361,28 @@ class SelfDistillationConfig(GRPOConfig):
                 "`loss_type='dr_grpo'` divides by `max_completion_length`, which is `None`. Set it, or choose another "
                 "`loss_type`."
             )
-        if self.teacher == "periodic":
-            self.teacher_update_steps = 50 if self.teacher_update_steps is None else self.teacher_update_steps
-            if self.teacher_update_steps < 1:
-                raise ValueError(f"`teacher_update_steps` must be at least 1, got {self.teacher_update_steps}.")
-        elif self.teacher_update_steps is not None:
+        for name, kind, default in (
+            ("teacher_update_steps", "periodic", 50),
+            ("teacher_update_rate", "ema", 0.05),
+            ("teacher_model_name_or_path", "external", None),
+            ("teacher_model_init_kwargs", "external", None),
+        ):
+            if self.teacher == kind and getattr(self, name) is None:
+                setattr(self, name, default)
+            elif self.teacher != kind and getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has no effect with `teacher='{self.teacher}'`. Set "
+                    f"`teacher='{kind}'`, or leave `{name}` unset."
+                )
+        if self.teacher_update_steps is not None and self.teacher_update_steps < 1:
+            raise ValueError(f"`teacher_update_steps` must be at least 1, got {self.teacher_update_steps}.")
+        if self.teacher_update_rate is not None and not 0.0 < self.teacher_update_rate <= 1.0:
             raise ValueError(
-                f"`teacher_update_steps={self.teacher_update_steps}` contradicts `teacher='{self.teacher}'`, which is "
-                "never refreshed. Set `teacher='periodic'`, or leave `teacher_update_steps` unset."
+                f"`teacher_update_rate` must be in (0, 1], got {self.teacher_update_rate}. It is the share of the "
+                "policy: for a decay of 0.999, set 0.001. For a teacher that never moves, set `teacher='initial'`."
             )
+        if self.teacher == "external" and self.teacher_model_name_or_path is None:
+            raise ValueError("`teacher='external'` needs `teacher_model_name_or_path`, the model to read it with.")
         if not 0.0 <= self.jsd_weight <= 1.0:
             raise ValueError(f"`jsd_weight` must be in [0, 1], got {self.jsd_weight}.")
         top_k_support = self.divergence_support.endswith("top_k")

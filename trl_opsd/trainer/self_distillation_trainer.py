@@ -13,13 +13,14 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
   micro-batches, linear in `advantages` up to the terms of `beta` and `entropy_coef`. `training_step` hands that
   loss to `accelerator.backward` as it is (`loss_is_scaled_for_ga`).
 - `_prepare_inputs(generation_batch)` returns, in training, `_buffered_inputs[_step % steps_per_generation]`, and makes
-  that list anew, shuffled, whenever it generates.
+  that list anew, shuffled, whenever it generates: when `_step`, which counts micro-batches, is a multiple of
+  `steps_per_generation * num_iterations`.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
 
-import json
 import math
+import os
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,16 +30,23 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import _ForwardRedirection
-from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx, pad
+from trl.trainer.utils import create_model_from_path, get_config_model_id, maybe_gather_lm_head_ctx, pad
 
 from ..context import Rollouts, TeacherPrompt, make_context, thinking_prefix
 from ..data import validate_rows
@@ -54,14 +62,22 @@ from ..objective import (
     fused_divergence,
     generalized_jsd_loss,
 )
-from ..teacher import InitialTeacher, LiveTeacher, PeriodicTeacher, Teacher
+from ..teacher import (
+    EMATeacher,
+    ExternalTeacher,
+    InitialTeacher,
+    LiveTeacher,
+    PeriodicTeacher,
+    Teacher,
+    fingerprint,
+)
+from .checkpoints import begin, finish, newest_complete, read_state
 from .heads import causal_lm, head_of, unsharded
 from .microbatches import cut_by_tokens, cut_into, keep_groups_together, padded_length, used_width
 from .self_distillation_config import SelfDistillationConfig
 from .shared_prefix import can_share_prompts, pays_off, positions, states_with_shared_prompts
 
 
-_STATE_FILE = "self_distillation_state.json"
 # What a pass over some rows of a micro-batch needs
 _ROW_INPUTS = (
     "prompt_ids",
@@ -202,6 +218,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             if isinstance(model, str)
             else model.config
         )
+        if args.teacher == "external":
+            self._check_external_teacher(args, processing_class, model_config)
         self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config)
         self._data_columns = self.context.columns
         if args.lmbda < 1.0 and not args.seq_kd:
@@ -287,9 +305,13 @@ class SelfDistillationTrainer(GRPOTrainer):
         )
 
         self._forward_redirection = _ForwardRedirection()
-        self._can_share_prompts = can_share_prompts(causal_lm(self.model))
         starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
+        self._check_sharding()
+        self._fingerprints = {"model": fingerprint(self.model)}
         self.teacher = self._make_teacher(adapter_starts_at_zero=starts_at_zero)
+        with self.teacher.weights(self.model) as module:
+            self._can_share_prompts = can_share_prompts(causal_lm(self.accelerator.unwrap_model(module)))
+        (self._fingerprints,) = broadcast_object_list([self._fingerprints])
         self._guard = SkipNonFiniteSteps()
         self.add_callback(self._guard)
         self.add_callback(_TeacherCallback(self))
@@ -345,6 +367,23 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.teacher_prompt.check_rows(dataset, name, tools)
         return dataset
 
+    def _check_sharding(self) -> None:
+        state = self.accelerator.state
+        if self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError("FSDP1 is not supported. Set `fsdp_version: 2` in the accelerate configuration.")
+        if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"The accelerate configuration asks for FSDP, but accelerate runs `{state.distributed_type.value}` on "
+                f"{self.accelerator.num_processes} processes, where nothing would be sharded: FSDP needs accelerators. "
+                "Without any, set `distributed_type: DEEPSPEED`, or leave it out."
+            )
+        zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"] if self.is_deepspeed_enabled else {}
+        if (zero.get("offload_param") or {}).get("device") == "nvme" and self.args.teacher in ("periodic", "ema"):
+            raise ValueError(
+                f"`teacher='{self.args.teacher}'` is updated in place and cannot follow weights that ZeRO-3 keeps on "
+                "NVMe. Set `offload_param_device: cpu` in the accelerate configuration, or `teacher='initial'`."
+            )
+
     def _make_teacher(self, adapter_starts_at_zero: bool) -> Teacher:
         def shard(copy: nn.Module) -> nn.Module:
             if self.is_deepspeed_enabled:
@@ -359,12 +398,60 @@ class SelfDistillationTrainer(GRPOTrainer):
                 return prepare_fsdp(copy, self.accelerator)
             return self.accelerator.prepare_model(copy, evaluation_mode=True)
 
-        if self.args.teacher == "initial":
+        args = self.args
+        if args.teacher == "initial":
             return InitialTeacher(self.model, adapter_starts_at_zero, shard)
-        if self.args.teacher == "periodic":
-            assert self.args.teacher_update_steps is not None
-            return PeriodicTeacher(self.model, self.args.teacher_update_steps, shard)
+        if args.teacher == "periodic":
+            assert args.teacher_update_steps is not None
+            return PeriodicTeacher(self.model, args.teacher_update_steps, shard)
+        if args.teacher == "ema":
+            assert args.teacher_update_rate is not None
+            return EMATeacher(self.model, args.teacher_update_rate, shard)
+        if args.teacher == "external":
+            return ExternalTeacher(self._load_external_teacher(), shard)
         return LiveTeacher()
+
+    def _load_external_teacher(self) -> PreTrainedModel:
+        kwargs = self._external_teacher_kwargs(self.args)
+        if self.accelerator.num_processes > 1:  # an automatic device map would give every process the same devices
+            kwargs.setdefault("device_map", None)
+        model = create_model_from_path(cast(str, self.args.teacher_model_name_or_path), **kwargs)
+        if getattr(model, "is_quantized", False) and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "A quantised teacher cannot be sharded by ZeRO-3 or FSDP2. Train with DDP or ZeRO-2, or drop "
+                "`quantization_config` from `teacher_model_init_kwargs`."
+            )
+        self._fingerprints["teacher_model_name_or_path"] = fingerprint(model)
+        return model
+
+    @staticmethod
+    def _external_teacher_kwargs(args: SelfDistillationConfig) -> dict[str, Any]:
+        kwargs = cast(dict[str, Any], args.teacher_model_init_kwargs or {})
+        return {"trust_remote_code": args.trust_remote_code, **kwargs}
+
+    def _check_external_teacher(
+        self, args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any
+    ) -> None:
+        path = cast(str, args.teacher_model_name_or_path)
+        names = ("revision", "trust_remote_code", "subfolder", "token", "cache_dir")
+        kwargs = {name: value for name, value in self._external_teacher_kwargs(args).items() if name in names}
+        # Other token ids would not even raise an error: the teacher would score another text
+        ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(path, **kwargs).get_vocab()
+        if ours != theirs:
+            different = min(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
+            raise ValueError(
+                f"`teacher_model_name_or_path='{path}'` has another vocabulary than the policy: {different!r} is "
+                f"token {theirs.get(different)} there and {ours.get(different)} here. Choose a teacher with the "
+                "policy's tokenizer."
+            )
+        configs = (model_config, AutoConfig.from_pretrained(path, **kwargs))
+        size, teacher_size = (config.get_text_config().vocab_size for config in configs)
+        if size != teacher_size:
+            raise ValueError(
+                f"`teacher_model_name_or_path='{path}'` has logits over {teacher_size} tokens and the policy over "
+                f"{size}, although their tokenizers agree. Resize one of them with "
+                f"`model.resize_token_embeddings({max(size, teacher_size)})` and save it."
+            )
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -822,34 +909,83 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     # Checkpoints
 
-    def _save_checkpoint(self, model, trial):
-        # Written first: the trainer's own state comes last and marks a checkpoint as complete
-        directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        directory.mkdir(parents=True, exist_ok=True)
-        self.teacher.save(directory, self.accelerator.is_main_process)
-        if self.args.should_save:
-            state = {"teacher": self.args.teacher, "num_generated_tokens": self._num_generated_tokens}
-            (directory / _STATE_FILE).write_text(json.dumps(state))
-        super()._save_checkpoint(model, trial)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_complete(cast(str, self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"There is no complete checkpoint in `output_dir={self.args.output_dir}` to resume from. Start "
+                    "without `resume_from_checkpoint`."
+                )
+        if resume_from_checkpoint:
+            self._check_same_run(resume_from_checkpoint, read_state(Path(resume_from_checkpoint)))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        file = Path(checkpoint) / _STATE_FILE
-        if not file.exists():
-            raise ValueError(
-                f"{checkpoint} holds no {_STATE_FILE}, so it was not written by {type(self).__name__}. Start from its "
-                "weights with `model` instead of resuming."
-            )
-        state = json.loads(file.read_text())
+    def _check_same_run(self, checkpoint: str, state: dict[str, Any]) -> None:
         if state["teacher"] != self.args.teacher:
             raise ValueError(
                 f"{checkpoint} was written with `teacher='{state['teacher']}'` and cannot be resumed with "
                 f"`teacher='{self.args.teacher}'`."
             )
+        for name, model in (("model", "The policy"), ("teacher_model_name_or_path", "The external teacher")):
+            if state["fingerprints"].get(name) not in (None, self._fingerprints.get(name)):
+                raise ValueError(
+                    f"{model} is not the one {checkpoint} was started with: its initial weights differ. Resume with "
+                    f"the same `{name}` in the same dtype. (What training made of the policy comes from the "
+                    "checkpoint.)"
+                )
+
+    def _save_checkpoint(self, model, trial):
+        directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            begin(directory)
+        self.accelerator.wait_for_everyone()
+        self.teacher.save(directory, self.accelerator.is_main_process)
+        self._save_rollouts(directory)
+        # Older checkpoints go when this one is complete, and not before
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            state = {
+                "teacher": self.args.teacher,
+                "fingerprints": self._fingerprints,
+                "num_generated_tokens": self._num_generated_tokens,
+                "skipped_steps": self._guard.skipped_steps,
+            }
+            finish(directory, state)
+            rotate_checkpoints(str(directory.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _save_rollouts(self, directory: Path) -> None:
+        # Between two generations, micro-batches are left over that a resumed run could not sample again
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        pending = self._buffered_inputs if self._step % generate_every else None
+        rollouts = {"step": self._step, "pending": pending}
+        torch.save(rollouts, directory / f"rollouts_{self.accelerator.process_index}.pt")
+
+    def _load_rollouts(self, directory: Path) -> None:
+        file = directory / f"rollouts_{self.accelerator.process_index}.pt"
+        if not file.exists():
+            raise ValueError(
+                f"{directory} holds no {file.name}: it was written by fewer processes. Resume with as many as it was "
+                "written by."
+            )
+        rollouts = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        self._step, self._buffered_inputs = rollouts["step"], rollouts["pending"]
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        directory = Path(checkpoint)
+        state = read_state(directory)
         self._num_generated_tokens = state["num_generated_tokens"]
-        self.teacher.load(Path(checkpoint))
+        self._guard.skipped_steps = state["skipped_steps"]
+        self._load_rollouts(directory)
+        self.teacher.load(directory)
 
 
 class _TeacherCallback(TrainerCallback):
@@ -858,7 +994,7 @@ class _TeacherCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self._trainer
-        trainer.teacher.on_step_end(trainer.accelerator.unwrap_model(trainer.model), state.global_step)
+        trainer.teacher.on_step_end(state.global_step)
 
 
 @contextmanager

@@ -1,0 +1,72 @@
+"""Starting train.py under the recipes' accelerate configurations, on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file
+
+
+SCRIPT = Path(__file__).with_name("train.py")
+RECIPES = SCRIPT.parents[2] / "recipes" / "accelerate"
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parents[2])]),
+}
+
+
+def job(method: str, weights: str, name: str = "", resume: str | None = None, **settings: Any) -> dict[str, Any]:
+    """A training run: its folder, what it resumes from, and fields of the configuration."""
+    return {
+        "name": name or f"{method}-{weights}",
+        "method": method,
+        "weights": weights,
+        "resume": resume,
+        "from_folder": False,
+        "settings": settings,
+    }
+
+
+def launch(backend: str, jobs: list[dict[str, Any]], folder: Path, **deepspeed: Any) -> dict[str, dict[str, Any]]:
+    """
+    Run jobs one after the other, on one process ("single") or on two.
+
+    Returns what each wrote: `result.json`, and the weights of the student and of the teacher.
+    """
+    done = subprocess.run(
+        command(backend, jobs, folder, **deepspeed), env=ENVIRONMENT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return {job["name"]: read(folder / job["name"]) for job in jobs}
+
+
+def command(backend: str, jobs: list[dict[str, Any]], folder: Path, **deepspeed: Any) -> list[str]:
+    """The command that runs jobs in a folder, which may hold what an earlier run of them left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    if backend == "single":
+        launcher = []
+    elif backend == "ddp":  # accelerate would start a single process for a CPU world of several
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    else:
+        config = yaml.safe_load((RECIPES / f"{backend}.yaml").read_text())
+        config |= {"use_cpu": True, "mixed_precision": "no", "num_processes": 2, "main_process_port": 0}
+        config.get("deepspeed_config", {}).update(deepspeed)
+        (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
+    return [sys.executable, *launcher, str(SCRIPT), str(folder)]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    teacher = folder / "teacher.safetensors"
+    return {
+        **json.loads((folder / "result.json").read_text()),
+        "student": load_file(folder / "weights.safetensors"),
+        "teacher": load_file(teacher) if teacher.exists() else {},
+    }

@@ -1,0 +1,69 @@
+"""Two processes train as one does, however the model is sharded: same losses, same weights, same teacher."""
+
+import pytest
+import torch
+from distributed.launch import job, launch
+
+
+STEPS = 20
+JOBS = [
+    job("opsd", "lora", max_steps=STEPS, loss_type="dapo"),
+    job("opsd", "full", max_steps=STEPS, teacher="ema", teacher_update_rate=0.2),
+    job("opsdc", "full", max_steps=STEPS, teacher_update_steps=7),
+    job("opsdc", "lora", max_steps=STEPS, teacher_update_steps=7),
+]
+# Two rollouts of a prompt share its teacher prompt. In some steps, one process would need one pass for its two rows,
+# and the other two passes.
+BUDGET = job("opsd", "full", name="budget", max_steps=4, num_generations=2, max_tokens_per_microbatch=896)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    return launch("single", [*JOBS, BUDGET], tmp_path_factory.mktemp("parity") / "single")
+
+
+def assert_same(found, expected):
+    for name in ("loss", "distillation_loss", "entropy", "num_generated_tokens", "teacher_prompts/max_length"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+    for side in ("student", "teacher"):
+        assert found[side].keys() == expected[side].keys()
+        for name, value in expected[side].items():
+            torch.testing.assert_close(found[side][name], value, rtol=1e-5, atol=1e-5, msg=f"{side}: {name}")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("backend", "world", "zero_stage", "jobs"),
+    [
+        ("ddp", "MULTI_CPU", None, [*JOBS, BUDGET]),
+        ("zero2", "DEEPSPEED", 2, JOBS),
+        ("zero3", "DEEPSPEED", 3, JOBS),
+        ("fsdp2", "FSDP", None, JOBS),
+    ],
+)
+def test_two_processes_equal_one(backend, world, zero_stage, jobs, one_process, tmp_path):
+    found = launch(backend, jobs, tmp_path / backend)
+
+    for name, result in found.items():
+        assert result["world"] == [2, world]
+        assert result["zero_stage"] == zero_stage
+        for student, teacher in result["shares"]:
+            share = pytest.approx(0.5, abs=0.02) if backend in ("zero3", "fsdp2") else 1.0
+            assert student == share
+            assert teacher == share
+        first_rank, second_rank = result["num_passes"]
+        assert first_rank == second_rank
+        assert (max(first_rank) > 1) == (name == "budget")
+        assert_same(result, one_process[name])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_micro_batches_equal_one_batch(one_process, tmp_path):
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    jobs = [{**job, "settings": {**job["settings"], **split}} for job in JOBS]
+
+    for name, result in launch("single", jobs, tmp_path / "split").items():
+        assert len(result["num_passes"][0]) == 4 * STEPS
+        assert_same(result, one_process[name])

@@ -1,0 +1,70 @@
+"""Every kind of teacher trains, saves and resumes, with all weights and with LoRA, on one process and under ZeRO-3."""
+
+from typing import Any
+
+import pytest
+import torch
+from distributed.launch import job, launch
+from peft import PeftModel
+from tiny import make_model, make_tokenizer
+
+
+TEACHERS: dict[str, dict[str, Any]] = {
+    "initial": {},
+    "live": {},
+    "periodic": {"teacher_update_steps": 2},
+    "ema": {"teacher_update_rate": 0.3},
+    "external": {},
+}
+SAVING = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 0.01}
+
+
+@pytest.fixture(scope="module")
+def external(tmp_path_factory):
+    """A wider model with the same vocabulary."""
+    path = str(tmp_path_factory.mktemp("external"))
+    tokenizer = make_tokenizer()
+    make_model(tokenizer, seed=5, hidden_size=48).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("backend", ["single", "zero3"])
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_every_teacher_trains_saves_and_resumes(backend, weights, external, tmp_path):
+    jobs = []
+    for teacher, settings in TEACHERS.items():
+        settings = {**SAVING, "teacher": teacher, **settings}
+        if teacher == "external":
+            settings["teacher_model_name_or_path"] = external
+        whole = job("opsd", weights, teacher, **settings)
+        resumed = job("opsd", weights, f"{teacher}-resumed", f"{teacher}/run/checkpoint-3", **settings)
+        jobs += [{**whole, "from_folder": True}, {**resumed, "from_folder": True}]
+
+    found = launch(backend, jobs, tmp_path / "run")
+
+    for teacher in TEACHERS:
+        whole, resumed = found[teacher], found[f"{teacher}-resumed"]
+        assert whole["world"] == ([1, "NO"] if backend == "single" else [2, "DEEPSPEED"])
+        if backend == "zero3":
+            assert all(share == pytest.approx(0.5, abs=0.02) for shares in whole["shares"] for share in shares)
+        assert resumed["loss"] == whole["loss"]
+        for side in ("student", "teacher"):
+            assert resumed[side].keys() == whole[side].keys()
+            for name, value in whole[side].items():
+                assert torch.equal(resumed[side][name], value), f"{teacher}, {side}: {name}"
+        if weights == "lora":
+            assert_loads_in_plain_peft(tmp_path / "run" / teacher, whole["student"])
+    losses = [tuple(found[teacher]["loss"]) for teacher in TEACHERS]
+    assert len(set(losses)) == len(losses)  # five different teachers
+
+
+def assert_loads_in_plain_peft(folder, state):
+    model = PeftModel.from_pretrained(make_model(make_tokenizer()), folder / "run" / "checkpoint-5")
+    trained = {name: value for name, value in model.state_dict().items() if "lora_" in name}
+    assert trained
+    assert any(value.count_nonzero() for name, value in trained.items() if "lora_B" in name)
+    for name, value in trained.items():
+        assert torch.equal(value, state[name]), name

@@ -1,0 +1,109 @@
+"""
+Checkpoints that are complete, or known not to be.
+
+A process can die at any moment. So a checkpoint's state file says that it is incomplete while the checkpoint is being
+written, and is replaced, in one go, by one that lists all files once they are all there.
+"""
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import sort_checkpoints
+
+
+STATE_FILE = "self_distillation_state.json"
+
+
+def begin(directory: Path) -> None:
+    """Mark a checkpoint as incomplete, before anything else in it is written."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(directory, {"complete": False})
+
+
+def finish(directory: Path, state: dict[str, Any]) -> None:
+    """
+    Mark a checkpoint as complete, after everything else in it has been written.
+
+    Args:
+        directory (`Path`):
+            The checkpoint.
+        state (`dict[str, Any]`):
+            What [`read_state`] is to return, as JSON can hold it.
+    """
+    files = {str(path.relative_to(directory)): path.stat().st_size for path in _files(directory)}
+    _write(directory, {"complete": True, **state, "files": files})
+
+
+def newest_complete(output_dir: str) -> str | None:
+    """
+    The newest complete checkpoint of a run. A newer one that is incomplete is reported with a warning.
+
+    Args:
+        output_dir (`str`):
+            Folder of the run.
+
+    Returns:
+        `str`, *optional*: folder of the checkpoint, if there is one.
+    """
+    for checkpoint in reversed(sort_checkpoints(output_dir) if Path(output_dir).is_dir() else []):
+        try:
+            read_state(Path(checkpoint))
+        except ValueError as error:
+            warnings.warn(f"A checkpoint is passed over. {error}", stacklevel=2)
+        else:
+            return checkpoint
+    return None
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """
+    What was handed to [`finish`].
+
+    Args:
+        directory (`Path`):
+            The checkpoint.
+
+    Returns:
+        `dict[str, Any]`: the state.
+
+    Raises:
+        ValueError: If there is no such checkpoint, or it is incomplete or not one of this library's trainers.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"The checkpoint {directory} does not exist.")
+    file = directory / STATE_FILE
+    if not file.exists():
+        raise ValueError(
+            f"{directory} holds no {STATE_FILE}, so it was not written by one of these trainers. Start from its "
+            "weights with `model` instead of resuming."
+        )
+    state = json.loads(file.read_text())
+    if not state["complete"]:
+        raise ValueError(
+            f"{directory} is incomplete: its run ended while it was being written. Resume from an earlier one."
+        )
+    for name, size in state.pop("files").items():
+        path = directory / name
+        if not path.exists() or path.stat().st_size != size:
+            raise ValueError(
+                f"{directory} is damaged: {name} "
+                f"{f'has {path.stat().st_size} bytes instead of {size}' if path.exists() else 'is missing'}. Resume "
+                "from an earlier one."
+            )
+    return state
+
+
+def _files(directory: Path) -> list[Path]:
+    return [path for path in sorted(directory.rglob("*")) if path.is_file() and not path.name.startswith(STATE_FILE)]
+
+
+def _write(directory: Path, state: dict[str, Any]) -> None:
+    temporary = directory / f"{STATE_FILE}.tmp"
+    with temporary.open("w") as file:
+        json.dump(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / STATE_FILE)
