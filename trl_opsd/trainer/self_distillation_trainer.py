@@ -374,7 +374,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and not self.is_fsdp_enabled:
             raise ValueError(
                 f"The accelerate configuration asks for FSDP, but accelerate runs `{state.distributed_type.value}` on "
-                f"{self.accelerator.num_processes} processes, where nothing would be sharded: FSDP needs accelerators. "
+                f"{self.accelerator.num_processes} processes, where nothing would be sharded: FSDP needs GPUs. "
                 "Without any, set `distributed_type: DEEPSPEED`, or leave it out."
             )
         zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"] if self.is_deepspeed_enabled else {}
