@@ -21,14 +21,16 @@ ENVIRONMENT = {
 }
 
 
-def job(method: str, weights: str, name: str = "", resume: str | None = None, **settings: Any) -> dict[str, Any]:
-    """A training run: its folder, what it resumes from, and fields of the configuration."""
+def job(
+    method: str, weights: str, name: str = "", resume: str | None = None, model: str | None = None, **settings: Any
+) -> dict[str, Any]:
+    """A training run: its folder, what it resumes from, the folder of its model, and fields of the configuration."""
     return {
         "name": name or f"{method}-{weights}",
         "method": method,
         "weights": weights,
         "resume": resume,
-        "from_folder": False,
+        "model": model,
         "settings": settings,
     }
 

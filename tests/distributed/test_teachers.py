@@ -20,28 +20,31 @@ SAVING = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "optim": "a
 
 
 @pytest.fixture(scope="module")
-def external(tmp_path_factory):
-    """A wider model with the same vocabulary."""
-    path = str(tmp_path_factory.mktemp("external"))
+def models(tmp_path_factory):
+    """
+    Folders of the policy and of a wider model with the same vocabulary. From there, `from_pretrained` shards a model
+    for ZeRO-3 while it loads.
+    """
+    folder = tmp_path_factory.mktemp("models")
     tokenizer = make_tokenizer()
-    make_model(tokenizer, seed=5, hidden_size=48).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    for name, overrides in {"policy": {}, "external": {"seed": 5, "hidden_size": 48}}.items():
+        make_model(tokenizer, **overrides).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("backend", ["single", "zero3"])
 @pytest.mark.parametrize("weights", ["lora", "full"])
-def test_every_teacher_trains_saves_and_resumes(backend, weights, external, tmp_path):
+def test_every_teacher_trains_saves_and_resumes(backend, weights, models, tmp_path):
     jobs = []
     for teacher, settings in TEACHERS.items():
         settings = {**SAVING, "teacher": teacher, **settings}
         if teacher == "external":
-            settings["teacher_model_name_or_path"] = external
-        whole = job("opsd", weights, teacher, **settings)
-        resumed = job("opsd", weights, f"{teacher}-resumed", f"{teacher}/run/checkpoint-3", **settings)
-        jobs += [{**whole, "from_folder": True}, {**resumed, "from_folder": True}]
+            settings["teacher_model_name_or_path"] = str(models / "external")
+        for name, resume in ((teacher, None), (f"{teacher}-resumed", f"{teacher}/run/checkpoint-3")):
+            jobs.append(job("opsd", weights, name, resume, str(models / "policy"), **settings))
 
     found = launch(backend, jobs, tmp_path / "run")
 

@@ -67,13 +67,9 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
         **job["settings"],
     }
     args = config_class(**settings)
-    model = make_model(tokenizer)
-    if job["from_folder"]:  # as users do: `from_pretrained` shards a model for ZeRO-3 while it loads
-        model.save_pretrained(output_dir / "base")
-        model = str(output_dir / "base")
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     return trainer_class(
-        model=model,
+        model=job["model"] or make_model(tokenizer),
         args=args,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
