@@ -1,5 +1,7 @@
 """A run that is killed at any moment, also while it saves, goes on from its newest complete checkpoint."""
 
+import json
+import os
 import random
 import signal
 import subprocess
@@ -12,10 +14,10 @@ from distributed.launch import ENVIRONMENT, command, job, launch, read
 from trl_opsd.trainer.checkpoints import STATE_FILE
 
 
-NUM_KILLS = 3
+NUM_KILLS = int(os.environ.get("NUM_KILLS", "3"))
 SETTINGS = {
     "teacher": "ema",
-    "max_steps": 40,
+    "max_steps": 13 * NUM_KILLS,
     "save_strategy": "steps",
     "save_steps": 1,
     "save_total_limit": 3,
@@ -37,7 +39,7 @@ def test_killed_runs_reach_the_same_weights(seed, tmp_path):
     incomplete = 0
     for kill in range(NUM_KILLS):
         with (tmp_path / f"log-{kill}").open("w+") as log:
-            process = subprocess.Popen(command("single", jobs, folder), env=ENVIRONMENT, stderr=log)
+            process = subprocess.Popen(command("single", jobs, folder), env=ENVIRONMENT, stdout=log, stderr=log)
             before = newest(output_dir)
             while newest(output_dir) == before:
                 assert process.poll() is None, (tmp_path / f"log-{kill}").read_text()[-3000:]
@@ -45,7 +47,8 @@ def test_killed_runs_reach_the_same_weights(seed, tmp_path):
             time.sleep(chance.uniform(0, 0.4))
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
-        incomplete += '"complete": false' in (output_dir / f"checkpoint-{newest(output_dir)}" / STATE_FILE).read_text()
+        state = json.loads((output_dir / f"checkpoint-{newest(output_dir)}" / STATE_FILE).read_text())
+        incomplete += not state["complete"]
     assert launch("single", jobs, folder)["run"]["loss"] == expected["loss"]
 
     found = read(folder / "run")
@@ -56,5 +59,5 @@ def test_killed_runs_reach_the_same_weights(seed, tmp_path):
 
 
 def newest(output_dir):
-    steps = [int(path.name.removeprefix("checkpoint-")) for path in output_dir.glob("checkpoint-*/" + STATE_FILE)]
-    return max(steps, default=0)
+    checkpoints = [path.parent.name for path in output_dir.glob(f"checkpoint-*/{STATE_FILE}")]
+    return max((int(name.removeprefix("checkpoint-")) for name in checkpoints), default=0)

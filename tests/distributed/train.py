@@ -109,7 +109,7 @@ def report(trainer, num_passes: list[int], output_dir: Path) -> None:
         return
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = ("loss", "distillation_loss", "entropy", "num_generated_tokens", "teacher_prompts/max_length")
-    result = {name: [entry[name] for entry in history] for name in names}
+    result = {name: [entry[name] for entry in history if name in entry] for name in names}
     plugin = accelerator.state.deepspeed_plugin
     result["num_passes"] = num_passes
     result["world"] = [accelerator.num_processes, accelerator.distributed_type.value]
