@@ -39,7 +39,7 @@ def launch(backend: str, jobs: list[dict[str, Any]], folder: Path, **deepspeed: 
     """
     Run jobs one after the other, on one process ("single") or on two.
 
-    Returns what each wrote: `result.json`, and the weights of the student and of the teacher.
+    Returns what each wrote: `result.json`, and the weights of the student, of the teacher, and for vLLM.
     """
     done = subprocess.run(
         command(backend, jobs, folder, **deepspeed), env=ENVIRONMENT, capture_output=True, text=True, timeout=600
@@ -66,9 +66,8 @@ def command(backend: str, jobs: list[dict[str, Any]], folder: Path, **deepspeed:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    teacher = folder / "teacher.safetensors"
+    files = {name: folder / f"{name}.safetensors" for name in ("student", "teacher", "merged")}
     return {
         **json.loads((folder / "result.json").read_text()),
-        "student": load_file(folder / "weights.safetensors"),
-        "teacher": load_file(teacher) if teacher.exists() else {},
+        **{name: load_file(file) if file.exists() else {} for name, file in files.items()},
     }

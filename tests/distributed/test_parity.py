@@ -28,7 +28,7 @@ METRICS = ("loss", "distillation_loss", "entropy", "num_generated_tokens", "teac
 def assert_same(found, expected, metrics=METRICS):
     for name in metrics:
         assert found[name] == pytest.approx(expected[name], rel=1e-5), name
-    for side in ("student", "teacher"):
+    for side in ("student", "teacher", "merged"):
         assert found[side].keys() == expected[side].keys()
         for name, value in expected[side].items():
             torch.testing.assert_close(found[side][name], value, rtol=1e-5, atol=1e-5, msg=f"{side}: {name}")

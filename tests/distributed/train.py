@@ -10,13 +10,15 @@ import torch
 from accelerate import state as accelerate_state
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from tiny import make_model, make_tokenizer
+from trl.distributed import DistributedBackend
 
 from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer
 from trl_opsd.scripts.utils import find_checkpoint
 from trl_opsd.teacher.sharding import part_of
+from trl_opsd.trainer.merged_weights import merged_weights
 
 
 def fixed_rollouts(prompts, trainer):
@@ -96,6 +98,18 @@ def share_held(model: torch.nn.Module) -> float:
     return sum(part_of(parameter).numel() for parameter in model.parameters()) / sum(whole)
 
 
+def merged_for_vllm(trainer, student: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What vLLM would be sent of an adapter, which must leave the weights as they are."""
+    if not isinstance(student, PeftModel):
+        return {}
+    before = [part_of(parameter).clone() for parameter in student.parameters()]
+    gather = DistributedBackend(trainer.accelerator).gather_params
+    merged = {name: value.cpu().clone() for name, value in merged_weights(student, gather)}
+    for part, parameter in zip(before, student.parameters(), strict=True):
+        assert torch.equal(part, part_of(parameter))
+    return merged
+
+
 def report(trainer, num_passes: list[int], output_dir: Path) -> None:
     accelerator = trainer.accelerator
     student = accelerator.unwrap_model(trainer.model)
@@ -103,6 +117,7 @@ def report(trainer, num_passes: list[int], output_dir: Path) -> None:
         teacher = accelerator.unwrap_model(module)
         shares = gather_object([[share_held(student), share_held(teacher)]])
     num_passes = gather_object([num_passes])
+    merged = merged_for_vllm(trainer, student)
     state = accelerator.get_state_dict(trainer.model_wrapped)
     trainer.teacher.save(output_dir, accelerator.is_main_process)
     if not accelerator.is_main_process:
@@ -116,7 +131,10 @@ def report(trainer, num_passes: list[int], output_dir: Path) -> None:
     result["zero_stage"] = None if plugin is None else plugin.zero_stage
     result["shares"] = shares
     (output_dir / "result.json").write_text(json.dumps(result))
-    save_file({name: value.clone().contiguous() for name, value in state.items()}, output_dir / "weights.safetensors")
+    for name, values in {"student": state, "merged": merged}.items():
+        save_file(
+            {key: value.clone().contiguous() for key, value in values.items()}, output_dir / f"{name}.safetensors"
+        )
 
 
 def checkpoint_of(resume: str | None, output_dir: Path) -> str | None:

@@ -7,6 +7,8 @@ import inspect
 import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import _ForwardRedirection
 from trl.trainer import utils
 
@@ -27,6 +29,7 @@ SIGNATURES = {
     "_compute_loss": ["self", "model", "inputs"],
     "_tokenize_prompts": ["self", "prompts"],
     "_save_checkpoint": ["self", "model", "trial"],
+    "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_set_signature_columns_if_needed": ["self"],
 }
@@ -39,6 +42,12 @@ def test_signature(name):
         f"GRPOTrainer.{name} now takes {found}; trl_opsd/trainer/self_distillation_trainer.py overrides or calls it "
         f"with {SIGNATURES[name]}."
     )
+
+
+def test_weights_are_sent_to_vllm_through_one_method():
+    assert list(inspect.signature(VLLMGeneration._iter_named_params).parameters) == ["self"]
+    assert "_iter_named_params()" in inspect.getsource(VLLMGeneration.sync_weights)
+    assert list(inspect.signature(DistributedBackend.gather_params).parameters) == ["self", "params"]
 
 
 def test_batch_and_call_order(tokenizer, model, dataset, training_args):

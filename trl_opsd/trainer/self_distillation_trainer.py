@@ -15,6 +15,8 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
 - `_prepare_inputs(generation_batch)` returns, in training, `_buffered_inputs[_step % steps_per_generation]`, and makes
   that list anew, shuffled, whenever it generates: when `_step`, which counts micro-batches, is a multiple of
   `steps_per_generation * num_iterations`.
+- `vllm_generation._iter_named_params()` yields the weights that vLLM is sent; `vllm_generation._dist.gather_params(
+  parameters)` makes them whole under ZeRO-3.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
@@ -25,6 +27,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -32,6 +35,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -73,6 +77,7 @@ from ..teacher import (
 )
 from .checkpoints import begin, finish, newest_complete, read_state
 from .heads import causal_lm, head_of, unsharded
+from .merged_weights import check_mergeable, merged_weights
 from .microbatches import cut_by_tokens, cut_into, keep_groups_together, padded_length, used_width
 from .self_distillation_config import SelfDistillationConfig
 from .shared_prefix import can_share_prompts, pays_off, positions, states_with_shared_prompts
@@ -307,6 +312,11 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._forward_redirection = _ForwardRedirection()
         starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
         self._check_sharding()
+        if self.use_vllm and isinstance(self.model, PeftModel):
+            check_mergeable(self.model)
+            self.vllm_generation._iter_named_params = partial(
+                merged_weights, self.model, self.vllm_generation._dist.gather_params
+            )
         self._fingerprints = {"model": fingerprint(self.model)}
         self.teacher = self._make_teacher(adapter_starts_at_zero=starts_at_zero)
         with self.teacher.weights(self.model) as module:
