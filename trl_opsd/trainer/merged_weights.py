@@ -18,7 +18,7 @@ def merged_weights(
     Every parameter of the base model, with the active adapter merged into it.
 
     Merging in place and unmerging again does not give the base back: in bf16 it drifts with every synchronisation, and
-    the initial teacher with it. Here a module's weight is put back from a copy, so it stays bit-identical. No more than
+    the initial teacher with it. Here a module's weight is put back from a copy and stays bit-identical. No more than
     one module is merged, copied or gathered at a time.
 
     Args:
