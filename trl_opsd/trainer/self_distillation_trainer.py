@@ -17,6 +17,7 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
   `steps_per_generation * num_iterations`.
 - `vllm_generation._iter_named_params()` yields the weights that vLLM is sent; `vllm_generation._dist.gather_params(
   parameters)` makes them whole under ZeRO-3.
+- `_last_loaded_step` is the step whose weights vLLM has.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
@@ -94,6 +95,7 @@ _ROW_INPUTS = (
     "completion_mask",
     "loss_mask",
     "loss_weights",
+    "sampling_per_token_logps",
 )
 
 
@@ -309,6 +311,14 @@ class SelfDistillationTrainer(GRPOTrainer):
             temperature=cast(float, args.distillation_temperature),
         )
 
+        # With the correction on, GRPO logs it. vLLM's log-probabilities are those of what it samples from
+        self._compares_with_sampler = (
+            self.use_vllm
+            and not self.vllm_importance_sampling_correction
+            and not args.truncates_sampling
+            and args.distillation_temperature == self.temperature
+            and self.repetition_penalty == 1.0
+        )
         self._forward_redirection = _ForwardRedirection()
         starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
         self._check_sharding()
@@ -692,7 +702,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         _, weights = self._loss_weights(inputs, mode)
         # Weights are those of the whole micro-batch, so the gradients of its passes add up to its gradient. The last
         # pass is left to the caller, who runs the backward pass that synchronises.
-        *early, last = self._passes({**inputs, "loss_weights": weights})
+        passes = self._passes({**inputs, "loss_weights": weights})
+        *early, last = passes
         outputs = []
         for rows in early:
             with self._postponed_synchronisation(model):
@@ -703,7 +714,11 @@ class SelfDistillationTrainer(GRPOTrainer):
             outputs.append(output._replace(loss=output.loss.detach()))
         outputs.append(self._divergence(model, last))
         loss = torch.stack([output.loss for output in outputs]).sum() / num_micro_batches
-        self._log_divergence(FusedDivergence(loss, *map(torch.cat, list(zip(*outputs, strict=True))[1:])), mode)
+        output = FusedDivergence(loss, *map(torch.cat, list(zip(*outputs, strict=True))[1:]))
+        self._log_divergence(output, mode)
+        if self._compares_with_sampler and self.state.global_step == self._last_loaded_step:
+            sampled = [rows["sampling_per_token_logps"][rows["loss_mask"].bool()] for rows in passes]
+            self._log_sampler_difference(output.student_log_prob, torch.cat(sampled), mode)
 
         if self._uses_policy_loss:
             advantages = inputs["advantages"] * self.args.policy_loss_coef
@@ -727,7 +742,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         if self.accelerator.num_processes > 1:  # whose forward and backward passes meet in collective operations
             number = torch.tensor(len(passes), device=self.accelerator.device)
             passes = cut_into(passes, int(self.accelerator.gather(number).max()))
-        return [{name: inputs[name][rows] for name in _ROW_INPUTS} for rows in passes]
+        return [{name: inputs[name][rows] for name in _ROW_INPUTS if name in inputs} for rows in passes]
 
     @contextmanager
     def _postponed_synchronisation(self, model: nn.Module) -> Iterator[None]:
@@ -916,6 +931,15 @@ class SelfDistillationTrainer(GRPOTrainer):
                 )
         metrics["skipped_tokens"].append(num_skipped)
         metrics["skipped_steps"] = [self._guard.skipped_steps]
+
+    def _log_sampler_difference(self, log_prob: torch.Tensor, sampled: torch.Tensor, mode: str) -> None:
+        difference = (log_prob - sampled).abs()
+        difference = difference[difference.isfinite()]  # vLLM leaves some tokens without a log-probability
+        total, count = self.accelerator.reduce(torch.stack([difference.sum(), difference.new_tensor(len(difference))]))
+        most = difference.max() if len(difference) else difference.new_zeros(())
+        name = "sampling/sampling_logp_difference"
+        self._metrics[mode][f"{name}/mean"].append((total / count.clamp(min=1)).item())
+        self._metrics[mode][f"{name}/max"].append(self.accelerator.gather(most).max().item())
 
     # Checkpoints
 

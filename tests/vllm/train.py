@@ -1,0 +1,66 @@
+"""Trains a tiny model on vLLM's rollouts in this process, and prints what came of it. Started by test_colocate.py."""
+
+import json
+import sys
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tiny import make_model, make_tokenizer
+
+from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
+
+
+NUM_SYNCS = 300
+
+
+def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
+    tokenizer = make_tokenizer()
+    # vLLM's attention on the CPU needs heads of at least 32
+    model = make_model(tokenizer, hidden_size=64, head_dim=32, intermediate_size=64)
+    model.to(getattr(torch, dtype)).save_pretrained(f"{folder}/base")
+    tokenizer.save_pretrained(f"{folder}/base")
+    rows = [{"prompt": f"What is {a} + {7 * a}?", "solution": f"{a}+{7 * a}={8 * a}"} for a in range(1, 17)]
+    trainer = SelfDistillationTrainer(
+        f"{folder}/base",
+        args=SelfDistillationConfig(
+            output_dir=f"{folder}/run",
+            model_init_kwargs={"dtype": dtype},
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=1,
+            save_strategy="no",
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=1,
+            max_completion_length=16,
+            learning_rate=0.05,
+            max_steps=4,
+            use_vllm=True,
+            vllm_mode="colocate",
+            vllm_max_model_length=512,
+            vllm_gpu_memory_utilization=0.1,
+            **settings,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        peft_config=LoraConfig(r=8, target_modules="all-linear") if weights == "lora" else None,
+    )
+    parameters = trainer.model.named_parameters()
+    frozen = {name: p for name, p in parameters if not p.requires_grad and "teacher" not in name.split(".")}
+    before = {name: parameter.detach().clone() for name, parameter in frozen.items()}
+    trainer.train()
+    names = ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "loss")
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    result = {name: [entry[name] for entry in steps] for name in names}
+    result["ratios"] = [entry.get("sampling/importance_sampling_ratio/mean") for entry in steps]
+    for _ in range(NUM_SYNCS if weights == "lora" and dtype == "bfloat16" else 0):
+        trainer.vllm_generation.sync_weights()
+    result["frozen"] = len(frozen)
+    result["changed"] = [name for name, parameter in frozen.items() if not torch.equal(parameter, before[name])]
+    return result
+
+
+if __name__ == "__main__":
+    print("RESULT", json.dumps(main(sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))))
