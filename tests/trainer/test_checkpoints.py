@@ -193,12 +193,31 @@ def test_resuming_from_another_trainers_checkpoint_is_refused(make_trainer, chec
         make_trainer().train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
 
 
-def test_resuming_with_more_processes_is_refused(make_trainer, checkpoints):
-    checkpoint = checkpoints / "checkpoint-3"
-    (checkpoint / "rollouts_0.pt").rename(checkpoint / "rollouts_7.pt")
-    finish(checkpoint, read_state(checkpoints / "checkpoint-6"))
-    with pytest.raises(ValueError, match="written by fewer processes"):
-        make_trainer().train(resume_from_checkpoint=str(checkpoint))
+@pytest.mark.parametrize(
+    "settings",
+    [{"gradient_accumulation_steps": 1}, {"num_iterations": 2}, {"per_device_train_batch_size": 1}],
+    ids=str,
+)
+def test_resuming_with_another_schedule_is_refused(make_trainer, checkpoints, settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=rf"was written with `{name}=\d` and cannot be resumed with `{name}=\d`"):
+        make_trainer(**settings).train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
+
+
+def test_resuming_on_more_processes_is_refused(make_trainer, checkpoints, monkeypatch):
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer, "_schedule", lambda: {**type(trainer)._schedule(trainer), "num_processes": 4})
+    with pytest.raises(ValueError, match="Set `num_processes=1`"):
+        trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
+
+
+def test_counts_go_on(make_trainer, checkpoints):
+    state = read_state(checkpoints / "checkpoint-3")
+    finish(checkpoints / "checkpoint-3", {**state, "skipped_steps": 5})
+    trainer = make_trainer(max_steps=4)
+    trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
+    assert trainer.state.log_history[-2]["skipped_steps"] == 5
+    assert trainer.state.log_history[-2]["num_generated_tokens"] > state["num_generated_tokens"] > 0
 
 
 @pytest.mark.parametrize("damage", ["never finished", "file missing", "file cut off"])
@@ -240,6 +259,8 @@ def test_older_checkpoints_go_when_the_new_one_is_complete(make_trainer, monkeyp
     assert there == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-6"]]
     assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-6"]
     assert trainer.args.save_total_limit == 1
+    saved = Path(trainer.args.output_dir) / "checkpoint-6" / "training_args.bin"
+    assert torch.load(saved, weights_only=False).save_total_limit == 1
 
 
 def test_checkpoint_written_again_is_incomplete_meanwhile(checkpoints):

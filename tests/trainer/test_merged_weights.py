@@ -46,7 +46,7 @@ def test_weights_are_those_of_the_merged_model(make_policy, tokenizer):
     policy = make_policy()
     expected = copy.deepcopy(policy).merge_and_unload()
 
-    found = {name: value.clone() for name, value in merged_weights(policy, whole)}
+    found = dict(merged_weights(policy, whole))  # all at once, as a sender that packs them would
 
     assert found.keys() == dict(expected.named_parameters()).keys()
     for name, value in expected.named_parameters():

@@ -13,7 +13,8 @@ class ExternalTeacher(Teacher):
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The teacher, over the policy's vocabulary. Its width, depth, dtype and quantisation are its own.
+            The teacher, over the policy's vocabulary. Its width, depth and quantisation are its own, and its dtype
+            too, unless DeepSpeed casts it with the rest.
         shard (`Callable[[nn.Module], nn.Module]`):
             Wraps it for the distributed setup in use.
     """

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -18,8 +19,10 @@ def merged_weights(
     Every parameter of the base model, with the active adapter merged into it.
 
     Merging in place and unmerging again does not give the base back: in bf16 it drifts with every synchronisation, and
-    the initial teacher with it. Here a module's weight is put back from a copy and stays bit-identical. No more than
+    the initial teacher with it. Here a module's own weight is set aside meanwhile and stays bit-identical. No more than
     one module is merged, copied or gathered at a time.
+
+    What is yielded stays as it is while more is asked for, since senders pack several values before they send them.
 
     Args:
         policy ([`~peft.PeftModel`]):
@@ -28,7 +31,7 @@ def merged_weights(
             Context manager that makes the given parameters whole, where ZeRO-3 shards them. All processes enter it.
 
     Yields:
-        `tuple[str, torch.Tensor]`: name and whole value of a parameter, valid until the next is asked for.
+        `tuple[str, torch.Tensor]`: name and whole value of a parameter.
     """
     seen: set[int] = set()
 
@@ -52,7 +55,11 @@ def merged_weights(
             if id(parameter) not in seen:  # tied weights have one name
                 seen.add(id(parameter))
                 name = f"{prefix}{name}".replace("_checkpoint_wrapped_module.", "")
-                yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.data
+                if isinstance(parameter, DTensor):
+                    on_device = parameter.to(parameter.device_mesh.device_type)  # it may be offloaded
+                    yield name, cast(DTensor, on_device).full_tensor()
+                else:
+                    yield name, parameter.data
 
     yield from walk(policy.get_base_model(), "")
 
@@ -70,16 +77,35 @@ def check_mergeable(policy: PeftModel) -> None:
                 f"The adapter on {name} ({type(module).__name__}) cannot be merged into the weights that vLLM samples "
                 "with. Leave `trainable_token_indices` unset, or set `use_vllm=False`."
             )
+        if isinstance(module, BaseTunerLayer) and hasattr(module.get_base_layer().weight, "quant_state"):
+            raise ValueError(
+                f"{name} is quantised: merging its adapter for vLLM would quantise it anew at every synchronisation. "
+                "Train on an unquantised base, or set `use_vllm=False`."
+            )
 
 
 @contextmanager
 def _merged(module: BaseTunerLayer) -> Iterator[None]:
+    layers = [module]
+    while isinstance(layers[-1].base_layer, BaseTunerLayer):  # one for each parameter of a mixture's experts
+        layers.append(layers[-1].base_layer)
     base = module.get_base_layer()
-    before = {name: parameter.data.clone() for name, parameter in base.named_parameters()}
-    module.merge()
+    originals = []
+    for parameter in base.parameters():
+        if isinstance(parameter, DTensor):  # its shard cannot be exchanged; what is yielded of it is a copy anyway
+            originals.append(parameter.to_local().detach().clone())
+        else:
+            originals.append(parameter.data)
+            parameter.data = parameter.data.clone()
     try:
+        for layer in layers:
+            layer.merge()
         yield
     finally:
-        module.merged_adapters.clear()
-        for name, parameter in base.named_parameters():
-            parameter.data.copy_(before[name])
+        for layer in layers:
+            layer.merged_adapters.clear()
+        for parameter, original in zip(base.parameters(), originals, strict=True):
+            if isinstance(parameter, DTensor):
+                parameter.to_local().detach().copy_(original)
+            else:
+                parameter.data = original

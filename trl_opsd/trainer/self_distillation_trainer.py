@@ -17,7 +17,6 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
   `steps_per_generation * num_iterations`.
 - `vllm_generation._iter_named_params()` yields the weights that vLLM is sent; `vllm_generation._dist.gather_params(
   parameters)` makes them whole under ZeRO-3.
-- `_last_loaded_step` is the step whose weights vLLM has.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
@@ -47,6 +46,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -257,6 +257,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
         # Set by the generation methods for the batch in hand
         self._first_turn = False
+        self._generation_step = -1
         self._rows: list[Mapping[str, Any]] = []
         self._empty_rollouts: set[int] = set()
         self._dataset_tokens = 0
@@ -398,10 +399,15 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "Without any, set `distributed_type: DEEPSPEED`, or leave it out."
             )
         zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"] if self.is_deepspeed_enabled else {}
-        if (zero.get("offload_param") or {}).get("device") == "nvme" and self.args.teacher in ("periodic", "ema"):
+        if (zero.get("offload_param") or {}).get("device") == "nvme" and self.args.teacher != "live":
             raise ValueError(
-                f"`teacher='{self.args.teacher}'` is updated in place and cannot follow weights that ZeRO-3 keeps on "
-                "NVMe. Set `offload_param_device: cpu` in the accelerate configuration, or `teacher='initial'`."
+                f"`teacher='{self.args.teacher}'` cannot be copied from, or told from, weights that ZeRO-3 keeps on "
+                "NVMe. Set `offload_param_device: cpu` in the accelerate configuration, or `teacher='live'`."
+            )
+        if self.is_fsdp_enabled and not state.fsdp_plugin.reshard_after_forward and self.args.teacher != "live":
+            raise ValueError(
+                f"With `fsdp_reshard_after_forward: false`, the weights of `teacher='{self.args.teacher}'` would stay "
+                "whole after it has run. Set it to `true` in the accelerate configuration, or `teacher='live'`."
             )
 
     def _make_teacher(self, adapter_starts_at_zero: bool) -> Teacher:
@@ -412,8 +418,8 @@ class SelfDistillationTrainer(GRPOTrainer):
                 if self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
                     raise ValueError(
                         "With `fsdp_cpu_ram_efficient_loading: true` only the first process holds weights when the "
-                        f"frozen copy for `teacher='{self.args.teacher}'` is made. Set it to `false` in the "
-                        "accelerate configuration (recipes/accelerate/fsdp2.yaml does), or train a LoRA adapter."
+                        f"model for `teacher='{self.args.teacher}'` is made. Set it to `false` in the accelerate "
+                        "configuration, as recipes/accelerate/fsdp2.yaml does."
                     )
                 return prepare_fsdp(copy, self.accelerator)
             return self.accelerator.prepare_model(copy, evaluation_mode=True)
@@ -432,9 +438,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         return LiveTeacher()
 
     def _load_external_teacher(self) -> PreTrainedModel:
-        kwargs = self._external_teacher_kwargs(self.args)
-        if self.accelerator.num_processes > 1:  # an automatic device map would give every process the same devices
-            kwargs.setdefault("device_map", None)
+        # An automatic device map would put parts of it where the policy is not
+        kwargs = {"device_map": None, **self._external_teacher_kwargs(self.args)}
         model = create_model_from_path(cast(str, self.args.teacher_model_name_or_path), **kwargs)
         if getattr(model, "is_quantized", False) and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(
@@ -616,6 +621,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
+        self._generation_step = self.state.global_step
         self._rows = inputs
         batch = super()._generate_and_score_completions(inputs)
         if not self.reward_funcs:
@@ -716,7 +722,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         loss = torch.stack([output.loss for output in outputs]).sum() / num_micro_batches
         output = FusedDivergence(loss, *map(torch.cat, list(zip(*outputs, strict=True))[1:]))
         self._log_divergence(output, mode)
-        if self._compares_with_sampler and self.state.global_step == self._last_loaded_step:
+        fresh = self.state.global_step == self._generation_step
+        if self._compares_with_sampler and fresh and "sampling_per_token_logps" in inputs:
             sampled = [rows["sampling_per_token_logps"][rows["loss_mask"].bool()] for rows in passes]
             self._log_sampler_difference(output.student_log_prob, torch.cat(sampled), mode)
 
@@ -961,6 +968,13 @@ class SelfDistillationTrainer(GRPOTrainer):
                 f"{checkpoint} was written with `teacher='{state['teacher']}'` and cannot be resumed with "
                 f"`teacher='{self.args.teacher}'`."
             )
+        for name, value in self._schedule().items():
+            if state["schedule"][name] != value:
+                raise ValueError(
+                    f"{checkpoint} was written with `{name}={state['schedule'][name]}` and cannot be resumed with "
+                    f"`{name}={value}`: its position in the data and its leftover rollouts would not fit. Set "
+                    f"`{name}={state['schedule'][name]}`."
+                )
         for name, model in (("model", "The policy"), ("teacher_model_name_or_path", "The external teacher")):
             if state["fingerprints"].get(name) not in (None, self._fingerprints.get(name)):
                 raise ValueError(
@@ -971,10 +985,11 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        directory.mkdir(parents=True, exist_ok=True)  # on every machine
         if self.args.should_save:
             begin(directory)
         self.accelerator.wait_for_everyone()
-        self.teacher.save(directory, self.accelerator.is_main_process)
+        self.teacher.save(directory, self.args.should_save)
         self._save_rollouts(directory)
         # Older checkpoints go when this one is complete, and not before
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -984,14 +999,26 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            torch.save(self.args, directory / TRAINING_ARGS_NAME)  # with the limit
             state = {
                 "teacher": self.args.teacher,
                 "fingerprints": self._fingerprints,
+                "schedule": self._schedule(),
                 "num_generated_tokens": self._num_generated_tokens,
                 "skipped_steps": self._guard.skipped_steps,
             }
             finish(directory, state)
             rotate_checkpoints(str(directory.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _schedule(self) -> dict[str, int]:
+        """What the position between two generations counts in."""
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "steps_per_generation": self.args.steps_per_generation,
+            "num_iterations": self.num_iterations,
+        }
 
     def _save_rollouts(self, directory: Path) -> None:
         # Between two generations, micro-batches are left over that a resumed run could not sample again
@@ -1002,11 +1029,6 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _load_rollouts(self, directory: Path) -> None:
         file = directory / f"rollouts_{self.accelerator.process_index}.pt"
-        if not file.exists():
-            raise ValueError(
-                f"{directory} holds no {file.name}: it was written by fewer processes. Resume with as many as it was "
-                "written by."
-            )
         rollouts = torch.load(file, map_location=self.accelerator.device, weights_only=True)
         self._step, self._buffered_inputs = rollouts["step"], rollouts["pending"]
 
