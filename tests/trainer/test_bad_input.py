@@ -1,5 +1,8 @@
 """Bad input ends in one clear error, before the model is loaded."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset
 from peft import PromptTuningConfig
@@ -179,3 +182,29 @@ def test_external_teacher_with_a_padded_vocabulary(refused, tmp_path):
         teacher="external",
         teacher_model_name_or_path=str(tmp_path),
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "plugin", "teacher", "message"),
+    [
+        ("fsdp", {"fsdp_version": 1, "reshard_after_forward": True}, "live", "Set `fsdp_version: 2`"),
+        ("fsdp", {"fsdp_version": 2, "reshard_after_forward": False}, "ema", "`fsdp_reshard_after_forward: false`"),
+        ("ddp", {}, "live", "asks for FSDP, but accelerate runs `MULTI_CPU` on 2 processes"),
+        ("zero", {"offload_param": {"device": "nvme"}}, "initial", "keeps on NVMe"),
+    ],
+)
+def test_sharding_that_cannot_work(kind, plugin, teacher, message, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(kind == "ddp").lower())
+    state = SimpleNamespace(
+        fsdp_plugin=SimpleNamespace(**plugin),
+        deepspeed_plugin=SimpleNamespace(deepspeed_config={"zero_optimization": plugin}),
+        distributed_type=SimpleNamespace(value="MULTI_CPU"),
+    )
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(state=state, num_processes=2),
+        args=SimpleNamespace(teacher=teacher),
+        is_fsdp_enabled=kind == "fsdp",
+        is_deepspeed_enabled=kind == "zero",
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        OPSDTrainer._check_sharding(trainer)

@@ -117,3 +117,11 @@ def test_what_cannot_be_merged_is_refused(tokenizer):
     )
     with pytest.raises(ValueError, match="trainable_token_indices"):
         check_mergeable(policy)
+
+
+def test_quantised_base_is_refused(tokenizer):
+    policy = get_peft_model(make_model(tokenizer), LoraConfig(target_modules=["q_proj"]))
+    check_mergeable(policy)
+    policy.get_base_model().model.layers[1].self_attn.q_proj.base_layer.weight.quant_state = object()
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj is quantised"):
+        check_mergeable(policy)

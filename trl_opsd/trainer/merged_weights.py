@@ -19,8 +19,8 @@ def merged_weights(
     Every parameter of the base model, with the active adapter merged into it.
 
     Merging in place and unmerging again does not give the base back: in bf16 it drifts with every synchronisation, and
-    the initial teacher with it. Here a module's own weight is set aside meanwhile and stays bit-identical. No more than
-    one module is merged, copied or gathered at a time.
+    the initial teacher with it. Here a module's own weight is set aside meanwhile, bit-identical. No more than one
+    module is merged, copied or gathered at a time.
 
     What is yielded stays as it is while more is asked for, since senders pack several values before they send them.
 
