@@ -112,6 +112,9 @@ def test_checkpoint_holds_the_average_itself(make_policy, dtype, tmp_path):
     restored_policy = make_policy(dtype)
     restored = EMATeacher(restored_policy, 0.001, unwrapped)
     restored.load(tmp_path)
+    found = teachers(restored_policy, restored)
+    for name, value in teachers(policy, teacher).items():
+        assert torch.equal(found[name], value)
     for target, source in zip(trained(restored_policy).values(), trained(policy).values(), strict=True):
         target.data.copy_(source.data)
 

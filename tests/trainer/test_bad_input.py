@@ -190,7 +190,7 @@ def test_external_teacher_with_a_padded_vocabulary(refused, tmp_path):
         ("fsdp", {"fsdp_version": 1, "reshard_after_forward": True}, "live", "Set `fsdp_version: 2`"),
         ("fsdp", {"fsdp_version": 2, "reshard_after_forward": False}, "ema", "`fsdp_reshard_after_forward: false`"),
         ("ddp", {}, "live", "asks for FSDP, but accelerate runs `MULTI_CPU` on 2 processes"),
-        ("zero", {"offload_param": {"device": "nvme"}}, "initial", "keeps on NVMe"),
+        ("zero", {"offload_param": {"device": "nvme"}}, "initial", "ZeRO-3 keeps on NVMe"),
     ],
 )
 def test_sharding_that_cannot_work(kind, plugin, teacher, message, monkeypatch):
@@ -203,6 +203,7 @@ def test_sharding_that_cannot_work(kind, plugin, teacher, message, monkeypatch):
     trainer = SimpleNamespace(
         accelerator=SimpleNamespace(state=state, num_processes=2),
         args=SimpleNamespace(teacher=teacher),
+        model=None,
         is_fsdp_enabled=kind == "fsdp",
         is_deepspeed_enabled=kind == "zero",
     )

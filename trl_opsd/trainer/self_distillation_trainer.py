@@ -399,15 +399,19 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "Without any, set `distributed_type: DEEPSPEED`, or leave it out."
             )
         zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"] if self.is_deepspeed_enabled else {}
-        if (zero.get("offload_param") or {}).get("device") == "nvme" and self.args.teacher != "live":
+        is_updated = self.args.teacher in ("periodic", "ema")
+        trains_all = not isinstance(self.model, PeftModel)
+        on_nvme = (zero.get("offload_param") or {}).get("device") == "nvme"
+        if on_nvme and (is_updated or (trains_all and self.args.teacher == "initial")):
             raise ValueError(
-                f"`teacher='{self.args.teacher}'` cannot be copied from, or told from, weights that ZeRO-3 keeps on "
-                "NVMe. Set `offload_param_device: cpu` in the accelerate configuration, or `teacher='live'`."
+                f"`teacher='{self.args.teacher}'` cannot be copied from weights that ZeRO-3 keeps on NVMe. Set "
+                "`offload_param_device: cpu` in the accelerate configuration, or `teacher='live'`."
             )
-        if self.is_fsdp_enabled and not state.fsdp_plugin.reshard_after_forward and self.args.teacher != "live":
+        if is_updated and trains_all and self.is_fsdp_enabled and not state.fsdp_plugin.reshard_after_forward:
             raise ValueError(
-                f"With `fsdp_reshard_after_forward: false`, the weights of `teacher='{self.args.teacher}'` would stay "
-                "whole after it has run. Set it to `true` in the accelerate configuration, or `teacher='live'`."
+                f"With `fsdp_reshard_after_forward: false`, a copy for `teacher='{self.args.teacher}'` stays whole "
+                "after it has run, and could not follow a sharded policy. Set it to `true` in the accelerate "
+                "configuration, or train a LoRA adapter."
             )
 
     def _make_teacher(self, adapter_starts_at_zero: bool) -> Teacher:
