@@ -98,6 +98,15 @@ def test_who_trains_whom(preview):
     }
 
 
+@pytest.mark.parametrize("teacher", SelfDistillationConfig.__dataclass_fields__["teacher"].metadata["choices"])
+def test_every_teacher_is_described(preview, teacher, model_path):
+    settings = {"teacher_model_name_or_path": model_path} if teacher == "external" else {}
+
+    output, _ = preview({"prompt": messages("2 + 2?"), "solution": "4"}, teacher=teacher, **settings)
+
+    assert f"│ {teacher}: " in output
+
+
 def test_lora(preview):
     output, trainer = preview(
         {"prompt": messages("2 + 2?"), "solution": "4"},
