@@ -58,9 +58,10 @@ def test_weights_are_those_of_the_merged_model(make_policy, tokenizer):
         torch.testing.assert_close(fresh.eval()(ids).logits, policy.eval()(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_tied_weights_have_one_name(make_policy, tokenizer, request):
-    if "modules_to_save" in request.node.name:
-        pytest.skip("A head that is trained by itself is not tied")
+@pytest.mark.parametrize(
+    "make_policy", ["lora", "dora", "bias", "embedding"], indirect=True
+)  # all that leave the head
+def test_tied_weights_have_one_name(make_policy, tokenizer):
     policy = make_policy(tie_word_embeddings=True)
 
     names = [name for name, _ in merged_weights(policy, whole)]
