@@ -220,11 +220,13 @@ def test_counts_go_on(make_trainer, checkpoints):
     assert trainer.state.log_history[-2]["num_generated_tokens"] > state["num_generated_tokens"] > 0
 
 
-@pytest.mark.parametrize("damage", ["never finished", "file missing", "file cut off"])
+@pytest.mark.parametrize("damage", ["never finished", "state without a word on it", "file missing", "file cut off"])
 def test_torn_checkpoint_is_reported_and_never_loaded(make_trainer, checkpoints, damage):
     torn = checkpoints / "checkpoint-6"
     if damage == "never finished":
         begin(torn)
+    elif damage == "state without a word on it":
+        (torn / STATE_FILE).write_text('{"teacher": "initial"}')
     elif damage == "file missing":
         (torn / "optimizer.pt").unlink()
     else:

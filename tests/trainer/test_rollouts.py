@@ -386,3 +386,42 @@ def test_log_completions(make_trainer):
     trainer = make_trainer(log_completions=True, max_steps=1)
     trainer.train()
     assert list((Path(trainer.args.output_dir) / "completions").glob("*.parquet"))
+
+
+def test_sampler_is_compared_with_the_weights_it_sampled_with(make_trainer, dataset):
+    """An evaluation between two generations does not make the rollouts of an earlier step fresh."""
+
+    def rollout(prompts, trainer):
+        ids = [[7, 8, 9] for _ in prompts]
+        logprobs = [[-1.0, -2.0, float("nan")] for _ in prompts]
+        return {"prompt_ids": trainer._tokenize_prompts(prompts)[0], "completion_ids": ids, "logprobs": logprobs}
+
+    trainer = make_trainer(
+        rollout_func=rollout,
+        eval_dataset=dataset.select(range(4)),
+        eval_strategy="steps",
+        eval_steps=1,
+        steps_per_generation=2,
+        max_steps=4,
+    )
+    trainer._compares_with_sampler = True  # as with vLLM
+    outputs = []
+    log_divergence = trainer._log_divergence
+
+    def recording(output, mode):
+        if mode == "train":
+            outputs.append(output)
+        log_divergence(output, mode)
+
+    trainer._log_divergence = recording
+    trainer.train()
+
+    name = "sampling/sampling_logp_difference"
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [f"{name}/mean" in entry for entry in steps] == [True, False, True, False]
+    for entry, output in zip(steps[::2], outputs[::2], strict=True):
+        difference = (output.student_log_prob.view(-1, 3)[:, :2] - torch.tensor([-1.0, -2.0])).abs()
+        assert entry[f"{name}/mean"] == pytest.approx(difference.mean().item(), rel=1e-5)
+        assert entry[f"{name}/max"] == pytest.approx(difference.max().item(), rel=1e-5)
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert all(f"eval_{name}/max" in entry for entry in evaluations)

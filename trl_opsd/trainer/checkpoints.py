@@ -81,7 +81,7 @@ def read_state(directory: Path) -> dict[str, Any]:
             "weights with `model` instead of resuming."
         )
     state = json.loads(file.read_text())
-    if not state["complete"]:
+    if not state.get("complete"):
         raise ValueError(
             f"{directory} is incomplete: its run ended while it was being written. Resume from an earlier one."
         )

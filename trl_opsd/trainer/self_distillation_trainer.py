@@ -625,7 +625,8 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
-        self._generation_step = self.state.global_step
+        if mode == "train":
+            self._generation_step = self.state.global_step
         self._rows = inputs
         batch = super()._generate_and_score_completions(inputs)
         if not self.reward_funcs:
@@ -726,7 +727,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         loss = torch.stack([output.loss for output in outputs]).sum() / num_micro_batches
         output = FusedDivergence(loss, *map(torch.cat, list(zip(*outputs, strict=True))[1:]))
         self._log_divergence(output, mode)
-        fresh = self.state.global_step == self._generation_step
+        fresh = mode == "eval" or self.state.global_step == self._generation_step
         if self._compares_with_sampler and fresh and "sampling_per_token_logps" in inputs:
             sampled = [rows["sampling_per_token_logps"][rows["loss_mask"].bool()] for rows in passes]
             self._log_sampler_difference(output.student_log_prob, torch.cat(sampled), mode)
