@@ -54,6 +54,10 @@ class TopLogProbs(NamedTuple):
         """Whether all that is known of a row is finite, of shape `(N, k + 1)`."""
         return torch.cat([self.top_log_probs, self.sampled_log_probs.unsqueeze(1)], dim=1).isfinite()
 
+    def to(self, device: torch.device) -> "TopLogProbs":
+        """The same on a device."""
+        return TopLogProbs(*(tensor.to(device) for tensor in self))
+
     def rows(self, rows: slice) -> "TopLogProbs":
         """The same for some of the rows."""
         return TopLogProbs(*(tensor[rows] for tensor in self))

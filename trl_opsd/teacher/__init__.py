@@ -7,6 +7,7 @@ from .fingerprint import fingerprint
 from .initial import InitialTeacher
 from .live import LiveTeacher
 from .periodic import PeriodicTeacher
+from .served import ServedTeacher
 
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "InitialTeacher",
     "LiveTeacher",
     "PeriodicTeacher",
+    "ServedTeacher",
     "Teacher",
     "fingerprint",
 ]
