@@ -1,8 +1,10 @@
 """Two processes train as one does, however the model is sharded: same losses, same weights, same teacher."""
 
+import subprocess
+
 import pytest
 import torch
-from distributed.launch import job, launch
+from distributed.launch import ENVIRONMENT, command, job, launch
 
 
 STEPS = 20
@@ -70,3 +72,11 @@ def test_micro_batches_equal_one_batch(one_process, tmp_path):
     for name, result in launch("single", jobs, tmp_path / "split").items():
         assert len(result["num_passes"][0]) == 4 * STEPS
         assert_same(result, one_process[name], ["loss"])  # other metrics are means of the micro-batches' means
+
+
+@pytest.mark.distributed
+def test_processes_that_accelerate_does_not_start_are_missed(tmp_path):
+    run = command("MULTI_CPU", JOBS[:1], tmp_path)
+    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "was asked for several processes (`num_processes`) and started one" in done.stderr

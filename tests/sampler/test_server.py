@@ -14,6 +14,8 @@ import psutil
 import pytest
 from sampler.environment import ENVIRONMENT, save_model
 
+from trl_opsd.trainer.checkpoints import is_complete
+
 
 pytest.importorskip("vllm", reason="`make test-vllm` runs these in an environment with vLLM")
 
@@ -106,7 +108,7 @@ def test_stalled_server_ends_the_run_with_a_checkpoint(base, server, tmp_path):
     pids = [child.pid for child in [process, *process.children(recursive=True)]]
     settings = sampling_on(url) | {"vllm_server_request_timeout": 5.0}
     try:
-        stalled = train(base, tmp_path, num_processes=2, lora=True, stop=pids, settings=settings)
+        stalled = train(base, tmp_path, lora=True, signal=[signal.SIGSTOP, pids], settings=settings)
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
@@ -114,8 +116,9 @@ def test_stalled_server_ends_the_run_with_a_checkpoint(base, server, tmp_path):
     assert len(stalled["losses"]) == 2
     assert url in stalled["error"]
     assert str(tmp_path / "checkpoint-2") in stalled["error"]
-    resumed = train(base, tmp_path, num_processes=2, lora=True, resume=True, settings=settings)
+    resumed = train(base, tmp_path, lora=True, resume=True, settings=settings)
     assert "error" not in resumed
+    assert resumed["losses"][:2] == stalled["losses"]
     assert len(resumed["losses"]) == 4
     assert max(resumed["sampler"]) < 1e-4
 
@@ -136,10 +139,14 @@ def test_unfit_server_is_refused(overrides, settings, message, base, server, tmp
 
 
 @pytest.mark.slow
-def test_dead_server_ends_the_run(base, server, tmp_path):
-    _, process = server
-    for child in [*process.children(recursive=True), process]:
-        child.kill()
-    settings = scoring_on(server[0]) | {"teacher": "external", "vllm_server_timeout": 3.0}
-    result = train(base, tmp_path, settings=settings)
-    assert "within 3 seconds" in result["refused"]
+def test_dead_server_ends_the_run_on_every_process(base, server, tmp_path):
+    url, process = server
+    pids = [child.pid for child in [process, *process.children(recursive=True)]]
+    killed = train(base, tmp_path, num_processes=2, signal=[signal.SIGKILL, pids], settings=sampling_on(url))
+
+    assert killed["world"] == 2
+    assert len(killed["losses"]) == 2
+    assert "Connection refused" in killed["error"]
+    assert is_complete(tmp_path / "checkpoint-2")
+    refused = train(base, tmp_path, settings=scoring_on(url) | {"teacher": "external", "vllm_server_timeout": 3.0})
+    assert "within 3 seconds" in refused["refused"]

@@ -5,7 +5,6 @@ The weights go to the server as a file: NCCL, which carries them on GPUs, does n
 
 import json
 import os
-import signal
 import sys
 import tempfile
 
@@ -34,16 +33,16 @@ class FileClient(VLLMClient):
             self._post(f"{self.base_url}/collective_rpc", json={"method": "reload_weights", "kwargs": kwargs})
 
 
-class StopServer(TrainerCallback):
-    """Stops the server's processes after a step, as a machine that hangs would."""
+class SendSignal(TrainerCallback):
+    """Sends the server's processes a signal after the second step."""
 
-    def __init__(self, step: int, pids: list[int]):
-        self.step, self.pids = step, pids
+    def __init__(self, signal: int, pids: list[int]):
+        self.signal, self.pids = signal, pids
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step and state.is_world_process_zero:
+        if state.global_step == 2 and state.is_world_process_zero:
             for pid in self.pids:
-                os.kill(pid, signal.SIGSTOP)
+                os.kill(pid, self.signal)
 
 
 def compare_with_local_teacher(trainer: SelfDistillationTrainer, teacher, differences: list[float]) -> None:
@@ -71,7 +70,7 @@ def main(base: str, output_dir: str, job: dict) -> dict:
         args=args,
         train_dataset=dataset(),
         peft_config=LoraConfig(r=8, target_modules="all-linear") if job.get("lora") else None,
-        callbacks=[StopServer(2, job["stop"])] if "stop" in job else None,
+        callbacks=[SendSignal(*job["signal"])] if "signal" in job else None,
     )
     differences: list[float] = []
     if args.teacher_server_base_url is not None:

@@ -1,6 +1,14 @@
 """vLLM servers: which of them will do, what happens when one fails, and teachers that are scored on one."""
 
-from .client import ServerError, check_holds_policy, check_tokenizer, connect, context_length, limit_requests
+from .client import (
+    ServerError,
+    check_holds_policy,
+    check_tokenizer,
+    check_vllm_installed,
+    connect,
+    context_length,
+    limit_requests,
+)
 from .rollouts import report_failures
 from .teacher import Scores, TeacherServer
 
@@ -11,6 +19,7 @@ __all__ = [
     "TeacherServer",
     "check_holds_policy",
     "check_tokenizer",
+    "check_vllm_installed",
     "connect",
     "context_length",
     "limit_requests",

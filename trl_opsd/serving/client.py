@@ -1,9 +1,11 @@
 """What a vLLM server is asked before it is relied on, and how long it may take to answer."""
 
 import warnings
+from importlib import metadata
 from typing import Any
 
 import requests
+from packaging.requirements import Requirement
 from requests.adapters import HTTPAdapter
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from trl.generation.vllm_client import VLLMClient
@@ -28,6 +30,26 @@ _PROBE = "Let x₁ = 12,345.67;\n\n\tdef f(x):  return x**2  # naïve — 数学
 
 class ServerError(RuntimeError):
     """A vLLM server failed, also after retries."""
+
+
+def check_vllm_installed() -> None:
+    """
+    Make sure that there is a vLLM that TRL works with.
+
+    Raises:
+        ValueError: If there is none, or one of another version.
+    """
+    requirements = map(Requirement, metadata.requires("trl") or [])
+    (supported,) = (one.specifier for one in requirements if one.name == "vllm" and one.marker)
+    try:
+        installed = metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        installed = "no vLLM"
+    if installed == "no vLLM" or not supported.contains(installed, prereleases=True):
+        raise ValueError(
+            f"`use_vllm` and `teacher_server_base_url` need vLLM{supported}, the releases TRL works with, and "
+            f"{installed} is installed. Run `pip install trl-opsd[vllm]`, or set `use_vllm=False`."
+        )
 
 
 def connect(base_url: str, startup_timeout: float, request_timeout: float) -> VLLMClient:

@@ -6,6 +6,7 @@ from .external import ExternalTeacher
 from .fingerprint import fingerprint
 from .initial import InitialTeacher
 from .live import LiveTeacher
+from .offload import offload
 from .periodic import PeriodicTeacher
 from .served import ServedTeacher
 
@@ -19,4 +20,5 @@ __all__ = [
     "ServedTeacher",
     "Teacher",
     "fingerprint",
+    "offload",
 ]

@@ -70,6 +70,9 @@ class SelfDistillationConfig(GRPOConfig):
         teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of its `from_pretrained`, such as `dtype`, `revision` or `quantization_config`. Its dtype
             defaults to fp32, like the policy's.
+        teacher_offload (`bool`, *optional*, defaults to `False`):
+            Whether the weights of a teacher that is a whole model are kept in CPU memory and come to the accelerator
+            module by module, for the teacher's forward pass. It saves the memory of one model and costs its transfer.
         teacher_server_base_url (`str`, *optional*):
             Address of a vLLM server that scores the rollouts in the teacher's place, as soon as they are sampled. With
             `teacher="external"`, it serves another model, and `teacher_model_name_or_path` is left unset; with
@@ -251,6 +254,13 @@ class SelfDistillationConfig(GRPOConfig):
             '\'{"dtype": "bfloat16"}\'. Its dtype defaults to fp32.'
         },
     )
+    teacher_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the weights of a teacher that is a whole model are kept in CPU memory and come to the "
+            "accelerator module by module, for the teacher's forward pass."
+        },
+    )
     teacher_server_base_url: str | None = field(
         default=None,
         metadata={
@@ -409,6 +419,11 @@ class SelfDistillationConfig(GRPOConfig):
             raise ValueError(
                 "`teacher='external'` needs `teacher_model_name_or_path`, the model to read it with, or "
                 "`teacher_server_base_url`, a server of it."
+            )
+        if self.teacher_offload and (self.teacher == "live" or self.teacher_server_base_url):
+            raise ValueError(
+                "`teacher_offload=True` has no effect: a teacher that is live or on a server has no weights of its "
+                "own here. Set it to `False`."
             )
         if self.vllm_server_request_timeout <= 0:
             raise ValueError(

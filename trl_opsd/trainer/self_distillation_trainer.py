@@ -76,6 +76,7 @@ from ..serving import (
     TeacherServer,
     check_holds_policy,
     check_tokenizer,
+    check_vllm_installed,
     connect,
     context_length,
     limit_requests,
@@ -90,6 +91,7 @@ from ..teacher import (
     ServedTeacher,
     Teacher,
     fingerprint,
+    offload,
 )
 from .checkpoints import begin, finish, is_complete, newest_complete, read_state
 from .heads import causal_lm, head_of, unsharded
@@ -218,6 +220,9 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "Prefix, prompt and p-tuning put virtual tokens in front of the prompt, which would shift the teacher "
                 "and the student against each other. Use LoRA, or train all weights."
             )
+
+        if args.use_vllm or args.teacher_server_base_url is not None:
+            check_vllm_installed()
 
         # Everything that can be wrong with the data is found before the model is loaded
         self.context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
@@ -424,6 +429,17 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _check_sharding(self) -> None:
         state = self.accelerator.state
+        # What `accelerate launch` leaves in the environment of a process it took for one of several
+        environment = os.environ
+        is_launched = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
+        if is_launched and not {"WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"} & {
+            *environment
+        }:
+            raise ValueError(
+                "`accelerate launch` was asked for several processes (`num_processes`) and started one: on the CPU, "
+                "it starts several with DeepSpeed or `mpirun_hostfile` only. Start them with `torchrun "
+                "--nproc_per_node`, or set `num_processes: 1`. (If one is what you asked for, unset `MASTER_ADDR`.)"
+            )
         if self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
             raise ValueError("FSDP1 is not supported. Set `fsdp_version: 2` in the accelerate configuration.")
         if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and not self.is_fsdp_enabled:
@@ -435,6 +451,18 @@ class SelfDistillationTrainer(GRPOTrainer):
         zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"] if self.is_deepspeed_enabled else {}
         is_updated = self.args.teacher in ("periodic", "ema")
         trains_all = not isinstance(self.model, PeftModel)
+        if self.args.teacher_offload:
+            if self.is_fsdp_enabled or zero.get("stage") == 3:
+                raise ValueError(
+                    "`teacher_offload=True` offloads whole models, and ZeRO-3 and FSDP2 shard the teacher. Set it to "
+                    "`False`, and offload the parameters of both models in the accelerate configuration "
+                    "(`offload_param_device: cpu`, `fsdp_offload_params: true`)."
+                )
+            if not trains_all and self.args.teacher != "external":
+                raise ValueError(
+                    f"`teacher_offload=True` has no effect on `teacher='{self.args.teacher}'` of a LoRA adapter, "
+                    "which shares the policy's base weights. Set it to `False`."
+                )
         on_nvme = (zero.get("offload_param") or {}).get("device") == "nvme"
         if on_nvme and (is_updated or (trains_all and self.args.teacher == "initial")):
             raise ValueError(
@@ -490,6 +518,8 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _make_teacher(self, adapter_starts_at_zero: bool) -> Teacher:
         def shard(copy: nn.Module) -> nn.Module:
+            if self.args.teacher_offload:
+                return offload(copy, self.accelerator.device)
             if self.is_deepspeed_enabled:
                 return prepare_deepspeed(copy, self.accelerator)
             if self.is_fsdp_enabled:
@@ -527,6 +557,11 @@ class SelfDistillationTrainer(GRPOTrainer):
             raise ValueError(
                 "A quantised teacher cannot be sharded by ZeRO-3 or FSDP2. Train with DDP or ZeRO-2, or drop "
                 "`quantization_config` from `teacher_model_init_kwargs`."
+            )
+        if getattr(model, "is_quantized", False) and self.args.teacher_offload:
+            raise ValueError(
+                "A quantised teacher cannot be offloaded. Set `teacher_offload=False`, or drop `quantization_config` "
+                "from `teacher_model_init_kwargs`."
             )
         self._fingerprints["teacher_model_name_or_path"] = fingerprint(model)
         return model
