@@ -69,7 +69,7 @@ def connect(base_url: str, startup_timeout: float, request_timeout: float) -> VL
     """
     try:
         client = VLLMClient(base_url=base_url, connection_timeout=startup_timeout)
-    except ConnectionError as error:
+    except requests.ConnectionError as error:
         raise ValueError(
             f"No vLLM server answers at {base_url} within {startup_timeout:g} seconds. Start it, or correct the "
             "address."

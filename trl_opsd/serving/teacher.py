@@ -51,18 +51,18 @@ class TeacherServer:
         self._top_k = top_k
         where = f"The vLLM server at {client.base_url} (`teacher_server_base_url`)"
         try:
-            probe = self._ask([[0, 0]], [1])
+            probe = self._ask([list(range(1, 9))], [1])
         except Exception as error:
             raise ValueError(
                 f"{where} does not report the {top_k} most probable tokens of a prompt (`divergence_top_k`): {error} "
                 "Restart it with `--max-logprobs -1`."
             ) from error
-        tokens, log_probs = probe["logprob_token_ids"][0][0], probe["logprobs"][0][0]
-        if np.exp(log_probs).sum() > 1.001:
+        if np.exp(probe["logprobs"][0]).sum(axis=1).max() > 1.001:
             raise ValueError(f"{where} reports logits. Restart it with `--logprobs-mode processed_logprobs`.")
-        if max(tokens) >= vocab_size:
+        highest = np.max(probe["logprob_token_ids"])
+        if highest >= vocab_size:
             raise ValueError(
-                f"{where} serves '{self.name}', which predicts token {max(tokens)}, and the policy has {vocab_size}. "
+                f"{where} serves '{self.name}', which predicts token {highest}, and the policy has {vocab_size}. "
                 "Serve a model with the policy's vocabulary."
             )
 
