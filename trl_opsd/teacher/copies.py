@@ -92,6 +92,9 @@ class ModelCopy(TeacherCopy):
     def __init__(self, policy: PreTrainedModel, shard: Callable[[nn.Module], nn.Module]):
         self._policy = policy
         if is_deepspeed_zero3_enabled():  # sharded parameters cannot be deep-copied; fresh ones are sharded at birth
+            import deepspeed  # here, because importing it interferes with vLLM
+
+            deepspeed.init_distributed()  # or it takes this for the only process
             self._model = type(policy)._from_config(policy.config, dtype=policy.dtype)
             for source, target in zip(policy.parameters(), self._model.parameters(), strict=True):
                 copy_parameter(source, target)

@@ -452,11 +452,12 @@ class SelfDistillationTrainer(GRPOTrainer):
         is_updated = self.args.teacher in ("periodic", "ema")
         trains_all = not isinstance(self.model, PeftModel)
         if self.args.teacher_offload:
-            if self.is_fsdp_enabled or zero.get("stage") == 3:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError(
-                    "`teacher_offload=True` offloads whole models, and ZeRO-3 and FSDP2 shard the teacher. Set it to "
-                    "`False`, and offload the parameters of both models in the accelerate configuration "
-                    "(`offload_param_device: cpu`, `fsdp_offload_params: true`)."
+                    "`teacher_offload=True` works with a single process or DDP: DeepSpeed and FSDP2 manage the "
+                    "teacher's weights themselves. Set it to `False`, and have them offload both models' parameters "
+                    "in the accelerate configuration (`offload_param_device: cpu` with ZeRO-3, "
+                    "`fsdp_offload_params: true`)."
                 )
             if not trains_all and self.args.teacher != "external":
                 raise ValueError(
