@@ -11,10 +11,10 @@ class Client:
     base_url = "http://server"
 
     def __init__(self):
-        self.calls, self.fails, self.instance = [], set(), "first"
+        self.calls, self.fails, self.instance, self.num_replicas = [], set(), "first", 1
 
     def get_server_info(self):
-        return {"instance_id": self.instance}
+        return {"instance_id": self.instance, "parallel_config": {"data_parallel_size": self.num_replicas}}
 
     def _call(self, name):
         self.calls.append(name)
@@ -86,6 +86,15 @@ def test_restarted_server_is_noticed(generation):
     generation.client.instance = "second"
     with pytest.raises(ServerError, match="was restarted, and has its first weights again"):
         generation.generate([[1]])
+
+
+def test_replicas_of_a_server_have_names_of_their_own():
+    generation = Generation()
+    client = generation.vllm_client
+    client.num_replicas = 2
+    report_failures(generation)
+    client.instance = "second"
+    assert generation.generate([[1]])[1] == [[7]]
 
 
 def test_other_processes_raise_it_too(monkeypatch):

@@ -76,5 +76,9 @@ class _WatchedClient:
             self.failure = f"The vLLM server at {self._client.base_url} failed: {error}"
             return None
 
-    def _current_instance(self) -> str:
-        return self._client.get_server_info()["instance_id"]
+    def _current_instance(self) -> str | None:
+        info = self._client.get_server_info()
+        processes = info["parallel_config"]
+        if processes["data_parallel_size"] > 1 or processes.get("_api_process_count", 1) > 1:
+            return None  # one of several processes answers, each with an id of its own
+        return info["instance_id"]
