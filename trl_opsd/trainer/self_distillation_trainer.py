@@ -520,7 +520,7 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _make_teacher(self, adapter_starts_at_zero: bool) -> Teacher:
         def shard(copy: nn.Module) -> nn.Module:
             if self.args.teacher_offload:
-                return offload(copy, self.accelerator.device)
+                return offload(copy, self.model.device)
             if self.is_deepspeed_enabled:
                 return prepare_deepspeed(copy, self.accelerator)
             if self.is_fsdp_enabled:
