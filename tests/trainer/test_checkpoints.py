@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 from tiny import make_model
 
 from trl_opsd import SelfDistillationTrainer
-from trl_opsd.trainer.checkpoints import STATE_FILE, begin, finish, read_state
+from trl_opsd.serving import ServerError
+from trl_opsd.trainer.checkpoints import STATE_FILE, begin, finish, newest_complete, read_state
 
 
 @pytest.fixture
 def make_trainer(tokenizer, dataset, training_args):
     rows = Dataset.from_list(list(dataset) * 4)
 
-    def make(lora=False, init_lora_weights=True, use_dora=False, seed_of_model=0, **settings):
+    def make(lora=False, init_lora_weights=True, use_dora=False, seed_of_model=0, rollout_func=None, **settings):
         args = SelfDistillationTrainer.config_class(
             **{
                 **training_args,
@@ -36,6 +37,7 @@ def make_trainer(tokenizer, dataset, training_args):
             args=args,
             train_dataset=rows,
             processing_class=tokenizer,
+            rollout_func=rollout_func,
             peft_config=LoraConfig(
                 r=4,
                 lora_alpha=16,
@@ -145,6 +147,81 @@ def test_adapter_that_does_not_start_at_zero_is_copied(make_trainer, settings):
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trained
     assert not [name for name in trained if "teacher" in name]
+
+
+class FailingRollouts:
+    """The same rollouts in every run, but for one that a server fails to give."""
+
+    def __init__(self, failing_call=None):
+        self.calls, self.failing_call = 0, failing_call
+
+    def __call__(self, prompts, trainer):
+        self.calls += 1
+        if self.calls == self.failing_call:
+            raise ServerError("The server failed.")
+        ids = trainer.processing_class([str(prompt)[-16:-4] for prompt in prompts])["input_ids"]
+        return {"prompt_ids": trainer._tokenize_prompts(prompts)[0], "completion_ids": [row[:8] for row in ids]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "failing_call", "step"),
+    [
+        ({}, 4, 3),
+        ({"steps_per_generation": 1}, 8, 3),  # in the middle of the fourth step
+        ({"steps_per_generation": 4}, 3, 4),
+        ({"save_steps": 4, "num_iterations": 2}, 3, 4),  # where there is a checkpoint already
+    ],
+    ids=str,
+)
+def test_run_goes_on_where_a_server_failed(make_trainer, settings, failing_call, step):
+    settings = {"save_steps": 100, "shuffle_dataset": False, "optim": "sgd", "learning_rate": 0.1, **settings}
+    whole = make_trainer(rollout_func=FailingRollouts(), **settings)
+    whole.train()
+    failed = make_trainer(rollout_func=FailingRollouts(failing_call), **settings)
+    checkpoint = Path(failed.args.output_dir) / f"checkpoint-{step}"
+    with pytest.raises(ServerError, match=f"The server failed. The run is saved in {checkpoint}"):
+        failed.train()
+    resumed = make_trainer(rollout_func=FailingRollouts(), **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_server_that_fails_where_no_checkpoint_can_be_made(make_trainer):
+    settings = {"save_steps": 100, "steps_per_generation": 3}  # steps of two micro-batches
+    with pytest.raises(ServerError, match=r"The server failed\. No step had been trained"):
+        make_trainer(rollout_func=FailingRollouts(1), **settings).train()
+    trainer = make_trainer(rollout_func=FailingRollouts(2), **settings)
+    with pytest.raises(ServerError, match="Resume from the last checkpoint"):
+        trainer.train()
+    assert not list(Path(trainer.args.output_dir).glob("checkpoint-*"))
+
+
+def test_checkpoint_that_could_not_be_finished_is_incomplete(make_trainer, monkeypatch):
+    trainer = make_trainer(max_steps=6)
+    saved = []
+
+    def save(directory, is_main_process):
+        saved.append(directory)
+        if len(saved) == 2:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(trainer.teacher, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    with pytest.warns(match="checkpoint-6 is incomplete"):
+        assert newest_complete(trainer.args.output_dir) == str(saved[0])
+
+
+def test_checkpoint_of_weights_alone(make_trainer):
+    trainer = make_trainer(save_only_model=True, teacher="ema", max_steps=3)
+    trainer.train()
+    checkpoint = Path(trainer.args.output_dir) / "checkpoint-3"
+    names = {path.name for path in checkpoint.iterdir()}
+    assert "model.safetensors" in names
+    assert not [name for name in names if name.startswith(("teacher", "rollouts", "optimizer"))]
+    with pytest.raises(ValueError, match="written with `save_only_model=True` and holds no more than weights"):
+        make_trainer(teacher="ema").train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_checkpoint_contents(make_trainer, tokenizer):

@@ -1109,6 +1109,11 @@ class SelfDistillationTrainer(GRPOTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _check_same_run(self, checkpoint: str, state: dict[str, Any]) -> None:
+        if state["only_model"]:
+            raise ValueError(
+                f"{checkpoint} was written with `save_only_model=True` and holds no more than weights. Start a new "
+                "run from them with `model`."
+            )
         if state["teacher"] != self.args.teacher:
             raise ValueError(
                 f"{checkpoint} was written with `teacher='{state['teacher']}'` and cannot be resumed with "
@@ -1135,8 +1140,9 @@ class SelfDistillationTrainer(GRPOTrainer):
         if self.args.should_save:
             begin(directory)
         self.accelerator.wait_for_everyone()
-        self.teacher.save(directory, self.args.should_save)
-        self._save_rollouts(directory)
+        if not self.args.save_only_model:
+            self.teacher.save(directory, self.args.should_save)
+            self._save_rollouts(directory)
         # Older checkpoints go when this one is complete, and not before
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -1147,6 +1153,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         if self.args.should_save:
             torch.save(self.args, directory / TRAINING_ARGS_NAME)  # with the limit
             state = {
+                "only_model": self.args.save_only_model,
                 "teacher": self.args.teacher,
                 "fingerprints": self._fingerprints,
                 "schedule": self._schedule(),
