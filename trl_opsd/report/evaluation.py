@@ -265,6 +265,8 @@ def budget_plot(summaries: Mapping[str, Summary]) -> "Figure":
     figure, axes = _figure()
     for (name, summary), color in zip(summaries.items(), cycle(_COLORS), strict=False):
         points = sorted(summary.accuracy_at_budget.items())
+        # From the first budget that suffices for anything: 0 % to the left of it goes without saying.
+        points = [(budget, point) for budget, point in points if point.value > 0] or points
         budgets = [budget for budget, _ in points]
         axes.plot(budgets, [100 * point.value for _, point in points], "o-", color=color, markersize=4, label=name)
         lows, highs = (
@@ -294,8 +296,8 @@ def length_plot(lengths: Mapping[str, Sequence[int]]) -> "Figure":
 
     figure, axes = _figure()
     everything = np.concatenate([np.asarray(tokens) for tokens in lengths.values()])
-    low, high = everything.min(), everything.max()
-    bins = np.geomspace(low, high, 41).tolist() if high > low else [low / 2**0.5, low * 2**0.5]
+    # Edges at whole numbers, or short completions would fall into every other bin.
+    bins = np.unique(np.geomspace(everything.min(), everything.max() + 1, 41).round()).tolist()
     for (name, tokens), color in zip(lengths.items(), cycle(_COLORS), strict=False):
         weights = np.full(len(tokens), 100 / len(tokens))
         mean = float(np.mean(tokens))
@@ -326,13 +328,15 @@ def change_plot(comparison: Comparison) -> "Figure":
     positions = {
         kind: [i for i, c in enumerate(changes) if c.change == kind] for kind in ("worse", "same", "improved")
     }
+    few = len(changes) <= 40
     for (kind, indices), color in zip(positions.items(), (_COLORS[1], _SAME, _COLORS[0]), strict=True):
         heights = [100 * (changes[i].new - changes[i].base) for i in indices]
-        axes.bar(indices, heights, width=0.9, color=color, label=f"{len(indices)} {kind}")
+        axes.bar(indices, heights, width=0.9 if few else 1.0, color=color, label=f"{len(indices)} {kind}")
     axes.axhline(0, color=_SAME, linewidth=1)
     axes.set_xlabel(f"{len(changes):,} problems, sorted")
     axes.set_ylabel("change of accuracy (points)")
-    if len(changes) <= 40:
+    axes.margins(x=0.01)
+    if few:
         axes.set_xticks(range(len(changes)), [change.problem_id for change in changes], rotation=90, fontsize=7)
     else:
         axes.set_xticks([])

@@ -117,11 +117,10 @@ def _compare(base: Path, new: Path, output_dir: Path | None, common_only: bool) 
         if output_dir is not None:
             common = set.intersection(*({sample.problem_id for sample in run} for run in samples))
             lengths = [[sample.num_tokens for sample in run if sample.problem_id in common] for run in samples]
-            plots = {
-                "accuracy": budget_plot(dict(zip(names, (comparison.base, comparison.new), strict=True))),
-                "lengths": length_plot(dict(zip(names, lengths, strict=True))),
-                "changes": change_plot(comparison),
-            }
+            plots = {"lengths": length_plot(dict(zip(names, lengths, strict=True)))}
+            if comparison.changes:
+                plots["accuracy"] = budget_plot(dict(zip(names, (comparison.base, comparison.new), strict=True)))
+                plots["changes"] = change_plot(comparison)
             (output_dir / benchmark).mkdir(exist_ok=True)
             for plot, figure in plots.items():
                 figure.savefig(output_dir / benchmark / f"{plot}.png", dpi=120)
