@@ -7,6 +7,8 @@ from typing import Any, Literal, cast
 
 import yaml
 
+from .backends.base import Sampling
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     # https://huggingface.co/papers/2601.18734
@@ -274,6 +276,15 @@ class EvalArguments:
         if self.output_dir is None:
             parts = [self.model_name_or_path, *([self.adapter] if self.adapter else [])]
             self.output_dir = f"eval/{'-'.join(Path(part).name for part in parts)}"
+
+    def sampling(self) -> Sampling:
+        """How to draw tokens."""
+        return Sampling(
+            temperature=cast(float, self.temperature),
+            top_p=cast(float, self.top_p),
+            top_k=cast(int, self.top_k),
+            max_new_tokens=cast(int, self.max_new_tokens),
+        )
 
     def _check_numbers(self) -> None:
         at_least: dict[str, float] = {

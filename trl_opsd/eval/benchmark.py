@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from .scorer import AnswerType
 
-AnswerType = Literal["math", "choice", "text"]
 
 _PROMPT = "{{ question }}\n\nReason step by step and give your final answer in \\boxed{}."
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

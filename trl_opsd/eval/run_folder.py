@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .samples import Sample
+from .storage import read_samples
 
 
 _MISSING = object()
@@ -101,17 +102,9 @@ class SampleFile:
         # Unbuffered: what `append` has written is out of this process, and nothing is left over after an error
         self._file = file.open("a+b", buffering=0)
         self._file.seek(0)
-        content = self._file.read()
-        end = content.rfind(b"\n") + 1
-        self._file.truncate(end)
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)
         seen = set()
-        for number, line in enumerate(content[:end].splitlines(), 1):
-            try:
-                sample = Sample(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise ValueError(
-                    f"Line {number} of {file} is no sample ({error}). Remove it, and run again."
-                ) from None
+        for number, sample in enumerate(read_samples(file), 1):
             if (sample.problem_id, sample.sample_index) in seen:
                 raise ValueError(
                     f"Line {number} of {file} has sample {sample.sample_index} of problem {sample.problem_id} a "

@@ -92,7 +92,6 @@ def run(arguments: EvalArguments) -> "list[Summary]":
     """
     from transformers import AutoTokenizer
 
-    from trl_opsd.eval.backends.base import Sampling
     from trl_opsd.eval.backends.loading import load_backend
     from trl_opsd.eval.chat import ChatFormat
     from trl_opsd.eval.evaluate import evaluate
@@ -129,12 +128,7 @@ def run(arguments: EvalArguments) -> "list[Summary]":
                 [problem for name in problems for problem in problems[name]],
                 load_backend(arguments, tokenizer),
                 chat,
-                Sampling(
-                    arguments.temperature,
-                    arguments.top_p,
-                    arguments.top_k,
-                    arguments.max_new_tokens,  # type: ignore[arg-type]
-                ),
+                arguments.sampling(),
                 num_samples=num_samples,
                 seed=arguments.seed,
                 done=done,
@@ -156,7 +150,9 @@ def _benchmarks(arguments: EvalArguments) -> "list[Benchmark]":
     from trl_opsd.eval.benchmark import Benchmark, load_benchmark
 
     if arguments.dataset_name is not None:
-        template = {} if arguments.prompt_template is None else {"prompt_template": arguments.prompt_template}
+        template: dict[str, Any] = (
+            {} if arguments.prompt_template is None else {"prompt_template": arguments.prompt_template}
+        )
         return [
             Benchmark(
                 name=Path(arguments.dataset_name).stem,
@@ -186,7 +182,7 @@ def _prepare(folder: Path, arguments: EvalArguments, problems: "dict[str, list[P
         settings["weights"] = _fingerprint(str(arguments.model_name_or_path), arguments)
         settings["adapter_weights"] = _fingerprint(arguments.adapter, arguments) if arguments.adapter else None
     settings["scorer_version"] = SCORER_VERSION
-    others = {name: fields[name] for name in sorted(_NOT_SETTINGS)}
+    others = {name: fields[name] for name in sorted(_NOT_SETTINGS - {"output_dir", "overwrite"})}
     open_run(folder, settings, {"other_fields": others, "versions": _versions()}, arguments.overwrite)
     for name, rows in problems.items():
         # The prompt as the model reads it: that of another chat template is another problem
@@ -257,7 +253,8 @@ def _write(samples: Any, files: Any, num_wanted: int, num_done: int) -> None:
 
 
 def _sum_up(folder: Path, samples: "dict[str, list[Sample]]") -> "list[Summary]":
-    from datasets import Dataset
+    import pyarrow
+    import pyarrow.parquet
     from rich.console import Console
 
     from trl_opsd.eval.metrics import summarize
@@ -270,20 +267,21 @@ def _sum_up(folder: Path, samples: "dict[str, list[Sample]]") -> "list[Summary]"
         summary = summarize(rows)
         ungradable = {row.problem_id: row.reference for row in rows if row.correct is None}
         write_json(folder / name / "metrics.json", {"summary": summary, "ungradable": ungradable})
-        Dataset.from_list([asdict(row) for row in rows]).to_parquet(folder / name / "samples.parquet")
+        table = pyarrow.Table.from_pylist([asdict(row) for row in rows])
+        pyarrow.parquet.write_table(table, folder / name / "samples.parquet")
         summaries.append(summary)
         if ungradable:
             shown = [f"{problem_id} ({reference})" for problem_id, reference in ungradable.items()]
             more = f" and {len(shown) - _LISTED_UNGRADABLE} more" if len(shown) > _LISTED_UNGRADABLE else ""
             console.print(
-                f"{name}: {len(shown)} right answers cannot be read, and their problems count towards no accuracy: "
-                f"{', '.join(shown[:_LISTED_UNGRADABLE])}{more}. All are in {folder / name / 'metrics.json'}.",
+                f"{name}: reference answers that cannot be read, so that their problems count towards no accuracy "
+                f"({len(shown)}, all in metrics.json): {', '.join(shown[:_LISTED_UNGRADABLE])}{more}",
                 style="yellow",
                 markup=False,
             )
-    table = summary_rows(folder.name, summaries)
-    (folder / "summary.md").write_text(to_markdown(table), encoding="utf-8")
-    console.print(to_table(table))
+    overview = summary_rows(folder.name, summaries)
+    (folder / "summary.md").write_text(to_markdown(overview), encoding="utf-8")
+    console.print(to_table(overview))
     console.print(f"Samples, metrics and the table are in {folder}.", markup=False)
     return summaries
 
