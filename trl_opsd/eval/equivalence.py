@@ -45,11 +45,11 @@ _LATEX_UNIT = re.compile(
 _UNIT_WORD = r"[A-Za-zµμΩÅ]+(?:-[A-Za-z]+)?\.?(?:\s?\^?\{?-?\d\}?)?"
 _UNIT_SYMBOL = r"(?:[mck]m|nm|mg|kg|ms|ns|m[lL]|[kM]?Hz|[kMG]?eV|kJ|kW|k?Pa|mph|km/h|m/s|min|hrs?)(?:\^?\d)?"
 _PLAIN_UNIT = re.compile(
-    rf"^({_NUMBER}(?:\s*/\s*\d+)?{_POWER})"
+    rf"^((?:.*=\s*)?{_NUMBER}(?:\s+\d+)?(?:\s*/\s*\d+)?{_POWER})"
     rf"(?:\s*{_UNIT_SYMBOL}|\s+(?!(?:or|and|to|pi|sqrt|x|y|z)\b){_UNIT_WORD}(?:(?:\s*[/*]\s*|\s+){_UNIT_WORD}){{0,4}})$"
 )
 _NAME = (
-    r"(?:[A-Zfgh]\([^()]*\)|[A-Za-z]|\\[A-Za-z]+\b)"
+    r"(?:[A-Zfgh]\([^()]*\)|[A-Za-z](?:\s*\+\s*[A-Za-z])+|[A-Za-z]|\\[A-Za-z]+\b)"
     r"(?:[A-Za-z ']|\\[A-Za-z]+\b|_\{?\w+\}?|\{[A-Za-z ]*\}|\((?:[A-Za-z]|,\s?)*\))*"
 )
 _OPERATOR = r"\\(?:cdot|times|div|[dt]?frac|sqrt|pi|pm|binom|sin|cos|tan|log|ln)(?![A-Za-z])"
