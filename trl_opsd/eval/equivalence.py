@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from functools import lru_cache
 from importlib.util import find_spec
 from operator import itemgetter
@@ -119,13 +120,17 @@ class _Checker:
 
     def ask(self, reference: str, answer: str | None) -> tuple[bool, str | None]:
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._process = self._start()
-            request = json.dumps([reference, answer])
-            if reply := _exchange(self._process, request, TIME_LIMIT):
-                same, error = json.loads(reply)
-                return same, error
-            return False, f"math-verify gave no verdict within {TIME_LIMIT:g} seconds"
+            # One that was stopped by something else is no verdict: it gets a second chance.
+            for _ in range(2):
+                if self._process is None or self._process.poll() is not None:
+                    self._process = self._start()
+                start = time.monotonic()
+                if reply := _exchange(self._process, json.dumps([reference, answer]), TIME_LIMIT):
+                    same, error = json.loads(reply)
+                    return same, error
+                if time.monotonic() - start >= TIME_LIMIT:
+                    return False, f"math-verify gave no verdict within {TIME_LIMIT:g} seconds"
+        return False, "the process that runs math-verify died"
 
     def close(self) -> None:
         if self._process is not None:

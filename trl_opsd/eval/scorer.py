@@ -45,7 +45,7 @@ _HASHES = re.compile(r"^####[ \t]*(?P<rest>[^#\s][^\n]{0,300})$", re.MULTILINE)
 _SUPPOSED = re.compile(r"\b(?:if|whether|suppos\w+|assum\w+|unless|claim\w*|sa(?:ys?|id)|wrong|not)\b[^.!?\n]*$", re.I)
 
 _DISPLAY = re.compile(r"\$\$[^$]{1,2000}\$\$|\\\[(?:(?!\\\[).){1,2000}?\\\]", re.DOTALL)
-_BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*)?\{|\}|\\.", re.DOTALL)
+_BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*)?(?P<open>\{)|\}|\\.", re.DOTALL)
 # "$x = \boxed{1}$ and $y = \boxed{2}$" is one answer.
 _BETWEEN_BOXES = re.compile(r"(?:[\s$,;]|\\[()]|and|or|\\text\{\s*(?:and|or)\s*\}|[A-Za-z]\w?\s*=){0,12}")
 
@@ -219,22 +219,22 @@ def _find_answer(text: str, kind: AnswerType, limit: int) -> tuple[str | None, s
 
 
 def _boxes(text: str) -> list[tuple[int, str, str]]:
-    found: list[tuple[int, int, str]] = []
+    found: list[tuple[int, int, dict[str, None]]] = []
     opened: list[tuple[int, int, bool]] = []
     for match in _BRACE.finditer(text):
-        if match[0].endswith("{") and not match[0].startswith("\\{"):
+        if match["open"]:
             opened.append((match.start(), match.end(), match["box"] is not None))
         elif match[0] == "}" and opened:
             start, inside, is_box = opened.pop()
-            content = text[inside : match.start()].strip()
             # Of boxes inside each other the innermost counts, and an empty one is no answer.
-            if is_box and content and not (found and found[-1][0] > start):
-                if found and _BETWEEN_BOXES.fullmatch(text, found[-1][1], start):
-                    first, _, previous = found.pop()
-                    content = previous if content in previous.split(", ") else f"{previous}, {content}"
-                    start = first
-                found.append((start, match.end(), content))
-    return [(start, "boxed", content) for start, _, content in found]
+            if not is_box or (found and found[-1][0] > start) or not (content := text[inside : match.start()].strip()):
+                continue
+            contents: dict[str, None] = {}
+            if found and _BETWEEN_BOXES.fullmatch(text, found[-1][1], start):
+                start, _, contents = found.pop()
+            contents[content] = None
+            found.append((start, match.end(), contents))
+    return [(start, "boxed", ", ".join(contents)) for start, _, contents in found]
 
 
 def _labels(text: str, kind: AnswerType) -> Iterator[tuple[int, str, str]]:
