@@ -91,7 +91,7 @@ def test_completions_cover_everything():
         assert any(kinds[answer_type, name, False] for answer_type in possible)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(values, cases(FORMATS))
 def test_right_values_are_right_in_every_format(value, case):
     answer_format, template = case
@@ -99,7 +99,7 @@ def test_right_values_are_right_in_every_format(value, case):
     assert (verdict.correct, verdict.answer_format, verdict.error) == (True, answer_format, None), verdict
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.integers(-999, 999), st.integers(1, 99), cases(FORMATS))
 def test_wrong_values_are_wrong_in_every_format(value, distance, case):
     answer_format, template = case
@@ -128,14 +128,15 @@ def test_words_get_one_verdict_in_every_format(words, case):
 
 pieces = st.sampled_from(
     [
-        "\\boxed{", "\\fbox{", "{", "}", "\\", "$", "$$", "\\[", "\\]", "\\(", "#### ", "Answer:", "**", "The answer is ", "\n",
-        "5", "x", "=", ",", " or ", "(", ")", "^", "_", "\\frac", "\\text{", "B", "%", "<think>", "</think>", "∞", "½", "\x00", "\ud800",
+        "\\boxed{", "\\fbox{", "{", "}", "\\", "$", "$$", "\\[", "\\]", "\\(", "#### ", "Answer:", "**", "\n",
+        "The answer is ", "5", "x", "=", ",", " or ", "(", ")", "^", "_", "\\frac", "\\text{", "B", "%", "<think>",
+        "</think>", "∞", "½", "\x00", "\ud800",
         "\\begin{pmatrix}", "&", "1e9", "\\sqrt", "not", "!",
     ]
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.one_of(st.lists(pieces, max_size=20).map("".join), st.text()), st.sampled_from(["math", "choice", "text"]))
 def test_nothing_a_completion_says_raises(completion, answer_type):
     first = score(completion, "B" if answer_type == "choice" else "5", answer_type)
@@ -149,16 +150,18 @@ def test_nothing_a_completion_says_raises(completion, answer_type):
     "text",
     [
         "\\boxed{" * 100_000,
-        "{" * 300_000 + "}" * 299_999,
-        "\\[" * 150_000,
-        "$$ x " * 100_000,
-        "The answer is not known, and the answer is " * 10_000,
-        "Answer: it is\n" * 30_000,
-        "answer to " * 60_000,
+        "{" * 100_000 + "}" * 99_999,
+        "\\boxed{" * 50_000 + "1" + "}" * 50_000,
+        "".join(f"\\boxed{{{n}}}, " for n in range(30_000)),
+        "\\[" * 50_000,
+        "$$ x " * 50_000,
+        "The answer is not known, and the answer is " * 5_000,
+        "Answer: it is\n" * 10_000,
+        "answer to " * 20_000,
         "#### " * 100_000,
         "*" * 300_000,
         "Answer" + " " * 300_000,
-        "if " * 100_000 + "the answer is 7",
+        "if " * 100_000 + "the answer is 8",
         "\\text{" * 50_000,
         "9" * 300_000,
         "Answer: " + "9" * 300_000,
@@ -173,13 +176,11 @@ def test_nothing_a_completion_says_raises(completion, answer_type):
 def test_long_and_hostile_completions_end(text, monkeypatch):
     monkeypatch.setattr(equivalence, "TIME_LIMIT", 2.0)
     for answer_type, reference in (("math", "7"), ("choice", "B"), ("text", "seven")):
-        assert score(text, reference, answer_type).correct is (
-            text.endswith("the answer is 7") and answer_type == "math" and False
-        )
+        assert score(text, reference, answer_type).correct is False
 
 
 def test_the_answer_after_a_long_completion_is_found():
-    text = "Wait, let me check that \\boxed{3} again. Perhaps the answer is 4?\n" * 20_000
+    text = "Wait, let me check that \\boxed{3} again. Perhaps the answer is 4?\n" * 5_000
     assert score(text + "\n**Answer:** 5", "5") == Verdict(True, "5", "answer_line")
 
 
@@ -235,7 +236,8 @@ def test_a_forked_process_has_its_own():
     [
         ("", "math", "is empty"),
         ("  $$ ", "text", "is empty"),
-        (r"\frac{1}{", "math", "cannot be parsed"),
+        (r"\frac{1}{)}", "math", "cannot be parsed"),
+        (r"\frac{1}{", "math", "neither a formula nor at most 5 words"),
         ("The area is twelve, since each side has length three", "math", "neither a formula nor at most 5 words"),
         ("K", "choice", "not a letter from A to J"),
         ("12", "choice", "not a letter from A to J"),
