@@ -167,6 +167,8 @@ def test_nothing_a_completion_says_raises(completion, answer_type):
         "Answer: " + "9" * 300_000,
         "\\boxed{" + "(" * 900 + "}",
         "\\boxed{" + "1, " * 20_000 + "1}",
+        "\\boxed{a" + " " * 100_000 + "b}",
+        "\\boxed{x" + "_aa" * 300 + "}",
         "x" * 600_000,
         "a = " * 100_000,
         "wait, " * 100_000,

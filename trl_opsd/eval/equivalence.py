@@ -50,8 +50,8 @@ _PLAIN_UNIT = re.compile(
     rf"(?:\s*{_UNIT_SYMBOL}|\s+(?!(?:or|and|to|pi|sqrt|x|y|z)\b){_UNIT_WORD}(?:(?:\s*[/*]\s*|\s+){_UNIT_WORD}){{0,4}})$"
 )
 _NAME = (
-    r"(?:[A-Zfgh]\([^()]*\)|[A-Za-z](?:\s*\+\s*[A-Za-z])+|[A-Za-z]|\\[A-Za-z]+\b)"
-    r"(?:[A-Za-z ']|\\[A-Za-z]+\b|_\{?\w+\}?|\{[A-Za-z ]*\}|\((?:[A-Za-z]|,\s?)*\))*"
+    r"(?:[A-Zfgh]\([^()]*\)|\|[A-Z]{1,2}\||[A-Za-z](?:\s*\+\s*[A-Za-z])+|[A-Za-z]|\\[A-Za-z]+\b)"
+    r"(?:[A-Za-z ']|\\[A-Za-z]+\b|_(?:\{\w+\}|\d+|[A-Za-z])|\{[A-Za-z ]*\}|\((?:[A-Za-z]|,\s?)*\))*"
 )
 _OPERATOR = r"\\(?:cdot|times|div|[dt]?frac|sqrt|pi|pm|binom|sin|cos|tan|log|ln)(?![A-Za-z])"
 _BASE = re.compile(r"\d_\{?(\d+)\}?$")
@@ -72,6 +72,7 @@ def normalise(text: str) -> str:
     """
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
     text = re.sub(r"√\s*(\w+|\([^()]*\))", r"\\sqrt{\1}", text.translate(_SYMBOLS))
+    text = re.sub(r"^\s*\\approx\b|\\(?:text)?color\s*\{\w+\}", "", text)
     text = re.sub(r"\\(?:left|right|displaystyle|bigl|bigr|Bigl|Bigr)(?![A-Za-z])", "", text)
     text = " ".join(text.split()).rstrip(" .,;:")
     text = re.sub(r"^[-+]?\\?[$€£¥]|\\\$|[€£¥]", lambda match: match[0][0] if match[0][0] in "-+" else "", text)

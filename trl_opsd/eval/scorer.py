@@ -53,7 +53,7 @@ _MATH_AND_UNIT = re.compile(r"(?:\$([^$]+)\$|\\\((.+?)\\\))\s+((?!or\b|and\b)[A-
 _FORMULA = re.compile(r"\$\$?[^$]+\$\$?|\\\((?:(?!\\\)).)+\\\)|\\\[(?:(?!\\\]).)+\\\]")
 _MARKUP = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])|\*\*|`|__")
 _LEADING = re.compile(
-    r"(?:(?:so|thus|hence|therefore)\b,?\s*|[=∴⇒→>]+\s*|\\(?:therefore|Rightarrow|implies)\b\s*)+", re.I
+    r"^(?:(?:so|thus|hence|therefore)\b,?\s*|[=∴⇒→>]+\s*|\\(?:therefore|Rightarrow|implies)\b\s*)+", re.I
 )
 _AFTERWARDS = re.compile(
     r",?\s+(?:because|since|as|which|where|so)\b|,\s+not\b|(?<=[\w)}$*])[.!][*_]{0,2}\s+(?=[A-Z*(\\$])"
@@ -70,7 +70,7 @@ _UNIT = re.compile(
 _MATH_WORDS = {"sqrt", "pi", "sin", "cos", "tan", "log", "ln", "exp", "or", "and", "infinity", "mod"}
 
 _LETTER = re.compile(
-    r"(?P<noun>(?:option|choice|answer) )?(?P<open>[(\[])?(?P<letter>[A-J])(?P<close>[)\]])?(?P<rest>.*)",
+    r"(?:(?:option|choice|answer) )?(?P<open>[(\[])?(?P<letter>[A-J])(?P<close>[)\]])?(?P<rest>.*)",
     re.I | re.DOTALL,
 )
 _SECOND_LETTER = re.compile(r"[\s.,(]*(?:or|and|/|&|,)[\s(]*(?:possibly |maybe |option )?[A-J]\b(?!')")
@@ -291,11 +291,11 @@ def _bare(lines: list[str], kind: AnswerType, limit: int) -> str | None:
 
 
 def _clean(text: str) -> str:
-    text = text.strip()
+    text = " ".join(text.split())
     if match := _MATH_AND_UNIT.fullmatch(text.strip("*. ")):
         text = rf"{match[1] or match[2]}\text{{ {match[3]}}}"
     text = _MARKUP.sub("", text).strip(" \t\n.,;:✓✅")
-    return _REMARK.sub("", _LEADING.sub("", text, count=1) if _LEADING.match(text) else text).strip()
+    return _REMARK.sub("", _LEADING.sub("", text)).strip()
 
 
 def _words(text: str) -> str:
