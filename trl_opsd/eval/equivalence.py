@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from functools import lru_cache
 from importlib.util import find_spec
 from operator import itemgetter
@@ -45,12 +46,12 @@ _LATEX_UNIT = re.compile(
 _UNIT_WORD = r"[A-Za-zµμΩÅ]+(?:-[A-Za-z]+)?\.?(?:\s?\^?\{?-?\d\}?)?"
 _UNIT_SYMBOL = r"(?:[mck]m|nm|mg|kg|ms|ns|m[lL]|[kM]?Hz|[kMG]?eV|kJ|kW|k?Pa|mph|km/h|m/s|min|hrs?)(?:\^?\d)?"
 _PLAIN_UNIT = re.compile(
-    rf"^({_NUMBER}(?:\s*/\s*\d+)?{_POWER})"
+    rf"^((?:.*=\s*)?{_NUMBER}(?:\s+\d+)?(?:\s*/\s*\d+)?{_POWER})"
     rf"(?:\s*{_UNIT_SYMBOL}|\s+(?!(?:or|and|to|pi|sqrt|x|y|z)\b){_UNIT_WORD}(?:(?:\s*[/*]\s*|\s+){_UNIT_WORD}){{0,4}})$"
 )
 _NAME = (
-    r"(?:[A-Zfgh]\([^()]*\)|[A-Za-z]|\\[A-Za-z]+\b)"
-    r"(?:[A-Za-z ']|\\[A-Za-z]+\b|_\{?\w+\}?|\{[A-Za-z ]*\}|\((?:[A-Za-z]|,\s?)*\))*"
+    r"(?:[A-Zfgh]\([^()]*\)|\|[A-Z]{1,2}\||[A-Za-z](?:\s*\+\s*[A-Za-z])+|[A-Za-z]|\\[A-Za-z]+\b)"
+    r"(?:[A-Za-z ']|\\[A-Za-z]+\b|_(?:\{\w+\}|\d+|[A-Za-z])|\{[A-Za-z ]*\}|\((?:[A-Za-z]|,\s?)*\))*"
 )
 _OPERATOR = r"\\(?:cdot|times|div|[dt]?frac|sqrt|pi|pm|binom|sin|cos|tan|log|ln)(?![A-Za-z])"
 _BASE = re.compile(r"\d_\{?(\d+)\}?$")
@@ -71,6 +72,7 @@ def normalise(text: str) -> str:
     """
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
     text = re.sub(r"√\s*(\w+|\([^()]*\))", r"\\sqrt{\1}", text.translate(_SYMBOLS))
+    text = re.sub(r"^\s*\\approx\b|\\(?:text)?color\s*\{\w+\}", "", text)
     text = re.sub(r"\\(?:left|right|displaystyle|bigl|bigr|Bigl|Bigr)(?![A-Za-z])", "", text)
     text = " ".join(text.split()).rstrip(" .,;:")
     text = re.sub(r"^[-+]?\\?[$€£¥]|\\\$|[€£¥]", lambda match: match[0][0] if match[0][0] in "-+" else "", text)
@@ -119,13 +121,17 @@ class _Checker:
 
     def ask(self, reference: str, answer: str | None) -> tuple[bool, str | None]:
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._process = self._start()
-            request = json.dumps([reference, answer])
-            if reply := _exchange(self._process, request, TIME_LIMIT):
-                same, error = json.loads(reply)
-                return same, error
-            return False, f"math-verify gave no verdict within {TIME_LIMIT:g} seconds"
+            # One that was stopped by something else is no verdict: it gets a second chance.
+            for _ in range(2):
+                if self._process is None or self._process.poll() is not None:
+                    self._process = self._start()
+                start = time.monotonic()
+                if reply := _exchange(self._process, json.dumps([reference, answer]), TIME_LIMIT):
+                    same, error = json.loads(reply)
+                    return same, error
+                if time.monotonic() - start >= TIME_LIMIT:
+                    return False, f"math-verify gave no verdict within {TIME_LIMIT:g} seconds"
+        return False, "the process that runs math-verify died"
 
     def close(self) -> None:
         if self._process is not None:

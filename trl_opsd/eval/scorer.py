@@ -30,7 +30,7 @@ _LABEL = re.compile(
 )
 # "So the answer is 5."
 _SENTENCE = re.compile(
-    r"\b(?P<noun>answer|option|choice)[*_]{0,2}(?: (?:to|for|of) [^.:\n]{1,80}?)? (?:is|are|must be|should be)\b"
+    r"\b(?P<noun>answer|option|choice)[*_]{0,2}(?: (?:to|for|of) [^.:\n]{1,80}? is| (?:is|are|must be|should be))\b"
     r"[*_: \t]{0,8}(?=(?P<rest>[^\n]{0,300}))",
     re.IGNORECASE,
 )
@@ -45,14 +45,15 @@ _HASHES = re.compile(r"^####[ \t]*(?P<rest>[^#\s][^\n]{0,300})$", re.MULTILINE)
 _SUPPOSED = re.compile(r"\b(?:if|whether|suppos\w+|assum\w+|unless|claim\w*|sa(?:ys?|id)|wrong|not)\b[^.!?\n]*$", re.I)
 
 _DISPLAY = re.compile(r"\$\$[^$]{1,2000}\$\$|\\\[(?:(?!\\\[).){1,2000}?\\\]", re.DOTALL)
-_BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*)?\{|\}|\\.", re.DOTALL)
+_BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*)?(?P<open>\{)|\}|\\.", re.DOTALL)
 # "$x = \boxed{1}$ and $y = \boxed{2}$" is one answer.
 _BETWEEN_BOXES = re.compile(r"(?:[\s$,;]|\\[()]|and|or|\\text\{\s*(?:and|or)\s*\}|[A-Za-z]\w?\s*=){0,12}")
 
 _MATH_AND_UNIT = re.compile(r"(?:\$([^$]+)\$|\\\((.+?)\\\))\s+((?!or\b|and\b)[A-Za-z][A-Za-z /^\d-]*)\.?")
+_FORMULA = re.compile(r"\$\$?[^$]+\$\$?|\\\((?:(?!\\\)).)+\\\)|\\\[(?:(?!\\\]).)+\\\]")
 _MARKUP = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])|\*\*|`|__")
 _LEADING = re.compile(
-    r"(?:(?:so|thus|hence|therefore)\b,?\s*|[=∴⇒→>]+\s*|\\(?:therefore|Rightarrow|implies)\b\s*)+", re.I
+    r"^(?:(?:so|thus|hence|therefore)\b,?\s*|[=∴⇒→>]+\s*|\\(?:therefore|Rightarrow|implies)\b\s*)+", re.I
 )
 _AFTERWARDS = re.compile(
     r",?\s+(?:because|since|as|which|where|so)\b|,\s+not\b|(?<=[\w)}$*])[.!][*_]{0,2}\s+(?=[A-Z*(\\$])"
@@ -69,7 +70,7 @@ _UNIT = re.compile(
 _MATH_WORDS = {"sqrt", "pi", "sin", "cos", "tan", "log", "ln", "exp", "or", "and", "infinity", "mod"}
 
 _LETTER = re.compile(
-    r"(?P<noun>(?:option|choice|answer) )?(?P<open>[(\[])?(?P<letter>[A-J])(?P<close>[)\]])?(?P<rest>.*)",
+    r"(?:(?:option|choice|answer) )?(?P<open>[(\[])?(?P<letter>[A-J])(?P<close>[)\]])?(?P<rest>.*)",
     re.I | re.DOTALL,
 )
 _SECOND_LETTER = re.compile(r"[\s.,(]*(?:or|and|/|&|,)[\s(]*(?:possibly |maybe |option )?[A-J]\b(?!')")
@@ -170,7 +171,7 @@ def _reference(reference: str, answer_type: AnswerType) -> tuple[str, AnswerType
         return letter, "choice"
     if answer_type == "text":
         return gold, "text"
-    if re.search(r"[a-z]{3}", plain) and not _is_value(gold):
+    if re.search(r"[a-z]{3}", plain) and not _is_value(gold, reference):
         if len(plain.split()) > _WORDS or "\\" in plain:
             raise ValueError(
                 f"The reference answer {reference!r} is neither a formula nor at most {_WORDS} words. Give the final "
@@ -191,50 +192,49 @@ def _without_thinking(completion: str) -> str:
 def _find_answer(text: str, kind: AnswerType, limit: int) -> tuple[str | None, str | None]:
     text = _DISPLAY.sub(lambda match: " ".join(match[0].split()), text)
     sentences = [
-        (match.start(), "answer_line", match["rest"])
+        (match.start(), "sentence", match["rest"])
         for match in _SENTENCE.finditer(text)
-        if _noun_fits(match, kind) and not _SUPPOSED.search(text, max(0, match.start() - 200), match.start())
+        if _noun_fits(match, kind)
+        and not _SUPPOSED.search(text, max(0, match.start() - 200), match.start())
+        and _read(match["rest"], "sentence", kind, limit)[1]
     ]
     statements = [*_boxes(text), *_labels(text, kind)]
     statements += [(match.start(), "hashes", match["rest"]) for match in _HASHES.finditer(text)]
     if kind == "choice":
         statements += [(match.start(), "choice", match["rest"]) for match in _CHOSEN.finditer(text)]
-    if kind != "text":
-        # "The answer is clear" would be a text answer: there, these come after all others.
-        statements += sentences
+    # "The answer is clear" reads like a text answer: there, these come after all others.
     unreadable = None
-    for _, answer_format, content in sorted(statements, reverse=True):
-        answer, is_readable = _read(content, answer_format, kind, limit)
-        if is_readable:
-            return answer, answer_format
-        if unreadable is None and answer and answer_format == "answer_line":
-            unreadable = answer
-    if kind == "text" and sentences:
-        return _clean(_AFTERWARDS.split(sentences[-1][2])[0]), "answer_line"
+    for given in (statements, sentences) if kind == "text" else ([*statements, *sentences],):
+        for _, answer_format, content in sorted(given, reverse=True):
+            answer, is_readable = _read(content, answer_format, kind, limit)
+            if is_readable:
+                return answer, "answer_line" if answer_format == "sentence" else answer_format
+            if answer and unreadable is None and answer_format in ("boxed", "answer_line"):
+                unreadable = answer, answer_format
     lines = [line for line in text.split("\n") if re.search(r"\w", line)]
     bare = _bare(lines, kind, limit) if lines else None
     if bare is not None:
         return bare, "choice" if kind == "choice" else "bare"
-    return (None, None) if unreadable is None else (unreadable, "answer_line")
+    return unreadable or (None, None)
 
 
 def _boxes(text: str) -> list[tuple[int, str, str]]:
-    found: list[tuple[int, int, str]] = []
+    found: list[tuple[int, int, dict[str, None]]] = []
     opened: list[tuple[int, int, bool]] = []
     for match in _BRACE.finditer(text):
-        if match[0].endswith("{") and not match[0].startswith("\\{"):
+        if match["open"]:
             opened.append((match.start(), match.end(), match["box"] is not None))
         elif match[0] == "}" and opened:
             start, inside, is_box = opened.pop()
-            content = text[inside : match.start()].strip()
             # Of boxes inside each other the innermost counts, and an empty one is no answer.
-            if is_box and content and not (found and found[-1][0] > start):
-                if found and _BETWEEN_BOXES.fullmatch(text, found[-1][1], start):
-                    first, _, previous = found.pop()
-                    content = previous if content in previous.split(", ") else f"{previous}, {content}"
-                    start = first
-                found.append((start, match.end(), content))
-    return [(start, "boxed", content) for start, _, content in found]
+            if not is_box or (found and found[-1][0] > start) or not (content := text[inside : match.start()].strip()):
+                continue
+            contents: dict[str, None] = {}
+            if found and _BETWEEN_BOXES.fullmatch(text, found[-1][1], start):
+                start, _, contents = found.pop()
+            contents[content] = None
+            found.append((start, match.end(), contents))
+    return [(start, "boxed", ", ".join(contents)) for start, _, contents in found]
 
 
 def _labels(text: str, kind: AnswerType) -> Iterator[tuple[int, str, str]]:
@@ -259,11 +259,12 @@ def _read(content: str, answer_format: str, kind: AnswerType, limit: int) -> tup
         return letter or _clean(content), letter is not None
     if answer_format == "boxed":
         return _clean(content), True
+    if kind == "math" or answer_format == "sentence":
+        content = _AFTERWARDS.split(content)[0]
+    answer = _clean(content)
     if kind == "text":
-        answer = _clean(content)
         return answer, 0 < len(answer.split()) <= limit
-    answer = _clean(_AFTERWARDS.split(content)[0])
-    if _is_value(answer):
+    if _is_value(answer, content):
         return answer, True
     # "Answer: The trip takes 3 hours."
     numbers = set(_NUMBER.findall(answer))
@@ -280,9 +281,9 @@ def _bare(lines: list[str], kind: AnswerType, limit: int) -> str | None:
     if kind == "text":
         return answer if 0 < len(answer.split()) <= limit else None
     if kind == "math":
-        return answer if _is_value(answer) else None
+        return answer if _is_value(answer, line) else None
     letter = _letter(answer)
-    is_alone = len(_words(answer)) <= len("option (B)")
+    is_alone = re.fullmatch(r"(?:option |choice )?\W*[A-J]\W*", _WRAPPER.sub(r"\1", answer), re.IGNORECASE)
     is_list = len(lines) > 1 and re.match(r"\W*[A-J]\W*[).:]", lines[-2])
     if letter and (is_alone or (re.match(r"\W*[A-J][).:]", answer) and not is_list)):
         return letter
@@ -290,11 +291,11 @@ def _bare(lines: list[str], kind: AnswerType, limit: int) -> str | None:
 
 
 def _clean(text: str) -> str:
-    text = text.strip()
+    text = " ".join(text.split())
     if match := _MATH_AND_UNIT.fullmatch(text.strip("*. ")):
         text = rf"{match[1] or match[2]}\text{{ {match[3]}}}"
     text = _MARKUP.sub("", text).strip(" \t\n.,;:✓✅")
-    return _REMARK.sub("", _LEADING.sub("", text, count=1) if _LEADING.match(text) else text).strip()
+    return _REMARK.sub("", _LEADING.sub("", text)).strip()
 
 
 def _words(text: str) -> str:
@@ -316,10 +317,12 @@ def _letter(text: str) -> str | None:
     return match["letter"].upper()
 
 
-def _is_value(text: str) -> bool:
-    """Whether a text is a value or formula and nothing else."""
+def _is_value(text: str, source: str) -> bool:
+    """Whether a text is a value or formula and nothing else; `source` is the text before it was cleaned."""
     if not re.search(r"[\dA-Za-z]", text) or text.count("{") != text.count("}"):
         return False
     symbols = re.sub(r"\\(?:begin|end)\s*\{\w+\}|\\[A-Za-z]+\s*\{[A-Za-z /^.,~-]*\}|\\[A-Za-z]+", " ", text)
-    words = re.findall(r"[A-Za-z]{2,}", _UNIT.sub("", symbols.strip()))
-    return all(word.lower() in _MATH_WORDS for word in words)
+    words = re.findall(r"[A-Za-z]+", _UNIT.sub("", symbols.strip()))
+    # In a formula, xyz is a product.
+    longest = 3 if _FORMULA.fullmatch(source.strip("*. \t")) else 1
+    return all(len(word) <= longest or word.lower() in _MATH_WORDS for word in words)
