@@ -103,7 +103,8 @@ def _compare(base: Path, new: Path, output_dir: Path | None, common_only: bool) 
         write_json,
     )
 
-    names = ("base", "new") if base.name == new.name else (base.name, new.name)
+    names = (base.resolve().name, new.resolve().name)
+    names = ("base", "new") if names[0] == names[1] else names
     tables = [Rows("Settings", ["", *names], *_settings(*settings))]
     comparisons = []
     for benchmark in benchmarks:
