@@ -38,7 +38,7 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="trl-opsd compare",
         description="Compares two runs of `trl-opsd eval`, problem by problem: accuracy, length, truncation and "
-        "epistemic markers, each with the 95 %% interval of the difference, and a verdict that says when there is no "
+        "epistemic markers, each with the 95 % interval of the difference, and a verdict that says when there is no "
         "detectable difference.",
         epilog="Intervals are over problems like these. docs/evaluation_metrics.md defines every metric.",
         allow_abbrev=False,
@@ -98,8 +98,8 @@ def _compare(base: Path, new: Path, output_dir: Path | None, common_only: bool) 
         change_plot,
         comparison_rows,
         length_plot,
+        show,
         to_markdown,
-        to_table,
         write_json,
     )
 
@@ -130,7 +130,7 @@ def _compare(base: Path, new: Path, output_dir: Path | None, common_only: bool) 
 
     console = Console()
     for table in tables:
-        console.print(to_table(table))
+        show(table, console)
     if output_dir is not None:
         text = "\n".join(map(to_markdown, tables))
         (output_dir / "comparison.md").write_text(text, encoding="utf-8")
