@@ -15,8 +15,8 @@ from trl_opsd.report.evaluation import (
     change_plot,
     comparison_rows,
     length_plot,
-    summary_rows,
     show,
+    summary_rows,
     to_markdown,
     write_json,
 )
