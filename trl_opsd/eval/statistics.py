@@ -111,10 +111,10 @@ def proportion(numerators: Array, denominators: Array, num_samples: int) -> Esti
 def paired_difference(differences: Array, step: float) -> Estimate:
     """
     A mean of differences in [−1, 1], one per problem, with the t interval over these and two made-up problems, one
-    better and one worse by `step`.
+    better and one worse by the standard deviation of the differences, or by `step` if that is more.
 
-    For one sample per problem this is the interval of Bonett and Price (2012). The two problems keep it from shrinking
-    to nothing where hardly any problem changed.
+    For one sample per problem this is the interval of Bonett and Price (2012), with t for the normal quantile. The two
+    problems keep it from shrinking to nothing where hardly any problem changed.
 
     Args:
         differences (`np.ndarray`):
@@ -127,7 +127,7 @@ def paired_difference(differences: Array, step: float) -> Estimate:
             The mean difference.
     """
     # Problems that all change alike do not tell how differently others might: take the largest step.
-    step = 1.0 if np.ptp(differences) == 0 else step
+    step = 1.0 if np.ptp(differences) == 0 else max(step, float(differences.std(ddof=1)))
     smoothed = np.append(differences, [step, -step])
     margin = student_t(len(smoothed) - 1) * float(smoothed.std(ddof=1)) / len(smoothed) ** 0.5
     center = float(smoothed.mean())

@@ -7,6 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -119,26 +120,26 @@ def comparison_rows(base_name: str, new_name: str, comparison: Comparison) -> Ro
     return Rows(title, ["", base_name, new_name, "difference"], rows, notes)
 
 
-def to_table(rows: Rows) -> Table:
+def show(rows: Rows, console: Console) -> None:
     """
-    Makes a table for the console.
+    Prints a table with its notes.
 
     Args:
         rows ([`Rows`]):
             The table.
-
-    Returns:
-        [`~rich.table.Table`]:
-            The same for rich, with the notes as its caption.
+        console ([`~rich.console.Console`]):
+            Where to print.
     """
     # As Text, so that nothing in a name is taken for markup.
-    caption = Text("\n".join(rows.notes))
-    table = Table(title=Text(rows.title), caption=caption, title_justify="left", caption_justify="left")
+    table = Table(title=Text(rows.title), title_justify="left")
     for index, name in enumerate(rows.header):
         table.add_column(Text(name), justify="right" if index else "left")
     for cells in rows.rows:
         table.add_row(*map(Text, cells))
-    return table
+    console.print(table)
+    for note in rows.notes:
+        console.print(Text(note))
+    console.print()
 
 
 def to_markdown(rows: Rows) -> str:

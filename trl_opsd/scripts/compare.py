@@ -38,7 +38,7 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="trl-opsd compare",
         description="Compares two runs of `trl-opsd eval`, problem by problem: accuracy, length, truncation and "
-        "epistemic markers, each with the 95 %% interval of the difference, and a verdict that says when there is no "
+        "epistemic markers, each with the 95 % interval of the difference, and a verdict that says when there is no "
         "detectable difference.",
         epilog="Intervals are over problems like these. docs/evaluation_metrics.md defines every metric.",
         allow_abbrev=False,
@@ -98,12 +98,13 @@ def _compare(base: Path, new: Path, output_dir: Path | None, common_only: bool) 
         change_plot,
         comparison_rows,
         length_plot,
+        show,
         to_markdown,
-        to_table,
         write_json,
     )
 
-    names = ("base", "new") if base.name == new.name else (base.name, new.name)
+    names = (base.resolve().name, new.resolve().name)
+    names = ("base", "new") if names[0] == names[1] else names
     tables = [Rows("Settings", ["", *names], *_settings(*settings))]
     comparisons = []
     for benchmark in benchmarks:
@@ -129,7 +130,7 @@ def _compare(base: Path, new: Path, output_dir: Path | None, common_only: bool) 
 
     console = Console()
     for table in tables:
-        console.print(to_table(table))
+        show(table, console)
     if output_dir is not None:
         text = "\n".join(map(to_markdown, tables))
         (output_dir / "comparison.md").write_text(text, encoding="utf-8")
