@@ -259,7 +259,7 @@ def _sum_up(folder: Path, samples: "dict[str, list[Sample]]") -> "list[Summary]"
 
     from trl_opsd.eval.metrics import summarize
     from trl_opsd.eval.run_folder import write_json
-    from trl_opsd.report.evaluation import summary_rows, to_markdown, to_table
+    from trl_opsd.report.evaluation import show, summary_rows, to_markdown
 
     summaries = []
     console = Console()
@@ -281,7 +281,7 @@ def _sum_up(folder: Path, samples: "dict[str, list[Sample]]") -> "list[Summary]"
             )
     overview = summary_rows(folder.name, summaries)
     (folder / "summary.md").write_text(to_markdown(overview), encoding="utf-8")
-    console.print(to_table(overview))
+    show(overview, console)
     console.print(f"Samples, metrics and the table are in {folder}.", markup=False)
     return summaries
 
