@@ -198,5 +198,7 @@ def test_bad_files(content, message, tmp_path):
 def test_unknown_names(tmp_path):
     with pytest.raises(ValueError, match=r"no benchmark 'aime42'. Name one of aime24, "):
         load_benchmark("aime42")
+    with pytest.raises(ValueError, match="has no 'chess', only `opsd`, `opsdc`"):
+        Benchmark("mine", "playground/chess").problems()
     with pytest.raises(ValueError, match="Cannot read the benchmark"):
         load_benchmark(str(tmp_path / "nowhere.yaml"))

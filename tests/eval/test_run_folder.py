@@ -133,6 +133,15 @@ def test_overwrite_deletes_the_run_and_nothing_else(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["settings"] == {"seed": 1}
 
 
+def test_samples_of_unknown_settings_are_refused(tmp_path):
+    fill(tmp_path / "mine" / "samples.jsonl", samples(2))
+
+    with pytest.raises(ValueError, match=r"has samples, but no run\.json"):
+        open_run(tmp_path, {"seed": 0}, {})
+    open_run(tmp_path, {"seed": 0}, {}, overwrite=True)
+    assert not (tmp_path / "mine").exists()
+
+
 def test_problems_may_be_added_but_not_change(tmp_path):
     file = tmp_path / "problems.jsonl"
     rows = [{"problem_id": str(n), "prompt": f"line\u2028{n}", "reference": "1"} for n in range(3)]

@@ -152,6 +152,8 @@ class Benchmark:
         if kind == "playground" and not Path(self.dataset_name).exists():
             from trl_opsd.playground.world import WORLDS
 
+            if world not in WORLDS:
+                raise ValueError(f"Benchmark {self.name}: the playground has no {world!r}, only {_listed(WORLDS)}.")
             return WORLDS[world].splits()[self.dataset_split]
         from trl_opsd.data import load_rows
 

@@ -33,10 +33,10 @@ def open_run(folder: Path, settings: Mapping[str, Any], details: Mapping[str, An
         ValueError: If the folder holds a run with other settings.
     """
     record = folder / "run.json"
-    if overwrite and record.exists():
+    if overwrite:
         for samples in folder.glob("*/samples.jsonl"):
             shutil.rmtree(samples.parent)
-        record.unlink()
+        record.unlink(missing_ok=True)
     settings = json.loads(json.dumps(settings))
     if record.exists():
         earlier = json.loads(record.read_text(encoding="utf-8"))["settings"]
@@ -50,6 +50,11 @@ def open_run(folder: Path, settings: Mapping[str, Any], details: Mapping[str, An
                 f"{folder} holds a run with other settings: {'; '.join(different)}. Choose another `output_dir`, or "
                 "set `overwrite` to delete that run."
             )
+    elif any(folder.glob("*/samples.jsonl")):
+        raise ValueError(
+            f"{folder} has samples, but no run.json that says how they were made. Choose another `output_dir`, or set "
+            "`overwrite` to delete them."
+        )
     write_json(record, {"settings": settings, **details})
 
 

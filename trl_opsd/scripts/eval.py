@@ -1,8 +1,10 @@
 """`trl-opsd eval`: sample answers to benchmarks, grade them and sum them up."""
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from trl_opsd.eval.benchmark import Benchmark, Problem
     from trl_opsd.eval.chat import ChatFormat
     from trl_opsd.eval.metrics import Summary
+    from trl_opsd.eval.run_folder import SampleFile
     from trl_opsd.eval.samples import Sample
 
 # Fields that samples do not depend on, or that `problems.jsonl` tells more about
@@ -220,36 +223,30 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _write(samples: Any, files: Any, num_wanted: int, num_done: int) -> None:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def _write(samples: "Iterable[Sample]", files: "dict[str, SampleFile]", num_wanted: int, num_done: int) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left:"),
-        # The first batch says nothing about the later ones in a window of seconds
-        TimeRemainingColumn(),
+        TextColumn("left: {task.fields[left]}"),
     )
-    with Progress(*columns, speed_estimate_period=3600) as progress:
-        task = progress.add_task("completions", total=num_wanted, completed=num_done)
-        for sample in samples:
+    started = time.monotonic()
+    with Progress(*columns) as progress:
+        task = progress.add_task("completions", total=num_wanted, completed=num_done, left="-")
+        for count, sample in enumerate(samples, 1):
             try:
                 files[sample.benchmark].append(sample)
             except OSError as error:
                 raise ValueError(
-                    f"Cannot write a sample of {sample.benchmark}: {error}. The {int(progress.tasks[task].completed)} "
-                    "samples before it are kept: make room, and the same command goes on from here."
+                    f"Cannot write a sample of {sample.benchmark}: {error}. The {num_done + count - 1} samples before "
+                    "it are kept: make room, and the same command goes on from here."
                 ) from error
-            progress.advance(task)
+            # From the start, since completions come in batches: rich would judge by the pace within one
+            left = (time.monotonic() - started) / count * (num_wanted - num_done - count)
+            progress.update(task, advance=1, left=str(timedelta(seconds=round(left))))
 
 
 def _sum_up(folder: Path, samples: "dict[str, list[Sample]]") -> "list[Summary]":
