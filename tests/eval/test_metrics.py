@@ -196,10 +196,17 @@ def test_nothing_terminated():
 
 
 def test_unfinished_run():
-    summary = summarize(make_run([True] * 6, [False, False], [True, False, False]))
+    """Each problem counts once, however many completions it has."""
+    samples = make_run([True] * 6, [False, False], [True, False, False])
+    samples = [
+        dataclasses.replace(s, num_tokens=90, terminated=False) if s.problem_id == "p001" else s for s in samples
+    ]
+    summary = summarize(samples)
     assert summary.samples_per_problem == (2, 6)
     assert list(summary.pass_at_k) == [1, 2]
     assert summary.avg_at_k.value == pytest.approx((1 + 0 + 1 / 3) / 3)
+    assert summary.mean_tokens.value == pytest.approx((10 + 90 + 10) / 3)
+    assert summary.truncation_rate.value == pytest.approx(1 / 3)
 
 
 @st.composite
