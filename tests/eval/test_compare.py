@@ -49,6 +49,12 @@ def test_differences():
     assert comparison.new == summarize(new, list(budgets))
 
 
+def test_both_runs_have_the_same_budgets():
+    comparison = compare(make_run([True], num_tokens=100), make_run([True], num_tokens=300))
+    for summary in (comparison.base, comparison.new):
+        assert list(summary.accuracy_at_budget) == [64, 128, 256, 300]
+
+
 def test_no_difference():
     comparison = compare(simulated(100, 4, 0, seed=1), simulated(100, 4, 0, seed=2))
     difference = comparison.accuracy_difference

@@ -111,11 +111,11 @@ def test_nothing_graded():
 
 
 def test_console():
-    rows = Rows("[red]title", ["", "a[b]"], [["x", "1 [2, 3]"]], ["note [bold] " + 100 * "n"])
+    rows = Rows("[red]title", ["", "a[b]"], [["x[x]", "1 [2, 3]"]], ["note [bold] " + 100 * "n"])
     console = Console(width=150, record=True, force_terminal=False)
     show(rows, console)
     text = console.export_text()
-    for part in ("[red]title", "a[b]", "1 [2, 3]", "note [bold]"):
+    for part in ("[red]title", "a[b]", "x[x]", "1 [2, 3]", "note [bold]"):
         assert part in text
 
 
@@ -175,6 +175,11 @@ def test_length_plot(lengths):
         sum(lengths) / len(lengths),
         2 * sum(lengths) / len(lengths),
     ]
+
+
+def test_length_plot_of_equal_lengths():
+    axes = length_plot({"base": [7, 7]}).axes[0]
+    assert axes.patches[0].get_xy()[:, 0].tolist() == [7, 7, 8, 8, 7]
 
 
 @pytest.mark.parametrize("num_problems", [10, 50])

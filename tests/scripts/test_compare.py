@@ -4,6 +4,8 @@ from dataclasses import asdict, replace
 import pytest
 from eval.made import make_run, make_sample
 
+from trl_opsd.report import evaluation
+from trl_opsd.report.evaluation import length_plot
 from trl_opsd.scripts.compare import main
 
 
@@ -76,7 +78,9 @@ def test_nothing_graded(tmp_path):
     assert [path.name for path in (tmp_path / "out" / "aime").iterdir()] == ["lengths.png"]
 
 
-def test_common_only(tmp_path, capsys):
+def test_common_only(tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluation, "length_plot", lambda lengths: drawn.append(lengths) or length_plot(lengths))
     samples = make_run([True], [False])
     longer = [*samples, make_sample("q", num_tokens=90_000)]
     base = write_run(tmp_path / "a", {}, aime=samples, amc=samples)
@@ -89,6 +93,7 @@ def test_common_only(tmp_path, capsys):
     assert "Left out because only one run has them: amc, hmmt." in output
     assert "Left out because only one run has them: 1 problems." in output
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["left_out"] == ["amc", "hmmt"]
+    assert drawn == [{"a": [10, 10], "b": [10, 10]}]
 
 
 def test_common_only_is_passed_on(tmp_path, capsys):
