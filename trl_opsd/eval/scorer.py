@@ -306,7 +306,7 @@ def _words(text: str) -> str:
 def _letter(text: str) -> str | None:
     text = _WRAPPER.sub(r"\1", _clean(text)).strip(" .~\"'")
     match = _LETTER.fullmatch(text)
-    if not match or (match["open"] and not match["close"]):
+    if not match:
         return None
     rest = match["rest"]
     is_marked = bool(match["close"] or re.match(r"\s*[.:,–—-]|\s+\(|\s+(?:because|since|as|is)\b", rest))
