@@ -40,7 +40,7 @@ finally:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
-    for command in ("opsd", "opsdc", "distill", "bench", "env"):
+    for command in ("opsd", "opsdc", "distill", "eval", "compare", "bench", "env"):
         assert f"    {command} " in done.stdout
 
 

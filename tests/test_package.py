@@ -62,6 +62,8 @@ def test_wheel(tmp_path):
         [entry_points] = [name for name in shipped if name.endswith(".dist-info/entry_points.txt")]
         assert "trl-opsd = trl_opsd.cli:main" in archive.read(entry_points).decode()
     recipes = {f"trl_opsd/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "recipes").rglob("*.yaml")}
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "trl_opsd").rglob("*.py")}
+    modules = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "trl_opsd").rglob("*") if path.suffix in (".py", ".yaml")
+    }
     assert recipes | modules | {"trl_opsd/py.typed"} <= shipped
     assert not [name for name in shipped if name.startswith(("tests/", "recipes/", "docs/"))]

@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="command")
     for name, help in _TRAINING_COMMANDS.items():
         commands.add_parser(name, help=help, add_help=False)
+    commands.add_parser("eval", help="sample answers to benchmarks, grade them and sum them up", add_help=False)
+    commands.add_parser("compare", help="what changed between two evaluated runs", add_help=False)
     commands.add_parser("bench", help="measure the loss and the training step beside their peers", add_help=False)
     commands.add_parser("env", help="print the versions that a bug report should name")
 
@@ -52,6 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         parser.print_help()
         return 0
+    if command == "eval":
+        from trl_opsd.scripts.eval import main as evaluate
+
+        return evaluate(argv[1:])
+    if command == "compare":
+        from trl_opsd.scripts.compare import main as compare
+
+        return compare(argv[1:])
     if command == "bench":
         from trl_opsd.bench.command import main as bench
 

@@ -133,3 +133,15 @@ def test_malformed_file(tmp_path, streaming):
 
     with pytest.raises(ValueError, match=r"Cannot read .*a\.jsonl: JSON parse error"):
         load_rows(str(tmp_path / "a.jsonl"), streaming=streaming)
+
+
+def test_revision_of_a_hub_dataset(monkeypatch, tmp_path):
+    asked = []
+    rows = Dataset.from_list([{"problem": "1"}])
+    monkeypatch.setattr("trl_opsd.data.loading.load_dataset", lambda **source: asked.append(source) or rows)
+    (tmp_path / "rows.jsonl").write_text('{"problem": "1"}\n')
+
+    load_rows("org/rows", revision="v2")
+    load_rows(str(tmp_path / "rows.jsonl"), revision="v2")
+
+    assert [source.get("revision") for source in asked] == ["v2", None]

@@ -14,7 +14,12 @@ _METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json
 
 
 def load_rows(
-    name: str, *, config: str | None = None, split: str = "train", streaming: bool = False
+    name: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    revision: str | None = None,
 ) -> Dataset | IterableDataset:
     """
     Load the rows of one dataset split.
@@ -31,6 +36,8 @@ def load_rows(
             streaming and for folders written by `save_to_disk`.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether to read the rows as they are needed instead of all at once.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a dataset on the Hub.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]:
@@ -55,6 +62,8 @@ def load_rows(
         dataset = _load_saved(path, split, streaming)
     else:
         source = _source(name, path, any_format=config is not None)
+        if revision is not None and not path.exists():
+            source["revision"] = revision
         try:
             dataset = load_dataset(**source, name=config, split=split, streaming=streaming)
         # `datasets` leaks this one for files that are empty.

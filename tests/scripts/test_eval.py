@@ -1,0 +1,285 @@
+import json
+import resource
+import shutil
+from contextlib import contextmanager
+
+import pyarrow.parquet
+import pytest
+import yaml
+from peft import LoraConfig, get_peft_model
+from tiny import make_model, make_tokenizer
+
+from trl_opsd import cli
+from trl_opsd.eval.backends import loading
+from trl_opsd.eval.samples import Sample
+from trl_opsd.eval.storage import read_samples
+from trl_opsd.scripts import eval as command
+
+
+QUICK = ["--num_samples", "2", "--max_new_tokens", "6", "--limit", "3", "--batch_size", "2"]
+
+
+@pytest.fixture
+def run(model_path, tmp_path):
+    """Runs the command on the embedded world into tmp_path/run, and returns its exit status."""
+
+    def run(*args, benchmark="playground_opsdc", model=model_path, output_dir=tmp_path / "run"):
+        fixed = ["--model_name_or_path", model, "--backend", "transformers", "--output_dir", str(output_dir)]
+        problems = [] if benchmark is None else ["--benchmarks", benchmark]
+        return cli.main(["eval", *fixed, *problems, *QUICK, *args])
+
+    return run
+
+
+def samples(folder, benchmark="playground_opsdc"):
+    found = read_samples(folder / benchmark / "samples.jsonl")
+    return sorted(found, key=lambda sample: (sample.problem_id, sample.sample_index))
+
+
+@contextmanager
+def files_of(size):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_the_embedded_world_end_to_end(run, tmp_path, capsys):
+    assert run() == 0
+
+    found = samples(tmp_path / "run")
+    assert [sample.sample_index for sample in found] == [0, 1] * 3
+    assert len({sample.seed for sample in found}) == 6
+    assert all(1 <= sample.num_tokens <= 6 for sample in found)
+    problems = [json.loads(line) for line in (tmp_path / "run/playground_opsdc/problems.jsonl").open()]
+    assert {problem["reference"] for problem in problems} == {sample.reference for sample in found}
+    for problem in problems:
+        assert problem["prompt"].startswith("<|im_start|>user\n")
+        assert problem["prompt"].endswith("=?<|im_end|>\n<|im_start|>assistant\n")
+    table = pyarrow.parquet.read_table(tmp_path / "run/playground_opsdc/samples.parquet")
+    rows = [Sample(**row) for row in table.to_pylist()]
+    assert sorted(rows, key=lambda sample: (sample.problem_id, sample.sample_index)) == found
+    metrics = json.loads((tmp_path / "run/playground_opsdc/metrics.json").read_text())
+    assert metrics["summary"]["num_samples"] == 6
+    assert metrics["ungradable"] == {}
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["settings"]["max_new_tokens"] == 6
+    assert record["settings"]["scorer_version"]
+    assert "torch" in record["versions"]
+    assert "avg@k" in capsys.readouterr().out
+    assert "avg@k" in (tmp_path / "run/summary.md").read_text()
+
+
+def test_a_finished_run_is_only_summed_up_and_a_larger_one_goes_on(run, tmp_path, monkeypatch):
+    assert run() == 0
+    before = samples(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "load_backend", lambda *args: pytest.fail("loaded a model for nothing"))
+        assert run("--batch_size", "5") == 0
+        assert run("--num_samples", "1") == 0
+    summary = json.loads((tmp_path / "run/playground_opsdc/metrics.json").read_text())["summary"]
+    assert summary["num_samples"] == 3
+
+    assert run("--num_samples", "3", "--limit", "4") == 0
+
+    after = samples(tmp_path / "run")
+    assert len(after) == 12
+    assert set(before) < set(after)
+
+
+def test_an_interrupted_run_goes_on(run, tmp_path, monkeypatch, capsys):
+    assert run(output_dir=tmp_path / "whole") == 0
+    load = loading.load_backend
+
+    def load_one_that_is_stopped(*args):
+        backend = load(*args)
+        generate = backend.generate
+
+        def stopped(requests, sampling):
+            for count, result in enumerate(generate(requests, sampling)):
+                if count == 3:
+                    raise KeyboardInterrupt
+                yield result
+
+        backend.generate = stopped
+        return backend
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "load_backend", load_one_that_is_stopped)
+        assert run() == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    file = tmp_path / "run/playground_opsdc/samples.jsonl"
+    first = file.read_bytes()
+    assert first.count(b"\n") == 3
+    file.write_bytes(first + b'{"benchmark": "playgr')  # killed while it wrote
+
+    assert run() == 0
+    assert file.read_bytes().startswith(first)
+    assert samples(tmp_path / "run") == samples(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_error_and_the_run_goes_on(run, tmp_path, capsys):
+    assert run(output_dir=tmp_path / "whole") == 0
+    # The settings and the problems fit, and the samples only in part
+    assert run("--num_samples", "1") == 0
+    capsys.readouterr()
+    with files_of(2048):
+        assert run("--num_samples", "40") == 2
+    error = capsys.readouterr().err
+    assert error.count("trl-opsd eval: error: Cannot write a sample of playground_opsdc") == 1
+    kept = samples(tmp_path / "run")
+    assert f"The {len(kept)} samples before it are kept" in error
+    assert 3 < len(kept) < 40
+
+    assert run() == 0
+    assert set(samples(tmp_path / "whole")) <= set(samples(tmp_path / "run"))
+
+
+def test_other_settings_and_other_weights_are_refused(run, tmp_path, model_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(model_path, model)
+    assert run(model=str(model)) == 0
+    before = samples(tmp_path / "run")
+
+    assert run("--temperature", "0.5", model=str(model)) == 2
+    assert "temperature was 1.0 and is 0.5" in capsys.readouterr().err
+    make_model(make_tokenizer(), seed=1).save_pretrained(model)
+    assert run(model=str(model)) == 2
+    assert "weights was " in capsys.readouterr().err
+    assert samples(tmp_path / "run") == before
+
+    assert run("--overwrite", model=str(model)) == 0
+    assert not {sample.completion for sample in samples(tmp_path / "run")} & {sample.completion for sample in before}
+
+
+def test_other_problems_are_refused(run, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    own = [
+        "--dataset_name",
+        str(data),
+        "--question_column",
+        "problem",
+        "--answer_column",
+        "gold",
+        "--answer_type",
+        "text",
+    ]
+    data.write_text(json.dumps({"problem": "1+1?", "gold": "two"}) + "\n")
+    assert run(*own, benchmark=None) == 0
+    data.write_text(json.dumps({"problem": "1+1?", "gold": "three"}) + "\n")
+
+    assert run(*own, benchmark=None) == 2
+    assert "`reference` was 'two' and is 'three'" in capsys.readouterr().err
+    # Another chat template asks another question
+    data.write_text(json.dumps({"problem": "1+1?", "gold": "two"}) + "\n")
+    (tmp_path / "template.jinja").write_text("{{ messages[0]['content'] }}!")
+    assert run(*own, "--chat_template_path", str(tmp_path / "template.jinja"), benchmark=None) == 2
+    assert "`prompt` was " in capsys.readouterr().err
+
+
+def test_references_that_cannot_be_read_are_listed(run, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"question": "1+1?", "answer": "2"}\n{"question": "What?", "answer": "@@ ??"}\n')
+
+    assert run("--dataset_name", str(data), benchmark=None) == 0
+
+    (problem_id,) = {sample.problem_id for sample in samples(tmp_path / "run", "rows") if sample.correct is None}
+    metrics = json.loads((tmp_path / "run/rows/metrics.json").read_text())
+    assert metrics["ungradable"] == {problem_id: "@@ ??"}
+    assert metrics["summary"]["num_ungraded"] == 2
+    assert "cannot be read" in capsys.readouterr().out
+
+
+def test_several_benchmarks_and_a_recipe_file(run, tmp_path):
+    recipe = tmp_path / "eval.yaml"
+    recipe.write_text(yaml.safe_dump({"benchmarks": ["playground_opsd", "playground_opsdc"], "system_prompt": "Add."}))
+
+    assert run("--config", str(recipe), benchmark=None) == 0
+
+    for benchmark in ("playground_opsd", "playground_opsdc"):
+        assert len(samples(tmp_path / "run", benchmark)) == 6
+    problem = json.loads((tmp_path / "run/playground_opsd/problems.jsonl").read_text().splitlines()[0])
+    assert problem["prompt"].startswith("<|im_start|>system\nAdd.")
+
+
+def test_an_adapter_is_applied(run, tmp_path, model_path):
+    adapted = get_peft_model(
+        make_model(make_tokenizer()), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    make_tokenizer().save_pretrained(tmp_path / "merged")
+    greedy = ["--temperature", "0", "--num_samples", "1"]
+
+    assert run(*greedy, output_dir=tmp_path / "base") == 0
+    assert run(*greedy, "--adapter", str(tmp_path / "adapter")) == 0
+    assert run(*greedy, model=str(tmp_path / "merged"), output_dir=tmp_path / "all") == 0
+
+    assert samples(tmp_path / "run") == samples(tmp_path / "all")
+    assert samples(tmp_path / "run") != samples(tmp_path / "base")
+
+
+def test_a_model_without_chat_template(run, tmp_path, model_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(model_path, model)
+    (model / "chat_template.jinja").unlink()
+
+    assert run(model=str(model)) == 2
+    assert "no chat template" in capsys.readouterr().err
+    assert run("--apply_chat_template", "false", model=str(model)) == 0
+
+
+def test_what_is_too_long_is_refused_before_anything_is_generated(run, tmp_path, capsys):
+    assert run("--max_new_tokens", "4090") == 2
+
+    assert "Lower `max_new_tokens` to at most" in capsys.readouterr().err
+    assert samples(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--benchmarks", "aime42"], "There is no benchmark 'aime42'"),
+        (["--benchmarks", "playground_opsd", "playground_opsd"], "`benchmarks` names one twice"),
+        (["--dataset_name", "rows.jsonl"], "either `benchmarks`"),
+        (["--temprature", "1"], "Did you mean `--temperature`?"),
+        (["--chat_template_path", "nowhere.jinja"], "nowhere.jinja"),
+        (["--backend", "vllm_server", "--base_url", "http://127.0.0.1:9", "--adapter", "a"], "`--lora-modules`"),
+    ],
+)
+def test_errors_are_one_line(args, message, run, capsys):
+    assert run(*args) == 2
+
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("trl-opsd eval: error: ")
+    assert message in error
+
+
+def test_vllm_that_is_not_there(run, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+
+    assert run("--backend", "vllm") == 2
+    assert "vLLM cannot be imported" in capsys.readouterr().err
+
+
+def test_list(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    assert cli.main(["eval", "--list"]) == 0
+
+    output = capsys.readouterr().out
+    for word in ("aime24", "MathArena/aime_2025", "Idavidrein/gpqa gpqa_diamond", "CC BY-NC-SA 4.0"):
+        assert word in output
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "--help"])
+
+    output = capsys.readouterr().out
+    assert output.startswith("usage: trl-opsd eval --model_name_or_path")
+    for action in command.make_parser()._actions:
+        assert action.help, action.dest

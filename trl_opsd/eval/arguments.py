@@ -1,0 +1,317 @@
+"""The fields of an evaluation. Nothing heavy is imported here, so that `--help` answers at once."""
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+
+from .backends.base import Sampling
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # https://huggingface.co/papers/2601.18734
+    "opsd": {
+        "num_samples": 12,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_new_tokens": 38_912,
+        "chat_template_kwargs": {"enable_thinking": True},
+    },
+    # https://huggingface.co/papers/2603.05433
+    "opsdc": {
+        "num_samples": 8,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+        "max_new_tokens": 30_000,
+        "chat_template_kwargs": {"enable_thinking": True},
+    },
+}
+
+
+@dataclass
+class EvalArguments:
+    """
+    Fields of `trl-opsd eval`.
+
+    Args:
+        > Parameters that control the model
+
+        model_name_or_path (`str`, *optional*):
+            Hub id or local folder of the model. With `backend="vllm_server"`, the name the server has for it, or the
+            path it was started with.
+        adapter (`str`, *optional*):
+            Hub id or local folder of a PEFT adapter.
+        tokenizer (`str`, *optional*):
+            Hub id or local folder of the tokenizer, if it is not the model's.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the model.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Dtype of the weights, e.g. `"bfloat16"`. `"auto"` is that of the checkpoint, on every backend.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with the model.
+        model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Further keyword arguments of `from_pretrained` or, with `backend="vllm"`, of `vllm.LLM`, e.g.
+            `{"tensor_parallel_size": 2}`.
+
+        > Parameters that control the backend
+
+        backend (`str`, *optional*, defaults to `"vllm"`):
+            What generates: `"vllm"`, `"transformers"`, or `"vllm_server"` for a running `vllm serve`.
+        base_url (`str`, *optional*, defaults to `"http://localhost:8000"`):
+            Address of the server.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Completions generated together by transformers, or requests under way at a server. vLLM in this process
+            decides by itself.
+
+        > Parameters that control the problems
+
+        benchmarks (`list[str]`, *optional*):
+            Names of benchmarks (`--list` shows them), or YAML files that describe one.
+        dataset_name (`str`, *optional*):
+            Your own problems instead: Hub id, local json, jsonl, csv or parquet file, folder of such files, or folder
+            written by `save_to_disk`.
+        dataset_config (`str`, *optional*):
+            Name of that dataset's configuration.
+        dataset_split (`str`, *optional*, defaults to `"train"`):
+            Split of that dataset. A single file is the split `"train"`.
+        question_column (`str`, *optional*, defaults to `"question"`):
+            Column of that dataset with the questions.
+        answer_column (`str`, *optional*, defaults to `"answer"`):
+            Column of that dataset with the right answers.
+        answer_type (`str`, *optional*, defaults to `"math"`):
+            How answers to that dataset are graded: `"math"`, `"choice"` or `"text"`.
+        prompt_template (`str`, *optional*):
+            Jinja template of the user turn for that dataset, which sees `question` and `row`. By default it asks for
+            the final answer in `\\boxed{}`.
+        limit (`int`, *optional*):
+            Number of problems of each benchmark, from the beginning. All by default.
+
+        > Parameters that control generation
+
+        preset (`str`, *optional*, defaults to `"opsd"`):
+            Published setting that the fields below default to: `"opsd"` (12 samples, temperature 1, 38,912 tokens,
+            thinking) or `"opsdc"` (8 samples, temperature 0.6, top-p 0.95, top-k 20, 30,000 tokens, thinking).
+        num_samples (`int`, *optional*):
+            Completions of each problem.
+        temperature (`float`, *optional*):
+            Sampling temperature. 0 always takes the likeliest token.
+        top_p (`float`, *optional*):
+            Probability that the likeliest tokens to sample from must reach together. 1 samples from all.
+        top_k (`int`, *optional*):
+            Number of likeliest tokens to sample from. 0 samples from all.
+        max_new_tokens (`int`, *optional*):
+            Longest completion in tokens.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed that those of all completions come from.
+
+        > Parameters that control the prompt
+
+        chat_template_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of the chat template, e.g. `{"enable_thinking": false}`. Instead of the preset's.
+        chat_template_path (`str`, *optional*):
+            Jinja file with a chat template to use instead of the tokenizer's.
+        apply_chat_template (`bool`, *optional*, defaults to `True`):
+            Whether to ask through the chat template. Without it, the model continues the bare prompt.
+        system_prompt (`str`, *optional*):
+            System message before each question.
+
+        > Parameters that control the results
+
+        output_dir (`str`, *optional*):
+            Folder of the run. A run that is there already goes on where it stopped. Defaults to `eval/` and the last
+            parts of the model's and the adapter's names.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to delete an earlier run in that folder.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or local folder of the model. With `--backend vllm_server`, the name the server has for "
+            "it, or the path it was started with."
+        },
+    )
+    adapter: str | None = field(default=None, metadata={"help": "Hub id or local folder of a PEFT adapter."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Hub id or local folder of the tokenizer, if it is not the model's."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Dtype of the weights, e.g. 'bfloat16'. 'auto' is that of the checkpoint, on every backend."
+        },
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with the model."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Further keyword arguments of `from_pretrained` or, with `--backend vllm`, of `vllm.LLM`, e.g. "
+            "'{tensor_parallel_size: 2}'."
+        },
+    )
+
+    backend: Literal["vllm", "transformers", "vllm_server"] = field(
+        default="vllm",
+        metadata={"help": "What generates: 'vllm', 'transformers', or 'vllm_server' for a running `vllm serve`."},
+    )
+    base_url: str = field(default="http://localhost:8000", metadata={"help": "Address of the server."})
+    batch_size: int = field(
+        default=32,
+        metadata={
+            "help": "Completions generated together by transformers, or requests under way at a server. vLLM in this "
+            "process decides by itself."
+        },
+    )
+
+    benchmarks: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of benchmarks (`--list` shows them), or YAML files that describe one."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Your own problems instead: Hub id, local json, jsonl, csv or parquet file, folder of such files, "
+            "or folder written by `save_to_disk`."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Name of that dataset's configuration."})
+    dataset_split: str = field(
+        default="train", metadata={"help": "Split of that dataset. A single file is the split 'train'."}
+    )
+    question_column: str = field(default="question", metadata={"help": "Column of that dataset with the questions."})
+    answer_column: str = field(default="answer", metadata={"help": "Column of that dataset with the right answers."})
+    answer_type: Literal["math", "choice", "text"] = field(
+        default="math", metadata={"help": "How answers to that dataset are graded: 'math', 'choice' or 'text'."}
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Jinja template of the user turn for that dataset, which sees `question` and `row`. By default it "
+            "asks for the final answer in \\boxed{}."
+        },
+    )
+    limit: int | None = field(
+        default=None,
+        metadata={"help": "Number of problems of each benchmark, from the beginning. All by default."},
+    )
+
+    preset: Literal["opsd", "opsdc"] = field(
+        default="opsd",
+        metadata={
+            "help": "Published setting that the fields below default to: 'opsd' (12 samples, temperature 1, 38,912 "
+            "tokens, thinking) or 'opsdc' (8 samples, temperature 0.6, top-p 0.95, top-k 20, 30,000 tokens, thinking)."
+        },
+    )
+    num_samples: int | None = field(default=None, metadata={"help": "Completions of each problem."})
+    temperature: float | None = field(
+        default=None, metadata={"help": "Sampling temperature. 0 always takes the likeliest token."}
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Probability that the likeliest tokens to sample from must reach together. 1 samples from all."
+        },
+    )
+    top_k: int | None = field(
+        default=None, metadata={"help": "Number of likeliest tokens to sample from. 0 samples from all."}
+    )
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest completion in tokens."})
+    seed: int = field(default=0, metadata={"help": "Seed that those of all completions come from."})
+
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments of the chat template, e.g. '{enable_thinking: false}'. Instead of the preset's."
+        },
+    )
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "Jinja file with a chat template to use instead of the tokenizer's."}
+    )
+    apply_chat_template: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to ask through the chat template. Without it, the model continues the bare prompt."
+        },
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "System message before each question."})
+
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the run. A run that is there already goes on where it stopped. Defaults to `eval/` and "
+            "the last parts of the model's and the adapter's names."
+        },
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Whether to delete an earlier run in that folder."})
+
+    def __post_init__(self) -> None:
+        if not self.model_name_or_path:
+            raise ValueError("No model to evaluate: set `model_name_or_path` to a Hub id or a local folder.")
+        for name in ("chat_template_kwargs", "model_init_kwargs"):
+            setattr(self, name, _mapping(name, getattr(self, name)))
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if (self.benchmarks is None) == (self.dataset_name is None):
+            raise ValueError(
+                "Name the problems: either `benchmarks` (`trl-opsd eval --list` shows them) or `dataset_name`."
+            )
+        self._check_numbers()
+        if self.backend == "vllm_server" and (self.adapter or self.model_init_kwargs):
+            raise ValueError(
+                "A server has loaded its model already: with `backend` vllm_server, `adapter` and `model_init_kwargs` "
+                "have no effect. Serve the adapter with `--lora-modules`, and name it in `model_name_or_path`."
+            )
+        folder = Path(self.model_name_or_path)
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{folder} holds an adapter. Name it in `adapter`, and the model it belongs to in "
+                "`model_name_or_path`."
+            )
+        if self.output_dir is None:
+            parts = [self.model_name_or_path, *([self.adapter] if self.adapter else [])]
+            self.output_dir = f"eval/{'-'.join(Path(part).name for part in parts)}"
+
+    def sampling(self) -> Sampling:
+        """How to draw tokens."""
+        return Sampling(
+            temperature=cast(float, self.temperature),
+            top_p=cast(float, self.top_p),
+            top_k=cast(int, self.top_k),
+            max_new_tokens=cast(int, self.max_new_tokens),
+        )
+
+    def _check_numbers(self) -> None:
+        at_least: dict[str, float] = {
+            "num_samples": 1,
+            "temperature": 0,
+            "top_k": 0,
+            "max_new_tokens": 1,
+            "batch_size": 1,
+            "limit": 1,
+        }
+        for name, minimum in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+        if not 0 < cast(float, self.top_p) <= 1:
+            raise ValueError(f"`top_p` must be above 0 and at most 1, got {self.top_p}.")
+        if self.temperature == 0 and cast(int, self.num_samples) > 1:
+            raise ValueError(
+                f"With `temperature` 0 all {self.num_samples} completions of a problem would be the same. Set "
+                "`num_samples` to 1, or raise the temperature."
+            )
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any] | None:
+    if isinstance(value, str):
+        with suppress(yaml.YAMLError):
+            value = yaml.safe_load(value)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"Expected `{name}` to be a mapping, such as '{{enable_thinking: false}}', got {value!r}.")
+    return value

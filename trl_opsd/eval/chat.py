@@ -1,0 +1,113 @@
+"""From a question to the token ids a model reads, and from those it writes to text."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+class ChatFormat:
+    """
+    Renders prompts once for all backends, and decodes what they generate.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        chat_template (`str`, *optional*):
+            Chat template to use instead of the tokenizer's own.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments of the chat template, e.g. `{"enable_thinking": True}`.
+        system_prompt (`str`, *optional*):
+            System message before the question.
+        apply_chat_template (`bool`, *optional*, defaults to `True`):
+            `False` gives the model the bare prompt, tokenized as any text.
+
+    Raises:
+        ValueError: If there is no chat template, or a system prompt without one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        system_prompt: str | None = None,
+        apply_chat_template: bool = True,
+    ):
+        if apply_chat_template and chat_template is None and tokenizer.chat_template is None:
+            raise ValueError(
+                "The tokenizer has no chat template. Give one with `chat_template_path`, take another `tokenizer`, or "
+                "set `apply_chat_template` to false to ask the bare question, as for a base model."
+            )
+        if system_prompt is not None and not apply_chat_template:
+            raise ValueError("`system_prompt` needs a chat template, but `apply_chat_template` is false. Drop one.")
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._chat_template_kwargs = chat_template_kwargs or {}
+        self._system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        self._apply_chat_template = apply_chat_template
+        # The scorer needs to see where the thinking ends, also where the tags count as special tokens
+        self._hidden = {
+            index
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.special and token.content not in ("<think>", "</think>")
+        }
+
+    def encode(self, prompt: str) -> list[int]:
+        """
+        Token ids of a whole prompt.
+
+        Args:
+            prompt (`str`):
+                Content of the user turn.
+
+        Returns:
+            `list[int]`:
+                Token ids up to where the model's answer begins.
+        """
+        ids: list[int]
+        if not self._apply_chat_template:
+            ids = self._tokenizer(prompt)["input_ids"]
+            # Some tokenizers end every text
+            return ids[:-1] if ids[-1] == self._tokenizer.eos_token_id else ids
+        ids = self._tokenizer.apply_chat_template(
+            [*self._system, {"role": "user", "content": prompt}],
+            chat_template=self._chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **self._chat_template_kwargs,
+        )["input_ids"]
+        return ids
+
+    def text(self, token_ids: list[int]) -> str:
+        """
+        Text of token ids, special tokens included.
+
+        Args:
+            token_ids (`list[int]`):
+                Prompt.
+
+        Returns:
+            `str`:
+                What the model reads.
+        """
+        return str(self._tokenizer.decode(token_ids))
+
+    def decode(self, prompt_ids: list[int], completion_ids: list[int]) -> str:
+        """
+        Text of a completion, without special tokens other than think tags.
+
+        Args:
+            prompt_ids (`list[int]`):
+                Prompt it continues.
+            completion_ids (`list[int]`):
+                Generated tokens.
+
+        Returns:
+            `str`:
+                Text. It begins with `<think>` also if the chat template had opened the thinking part.
+        """
+        text = str(self._tokenizer.decode([token for token in completion_ids if token not in self._hidden]))
+        # Sixteen tokens hold the tag, however it is cut
+        opened = self.text(prompt_ids[-16:]).rstrip().endswith("<think>")
+        return f"<think>\n{text}" if opened else text

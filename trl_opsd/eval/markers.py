@@ -1,0 +1,59 @@
+"""What the text of a completion shows: expressions of uncertainty, and loops."""
+
+import re
+import zlib
+
+
+MARKERS = ("wait", "hmm", "perhaps", "maybe", "actually", "alternatively", "seems", "might", "likely", "check")
+_WORDS = re.compile(rf"\b(?:{'|'.join(MARKERS)})\b")
+
+
+def count_marker_substrings(text: str) -> int:
+    """
+    Counts epistemic markers as published in the study of [how self-distillation can degrade
+    reasoning](https://huggingface.co/papers/2603.24472): anywhere in the lower-cased text, also inside other words
+    ("unlikely", "checked").
+
+    Args:
+        text (`str`):
+            Completion, the thinking part included.
+
+    Returns:
+        `int`:
+            Occurrences of all markers.
+    """
+    lowered = text.lower()
+    return sum(lowered.count(marker) for marker in MARKERS)
+
+
+def count_marker_words(text: str) -> int:
+    """
+    Counts epistemic markers that are words of their own.
+
+    Args:
+        text (`str`):
+            Completion, the thinking part included.
+
+    Returns:
+        `int`:
+            Occurrences of all markers, whatever their case.
+    """
+    return len(_WORDS.findall(text.lower()))
+
+
+def is_repetitive(text: str) -> bool:
+    """
+    Tells whether a completion ends in a loop, as in [StableOPD](https://huggingface.co/papers/2604.08527): its last
+    10,000 characters compress more than tenfold.
+
+    Args:
+        text (`str`):
+            Completion, the thinking part included.
+
+    Returns:
+        `bool`:
+            Whether zlib's ratio, bytes in UTF-8 over compressed bytes, is above 10.
+    """
+    # A lone surrogate, half of a character that a sampler split, has no UTF-8 form.
+    end = text[-10_000:].encode("utf-8", errors="replace")
+    return len(end) > 10 * len(zlib.compress(end))

@@ -1,0 +1,166 @@
+"""The folder of a run: what was asked, every sample as soon as it is graded, and how far an earlier run came."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .samples import Sample
+from .storage import read_samples
+
+
+_MISSING = object()
+
+
+def open_run(folder: Path, settings: Mapping[str, Any], details: Mapping[str, Any], overwrite: bool = False) -> None:
+    """
+    Begins a run in a folder, or takes up the one that is there.
+
+    Args:
+        folder (`Path`):
+            Folder of the run.
+        settings (`Mapping[str, Any]`):
+            What samples depend on. A run is only taken up with the same.
+        details (`Mapping[str, Any]`):
+            What else `run.json` says, e.g. versions.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to delete an earlier run first.
+
+    Raises:
+        ValueError: If the folder holds a run with other settings.
+    """
+    record = folder / "run.json"
+    if overwrite:
+        for samples in folder.glob("*/samples.jsonl"):
+            shutil.rmtree(samples.parent)
+        record.unlink(missing_ok=True)
+    settings = json.loads(json.dumps(settings))
+    if record.exists():
+        earlier = json.loads(record.read_text(encoding="utf-8"))["settings"]
+        different = [
+            f"{name} was {earlier.get(name)!r} and is {settings.get(name)!r}"
+            for name in dict.fromkeys([*earlier, *settings])
+            if earlier.get(name, _MISSING) != settings.get(name, _MISSING)
+        ]
+        if different:
+            raise ValueError(
+                f"{folder} holds a run with other settings: {'; '.join(different)}. Choose another `output_dir`, or "
+                "set `overwrite` to delete that run."
+            )
+    elif any(folder.glob("*/samples.jsonl")):
+        raise ValueError(
+            f"{folder} has samples, but no run.json that says how they were made. Choose another `output_dir`, or set "
+            "`overwrite` to delete them."
+        )
+    write_json(record, {"settings": settings, **details})
+
+
+def keep_problems(file: Path, problems: Iterable[Mapping[str, Any]]) -> None:
+    """
+    Writes down the problems, or checks that they are those an earlier run wrote down.
+
+    Args:
+        file (`Path`):
+            `problems.jsonl` of a benchmark.
+        problems (`Iterable[Mapping[str, Any]]`):
+            Problems, each with a `problem_id`.
+
+    Raises:
+        ValueError: If a problem has changed.
+    """
+    known = {}
+    if file.exists():
+        known = {row["problem_id"]: row for row in map(json.loads, file.read_bytes().splitlines())}
+    for problem in problems:
+        problem_id = problem["problem_id"]
+        for name, value in known.setdefault(problem_id, dict(problem)).items():
+            if problem[name] != value:
+                raise ValueError(
+                    f"Problem {problem_id} is not what it was when {file} was written: `{name}` was {value!r} and is "
+                    f"{problem[name]!r}. Choose another `output_dir`, or set `overwrite` to delete the earlier run."
+                )
+    _replace(file, "".join(_line(row) for row in known.values()))
+
+
+class SampleFile:
+    """
+    The samples of a benchmark, one JSON object per line. Each is on disk before the next is generated.
+
+    A line that was cut off when a run was killed is removed.
+
+    Args:
+        file (`Path`):
+            `samples.jsonl` of a benchmark.
+
+    Raises:
+        ValueError: If a line is no sample, or a sample is there twice.
+    """
+
+    def __init__(self, file: Path):
+        self._path = file
+        self.samples: list[Sample] = []
+        """Samples in the file, in the order in which they were written."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: what `append` has written is out of this process, and nothing is left over after an error
+        self._file = file.open("a+b", buffering=0)
+        self._file.seek(0)
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)
+        seen = set()
+        for number, sample in enumerate(read_samples(file), 1):
+            if (sample.problem_id, sample.sample_index) in seen:
+                raise ValueError(
+                    f"Line {number} of {file} has sample {sample.sample_index} of problem {sample.problem_id} a "
+                    "second time. Did two runs write at once? Remove one of the two, and run again."
+                )
+            seen.add((sample.problem_id, sample.sample_index))
+            self.samples.append(sample)
+
+    def append(self, sample: Sample) -> None:
+        """
+        Writes a sample.
+
+        Args:
+            sample ([`Sample`]):
+                Sample to write.
+
+        Raises:
+            OSError: If it cannot be written. Those before it are kept.
+        """
+        line = _line(asdict(sample)).encode()
+        while line:
+            line = line[self._file.write(line) :]
+        self.samples.append(sample)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def write_json(file: Path, value: Any) -> None:
+    """
+    Writes JSON in one piece: the file is either the old one or the new one.
+
+    Args:
+        file (`Path`):
+            File to write.
+        value (`Any`):
+            What goes into it. Dataclasses become objects.
+    """
+    _replace(file, json.dumps(value, indent=2, ensure_ascii=False, default=asdict) + "\n")
+
+
+def _replace(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
