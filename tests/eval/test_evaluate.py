@@ -6,6 +6,7 @@ from trl_opsd.eval.backends import Completion, Sampling
 from trl_opsd.eval.benchmark import Problem
 from trl_opsd.eval.chat import ChatFormat
 from trl_opsd.eval.evaluate import evaluate, sample_seed
+from trl_opsd.eval.metrics import summarize
 
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=20)
@@ -78,3 +79,15 @@ def test_seeds_differ_and_stay():
     assert len(seeds) == 75
     assert all(0 <= seed < 2**32 for seed in seeds)
     assert sample_seed(0, "a", 0) == 2256114219
+
+
+def test_answer_that_cannot_be_compared_says_why(tokenizer):
+    class Rambling(Scripted):
+        def generate(self, requests, sampling):
+            ids = self.tokenizer(f"\\boxed{{{'x+' * 600}1}}", add_special_tokens=False)["input_ids"]
+            yield 0, Completion(ids, terminated=True)
+
+    (sample,) = evaluate(PROBLEMS[:1], Rambling(tokenizer), ChatFormat(tokenizer), SAMPLING)
+    assert sample.correct is False
+    assert sample.error is not None
+    assert summarize([sample]).num_uncompared == 1

@@ -1,13 +1,14 @@
 import json
 import resource
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+from eval.made import make_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_opsd.eval.run_folder import SampleFile, keep_problems, open_run, write_json
+from trl_opsd.eval.run_folder import SampleFile, keep_problems, open_run, read_samples, write_json
 from trl_opsd.eval.samples import Sample
 
 
@@ -152,3 +153,32 @@ def test_problems_may_be_added_but_not_change(tmp_path):
     assert [json.loads(line) for line in file.read_bytes().splitlines()] == rows
     with pytest.raises(ValueError, match=r"Problem 1 is not what it was .*`reference` was '1' and is '2'"):
         keep_problems(file, [{**rows[1], "reference": "2"}])
+
+
+def test_read(tmp_path):
+    samples = [make_sample("a", completion="one\u2028two\nthree"), make_sample("b", correct=None)]
+    lines = "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+    (tmp_path / "samples.jsonl").write_text(lines, encoding="utf-8")
+    assert read_samples(tmp_path / "samples.jsonl") == samples
+
+
+def test_torn_last_line(tmp_path, caplog):
+    line = json.dumps(asdict(make_sample()))
+    (tmp_path / "samples.jsonl").write_text(f"{line}\n{line[:30]}")
+    assert read_samples(tmp_path / "samples.jsonl") == [make_sample()]
+    assert "1 line, the last, was cut off" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[]", "line 2: missing or unknown fields answer"),
+        (json.dumps({**asdict(make_sample()), "score": 1}), "line 2: missing or unknown fields score"),
+    ],
+)
+def test_bad_line(tmp_path, line, message):
+    good = json.dumps(asdict(make_sample()))
+    (tmp_path / "samples.jsonl").write_text(f"{good}\n{line}\n{good}\n")
+    with pytest.raises(ValueError, match=message):
+        read_samples(tmp_path / "samples.jsonl")

@@ -11,8 +11,8 @@ from tiny import make_model, make_tokenizer
 
 from trl_opsd import cli
 from trl_opsd.eval.backends import loading
+from trl_opsd.eval.run_folder import read_samples
 from trl_opsd.eval.samples import Sample
-from trl_opsd.eval.storage import read_samples
 from trl_opsd.scripts import eval as command
 
 

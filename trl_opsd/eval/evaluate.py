@@ -81,6 +81,7 @@ def evaluate(
             correct=verdict.correct,
             answer=verdict.answer,
             answer_format=verdict.answer_format,
+            error=verdict.error,
         )
 
 

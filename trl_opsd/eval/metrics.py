@@ -34,6 +34,8 @@ class Summary:
         num_ungraded (`int`):
             Completions without a verdict, since the reference answer cannot be parsed. They do not count towards any
             accuracy.
+        num_uncompared (`int`):
+            Completions whose answer could not be compared with the reference, and counts as wrong.
         avg_at_k (`Estimate`, *optional*):
             Share of right answers: expected accuracy of one completion.
         pass_at_k (`dict[int, Estimate]`):
@@ -67,6 +69,7 @@ class Summary:
     num_samples: int
     samples_per_problem: tuple[int, int]
     num_ungraded: int
+    num_uncompared: int
     avg_at_k: Estimate | None
     pass_at_k: dict[int, Estimate]
     majority_at_k: Estimate | None
@@ -181,6 +184,7 @@ def summarize_table(table: SampleTable, budgets: Sequence[int]) -> Summary:
         num_samples=len(table.samples),
         samples_per_problem=(int(table.counts.min()), int(table.counts.max())),
         num_ungraded=len(table.samples) - len(graded),
+        num_uncompared=sum(sample.error is not None for sample in table.samples),
         avg_at_k=avg_at_k,
         pass_at_k=pass_at_k,
         majority_at_k=majority_at_k,

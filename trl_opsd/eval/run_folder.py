@@ -1,18 +1,21 @@
 """The folder of a run: what was asked, every sample as soon as it is graded, and how far an earlier run came."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from .samples import Sample
-from .storage import read_samples
 
+
+logger = logging.getLogger(__name__)
 
 _MISSING = object()
+_FIELDS = {field.name for field in fields(Sample)}
 
 
 def open_run(folder: Path, settings: Mapping[str, Any], details: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -83,6 +86,37 @@ def keep_problems(file: Path, problems: Iterable[Mapping[str, Any]]) -> None:
                     f"{problem[name]!r}. Choose another `output_dir`, or set `overwrite` to delete the earlier run."
                 )
     _replace(file, "".join(_line(row) for row in known.values()))
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """
+    Reads samples. A last line that was cut off while it was written is dropped, with a warning.
+
+    Args:
+        path (`Path`):
+            The file.
+
+    Returns:
+        `list[Sample]`:
+            Its samples, in order.
+
+    Raises:
+        `ValueError`: If a line does not hold the fields of a sample.
+    """
+    samples = []
+    *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if torn:
+        logger.warning(f"{path}: 1 line, the last, was cut off and is dropped.")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+        if not isinstance(row, dict) or row.keys() != _FIELDS:
+            differing = sorted(_FIELDS ^ set(row))
+            raise ValueError(f"{path}, line {number}: missing or unknown fields {', '.join(differing)}.")
+        samples.append(Sample(**row))
+    return samples
 
 
 class SampleFile:

@@ -31,6 +31,8 @@ class Sample:
             What was taken as the answer. `None` when the completion gives none.
         answer_format (`str`, *optional*):
             How it was given: `"boxed"`, `"answer_line"`, `"hashes"`, `"choice"` or `"bare"`.
+        error (`str`, *optional*):
+            Why the answer could not be compared with the reference, and therefore counts as wrong.
     """
 
     benchmark: str
@@ -44,3 +46,4 @@ class Sample:
     correct: bool | None
     answer: str | None
     answer_format: str | None
+    error: str | None = None

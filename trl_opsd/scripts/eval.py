@@ -263,7 +263,13 @@ def _sum_up(folder: Path, samples: "dict[str, list[Sample]]") -> "list[Summary]"
     for name, rows in samples.items():
         summary = summarize(rows)
         ungradable = {row.problem_id: row.reference for row in rows if row.correct is None}
-        write_json(folder / name / "metrics.json", {"summary": summary, "ungradable": ungradable})
+        uncompared = [
+            {"problem_id": row.problem_id, "sample_index": row.sample_index, "answer": row.answer, "error": row.error}
+            for row in rows
+            if row.error is not None
+        ]
+        metrics = {"summary": summary, "ungradable": ungradable, "uncompared": uncompared}
+        write_json(folder / name / "metrics.json", metrics)
         table = pyarrow.Table.from_pylist([asdict(row) for row in rows])
         pyarrow.parquet.write_table(table, folder / name / "samples.parquet")
         summaries.append(summary)
@@ -275,6 +281,12 @@ def _sum_up(folder: Path, samples: "dict[str, list[Sample]]") -> "list[Summary]"
                 f"({len(shown)}, all in metrics.json): {', '.join(shown[:_LISTED_UNGRADABLE])}{more}",
                 style="yellow",
                 markup=False,
+            )
+        if uncompared:
+            console.print(
+                f"{name}: {len(uncompared)} answers could not be compared with the reference and count as wrong. They "
+                "are listed in metrics.json.",
+                style="yellow",
             )
     overview = summary_rows(folder.name, summaries)
     (folder / "summary.md").write_text(to_markdown(overview), encoding="utf-8")
