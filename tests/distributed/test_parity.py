@@ -20,8 +20,19 @@ BUDGET = job("opsd", "full", name="budget", max_steps=4, num_generations=2, max_
 
 
 OFFLOAD = {"offload_optimizer_device": "cpu", "offload_param_device": "cpu"}
-MEMORY = [
+VARIANTS = [
     job("opsd", "lora", name="checkpointing", max_steps=6, gradient_checkpointing=True),
+    job(
+        "opsd",
+        "full",
+        name="benchmarks",
+        max_steps=4,
+        eval_benchmarks=["playground_opsdc"],
+        eval_benchmarks_steps=2,
+        eval_benchmarks_limit=5,
+        per_device_eval_batch_size=2,
+        eval_benchmarks_sampling={"temperature": 0.0, "max_new_tokens": 12},
+    ),
     job("opsd", "full", name="iterations", max_steps=6, num_iterations=2, teacher="ema", teacher_update_rate=0.2),
 ]
 # Offloading the optimizer turns SGD into Adam. This epsilon keeps its steps for gradients that are almost zero small
@@ -36,7 +47,9 @@ OFFLOADED = job("opsd", "full", name="offloaded", max_steps=6, teacher_offload=T
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    return launch("single", [*JOBS, *MEMORY, *ON_CPU, OFFLOADED, BUDGET], tmp_path_factory.mktemp("parity") / "single")
+    return launch(
+        "single", [*JOBS, *VARIANTS, *ON_CPU, OFFLOADED, BUDGET], tmp_path_factory.mktemp("parity") / "single"
+    )
 
 
 METRICS = ("loss", "distillation_loss", "entropy", "num_generated_tokens", "teacher_prompts/max_length")
@@ -56,12 +69,12 @@ def assert_same(found, expected, metrics=METRICS):
 @pytest.mark.parametrize(
     ("backend", "world", "zero_stage", "jobs", "deepspeed"),
     [
-        ("ddp", "MULTI_CPU", None, [*JOBS, *MEMORY, OFFLOADED, BUDGET], {}),
-        ("zero2", "DEEPSPEED", 1, [JOBS[1], *MEMORY], {"zero_stage": 1}),
-        ("zero2", "DEEPSPEED", 2, [*JOBS, *MEMORY], {}),
-        ("zero3", "DEEPSPEED", 3, [*JOBS, *MEMORY], {}),
+        ("ddp", "MULTI_CPU", None, [*JOBS, *VARIANTS, OFFLOADED, BUDGET], {}),
+        ("zero2", "DEEPSPEED", 1, [JOBS[1], *VARIANTS], {"zero_stage": 1}),
+        ("zero2", "DEEPSPEED", 2, [*JOBS, *VARIANTS], {}),
+        ("zero3", "DEEPSPEED", 3, [*JOBS, *VARIANTS], {}),
         ("zero3", "DEEPSPEED", 3, ON_CPU, OFFLOAD),
-        ("fsdp2", "FSDP", None, [*JOBS, *MEMORY], {}),
+        ("fsdp2", "FSDP", None, [*JOBS, *VARIANTS], {}),
     ],
     ids=["ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2"],
 )
@@ -79,6 +92,8 @@ def test_two_processes_equal_one(backend, world, zero_stage, jobs, deepspeed, on
         assert first_rank == second_rank
         assert (max(first_rank) > 1) == (name == "budget")
         assert_same(result, one_process[name])
+        assert result["benchmarks"] == one_process[name]["benchmarks"]
+        assert len(result["benchmarks"]) == (3 if name == "benchmarks" else 0)
 
 
 @pytest.mark.slow

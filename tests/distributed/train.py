@@ -126,6 +126,11 @@ def report(trainer, num_passes: list[int], output_dir: Path) -> None:
     names = ("loss", "distillation_loss", "entropy", "num_generated_tokens", "teacher_prompts/max_length")
     result = {name: [entry[name] for entry in history if name in entry] for name in names}
     plugin = accelerator.state.deepspeed_plugin
+    result["benchmarks"] = [
+        {name: value for name, value in entry.items() if name.startswith(("eval_playground", "step"))}
+        for entry in trainer.state.log_history
+        if "eval_playground_opsdc/mean_tokens" in entry
+    ]
     result["num_passes"] = num_passes
     result["world"] = [accelerator.num_processes, accelerator.distributed_type.value]
     result["zero_stage"] = None if plugin is None else plugin.zero_stage

@@ -43,6 +43,7 @@ from transformers import (
     AutoConfig,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -57,6 +58,9 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id, maybe
 
 from ..context import Rollouts, TeacherPrompt, make_context, thinking_prefix
 from ..data import validate_rows
+from ..eval.backends import Sampling
+from ..eval.benchmark import Problem
+from ..eval.chat import ChatFormat
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
     Divergence,
@@ -93,6 +97,7 @@ from ..teacher import (
     fingerprint,
     offload,
 )
+from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
 from .checkpoints import begin, finish, is_complete, newest_complete, read_state
 from .heads import causal_lm, head_of, unsharded
 from .merged_weights import check_mergeable, merged_weights
@@ -225,6 +230,9 @@ class SelfDistillationTrainer(GRPOTrainer):
             check_vllm_installed()
 
         # Everything that can be wrong with the data is found before the model is loaded
+        self._benchmarks = None
+        if args.eval_benchmarks is not None:
+            self._benchmarks = load_problems(args.eval_benchmarks, args.eval_benchmarks_limit)
         self.context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         if processing_class is None:
@@ -361,8 +369,9 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.vllm_generation._iter_named_params = partial(
                 merged_weights, self.model, self.vllm_generation._dist.gather_params
             )
+        self._context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if self.use_vllm:
-            self._check_sampler()
+            self._context_length = self._check_sampler()
         self._fingerprints = {"model": fingerprint(self.model)}
         self.teacher = self._make_teacher(adapter_starts_at_zero=starts_at_zero)
         self._can_share_prompts = False
@@ -373,6 +382,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._guard = SkipNonFiniteSteps()
         self.add_callback(self._guard)
         self.add_callback(_StepCallback(self))
+        if self._benchmarks is not None:
+            self.add_callback(self._make_benchmark_callback(self._benchmarks))
 
     # Construction
 
@@ -477,8 +488,8 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "configuration, or train a LoRA adapter."
             )
 
-    def _check_sampler(self) -> None:
-        """Refuse an engine that cannot sample this policy's rollouts in full."""
+    def _check_sampler(self) -> int:
+        """The engine's context length. Refuses one that cannot sample this policy's rollouts in full."""
         failure, limit = None, None
         if self.vllm_mode == "colocate":
             limit = self.vllm_generation.llm.model_config.max_model_len
@@ -507,6 +518,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 f"`max_completion_length={self.max_completion_length}`. Raise `{field}`, or lower "
                 "`max_completion_length`."
             )
+        return limit
 
     @staticmethod
     def _connect_teacher_server(
@@ -516,6 +528,29 @@ class SelfDistillationTrainer(GRPOTrainer):
         client = connect(url, args.vllm_server_timeout, args.vllm_server_request_timeout)
         check_tokenizer(client, "teacher_server_base_url", tokenizer)
         return TeacherServer(client, args.divergence_top_k, model_config.get_text_config().vocab_size)
+
+    def _make_benchmark_callback(self, problems: dict[str, list[Problem]]) -> BenchmarkCallback:
+        template = self.chat_template or self._tokenizer.chat_template
+        return BenchmarkCallback(
+            problems,
+            RolloutBackend(
+                self._sample,
+                self.accelerator,
+                self.eos_token_ids,
+                None if self.use_vllm else self.args.per_device_eval_batch_size,
+                self._context_length,
+            ),
+            ChatFormat(
+                self._tokenizer,
+                chat_template=template,
+                chat_template_kwargs=self.args.chat_template_kwargs,
+                apply_chat_template=template is not None,
+            ),
+            Sampling(**cast(dict[str, Any], self.args.eval_benchmarks_sampling)),
+            self.args.eval_benchmarks_num_samples,
+            self.args.eval_benchmarks_steps,
+            self._log_evaluation,
+        )
 
     def _make_teacher(self, adapter_starts_at_zero: bool) -> Teacher:
         def shard(copy: nn.Module) -> nn.Module:
@@ -651,6 +686,44 @@ class SelfDistillationTrainer(GRPOTrainer):
                     if logprobs is not None:
                         logprobs[index] = sampled_logprobs[position]
         return self._mark_empty_rollouts(completion_ids, logprobs)
+
+    def _sample(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[list[int]]:
+        """Completions by the engine of the rollouts, sampled in another way. For all processes, with as many each."""
+        target: Any
+        changes: dict[str, Any]
+        if self.use_vllm:
+            target = self.vllm_generation
+            changes = {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "min_p": None,
+                "repetition_penalty": 1.0,
+                "max_completion_length": sampling.max_new_tokens,
+                "generation_kwargs": {},
+            }
+        else:
+            target = self
+            names = ("pad_token_id", "bos_token_id", "eos_token_id", "cache_implementation")
+            kwargs = {name: self.generation_kwargs.get(name) for name in names}
+            kwargs |= {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
+            if sampling.temperature > 0:
+                kwargs |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+            config = GenerationConfig(**kwargs, disable_compile=True)
+            changes = {"generation_config": config, "generation_kwargs": kwargs}
+        originals = {name: getattr(target, name) for name in changes}
+        vars(target).update(changes)
+        with _evaluation_mode(self.model):
+            try:
+                return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]
+            except ServerError as error:
+                raise self._saved(error) from error
+            finally:
+                vars(target).update(originals)
+
+    def _log_evaluation(self, logs: dict[str, float]) -> None:
+        with _evaluation_mode(self.model):  # or GRPOTrainer would log the metrics of the training step as well
+            self.log(logs)
 
     def _mark_empty_rollouts(self, completion_ids, logprobs):
         # GRPOTrainer looks at the last token of every rollout. One without tokens gets an eos token and is left out of

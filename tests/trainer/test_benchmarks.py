@@ -1,0 +1,167 @@
+"""Evaluation on benchmarks while a model trains."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+
+from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer, cli
+from trl_opsd.eval.backends import Request, Sampling
+from trl_opsd.eval.run_folder import read_samples
+from trl_opsd.trainer import benchmarks
+from trl_opsd.trainer.benchmarks import RolloutBackend
+
+
+@pytest.fixture
+def benchmark(tmp_path):
+    """A file that describes five problems, and asks them without a word more."""
+    rows = [{"question": f"What is {a} + 4?", "answer": str(a + 4)} for a in range(5)]
+    Dataset.from_list(rows).to_json(tmp_path / "problems.jsonl")
+    path = tmp_path / "sums.yaml"
+    description = {"dataset_name": str(tmp_path / "problems.jsonl"), "prompt_template": "{{ question }}"}
+    path.write_text(yaml.safe_dump(description))
+    return str(path)
+
+
+@pytest.fixture
+def make_trainer(model, dataset, tokenizer, training_args):
+    def make(**settings):
+        args = {**training_args, "max_steps": 5, "per_device_eval_batch_size": 2, **settings}
+        return SelfDistillationTrainer(
+            model, args=SelfDistillationConfig(**args), train_dataset=dataset, processing_class=tokenizer
+        )
+
+    return make
+
+
+def evaluations(trainer):
+    return {entry["step"]: entry for entry in trainer.state.log_history if "eval_sums/mean_tokens" in entry}
+
+
+def test_evaluates_before_while_and_after_training(make_trainer, benchmark, training_args, capsys):
+    sampling = {"temperature": 0.6, "max_new_tokens": 5}
+    trainer = make_trainer(
+        eval_benchmarks=[benchmark],
+        eval_benchmarks_steps=2,
+        eval_benchmarks_num_samples=3,
+        eval_benchmarks_limit=3,
+        eval_benchmarks_sampling=sampling,
+    )
+    trainer.train()
+
+    logged = evaluations(trainer)
+    assert list(logged) == [0, 2, 4, 5]
+    for step, entry in logged.items():
+        folder = trainer.args.output_dir + f"/eval/step-{step}"
+        samples = read_samples(benchmarks.Path(folder) / "sums" / "samples.jsonl")
+        assert sorted((s.problem_id, s.sample_index) for s in samples) == sorted(
+            (problem, index) for problem in {s.problem_id for s in samples} for index in range(3)
+        )
+        assert len(samples) == 9
+        assert max(sample.num_tokens for sample in samples) <= 5
+        assert entry["eval_sums/mean_tokens"] == pytest.approx(sum(s.num_tokens for s in samples) / 9)
+        assert entry["eval_sums/avg@3"] == pytest.approx(sum(s.correct for s in samples) / 9)
+        assert 0 <= entry["eval_sums/avg@3_low"] <= entry["eval_sums/avg@3_high"] <= 1
+        assert "loss" not in entry
+        assert "distillation_loss" not in entry
+        settings = json.loads((benchmarks.Path(folder) / "run.json").read_text())["settings"]
+        assert settings["temperature"] == 0.6
+        assert settings["top_p"] == trainer.args.top_p
+    assert cli.main(["compare", *(f"{training_args['output_dir']}/eval/step-{step}" for step in (0, 5))]) == 0
+    assert "sums" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_training_is_what_it_would_have_been(temperature, make_trainer, benchmark, model):
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    runs = []
+    for settings in (
+        {},
+        {
+            "eval_benchmarks": [benchmark],
+            "eval_benchmarks_steps": 1,
+            "eval_benchmarks_sampling": {"temperature": temperature},
+        },
+    ):
+        model.load_state_dict(initial)
+        trainer = make_trainer(**settings)
+        config = trainer.generation_config.to_dict()
+        trainer.train()
+        steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+        runs.append([{k: v for k, v in entry.items() if k != "step_time"} for entry in steps])
+        assert trainer.generation_config.to_dict() == config
+    assert runs[0] == runs[1]
+    assert len(evaluations(trainer)) == 6
+
+
+def test_greedy_evaluation_gives_what_the_model_says(make_trainer, benchmark, tokenizer):
+    trainer = make_trainer(
+        eval_benchmarks=[benchmark],
+        eval_benchmarks_sampling={"temperature": 0.0, "max_new_tokens": 6},
+        chat_template_kwargs={"enable_thinking": False},
+        max_steps=1,
+    )
+    trainer.train()
+    found = read_samples(benchmarks.Path(trainer.args.output_dir) / "eval/step-1/sums/samples.jsonl")
+    assert len(found) == 5
+    for number, sample in enumerate(sorted(found, key=lambda sample: int(sample.reference))):
+        message = [{"role": "user", "content": f"What is {number} + 4?"}]
+        prompt = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True
+        )
+        output = trainer.model.generate(**prompt, max_new_tokens=6, do_sample=False)
+        said = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert sample.completion == said
+
+
+def test_batches_of_a_process():
+    requests = [Request([7, index], 0) for index in range(5)]
+    batches = []
+
+    def sample(prompts, sampling):
+        batches.append(len(prompts))
+        return [[prompt[1], 3] if prompt[1] != 2 else [2, 9] for prompt in prompts]
+
+    for batch_size in (2, None):
+        accelerator = SimpleNamespace(num_processes=1, process_index=0)
+        backend = RolloutBackend(sample, accelerator, end_token_ids=[3], batch_size=batch_size, max_length=None)
+        found = list(backend.generate(requests, Sampling(1.0, 1.0, 0, 4)))
+        assert [(index, completion.token_ids[0]) for index, completion in found] == [(i, i) for i in range(5)]
+        assert [completion.terminated for _, completion in found] == [True, True, False, True, True]
+    assert batches == [2, 2, 1, 5]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval_benchmarks": ["no_such"]}, "There is no benchmark 'no_such'"),
+        ({"eval_benchmarks": ["sums", "sums"]}, "names sums twice"),
+        ({"eval_benchmarks": ["sums"], "eval_benchmarks_steps": 0}, "`eval_benchmarks_steps` must be at least 1"),
+        ({"eval_benchmarks": ["sums"], "eval_benchmarks_sampling": {"beams": 2}}, "unknown key 'beams'"),
+        ({"eval_benchmarks": ["sums"], "max_completion_length": None}, "needs a limit"),
+        (
+            {
+                "eval_benchmarks": ["sums"],
+                "eval_benchmarks_num_samples": 2,
+                "eval_benchmarks_sampling": {"temperature": 0.0},
+            },
+            "At temperature 0 all `eval_benchmarks_num_samples=2`",
+        ),
+        ({"eval_benchmarks_limit": 3}, "has no effect without `eval_benchmarks`"),
+    ],
+)
+def test_bad_settings(settings, message, make_trainer, benchmark):
+    names = [benchmark if name == "sums" else name for name in settings.get("eval_benchmarks", [])]
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**settings | ({"eval_benchmarks": names} if names else {}))
+
+
+def test_prompts_that_do_not_fit_are_refused_before_the_first_step(make_trainer, benchmark):
+    trainer = make_trainer(eval_benchmarks=[benchmark], eval_benchmarks_sampling={"max_new_tokens": 4090})
+    with pytest.raises(ValueError, match="more than the 4096 of the model"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert torch.is_grad_enabled()
