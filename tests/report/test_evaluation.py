@@ -9,6 +9,7 @@ from rich.console import Console
 
 from trl_opsd.eval.compare import compare
 from trl_opsd.eval.metrics import summarize
+from trl_opsd.eval.run_folder import write_json
 from trl_opsd.report.evaluation import (
     Rows,
     budget_plot,
@@ -18,7 +19,6 @@ from trl_opsd.report.evaluation import (
     show,
     summary_rows,
     to_markdown,
-    write_json,
 )
 
 

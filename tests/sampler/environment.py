@@ -1,8 +1,18 @@
-"""What processes with vLLM's CPU build need, and what all of these tests train."""
+"""What processes with vLLM's CPU build need, how they are started, and what all of these tests train."""
 
+import json
 import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 from datasets import Dataset
 from tiny import make_model, make_tokenizer
@@ -44,3 +54,48 @@ def save_model(folder: Path, dtype: str = "float32", **overrides) -> None:
 def dataset() -> Dataset:
     rows = [{"prompt": f"What is {a} + {7 * a}?", "solution": f"{a}+{7 * a}={8 * a}"} for a in range(1, 17)]
     return Dataset.from_list(rows)
+
+
+def run_script(name: str, *arguments: str, num_processes: int = 1) -> Any:
+    """The result that a script beside this file prints, run by one process or by several."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    done = subprocess.run(
+        [sys.executable, *(launcher if num_processes > 1 else []), str(Path(__file__).with_name(name)), *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(lines) == num_processes
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+@contextmanager
+def server(log: Path, *command: str) -> Iterator[tuple[str, psutil.Popen]]:
+    """Address and process of a server that a command starts, once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with log.open("w") as output:
+        process = psutil.Popen(
+            [sys.executable, "-m", *command, "--port", str(port)],
+            env=ENVIRONMENT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        for _ in range(300):
+            assert process.poll() is None, log.read_text()[-5000:]
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        yield url, process
+    finally:
+        for child in [*process.children(recursive=True), process] if process.is_running() else []:
+            child.kill()

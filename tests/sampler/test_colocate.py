@@ -1,12 +1,9 @@
 """vLLM beside the trainer, in its process: a real engine on the CPU. `make test-vllm` runs these."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from sampler.environment import ENVIRONMENT
+from sampler.environment import run_script
 
 
 pytest.importorskip("vllm", reason="`make test-vllm` runs these in an environment with vLLM")
@@ -15,17 +12,7 @@ MEAN, MAX = "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_di
 
 
 def train(folder, weights, dtype, **settings):
-    arguments = [str(folder), weights, dtype, json.dumps(settings)]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("train.py")), *arguments],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return json.loads(line.removeprefix("RESULT "))
+    return run_script("train.py", str(folder), weights, dtype, json.dumps(settings))
 
 
 @pytest.mark.slow

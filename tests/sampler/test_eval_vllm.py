@@ -1,16 +1,12 @@
 """The backends of an evaluation beside each other: vLLM in process, vLLM as a server, transformers."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from sampler import environment
+from sampler.environment import run_script
 from tiny import make_model, make_tokenizer
 
 from trl_opsd.eval.backends import Request, Sampling
@@ -20,14 +16,6 @@ from trl_opsd.eval.backends.vllm_server import VLLMServerBackend
 
 pytest.importorskip("vllm", reason="`make test-vllm` runs these in an environment with vLLM")
 
-TESTS = Path(__file__).parents[1]
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-}
 TOKENIZER = make_tokenizer()
 END = TOKENIZER.eos_token_id
 # vLLM's attention on the CPU needs heads of at least 32
@@ -64,44 +52,15 @@ def greedy_by_transformers():
 def in_process(model_path):
     requests = json.dumps([asdict(request) for request in REQUESTS])
     samplings = json.dumps([asdict(GREEDY), asdict(SAMPLED)])
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("evaluate.py")), model_path, requests, samplings],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return json.loads(line.removeprefix("RESULT "))
+    return run_script("evaluate.py", model_path, requests, samplings)
 
 
 @pytest.fixture(scope="module")
 def server(model_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     options = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--served-model-name", "tiny"]
-    log = Path(model_path).with_name("server.log")
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model_path, "--port", str(port), *options],
-            env=ENVIRONMENT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        for _ in range(300):
-            assert process.poll() is None, log.read_text()[-5000:]
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+    command = ["vllm.entrypoints.cli.main", "serve", model_path, *options]
+    with environment.server(Path(model_path).with_name("server.log"), *command) as (url, _):
+        yield url
 
 
 @pytest.mark.slow

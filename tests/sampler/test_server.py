@@ -3,16 +3,10 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
 
-import psutil
 import pytest
-from sampler.environment import ENVIRONMENT, save_model
+from sampler import environment
+from sampler.environment import save_model
 
 from trl_opsd.trainer.checkpoints import is_complete
 
@@ -31,46 +25,23 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(base):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = (base.parent / "server.log").open("w")
-    arguments = ["--model", str(base), "--port", str(port), "--dtype", "float32", "--max_model_len", str(CONTEXT)]
-    command = [sys.executable, "-m", "trl.scripts.vllm_serve", *arguments, "--enforce_eager", "true"]
-    process = psutil.Popen(command, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            assert process.poll() is None, Path(log.name).read_text()[-5000:]
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(1)
-        yield url, process
-    finally:
-        for child in [*process.children(recursive=True), process]:
-            child.kill()
+    arguments = [
+        "--model",
+        str(base),
+        "--dtype",
+        "float32",
+        "--max_model_len",
+        str(CONTEXT),
+        "--enforce_eager",
+        "true",
+    ]
+    with environment.server(base.parent / "server.log", "trl.scripts.vllm_serve", *arguments) as server:
+        yield server
 
 
 def train(base, folder, num_processes=1, **job):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if num_processes == 2 else []
-    done = subprocess.run(
-        [
-            sys.executable,
-            *launcher,
-            str(Path(__file__).with_name("train_on_server.py")),
-            *(str(base), str(folder), json.dumps(job)),
-        ],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert len(lines) == num_processes
-    return json.loads(lines[0].removeprefix("RESULT "))
+    arguments = str(base), str(folder), json.dumps(job)
+    return environment.run_script("train_on_server.py", *arguments, num_processes=num_processes)
 
 
 def sampling_on(url):

@@ -183,7 +183,7 @@ def write_json(file: Path, value: Any) -> None:
         value (`Any`):
             What goes into it. Dataclasses become objects.
     """
-    _replace(file, json.dumps(value, indent=2, ensure_ascii=False, default=asdict) + "\n")
+    _replace(file, json.dumps(value, indent=2, ensure_ascii=False, default=asdict, allow_nan=False) + "\n")
 
 
 def _replace(file: Path, text: str) -> None:

@@ -1,11 +1,8 @@
 """What people look at after an evaluation: tables for the console and for markdown, JSON, and plots."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from itertools import cycle
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -161,20 +158,6 @@ def to_markdown(rows: Rows) -> str:
     rule = "|---|" + "---:|" * (len(rows.header) - 1)
     notes = "\n".join(f"- {note}" for note in rows.notes)
     return "\n".join([f"### {rows.title}", "", line(rows.header), rule, *map(line, rows.rows), "", notes, ""])
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """
-    Writes all numbers.
-
-    Args:
-        path (`Path`):
-            File to write.
-        content (`Mapping[str, Any]`):
-            What to write; a [`Summary`] or [`Comparison`] in it becomes an object with the same fields.
-    """
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=asdict, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
 
 
 # Cells

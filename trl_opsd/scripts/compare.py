@@ -91,7 +91,7 @@ def _compare(base: Path, new: Path, output_dir: Path | None, common_only: bool) 
     from rich.console import Console
 
     from trl_opsd.eval.compare import compare
-    from trl_opsd.eval.run_folder import read_samples
+    from trl_opsd.eval.run_folder import read_samples, write_json
     from trl_opsd.report.evaluation import (
         Rows,
         budget_plot,
@@ -100,7 +100,6 @@ def _compare(base: Path, new: Path, output_dir: Path | None, common_only: bool) 
         length_plot,
         show,
         to_markdown,
-        write_json,
     )
 
     names = (base.resolve().name, new.resolve().name)
