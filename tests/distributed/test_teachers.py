@@ -45,10 +45,14 @@ def test_every_teacher_trains_saves_and_resumes(backend, weights, models, tmp_pa
             settings["teacher_model_name_or_path"] = str(models / "external")
         for name, resume in ((teacher, None), (f"{teacher}-resumed", f"{teacher}/run/checkpoint-3")):
             jobs.append(job("opsd", weights, name, resume, str(models / "policy"), **settings))
+    # Checkpoint 3 lies between two generations
+    settings = {**SAVING, "teacher": "ema", "steps_per_generation": 2, "num_iterations": 2}
+    for name, resume in (("between", None), ("between-resumed", "between/run/checkpoint-3")):
+        jobs.append(job("opsd", weights, name, resume, str(models / "policy"), **settings))
 
     found = launch(backend, jobs, tmp_path / "run")
 
-    for teacher in TEACHERS:
+    for teacher in [*TEACHERS, "between"]:
         whole, resumed = found[teacher], found[f"{teacher}-resumed"]
         assert whole["world"] == ([1, "NO"] if backend == "single" else [2, "DEEPSPEED"])
         if backend == "zero3":

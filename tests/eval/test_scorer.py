@@ -2,12 +2,14 @@ r"""One right answer, one verdict: whatever its format, and on every completion 
 
 import json
 import os
+import resource
 import signal
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -210,6 +212,14 @@ def test_a_process_that_dies_is_reported_and_replaced():
     score(r"\boxed{2 + 2}", "4")
     equivalence._checker._process.kill()
     assert score(r"\boxed{2 + 3}", "5").correct is True
+
+
+def test_process_that_compares_ends_by_itself_when_nobody_stops_it():
+    score(r"\boxed{2x}", "x+x")
+    pid = equivalence._checker._process.pid
+    used = sum(psutil.Process(pid).cpu_times()[:2])
+    soft, _ = resource.prlimit(pid, resource.RLIMIT_CPU)
+    assert used < soft <= used + 3 * equivalence.TIME_LIMIT + 1
 
 
 def test_worker_threads():

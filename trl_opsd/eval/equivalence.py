@@ -10,6 +10,7 @@ import atexit
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -265,7 +266,10 @@ def _main() -> None:
     # What a library prints must not get between the replies.
     replies, sys.stdout = sys.stdout, sys.stderr
     print(next(sys.stdin), end="", file=replies, flush=True)
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_CPU)
     for line in sys.stdin:
+        # A parent that is killed can stop nothing, and this would compute on
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + 3 * TIME_LIMIT), hard_limit))
         try:
             reply: list[Any] = [compare(*json.loads(line)), None]
         except (Exception, RecursionError) as error:

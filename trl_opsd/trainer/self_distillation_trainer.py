@@ -35,7 +35,7 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
@@ -1274,7 +1274,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _load_rollouts(self, directory: Path) -> None:
         file = directory / f"rollouts_{self.accelerator.process_index}.pt"
-        rollouts = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        rollouts = send_to_device(torch.load(file, map_location="cpu", weights_only=True), self.accelerator.device)
         self._step, self._buffered_inputs = rollouts["step"], rollouts["pending"]
 
     def _load_optimizer_and_scheduler(self, checkpoint):
