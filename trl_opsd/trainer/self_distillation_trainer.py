@@ -39,6 +39,7 @@ from accelerate.utils import broadcast_object_list, gather_object, send_to_devic
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -720,6 +721,10 @@ class SelfDistillationTrainer(GRPOTrainer):
                 raise self._saved(error) from error
             finally:
                 vars(target).update(originals)
+                # FSDP2 leaves it to a backward pass, which does not come, to shard the root module again
+                for module in self.model_wrapped.modules() if self.is_fsdp_enabled else ():
+                    if isinstance(module, FSDPModule):
+                        module.reshard()
 
     def _log_evaluation(self, logs: dict[str, float]) -> None:
         with _evaluation_mode(self.model):  # or GRPOTrainer would log the metrics of the training step as well
