@@ -103,7 +103,7 @@ def test_failure_is_raised_after_a_checkpoint(make_trainer, serve, model, tokeni
         ({"max_logprobs": 3}, r"does not report the 4 most probable tokens.*--max-logprobs -1"),
         ({"logprobs_mode": "raw_logits"}, "reports logits"),
         ({"max_model_len": 400}, "more than the budget of 391"),
-        ({"max_model_len": 8}, "teacher's context of 7 tokens leaves 0"),
+        ({"max_model_len": 9}, "teacher's context of 8 tokens leaves 0"),
     ],
 )
 def test_server_that_will_not_do(server, message, make_trainer, serve, model, tokenizer):

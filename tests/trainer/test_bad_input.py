@@ -10,6 +10,7 @@ from tiny import make_model, make_tokenizer
 from trl import GRPOConfig
 
 from trl_opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.trainer.teachers import check_world
 
 
 MESSAGE = {"role": "user", "content": "What is 3 + 4?"}
@@ -195,21 +196,19 @@ def test_external_teacher_with_a_padded_vocabulary(refused, tmp_path):
         ("lora", {}, "offloaded", "has no effect on `teacher='initial'` of a LoRA adapter"),
     ],
 )
-def test_sharding_that_cannot_work(kind, plugin, teacher, message, monkeypatch):
+def test_sharding_that_cannot_work(kind, plugin, teacher, message, monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", str(kind == "ddp").lower())
     state = SimpleNamespace(
-        fsdp_plugin=SimpleNamespace(**plugin),
-        deepspeed_plugin=SimpleNamespace(deepspeed_config={"zero_optimization": plugin}),
+        fsdp_plugin=SimpleNamespace(**plugin) if kind == "fsdp" else None,
+        deepspeed_plugin=SimpleNamespace(deepspeed_config={"zero_optimization": plugin}) if kind == "zero" else None,
         distributed_type=SimpleNamespace(value="MULTI_CPU"),
     )
-    trainer = SimpleNamespace(
-        accelerator=SimpleNamespace(state=state, num_processes=2),
-        args=SimpleNamespace(
-            teacher="initial" if teacher == "offloaded" else teacher, teacher_offload=teacher == "offloaded"
-        ),
-        model=get_peft_model(make_model(make_tokenizer()), LoraConfig()) if kind == "lora" else None,
-        is_fsdp_enabled=kind == "fsdp",
-        is_deepspeed_enabled=kind == "zero",
-    )
+    accelerator = SimpleNamespace(state=state, num_processes=2)
+    policy = make_model(make_tokenizer())
+    settings = {"teacher_offload": True} if teacher == "offloaded" else {"teacher": teacher}
     with pytest.raises(ValueError, match=re.escape(message)):
-        OPSDTrainer._check_sharding(trainer)
+        check_world(
+            OPSDConfig(str(tmp_path), use_cpu=True, **settings),
+            accelerator,
+            get_peft_model(policy, LoraConfig()) if kind == "lora" else policy,
+        )

@@ -14,6 +14,7 @@ from tiny import make_model
 from trl_opsd import SelfDistillationTrainer
 from trl_opsd.serving import ServerError
 from trl_opsd.trainer.checkpoints import STATE_FILE, begin, finish, newest_complete, read_state
+from trl_opsd.trainer.teachers import make_teacher
 
 
 @pytest.fixture
@@ -354,11 +355,10 @@ def test_checkpoint_written_again_is_incomplete_meanwhile(checkpoints):
     assert read_state(checkpoint) == {"complete": True, "answer": 42}
 
 
-def test_fsdp_copy_without_weights_is_refused(make_trainer, monkeypatch):
+def test_fsdp_copy_without_weights_is_refused(make_trainer):
     """With RAM-efficient loading, only the first process has weights when the copy is made."""
     trainer = make_trainer()
-    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_ram_efficient_loading=True))
-    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
-    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=state))
+    plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=None))
     with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: true"):
-        trainer._make_teacher(adapter_starts_at_zero=False)
+        make_teacher(trainer.args, accelerator, trainer.model, adapter_starts_at_zero=False)

@@ -24,7 +24,6 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
 """
 
 import math
-import os
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -43,9 +42,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoProcessor,
-    AutoTokenizer,
     GenerationConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
@@ -53,9 +50,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
-from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import _ForwardRedirection
-from trl.trainer.utils import create_model_from_path, get_config_model_id, maybe_gather_lm_head_ctx, pad
+from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx, pad
 
 from ..context import Rollouts, TeacherPrompt, make_context, thinking_prefix
 from ..data import validate_rows
@@ -87,17 +83,7 @@ from ..serving import (
     limit_requests,
     report_failures,
 )
-from ..teacher import (
-    EMATeacher,
-    ExternalTeacher,
-    InitialTeacher,
-    LiveTeacher,
-    PeriodicTeacher,
-    ServedTeacher,
-    Teacher,
-    fingerprint,
-    offload,
-)
+from ..teacher import ServedTeacher, Teacher, fingerprint
 from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
 from .checkpoints import begin, finish, is_complete, newest_complete, read_state
 from .heads import causal_lm, head_of, unsharded
@@ -105,6 +91,7 @@ from .merged_weights import check_mergeable, merged_weights
 from .microbatches import cut_by_tokens, cut_into, keep_groups_together, padded_length, used_width
 from .self_distillation_config import SelfDistillationConfig
 from .shared_prefix import can_share_prompts, pays_off, positions, states_with_shared_prompts
+from .teachers import check_external_teacher, check_world, make_teacher
 
 
 # What a pass over some rows of a micro-batch needs
@@ -262,7 +249,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         if args.teacher_server_base_url is not None:
             self._teacher_server = self._connect_teacher_server(args, processing_class, model_config)
         elif args.teacher == "external":
-            self._check_external_teacher(args, processing_class, model_config)
+            check_external_teacher(args, processing_class, model_config)
         self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config)
         self._data_columns = self.context.columns
         if args.lmbda < 1.0 and not args.seq_kd:
@@ -364,7 +351,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         )
         self._forward_redirection = _ForwardRedirection()
         starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
-        self._check_sharding()
+        check_world(args, self.accelerator, self.model)
         if self.use_vllm and isinstance(self.model, PeftModel):
             check_mergeable(self.model)
             self.vllm_generation._iter_named_params = partial(
@@ -373,8 +360,14 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if self.use_vllm:
             self._context_length = self._check_sampler()
-        self._fingerprints = {"model": fingerprint(self.model)}
-        self.teacher = self._make_teacher(adapter_starts_at_zero=starts_at_zero)
+        self._fingerprints: dict[str, str | None] = {"model": fingerprint(self.model)}
+        self.teacher: Teacher
+        if self._teacher_server is None:
+            self.teacher, external = make_teacher(args, self.accelerator, self.model, starts_at_zero)
+        else:
+            self.teacher, external = ServedTeacher(), self._teacher_server.name
+        if args.teacher == "external":
+            self._fingerprints["teacher_model_name_or_path"] = external
         self._can_share_prompts = False
         if self._teacher_server is None:
             with self.teacher.weights(self.model) as module:
@@ -439,56 +432,6 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.teacher_prompt.check_rows(dataset, name, tools)
         return dataset
 
-    def _check_sharding(self) -> None:
-        state = self.accelerator.state
-        # What `accelerate launch` leaves in the environment of a process it took for one of several
-        environment = os.environ
-        is_launched = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
-        if is_launched and not {"WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"} & {
-            *environment
-        }:
-            raise ValueError(
-                "`accelerate launch` was asked for several processes (`num_processes`) and started one: on the CPU, "
-                "it starts several with DeepSpeed or `mpirun_hostfile` only. Start them with `torchrun "
-                "--nproc_per_node`, or set `num_processes: 1`. (If one is what you asked for, unset `MASTER_ADDR`.)"
-            )
-        if self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
-            raise ValueError("FSDP1 is not supported. Set `fsdp_version: 2` in the accelerate configuration.")
-        if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and not self.is_fsdp_enabled:
-            raise ValueError(
-                f"The accelerate configuration asks for FSDP, but accelerate runs `{state.distributed_type.value}` on "
-                f"{self.accelerator.num_processes} processes, where nothing would be sharded: FSDP needs GPUs. "
-                "Without any, set `distributed_type: DEEPSPEED`, or leave it out."
-            )
-        zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"] if self.is_deepspeed_enabled else {}
-        is_updated = self.args.teacher in ("periodic", "ema")
-        trains_all = not isinstance(self.model, PeftModel)
-        if self.args.teacher_offload:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    "`teacher_offload=True` works with a single process or DDP: DeepSpeed and FSDP2 manage the "
-                    "teacher's weights themselves. Set it to `False`, and have them offload both models' parameters "
-                    "in the accelerate configuration (`offload_param_device: cpu` with ZeRO-3, "
-                    "`fsdp_offload_params: true`)."
-                )
-            if not trains_all and self.args.teacher != "external":
-                raise ValueError(
-                    f"`teacher_offload=True` has no effect on `teacher='{self.args.teacher}'` of a LoRA adapter, "
-                    "which shares the policy's base weights. Set it to `False`."
-                )
-        on_nvme = (zero.get("offload_param") or {}).get("device") == "nvme"
-        if on_nvme and (is_updated or (trains_all and self.args.teacher == "initial")):
-            raise ValueError(
-                f"`teacher='{self.args.teacher}'` cannot be copied from weights that ZeRO-3 keeps on NVMe. Set "
-                "`offload_param_device: cpu` in the accelerate configuration, or `teacher='live'`."
-            )
-        if is_updated and trains_all and self.is_fsdp_enabled and not state.fsdp_plugin.reshard_after_forward:
-            raise ValueError(
-                f"With `fsdp_reshard_after_forward: false`, a copy for `teacher='{self.args.teacher}'` stays whole "
-                "after it has run, and could not follow a sharded policy. Set it to `true` in the accelerate "
-                "configuration, or train a LoRA adapter."
-            )
-
     def _check_sampler(self) -> int:
         """The engine's context length. Refuses one that cannot sample this policy's rollouts in full."""
         failure, limit = None, None
@@ -552,85 +495,6 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.args.eval_benchmarks_steps,
             self._log_evaluation,
         )
-
-    def _make_teacher(self, adapter_starts_at_zero: bool) -> Teacher:
-        def shard(copy: nn.Module) -> nn.Module:
-            if self.args.teacher_offload:
-                return offload(copy, self.model.device)
-            if self.is_deepspeed_enabled:
-                return prepare_deepspeed(copy, self.accelerator)
-            if self.is_fsdp_enabled:
-                if self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
-                    raise ValueError(
-                        "With `fsdp_cpu_ram_efficient_loading: true` only the first process holds weights when the "
-                        f"model for `teacher='{self.args.teacher}'` is made. Set it to `false` in the accelerate "
-                        "configuration, as recipes/accelerate/fsdp2.yaml does."
-                    )
-                return prepare_fsdp(copy, self.accelerator)
-            return self.accelerator.prepare_model(copy, evaluation_mode=True)
-
-        args = self.args
-        if self._teacher_server is not None:
-            if args.teacher == "external":
-                self._fingerprints["teacher_model_name_or_path"] = self._teacher_server.name
-            return ServedTeacher()
-        if args.teacher == "initial":
-            return InitialTeacher(self.model, adapter_starts_at_zero, shard)
-        if args.teacher == "periodic":
-            assert args.teacher_update_steps is not None
-            return PeriodicTeacher(self.model, args.teacher_update_steps, shard)
-        if args.teacher == "ema":
-            assert args.teacher_update_rate is not None
-            return EMATeacher(self.model, args.teacher_update_rate, shard)
-        if args.teacher == "external":
-            return ExternalTeacher(self._load_external_teacher(), shard)
-        return LiveTeacher()
-
-    def _load_external_teacher(self) -> PreTrainedModel:
-        # An automatic device map would put parts of it where the policy is not
-        kwargs = {"device_map": None, **self._external_teacher_kwargs(self.args)}
-        model = create_model_from_path(cast(str, self.args.teacher_model_name_or_path), **kwargs)
-        if getattr(model, "is_quantized", False) and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
-            raise ValueError(
-                "A quantised teacher cannot be sharded by ZeRO-3 or FSDP2. Train with DDP or ZeRO-2, or drop "
-                "`quantization_config` from `teacher_model_init_kwargs`."
-            )
-        if getattr(model, "is_quantized", False) and self.args.teacher_offload:
-            raise ValueError(
-                "A quantised teacher cannot be offloaded. Set `teacher_offload=False`, or drop `quantization_config` "
-                "from `teacher_model_init_kwargs`."
-            )
-        self._fingerprints["teacher_model_name_or_path"] = fingerprint(model)
-        return model
-
-    @staticmethod
-    def _external_teacher_kwargs(args: SelfDistillationConfig) -> dict[str, Any]:
-        kwargs = cast(dict[str, Any], args.teacher_model_init_kwargs or {})
-        return {"trust_remote_code": args.trust_remote_code, **kwargs}
-
-    def _check_external_teacher(
-        self, args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any
-    ) -> None:
-        path = cast(str, args.teacher_model_name_or_path)
-        names = ("revision", "trust_remote_code", "subfolder", "token", "cache_dir")
-        kwargs = {name: value for name, value in self._external_teacher_kwargs(args).items() if name in names}
-        # Other token ids would not even raise an error: the teacher would score another text
-        ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(path, **kwargs).get_vocab()
-        if ours != theirs:
-            different = min(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
-            raise ValueError(
-                f"`teacher_model_name_or_path='{path}'` has another vocabulary than the policy: {different!r} is "
-                f"token {theirs.get(different)} there and {ours.get(different)} here. Choose a teacher with the "
-                "policy's tokenizer."
-            )
-        configs = (model_config, AutoConfig.from_pretrained(path, **kwargs))
-        size, teacher_size = (config.get_text_config().vocab_size for config in configs)
-        if size != teacher_size:
-            raise ValueError(
-                f"`teacher_model_name_or_path='{path}'` has logits over {teacher_size} tokens and the policy over "
-                f"{size}, although their tokenizers agree. Resize one of them with "
-                f"`model.resize_token_embeddings({max(size, teacher_size)})` and save it."
-            )
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
