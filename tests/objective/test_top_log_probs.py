@@ -67,6 +67,20 @@ def test_probability_that_rounds_to_one_leaves_a_finite_loss():
     assert written.exp().sum().item() == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("lowest", [-5.0, -30.0, -60.0])
+def test_the_rest_stays_below_the_top_k(lowest):
+    """Of a confident teacher, the rest is less than rounding, and there are many other tokens."""
+    k, vocabulary = 16, 20_000
+    top = torch.linspace(0.0, lowest, k)
+    top[0] = torch.log(1 - top[1:].exp().sum() * 0.01) if lowest < -20 else top[0]
+    top = top.log_softmax(0) if lowest > -20 else top
+    tokens = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))[: k + 1]
+    known = TopLogProbs(tokens[None, :k], top[None], tokens[None, k], top.min()[None] - 1)
+    written = torch.empty(1, vocabulary)
+    known.write_log_probs(written)
+    assert set(written[0].topk(k).indices.tolist()) == set(tokens[:k].tolist())
+
+
 def test_row_the_server_could_not_score_is_left_out():
     case = make_case()
     teacher = top_log_probs(case, 3)

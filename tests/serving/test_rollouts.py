@@ -88,6 +88,15 @@ def test_restarted_server_is_noticed(generation):
         generation.generate([[1]])
 
 
+def test_restarted_server_is_not_sent_weights(generation):
+    generation.client.instance = "second"
+    generation.sync_weights()
+    assert generation.gathered == ["a", "b", "c"]
+    assert generation.client.calls == []
+    with pytest.raises(ServerError, match="was restarted"):
+        generation.generate([[1]])
+
+
 def test_replicas_of_a_server_have_names_of_their_own():
     generation = Generation()
     client = generation.vllm_client

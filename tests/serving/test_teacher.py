@@ -62,18 +62,33 @@ def test_trains_as_with_the_teacher_here(settings, make_trainer, teacher, serve,
 
 
 def test_completions_of_any_length(serve, model, tokenizer):
-    server = TeacherServer(connect(serve(model, tokenizer).url, 1.0, 5.0), top_k=3, vocab_size=len(tokenizer))
+    fake = serve(model, tokenizer)
+    server = TeacherServer(connect(fake.url, 1.0, 5.0), top_k=3, vocab_size=len(tokenizer))
     prompt, completion = [5, 6, 7], [8, 9]
-    scores = server.score([prompt, prompt], [completion, []], width=4)
+    scores = server.score([prompt, prompt, None], [completion, [], completion], width=4)
+    assert fake.num_requests == 2  # the probe, and the one row to score
 
     with torch.no_grad():
         log_p = model(torch.tensor([prompt + completion])).logits[0, 2:4].log_softmax(-1)
     torch.testing.assert_close(scores.top_log_probs[0, :2], log_p.topk(3).values)
     assert torch.equal(scores.top_tokens[0, :2].long(), log_p.topk(3).indices)
     torch.testing.assert_close(scores.log_probs[0, :2], log_p[range(2), completion])
-    assert scores.top_log_probs.shape == scores.top_tokens.shape == (2, 4, 3)
+    assert scores.top_log_probs.shape == scores.top_tokens.shape == (3, 4, 3)
     assert not scores.top_log_probs[0, 2:].any()
-    assert not scores.log_probs[1].any()
+    assert not scores.log_probs[1:].any()
+
+
+def test_many_rows_are_asked_in_turns(serve, model, tokenizer):
+    fake = serve(model, tokenizer)
+    server = TeacherServer(connect(fake.url, 1.0, 5.0), top_k=3, vocab_size=len(tokenizer))
+    fake.faults = [400]
+    with pytest.raises(ServerError):
+        server.score([[1, 2]] * 200, [[3]] * 200, width=1)
+    assert fake.num_requests <= 1 + 64
+
+    scores = server.score([[1, 2]] * 70, [[3]] * 69 + [[4]], width=1)
+    assert len(scores.log_probs.unique()) == 2
+    assert scores.log_probs[69] != scores.log_probs[68]
 
 
 def test_failure_is_raised_after_a_checkpoint(make_trainer, serve, model, tokenizer, training_args):
@@ -125,5 +140,5 @@ def test_resuming_with_another_model_on_the_server(make_trainer, serve, model, t
     trainer.train()
     server.get = lambda path: (200, {"data": [{"id": "another", "max_model_len": 4096}]})
     resumed = make_trainer(teacher_server_base_url=server.url)
-    with pytest.raises(ValueError, match="external teacher is not the one"):
+    with pytest.raises(ValueError, match="was written with 'served' as its external teacher"):
         resumed.train(resume_from_checkpoint=True)

@@ -1,6 +1,7 @@
 """Evaluation on benchmarks while a model trains."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from datasets import Dataset
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer, cli
 from trl_opsd.eval.backends import Request, Sampling
 from trl_opsd.eval.run_folder import read_samples
+from trl_opsd.serving import ServerError
 from trl_opsd.trainer import benchmarks
 from trl_opsd.trainer.benchmarks import RolloutBackend
 
@@ -97,7 +99,38 @@ def test_training_is_what_it_would_have_been(temperature, make_trainer, benchmar
     assert len(evaluations(trainer)) == 6
 
 
-def test_greedy_evaluation_gives_what_the_model_says(make_trainer, benchmark, tokenizer):
+def test_server_that_fails_in_an_evaluation(make_trainer, benchmark, model, monkeypatch):
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = {"eval_benchmarks": [benchmark], "eval_benchmarks_steps": 2}
+    whole = make_trainer(**settings)
+    whole.train()
+    expected = {entry["step"]: entry["loss"] for entry in whole.state.log_history if "loss" in entry}
+
+    def fail(prompts, sampling):
+        raise ServerError("The server failed.")
+
+    model.load_state_dict(initial)
+    failed = make_trainer(**settings)
+    backend = next(c for c in failed.callback_handler.callbacks if hasattr(c, "_backend"))._backend
+    with monkeypatch.context() as patch:
+        sample = backend._sample
+        patch.setattr(
+            backend, "_sample", lambda *args: fail(*args) if failed.state.global_step == 4 else sample(*args)
+        )
+        with pytest.raises(ServerError, match=r"The server failed\. The run is saved in .*checkpoint-4"):
+            failed.train()
+    shutil.rmtree(benchmarks.Path(failed.args.output_dir) / "eval" / "step-4")  # that of the first run
+
+    model.load_state_dict(initial)
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    found = {entry["step"]: entry["loss"] for entry in resumed.state.log_history if "loss" in entry}
+    assert found == {step: loss for step, loss in expected.items() if step != 4}  # it had not been logged yet
+    assert [step for step in evaluations(resumed) if step >= 4] == [4, 5]
+
+
+def test_greedy_evaluation_gives_what_the_model_says(make_trainer, benchmark, tokenizer, model):
+    model.generation_config.repetition_penalty = 5.0
     trainer = make_trainer(
         eval_benchmarks=[benchmark],
         eval_benchmarks_sampling={"temperature": 0.0, "max_new_tokens": 6},
@@ -112,7 +145,7 @@ def test_greedy_evaluation_gives_what_the_model_says(make_trainer, benchmark, to
         prompt = tokenizer.apply_chat_template(
             message, add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True
         )
-        output = trainer.model.generate(**prompt, max_new_tokens=6, do_sample=False)
+        output = trainer.model.generate(**prompt, max_new_tokens=6, do_sample=False, repetition_penalty=1.0)
         said = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         assert sample.completion == said
 

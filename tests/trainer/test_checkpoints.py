@@ -89,6 +89,8 @@ def test_resumed_equals_uninterrupted(make_trainer, lora, teacher, external):
     [
         {"steps_per_generation": 8},  # checkpoint 3 lies between two generations
         {"num_iterations": 2},
+        {"per_device_train_batch_size": 16},  # in the middle of the second epoch
+        {"per_device_train_batch_size": 16, "save_steps": 4},  # between two epochs
         {"num_iterations": 2, "steps_per_generation": 4, "num_generations": 2},
         {"teacher": "ema", "teacher_offload": True},
         {"teacher": "periodic", "teacher_offload": True, "teacher_update_steps": 2},
@@ -105,7 +107,7 @@ def assert_resumed_equals_uninterrupted(make):
     whole.train()
     torch.manual_seed(123)
     resumed = make()
-    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / f"checkpoint-{whole.args.save_steps}"))
 
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
@@ -171,6 +173,7 @@ class FailingRollouts:
         ({"steps_per_generation": 1}, 8, 3),  # in the middle of the fourth step
         ({"steps_per_generation": 4}, 3, 4),
         ({"save_steps": 4, "num_iterations": 2}, 3, 4),  # where there is a checkpoint already
+        ({"save_only_model": True}, 4, 3),
     ],
     ids=str,
 )

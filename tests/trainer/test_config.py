@@ -155,6 +155,13 @@ def test_teacher_that_a_server_cannot_be(settings, message, tmp_path):
         SelfDistillationConfig(str(tmp_path), use_cpu=True, **settings)
 
 
+def test_other_processes_wait_as_long_as_a_server_may_take(tmp_path):
+    settings = {**SERVER, "teacher": "external"}
+    assert SelfDistillationConfig(str(tmp_path), use_cpu=True, **settings).ddp_timeout == 2 * 1800 + 600
+    assert SelfDistillationConfig(str(tmp_path), use_cpu=True, ddp_timeout=9000, **settings).ddp_timeout == 9000
+    assert SelfDistillationConfig(str(tmp_path), use_cpu=True).ddp_timeout == 1800
+
+
 def test_epochs_that_max_steps_overrides_are_announced(tmp_path):
     with pytest.warns(UserWarning, match="Set `max_steps=-1` to train by epochs"):
         OPSDConfig(str(tmp_path), use_cpu=True, num_train_epochs=2)

@@ -76,8 +76,10 @@ class TopLogProbs(NamedTuple):
         is_repeated = (self.top_tokens == self.sampled_tokens.unsqueeze(1)).any(dim=1)
         mass = self.top_log_probs.exp().sum(dim=1) + torch.where(is_repeated, 0.0, self.sampled_log_probs.exp())
         num_others = out.size(1) - self.top_tokens.size(1) - (~is_repeated).long()
-        # Less than the rounding of the sum cannot be told from nothing
+        # Less than the rounding of the sum cannot be told from nothing, and must not push others into the top k
         rest = (1 - mass).clamp(min=torch.finfo(mass.dtype).eps) / num_others.clamp(min=1)
-        out.copy_(rest.log().unsqueeze(1).expand_as(out))
+        lowest = self.top_log_probs.amin(dim=1)
+        below = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))
+        out.copy_(rest.log().minimum(below).unsqueeze(1).expand_as(out))
         out.scatter_(1, self.top_tokens, self.top_log_probs.to(out.dtype))
         out.scatter_(1, self.sampled_tokens.unsqueeze(1), self.sampled_log_probs.unsqueeze(1).to(out.dtype))

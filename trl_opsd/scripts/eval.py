@@ -204,7 +204,9 @@ def _fingerprint(name: str, arguments: EvalArguments) -> str | None:
         text = str([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
     if name == arguments.adapter:
-        return None
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(name, "adapter_config.json")).parent.name  # the commit
     config = AutoConfig.from_pretrained(
         name, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
     )

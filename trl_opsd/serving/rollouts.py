@@ -52,6 +52,7 @@ class _WatchedClient:
     def update_named_params(
         self, metadata: list[tuple[str, str, list[int]]], named_params: Iterator[tuple[str, torch.Tensor]]
     ) -> None:
+        self._check_instance()  # one that was restarted would wait for a transfer that nobody prepared
         self._attempt(self._client.update_named_params, metadata, named_params)
         for _ in named_params:  # the other processes are in the collective operations that gather them
             pass
@@ -61,11 +62,9 @@ class _WatchedClient:
 
     def generate(self, **kwargs: Any) -> dict[str, Any]:
         output = self._attempt(self._client.generate, **kwargs)
-        if self._attempt(self._current_instance) != self._instance and self.failure is None:
-            self.failure = (
-                f"The vLLM server at {self._client.base_url} was restarted, and has its first weights again."
-            )
-        return output or {"prompt_ids": [], "completion_ids": [], "logprobs": None}
+        self._check_instance()
+        nothing: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": None}
+        return output if self.failure is None else nothing
 
     def _attempt(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.failure is not None:
@@ -75,6 +74,11 @@ class _WatchedClient:
         except Exception as error:  # of the connection, or whatever the client makes of an answer
             self.failure = f"The vLLM server at {self._client.base_url} failed: {error}"
             return None
+
+    def _check_instance(self) -> None:
+        if self._attempt(self._current_instance) != self._instance and self.failure is None:
+            url = self._client.base_url
+            self.failure = f"The vLLM server at {url} was restarted, and has its first weights again."
 
     def _current_instance(self) -> str | None:
         info = self._client.get_server_info()

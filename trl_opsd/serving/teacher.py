@@ -1,6 +1,6 @@
 """The teacher's log-probabilities from a vLLM server."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -8,6 +8,9 @@ from accelerate.utils import gather_object
 from trl.generation.vllm_client import VLLMClient
 
 from .client import ServerError, context_length
+
+
+_CONCURRENT = 64
 
 
 class Scores(NamedTuple):
@@ -66,13 +69,13 @@ class TeacherServer:
                 "Serve a model with the policy's vocabulary."
             )
 
-    def score(self, prompts: list[list[int]], completions: list[list[int]], width: int) -> Scores:
+    def score(self, prompts: list[list[int] | None], completions: list[list[int]], width: int) -> Scores:
         """
         Score completions. Called on every process, each with its own.
 
         Args:
-            prompts (`list[list[int]]`):
-                Token ids of B prompts.
+            prompts (`list[list[int] | None]`):
+                Token ids of B prompts. `None` leaves the row out: it gets log-probabilities of 0.
             completions (`list[list[int]]`):
                 Token ids of B completions.
             width (`int`):
@@ -84,28 +87,31 @@ class TeacherServer:
         Raises:
             ServerError: On every process, if the server fails on any.
         """
-        failure, output = None, None
+        failure = None
+        asked = [row for row, prompt in enumerate(prompts) if prompt is not None and completions[row]]
+        top_tokens = np.zeros((len(prompts), width, self._top_k), np.int32)
+        top_log_probs = np.zeros((len(prompts), width, self._top_k), np.float32)
+        log_probs = np.zeros((len(prompts), width), np.float32)
         try:
-            sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-            output = self._ask(sequences, [len(prompt) for prompt in prompts])
+            # Not all at once: after a failure, the client still waits for the answers to all it was asked
+            for start in range(0, len(asked), _CONCURRENT):
+                rows = asked[start : start + _CONCURRENT]
+                given = [cast(list[int], prompts[row]) for row in rows]
+                sequences = [prompt + completions[row] for prompt, row in zip(given, rows, strict=True)]
+                output = self._ask(sequences, [len(prompt) for prompt in given])
+                for index, row in enumerate(rows):
+                    part = slice(0, len(completions[row]))
+                    top_tokens[row, part] = output["logprob_token_ids"][index]
+                    top_log_probs[row, part] = output["logprobs"][index]
+                    log_probs[row, part] = np.squeeze(output["actual_logprobs"][index], axis=1)
         except Exception as error:  # of the connection, or whatever the client makes of an answer
             failure = f"The teacher's vLLM server at {self._client.base_url} failed: {error}"
         failures = [message for message in gather_object([failure]) if message is not None]
         if failures:
             raise ServerError(failures[0])
-        assert output is not None
-        top_tokens = np.zeros((len(prompts), width, self._top_k), np.int32)
-        top_log_probs = np.zeros((len(prompts), width, self._top_k), np.float32)
-        log_probs = np.zeros((len(prompts), width), np.float32)
-        for row, completion in enumerate(completions):
-            if not completion:
-                continue
-            top_tokens[row, : len(completion)] = output["logprob_token_ids"][row]
-            top_log_probs[row, : len(completion)] = output["logprobs"][row]
-            log_probs[row, : len(completion)] = np.squeeze(output["actual_logprobs"][row], axis=1)
         return Scores(*map(torch.from_numpy, (top_tokens, top_log_probs, log_probs)))
 
     def _ask(self, sequences: list[list[int]], prompt_lengths: list[int]) -> dict[str, list]:
         return self._client.get_sequence_logprobs(
-            sequences, prompt_lengths, top_logprobs=self._top_k, chunk_size=1, max_concurrent_requests=64
+            sequences, prompt_lengths, top_logprobs=self._top_k, chunk_size=1, max_concurrent_requests=_CONCURRENT
         )

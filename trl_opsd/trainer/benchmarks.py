@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
@@ -19,6 +19,7 @@ from ..eval.metrics import Summary, summarize
 from ..eval.run_folder import SampleFile, keep_problems, open_run, write_json
 from ..eval.samples import Sample
 from ..eval.scorer import SCORER_VERSION
+from ..serving import ServerError
 
 
 def load_problems(benchmarks: Sequence[str], limit: int | None) -> dict[str, list[Problem]]:
@@ -110,8 +111,12 @@ class BenchmarkCallback(TrainerCallback):
             Completions of each problem.
         every (`int`):
             Optimizer steps between two evaluations.
+        stream (`int`):
+            Which of several streams of random numbers this process draws from.
         log (`Callable[[dict[str, float]], None]`):
             Called with the metrics, on every process.
+        on_failure (`Callable[[ServerError], ServerError]`):
+            Called on every process if the server of the rollouts fails. Makes the error to end the run with.
     """
 
     def __init__(
@@ -122,7 +127,9 @@ class BenchmarkCallback(TrainerCallback):
         sampling: Sampling,
         num_samples: int,
         every: int,
+        stream: int,
         log: Callable[[dict[str, float]], None],
+        on_failure: Callable[[ServerError], ServerError],
     ):
         self._problems = problems
         self._backend = backend
@@ -130,49 +137,56 @@ class BenchmarkCallback(TrainerCallback):
         self._sampling = sampling
         self._num_samples = num_samples
         self._every = every
+        self._stream = stream
         self._log = log
-        self._last_step: int | None = None
+        self._on_failure = on_failure
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0:
-            self._evaluate(args, state, control)
+        if state.global_step % self._every == 0:
+            # At a step that is resumed from, too, if the run ended before this was done
+            (is_there,) = broadcast_object_list([(self._folder(args, state) / "run.json").exists()])
+            if state.global_step == 0 or not is_there:
+                self._evaluate(args, state, control)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self._every == 0:
-            self._evaluate(args, state, control)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._last_step != state.global_step:
+        # Not when training has ended: `load_best_model_at_end` comes before that
+        if state.global_step % self._every == 0 or control.should_training_stop:
             self._evaluate(args, state, control)
 
     def _evaluate(self, args: Any, state: Any, control: Any) -> None:
-        step = self._last_step = state.global_step
+        step = state.global_step
         devices = [] if args.device.type == "cpu" else [args.device]
-        with torch.random.fork_rng(devices, device_type=args.device.type if devices else "cuda"):
-            torch.manual_seed(hash((args.seed, step, args.process_index)) % 2**32)
-            problems = [problem for rows in self._problems.values() for problem in rows]
-            generated = evaluate(
-                problems, self._backend, self._chat, self._sampling, num_samples=self._num_samples, seed=args.seed
-            )
-            samples = list(
-                tqdm(
-                    generated,
-                    desc=f"Benchmarks at step {step}",
-                    total=len(problems) * self._num_samples,
-                    disable=args.disable_tqdm or not state.is_local_process_zero,
-                    leave=False,
-                )
-            )
+        problems = [problem for rows in self._problems.values() for problem in rows]
+        generated = evaluate(
+            problems, self._backend, self._chat, self._sampling, num_samples=self._num_samples, seed=args.seed
+        )
+        progress = tqdm(
+            generated,
+            desc=f"Benchmarks at step {step}",
+            total=len(problems) * self._num_samples,
+            disable=args.disable_tqdm or not state.is_local_process_zero,
+            leave=False,
+        )
+        try:
+            with torch.random.fork_rng(devices, device_type=args.device.type if devices else "cuda"):
+                torch.manual_seed(hash((args.seed, step, self._stream)) % 2**32)
+                samples = list(progress)
+        except ServerError as error:
+            raise self._on_failure(error) from error
         by_benchmark = {name: [row for row in samples if row.benchmark == name] for name in self._problems}
         summaries = {name: summarize(rows) for name, rows in by_benchmark.items()}
         if state.is_world_process_zero:
-            self._keep(Path(args.output_dir) / "eval" / f"step-{step}", args, by_benchmark, summaries)
+            self._keep(self._folder(args, state), args, by_benchmark, summaries)
         logs: dict[str, float] = {}
         for name, summary in summaries.items():
             logs |= {f"eval_{name}/{metric}": value for metric, value in _metrics(summary).items()}
         should_log = control.should_log
         self._log(logs)
         control.should_log = should_log  # the step has yet to be logged
+
+    @staticmethod
+    def _folder(args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / "eval" / f"step-{state.global_step}"
 
     def _keep(self, folder: Path, args: Any, samples: dict[str, list[Sample]], summaries: dict[str, Summary]) -> None:
         settings = {

@@ -81,7 +81,8 @@ class SelfDistillationConfig(GRPOConfig):
             temperature 1: `divergence_support` has to be `"teacher_top_k"` or `"sampled_token"`.
         vllm_server_request_timeout (`float`, *optional*, defaults to `1800.0`):
             Seconds a vLLM server may take for an answer, such as all rollouts of a batch. One that takes longer is
-            asked once more; then the run ends after a checkpoint.
+            asked once more; then the run ends after a checkpoint. The other processes wait meanwhile: a `ddp_timeout`
+            that is too short for that is raised.
 
         > Parameters that control the objective
 
@@ -416,6 +417,10 @@ class SelfDistillationConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        if (self.use_vllm and self.vllm_mode == "server") or self.teacher_server_base_url is not None:
+            longest_wait = int(2 * self.vllm_server_request_timeout) + 600
+            if self.ddp_timeout < longest_wait:  # type: ignore[has-type]
+                self.ddp_timeout = longest_wait
         single_rollout = self.num_generations == 1
         if single_rollout:
             self.num_generations = _SingleRollout(1)

@@ -19,6 +19,7 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
   parameters)` makes them whole under ZeRO-3.
 - `vllm_generation.generate(...)` and, on the main process in server mode, `vllm_generation.vllm_client`, whose
   `update_named_params`, `reset_prefix_cache` and `generate` are all that is used of it.
+- `_get_train_sampler(dataset)` returns a sampler that draws the order of each epoch from its `generator`.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
@@ -287,6 +288,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._first_turn = False
         self._generation_step = -1
         self._first_micro_batch = 0
+        self._train_sampler = None
         self._rows: list[Mapping[str, Any]] = []
         self._empty_rollouts: set[int] = set()
         self._dataset_tokens = 0
@@ -444,12 +446,12 @@ class SelfDistillationTrainer(GRPOTrainer):
                 limit = context_length(client)
                 check_tokenizer(client, "vllm_server_base_url", self._tokenizer)
                 check_holds_policy(client, self.model.config)
-            except ValueError as error:
+            except Exception as error:  # the others wait to hear of it
                 failure = str(error)
         failure, limit = broadcast_object_list([failure, limit])
         if failure is not None:
             raise ValueError(failure)
-        if self.vllm_mode == "server":
+        if self.vllm_mode == "server" and self.rollout_func is None:  # which may talk to the client itself
             report_failures(self.vllm_generation)
         longest = 0
         if isinstance(self.train_dataset, Dataset) and not self.environment_factories:
@@ -481,7 +483,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 self._sample,
                 self.accelerator,
                 self.eos_token_ids,
-                None if self.use_vllm else self.args.per_device_eval_batch_size,
+                self._evaluation_batch_size(),
                 self._context_length,
             ),
             ChatFormat(
@@ -493,8 +495,17 @@ class SelfDistillationTrainer(GRPOTrainer):
             Sampling(**cast(dict[str, Any], self.args.eval_benchmarks_sampling)),
             self.args.eval_benchmarks_num_samples,
             self.args.eval_benchmarks_steps,
+            # The processes of a tensor-parallel engine have to draw the same
+            self.accelerator.process_index // (self.args.vllm_tensor_parallel_size if self.use_vllm else 1),
             self._log_evaluation,
+            self._saved,
         )
+
+    def _evaluation_batch_size(self) -> int | None:
+        if not self.use_vllm:
+            return self.args.per_device_eval_batch_size
+        # An engine in the process schedules all by itself; a server has `vllm_server_request_timeout` for each request
+        return None if self.vllm_mode == "colocate" else 64
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -565,6 +576,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "min_p": None,
                 "repetition_penalty": 1.0,
                 "max_completion_length": sampling.max_new_tokens,
+                "structured_outputs_regex": None,
                 "generation_kwargs": {},
             }
         else:
@@ -578,12 +590,17 @@ class SelfDistillationTrainer(GRPOTrainer):
             changes = {"generation_config": config, "generation_kwargs": kwargs}
         originals = {name: getattr(target, name) for name in changes}
         vars(target).update(changes)
+        # `generate` fills what a configuration leaves open from the model's own, say with a repetition penalty
+        models = {id(model): model for model in (self.model, causal_lm(self.model))}.values()
+        own_configs = [model.generation_config for model in models]
+        for model in models:
+            model.generation_config = GenerationConfig()
         with _evaluation_mode(self.model):
             try:
                 return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]
-            except ServerError as error:
-                raise self._saved(error) from error
             finally:
+                for model, config in zip(models, own_configs, strict=True):
+                    model.generation_config = config
                 vars(target).update(originals)
                 # FSDP2 leaves it to a backward pass, which does not come, to shard the root module again
                 for module in self.model_wrapped.modules() if self.is_fsdp_enabled else ():
@@ -593,6 +610,10 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _log_evaluation(self, logs: dict[str, float]) -> None:
         with _evaluation_mode(self.model):  # or GRPOTrainer would log the metrics of the training step as well
             self.log(logs)
+
+    def _get_train_sampler(self, dataset=None):
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
 
     def _mark_empty_rollouts(self, completion_ids, logprobs):
         # GRPOTrainer looks at the last token of every rollout. One without tokens gets an eos token and is left out of
@@ -720,7 +741,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 ids[mask].tolist()
                 for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
             ]
-            prompts = [ids.tolist() for ids in teacher_ids]
+            prompts = [ids.tolist() if given else None for ids, given in zip(teacher_ids, has_context, strict=True)]
             try:
                 scores = self._teacher_server.score(prompts, completions, batch["completion_ids"].size(1))
             except ServerError as error:
@@ -1070,6 +1091,11 @@ class SelfDistillationTrainer(GRPOTrainer):
                 )
         for name, model in (("model", "The policy"), ("teacher_model_name_or_path", "The external teacher")):
             if state["fingerprints"].get(name) not in (None, self._fingerprints.get(name)):
+                if name != "model" and self._teacher_server is not None:
+                    raise ValueError(
+                        f"{checkpoint} was written with '{state['fingerprints'][name]}' as its external teacher, and "
+                        f"`teacher_server_base_url` serves '{self._fingerprints[name]}'. Serve the same model."
+                    )
                 raise ValueError(
                     f"{model} is not the one {checkpoint} was started with: its initial weights differ. Resume with "
                     f"the same `{name}` in the same dtype. (What training made of the policy comes from the "
@@ -1111,16 +1137,18 @@ class SelfDistillationTrainer(GRPOTrainer):
         directory = Path(self._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         generate_every = self.args.steps_per_generation * self.num_iterations
         micro_batch = self._step
-        if self.model.training:
-            # Sampling may come in the middle of a step, whose first micro-batches a resumed run begins with
-            self._step = self._first_micro_batch
+        # Sampling may come in the middle of a step, whose first micro-batches a resumed run begins with
+        self._step = self._first_micro_batch
+        (has_checkpoint,) = broadcast_object_list([is_complete(directory)])
         if not self.is_in_train or step == 0:
             outcome = "No step had been trained."
         elif self._step != micro_batch and self._step % generate_every:
             outcome = "Resume from the last checkpoint: between two generations none could be made."
         else:
-            if not is_complete(directory):
+            if not has_checkpoint:
+                only_model, self.args.save_only_model = self.args.save_only_model, False
                 self._save_checkpoint(self.model, trial=None)
+                self.args.save_only_model = only_model
             outcome = f"The run is saved in {directory}: start the server and resume with `resume_from_checkpoint`."
         return ServerError(f"{error} {outcome}")
 
@@ -1162,12 +1190,19 @@ class _StepCallback(TrainerCallback):
     def __init__(self, trainer: SelfDistillationTrainer):
         self._trainer = trainer
 
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # GRPOTrainer goes on with one generator, which a resumed run would begin anew: with the order of epoch 0
+        generator = getattr(self._trainer._train_sampler, "generator", None)  # there is none without shuffling
+        if generator is not None:
+            generator.manual_seed(args.seed + int(state.epoch or 0))
+
     def on_step_begin(self, args, state, control, **kwargs):
         self._trainer._first_micro_batch = self._trainer._step
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self._trainer
         trainer.teacher.on_step_end(state.global_step)
+        trainer._first_micro_batch = trainer._step  # of the next step
 
 
 @contextmanager
