@@ -57,9 +57,12 @@ def command(backend: str, jobs: list[dict[str, Any]], folder: Path, **deepspeed:
     elif backend == "ddp":  # accelerate would start a single process for a CPU world of several
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     else:
-        config = yaml.safe_load((RECIPES / f"{backend}.yaml").read_text())
+        name = "single" if backend == "MULTI_CPU" else backend
+        config = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
         config |= {"use_cpu": True, "mixed_precision": "no", "num_processes": 2, "main_process_port": 0}
         config.get("deepspeed_config", {}).update(deepspeed)
+        if backend == "MULTI_CPU":
+            config["distributed_type"] = backend
         (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
         launcher = ["-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
     return [sys.executable, *launcher, str(SCRIPT), str(folder)]

@@ -1,8 +1,10 @@
 """Two processes train as one does, however the model is sharded: same losses, same weights, same teacher."""
 
+import subprocess
+
 import pytest
 import torch
-from distributed.launch import job, launch
+from distributed.launch import ENVIRONMENT, command, job, launch
 
 
 STEPS = 20
@@ -17,9 +19,17 @@ JOBS = [
 BUDGET = job("opsd", "full", name="budget", max_steps=4, num_generations=2, max_tokens_per_microbatch=896)
 
 
+OFFLOAD = {"offload_optimizer_device": "cpu", "offload_param_device": "cpu"}
+MEMORY = [
+    job("opsd", "lora", name="checkpointing", max_steps=6, gradient_checkpointing=True),
+    job("opsd", "full", name="iterations", max_steps=6, num_iterations=2, teacher="ema", teacher_update_rate=0.2),
+]
+OFFLOADED = job("opsd", "full", name="offloaded", max_steps=6, teacher_offload=True)
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    return launch("single", [*JOBS, BUDGET], tmp_path_factory.mktemp("parity") / "single")
+    return launch("single", [*JOBS, *MEMORY, OFFLOADED, BUDGET], tmp_path_factory.mktemp("parity") / "single")
 
 
 METRICS = ("loss", "distillation_loss", "entropy", "num_generated_tokens", "teacher_prompts/max_length")
@@ -37,16 +47,19 @@ def assert_same(found, expected, metrics=METRICS):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("backend", "world", "zero_stage", "jobs"),
+    ("backend", "world", "zero_stage", "jobs", "deepspeed"),
     [
-        ("ddp", "MULTI_CPU", None, [*JOBS, BUDGET]),
-        ("zero2", "DEEPSPEED", 2, JOBS),
-        ("zero3", "DEEPSPEED", 3, JOBS),
-        ("fsdp2", "FSDP", None, JOBS),
+        ("ddp", "MULTI_CPU", None, [*JOBS, *MEMORY, OFFLOADED, BUDGET], {}),
+        ("zero2", "DEEPSPEED", 1, [JOBS[1], *MEMORY], {"zero_stage": 1}),
+        ("zero2", "DEEPSPEED", 2, [*JOBS, *MEMORY], {}),
+        ("zero3", "DEEPSPEED", 3, [*JOBS, *MEMORY], {}),
+        ("zero3", "DEEPSPEED", 3, [*JOBS[1:3], *MEMORY], OFFLOAD),
+        ("fsdp2", "FSDP", None, [*JOBS, *MEMORY], {}),
     ],
+    ids=["ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2"],
 )
-def test_two_processes_equal_one(backend, world, zero_stage, jobs, one_process, tmp_path):
-    found = launch(backend, jobs, tmp_path / backend)
+def test_two_processes_equal_one(backend, world, zero_stage, jobs, deepspeed, one_process, tmp_path):
+    found = launch(backend, jobs, tmp_path / backend, **deepspeed)
 
     for name, result in found.items():
         assert result["world"] == [2, world]
@@ -70,3 +83,11 @@ def test_micro_batches_equal_one_batch(one_process, tmp_path):
     for name, result in launch("single", jobs, tmp_path / "split").items():
         assert len(result["num_passes"][0]) == 4 * STEPS
         assert_same(result, one_process[name], ["loss"])  # other metrics are means of the micro-batches' means
+
+
+@pytest.mark.distributed
+def test_processes_that_accelerate_does_not_start_are_missed(tmp_path):
+    run = command("MULTI_CPU", JOBS[:1], tmp_path)
+    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "was asked for several processes (`num_processes`) and started one" in done.stderr

@@ -1,25 +1,16 @@
 """vLLM beside the trainer, in its process: a real engine on the CPU. `make test-vllm` runs these."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from sampler.environment import ENVIRONMENT
 
 
 pytest.importorskip("vllm", reason="`make test-vllm` runs these in an environment with vLLM")
 
-TESTS = Path(__file__).parents[1]
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "TRL_EXPERIMENTAL_SILENCE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-}
 MEAN, MAX = "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"
 
 

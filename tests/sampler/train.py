@@ -2,11 +2,11 @@
 
 import json
 import sys
+from pathlib import Path
 
 import torch
-from datasets import Dataset
+from environment import SETTINGS, dataset, save_model
 from peft import LoraConfig
-from tiny import make_model, make_tokenizer
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 
@@ -15,36 +15,20 @@ NUM_SYNCS = 300
 
 
 def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
-    tokenizer = make_tokenizer()
-    # vLLM's attention on the CPU needs heads of at least 32
-    model = make_model(tokenizer, hidden_size=64, head_dim=32, intermediate_size=64)
-    model.to(getattr(torch, dtype)).save_pretrained(f"{folder}/base")
-    tokenizer.save_pretrained(f"{folder}/base")
-    rows = [{"prompt": f"What is {a} + {7 * a}?", "solution": f"{a}+{7 * a}={8 * a}"} for a in range(1, 17)]
+    save_model(Path(folder) / "base", dtype)
     trainer = SelfDistillationTrainer(
         f"{folder}/base",
         args=SelfDistillationConfig(
             output_dir=f"{folder}/run",
             model_init_kwargs={"dtype": dtype},
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            save_strategy="no",
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=1,
-            max_completion_length=16,
-            learning_rate=0.05,
-            max_steps=4,
+            **SETTINGS,
             use_vllm=True,
             vllm_mode="colocate",
             vllm_max_model_length=512,
             vllm_gpu_memory_utilization=0.1,
             **settings,
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=dataset(),
         peft_config=LoraConfig(r=8, target_modules="all-linear") if weights == "lora" else None,
     )
     parameters = trainer.model.named_parameters()

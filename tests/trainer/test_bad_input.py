@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
-from peft import PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import make_model, make_tokenizer
 from trl import GRPOConfig
 
@@ -191,6 +191,8 @@ def test_external_teacher_with_a_padded_vocabulary(refused, tmp_path):
         ("fsdp", {"fsdp_version": 2, "reshard_after_forward": False}, "ema", "`fsdp_reshard_after_forward: false`"),
         ("ddp", {}, "live", "asks for FSDP, but accelerate runs `MULTI_CPU` on 2 processes"),
         ("zero", {"offload_param": {"device": "nvme"}}, "initial", "ZeRO-3 keeps on NVMe"),
+        ("zero", {"stage": 2}, "offloaded", "DeepSpeed and FSDP2 manage the teacher's weights themselves"),
+        ("lora", {}, "offloaded", "has no effect on `teacher='initial'` of a LoRA adapter"),
     ],
 )
 def test_sharding_that_cannot_work(kind, plugin, teacher, message, monkeypatch):
@@ -202,8 +204,10 @@ def test_sharding_that_cannot_work(kind, plugin, teacher, message, monkeypatch):
     )
     trainer = SimpleNamespace(
         accelerator=SimpleNamespace(state=state, num_processes=2),
-        args=SimpleNamespace(teacher=teacher),
-        model=None,
+        args=SimpleNamespace(
+            teacher="initial" if teacher == "offloaded" else teacher, teacher_offload=teacher == "offloaded"
+        ),
+        model=get_peft_model(make_model(make_tokenizer()), LoraConfig()) if kind == "lora" else None,
         is_fsdp_enabled=kind == "fsdp",
         is_deepspeed_enabled=kind == "zero",
     )

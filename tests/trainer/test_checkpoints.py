@@ -87,12 +87,14 @@ def test_resumed_equals_uninterrupted(make_trainer, lora, teacher, external):
         {"steps_per_generation": 8},  # checkpoint 3 lies between two generations
         {"num_iterations": 2},
         {"num_iterations": 2, "steps_per_generation": 4, "num_generations": 2},
+        {"teacher": "ema", "teacher_offload": True},
+        {"teacher": "periodic", "teacher_offload": True, "teacher_update_steps": 2},
         {"init_lora_weights": False, "lora": True},  # a random adapter, which the initial teacher copies
     ],
     ids=str,
 )
 def test_resumed_equals_uninterrupted_in_the_middle(make_trainer, settings):
-    assert_resumed_equals_uninterrupted(lambda: make_trainer(teacher="initial", **settings))
+    assert_resumed_equals_uninterrupted(lambda: make_trainer(**{"teacher": "initial", **settings}))
 
 
 def assert_resumed_equals_uninterrupted(make):

@@ -102,9 +102,55 @@ def test_docstrings_and_help_cover_every_field(config_class):
         ({"policy_loss_coef": 1.0}, "needs `num_generations` of at least 2"),
         ({"loss_type": "mean"}, "`loss_type` must be one of"),
         ({"loss_type": "dr_grpo", "max_completion_length": None}, "divides by `max_completion_length`"),
+        ({"teacher": "live", "teacher_offload": True}, "`teacher_offload=True` has no effect"),
+        ({"vllm_server_request_timeout": 0.0}, "`vllm_server_request_timeout` must be positive"),
     ],
 )
 def test_contradictory_settings_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        SelfDistillationConfig(str(tmp_path), use_cpu=True, **settings)
+
+
+SERVER = {"teacher_server_base_url": "http://host:8000", "divergence_support": "teacher_top_k"}
+SAMPLER = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://host:8000/"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"teacher": "external"},
+        {"teacher": "external", "divergence_support": "sampled_token", "num_iterations": 2},
+        {"teacher": "live", **SAMPLER},
+        {"teacher": "live", **SAMPLER, "vllm_server_base_url": None, "vllm_server_host": "host"},
+    ],
+)
+def test_teacher_on_a_server(settings, tmp_path):
+    config = SelfDistillationConfig(str(tmp_path), use_cpu=True, **{**SERVER, **settings})
+    assert config.teacher_model_name_or_path is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher": "initial"}, "cannot be combined with `teacher='initial'`"),
+        ({"teacher": "ema"}, "cannot be combined with `teacher='ema'`"),
+        ({"teacher_model_name_or_path": "model"}, "has no effect beside `teacher_server_base_url="),
+        ({"teacher_model_init_kwargs": {}}, "has no effect beside `teacher_server_base_url="),
+        ({"divergence_support": "full"}, "cannot be combined with `divergence_support='full'`"),
+        ({"divergence_support": "union_top_k"}, "cannot be combined with `divergence_support='union_top_k'`"),
+        ({"temperature": 1.1}, "cannot be combined with `distillation_temperature=1.1`"),
+        ({"seq_kd": True, "lmbda": 0.5}, "`seq_kd=True` samples from weights"),
+        ({"teacher_offload": True}, "`teacher_offload=True` has no effect"),
+        ({"teacher": "live"}, "has to be the server that samples the rollouts"),
+        ({"teacher": "live", **SAMPLER, "vllm_mode": "colocate"}, "has to be the server that samples the rollouts"),
+        ({"teacher": "live", **SAMPLER, "vllm_server_base_url": "http://other"}, "has to be the server that samples"),
+        ({"teacher": "live", **SAMPLER, "num_iterations": 2}, "the weights move before all of them are used"),
+        ({"teacher": "live", **SAMPLER, "steps_per_generation": 8}, "the weights move before all of them are used"),
+        ({"teacher": "live", **SAMPLER, "lmbda": 0.5}, "needs `lmbda=1.0`"),
+    ],
+)
+def test_teacher_that_a_server_cannot_be(settings, message, tmp_path):
+    settings = {**SERVER, "teacher": "external", "gradient_accumulation_steps": 4, **settings}
     with pytest.raises(ValueError, match=message):
         SelfDistillationConfig(str(tmp_path), use_cpu=True, **settings)
 

@@ -6,6 +6,7 @@ from .divergence import Divergence, pointwise_divergence
 from .fused import FusedDivergence, fused_divergence
 from .head import Head
 from .objective import Objective, Support, Tail
+from .top_log_probs import TopLogProbs
 
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Objective",
     "Support",
     "Tail",
+    "TopLogProbs",
     "aggregation_weights",
     "fused_divergence",
     "generalized_jsd_loss",

@@ -20,6 +20,7 @@ from .kernel import STATISTICS, divergence_kernel
 from .memory import empty_block, reuse_freed_memory
 from .objective import Objective
 from .products import add_outer, project, project_back
+from .top_log_probs import TopLogProbs
 
 
 # Below, compiling takes longer than it saves.
@@ -72,9 +73,9 @@ class FusedDivergence(NamedTuple):
 
 def fused_divergence(
     student_hidden: torch.Tensor,
-    teacher_hidden: torch.Tensor,
+    teacher_states: torch.Tensor | TopLogProbs,
     student_head: Head,
-    teacher_head: Head,
+    teacher_head: Head | None,
     token_ids: torch.Tensor,
     weights: torch.Tensor,
     objective: Objective,
@@ -91,12 +92,12 @@ def fused_divergence(
     Args:
         student_hidden (`torch.Tensor` of shape `(N, H)`):
             Student hidden states, row n predicting token n.
-        teacher_hidden (`torch.Tensor` of shape `(N, H_t)`):
-            Teacher hidden states for the same tokens.
+        teacher_states (`torch.Tensor` of shape `(N, H_t)` or [`TopLogProbs`]):
+            Teacher hidden states for the same tokens, or what a server reports of its distributions.
         student_head ([`Head`]):
             Student head, with V rows.
-        teacher_head ([`Head`]):
-            Teacher head, with V rows. It may share the student's tensors.
+        teacher_head ([`Head`], *optional*):
+            Teacher head, with V rows. It may share the student's tensors. `None` with [`TopLogProbs`].
         token_ids (`torch.Tensor` of shape `(N,)`):
             Sampled tokens, int64.
         weights (`torch.Tensor` of shape `(N,)`):
@@ -115,10 +116,12 @@ def fused_divergence(
         [`FusedDivergence`]: the loss and what the log needs, from the same pass.
 
     Raises:
-        ValueError: If the two heads have different vocabularies.
+        ValueError: If the two heads have different vocabularies, or if [`TopLogProbs`] do not determine the objective.
     """
     vocabulary = student_head.weight.size(0)
-    if teacher_head.weight.size(0) != vocabulary:
+    if isinstance(teacher_states, TopLogProbs):
+        teacher_states.check(objective)
+    elif teacher_head is not None and teacher_head.weight.size(0) != vocabulary:
         raise ValueError(
             f"The teacher's vocabulary has {teacher_head.weight.size(0)} entries and the student's {vocabulary}. A "
             "divergence between them is undefined: use a teacher with the student's tokenizer."
@@ -131,7 +134,7 @@ def fused_divergence(
     outputs = _FusedDivergenceFunction.apply(
         *inputs,
         student_head,
-        teacher_hidden,
+        teacher_states,
         teacher_head,
         token_ids,
         weights,
@@ -179,7 +182,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         weight,
         bias,
         student_head,
-        teacher_hidden,
+        teacher_states,
         teacher_head,
         token_ids,
         weights,
@@ -212,7 +215,9 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         factors = pad(weights / peak / objective.temperature, padding)
         statistics = torch.zeros(len(STATISTICS), num_rows + slice_rows, dtype=wide, device=device)
         finishes = [
-            Finish(None if head.bias is None else head.bias.detach().to(wide), head.scale, head.softcap)
+            Finish(None, 1.0, None)
+            if head is None
+            else Finish(None if head.bias is None else head.bias.detach().to(wide), head.scale, head.softcap)
             for head in (student_head, teacher_head)
         ]
 
@@ -228,10 +233,14 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                 size = rows.stop - start
                 student_rows = hidden[rows].to(dtype)
                 project(student_rows, weight, student_block[:size], dtype)
-                project(teacher_hidden[rows].to(dtype), teacher_head.weight, teacher_block[:size], dtype)
+                if teacher_head is None:
+                    teacher_rows = teacher_states.rows(rows)
+                    teacher_rows.write_log_probs(teacher_block[:size])
+                else:
+                    teacher_rows = teacher_states[rows]
+                    project(teacher_rows.to(dtype), teacher_head.weight, teacher_block[:size], dtype)
                 # Checked here, because a softcap hides infinite ones
-                valid = hidden[rows].isfinite().all(dim=-1) & teacher_hidden[rows].isfinite().all(dim=-1)
-                valid = pad(valid, padding)
+                valid = pad(hidden[rows].isfinite().all(dim=-1) & teacher_rows.isfinite().all(dim=-1), padding)
                 for first in range(0, size, slice_rows):
                     part, place = slice(first, first + slice_rows), slice(start + first, start + first + slice_rows)
                     statistics[:, place] = kernel(

@@ -96,7 +96,7 @@ def describe_run(trainer: "SelfDistillationTrainer", max_steps: int) -> list[tup
         "live": "the student's current weights",
         "periodic": f"a copy of the student, renewed every {args.teacher_update_steps} optimizer steps",
         "ema": f"a moving average of the student, {args.teacher_update_rate} of it after every optimizer step",
-        "external": f"{args.teacher_model_name_or_path}, never trained",
+        "external": f"{args.teacher_model_name_or_path or args.teacher_server_base_url}, never trained",
     }[args.teacher]
     divergence = {
         "forward_kl": "forward KL(teacher ‖ student)",

@@ -6,7 +6,9 @@ from .external import ExternalTeacher
 from .fingerprint import fingerprint
 from .initial import InitialTeacher
 from .live import LiveTeacher
+from .offload import offload
 from .periodic import PeriodicTeacher
+from .served import ServedTeacher
 
 
 __all__ = [
@@ -15,6 +17,8 @@ __all__ = [
     "InitialTeacher",
     "LiveTeacher",
     "PeriodicTeacher",
+    "ServedTeacher",
     "Teacher",
     "fingerprint",
+    "offload",
 ]

@@ -86,28 +86,33 @@ class ModelCopy(TeacherCopy):
         policy ([`~transformers.PreTrainedModel`]):
             Policy, not yet wrapped.
         shard (`Callable[[nn.Module], nn.Module]`):
-            Wraps the copy for the distributed setup in use.
+            Wraps the copy for the distributed setup in use, or offloads it.
     """
 
     def __init__(self, policy: PreTrainedModel, shard: Callable[[nn.Module], nn.Module]):
         self._policy = policy
         if is_deepspeed_zero3_enabled():  # sharded parameters cannot be deep-copied; fresh ones are sharded at birth
+            import deepspeed  # here, because importing it interferes with vLLM
+
+            deepspeed.init_distributed()  # or it takes this for the only process
             self._model = type(policy)._from_config(policy.config, dtype=policy.dtype)
-            for _, source, target in self.pairs():
+            for source, target in zip(policy.parameters(), self._model.parameters(), strict=True):
                 copy_parameter(source, target)
         else:
             self._model = copy.deepcopy(policy)
             # A patched `forward` is bound to the policy it was patched on
             self._model.__dict__.pop("forward", None)
         self._model.requires_grad_(False).eval()
+        parameters = list(self._model.parameters())
         self._wrapped = shard(self._model)
+        self._offloaded = parameters if next(self._model.parameters()).is_meta else None
 
     @contextmanager
     def weights(self, policy: nn.Module) -> Iterator[nn.Module]:
         yield self._wrapped
 
     def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-        copies = self._model.parameters()
+        copies = self._offloaded or self._model.parameters()
         for (name, parameter), twin in zip(self._policy.named_parameters(), copies, strict=True):
             yield name, parameter, twin
 

@@ -37,6 +37,15 @@ def finish(directory: Path, state: dict[str, Any]) -> None:
     _write(directory, {"complete": True, **state, "files": files})
 
 
+def is_complete(directory: Path) -> bool:
+    """Whether there is a checkpoint, with all it should have."""
+    try:
+        read_state(directory)
+    except ValueError:
+        return False
+    return True
+
+
 def newest_complete(output_dir: str) -> str | None:
     """
     The newest complete checkpoint of a run. A newer one that is incomplete is reported with a warning.

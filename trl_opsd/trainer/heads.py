@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -25,6 +26,8 @@ def head_of(model: nn.Module) -> Head:
     policy = causal_lm(model)
     config = policy.config.get_text_config()
     projection = policy.get_output_embeddings()
+    with align_module_device(projection):  # a teacher's may be offloaded
+        weight, bias = projection.weight, getattr(projection, "bias", None)
     if getattr(config, "logits_scaling", None) is not None:  # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
         scaling = config.logits_scaling
         scale = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
@@ -32,7 +35,7 @@ def head_of(model: nn.Module) -> Head:
         factors = (getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
         scale = next((factor for factor in factors if factor is not None), 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(projection.weight, getattr(projection, "bias", None), scale, softcap)
+    return Head(weight, bias, scale, softcap)
 
 
 def unsharded(head: Head) -> Head:

@@ -4,6 +4,8 @@ from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
+from ..objective.top_log_probs import SERVED_SUPPORTS
+
 
 class _SingleRollout(int):
     # GRPOConfig refuses one rollout per prompt because a group of one has no advantage. A divergence needs no group,
@@ -68,6 +70,17 @@ class SelfDistillationConfig(GRPOConfig):
         teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of its `from_pretrained`, such as `dtype`, `revision` or `quantization_config`. Its dtype
             defaults to fp32, like the policy's.
+        teacher_offload (`bool`, *optional*, defaults to `False`):
+            Whether the weights of a teacher that is a whole model are kept in CPU memory and come to the accelerator
+            module by module, for the teacher's forward pass. It saves the memory of one model and costs its transfer.
+        teacher_server_base_url (`str`, *optional*):
+            Address of a vLLM server that scores the rollouts in the teacher's place, as soon as they are sampled. With
+            `teacher="external"`, it serves another model, and `teacher_model_name_or_path` is left unset; with
+            `teacher="live"`, it is the server of the rollouts. A server reports log-probabilities of a few tokens, at
+            temperature 1: `divergence_support` has to be `"teacher_top_k"` or `"sampled_token"`.
+        vllm_server_request_timeout (`float`, *optional*, defaults to `1800.0`):
+            Seconds a vLLM server may take for an answer, such as all rollouts of a batch. One that takes longer is
+            asked once more; then the run ends after a checkpoint.
 
         > Parameters that control the objective
 
@@ -241,6 +254,27 @@ class SelfDistillationConfig(GRPOConfig):
             '\'{"dtype": "bfloat16"}\'. Its dtype defaults to fp32.'
         },
     )
+    teacher_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the weights of a teacher that is a whole model are kept in CPU memory and come to the "
+            "accelerator module by module, for the teacher's forward pass."
+        },
+    )
+    teacher_server_base_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of a vLLM server that scores the rollouts in the teacher's place: of another model with "
+            "`teacher='external'`, of the server of the rollouts with `teacher='live'`."
+        },
+    )
+    vllm_server_request_timeout: float = field(
+        default=1800.0,
+        metadata={
+            "help": "Seconds a vLLM server may take for an answer, such as all rollouts of a batch. One that takes "
+            "longer is asked once more; then the run ends after a checkpoint."
+        },
+    )
 
     # Parameters that control the objective
     divergence: str = field(
@@ -381,8 +415,20 @@ class SelfDistillationConfig(GRPOConfig):
                 f"`teacher_update_rate` must be in (0, 1], got {self.teacher_update_rate}. It is the share of the "
                 "policy: for a decay of 0.999, set 0.001. For a teacher that never moves, set `teacher='initial'`."
             )
-        if self.teacher == "external" and self.teacher_model_name_or_path is None:
-            raise ValueError("`teacher='external'` needs `teacher_model_name_or_path`, the model to read it with.")
+        if self.teacher == "external" and not (self.teacher_model_name_or_path or self.teacher_server_base_url):
+            raise ValueError(
+                "`teacher='external'` needs `teacher_model_name_or_path`, the model to read it with, or "
+                "`teacher_server_base_url`, a server of it."
+            )
+        if self.teacher_offload and (self.teacher == "live" or self.teacher_server_base_url):
+            raise ValueError(
+                "`teacher_offload=True` has no effect: a teacher that is live or on a server has no weights of its "
+                "own here. Set it to `False`."
+            )
+        if self.vllm_server_request_timeout <= 0:
+            raise ValueError(
+                f"`vllm_server_request_timeout` must be positive, got {self.vllm_server_request_timeout}."
+            )
         if not 0.0 <= self.jsd_weight <= 1.0:
             raise ValueError(f"`jsd_weight` must be in [0, 1], got {self.jsd_weight}.")
         top_k_support = self.divergence_support.endswith("top_k")
@@ -456,11 +502,61 @@ class SelfDistillationConfig(GRPOConfig):
             )
         if self.max_tokens_per_microbatch is not None:
             self._check_max_tokens_per_microbatch(self.max_tokens_per_microbatch)
+        if self.teacher_server_base_url is not None:
+            self._check_teacher_server(self.teacher_server_base_url)
 
     @property
     def truncates_sampling(self) -> bool:
         """Whether rollouts are sampled from a part of the student's distribution."""
         return self.top_p < 1.0 or self.top_k > 0 or (self.min_p or 0.0) > 0.0
+
+    def _check_teacher_server(self, url: str) -> None:
+        setting = f"`teacher_server_base_url='{url}'`"
+        if self.teacher not in ("live", "external"):
+            raise ValueError(
+                f"{setting} cannot be combined with `teacher='{self.teacher}'`: the server has the weights it was "
+                "started with or, if it samples the rollouts, the current ones. Set `teacher='live'` or 'external', "
+                "or leave `teacher_server_base_url` unset."
+            )
+        for name in ("teacher_model_name_or_path", "teacher_model_init_kwargs"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` has no effect beside {setting}. Leave one unset.")
+        if self.divergence_support not in SERVED_SUPPORTS:
+            raise ValueError(
+                f"{setting} cannot be combined with `divergence_support='{self.divergence_support}'`: a server "
+                "reports the teacher's most probable tokens and the sampled one, and no others. Choose one of "
+                f"{list(SERVED_SUPPORTS)}."
+            )
+        if self.distillation_temperature != 1.0:
+            raise ValueError(
+                f"{setting} cannot be combined with `distillation_temperature={self.distillation_temperature}` (the "
+                "default is the sampling temperature): log-probabilities of a few tokens cannot be brought to another "
+                "temperature than 1. Set `distillation_temperature=1.0`."
+            )
+        if self.seq_kd:
+            raise ValueError(f"`seq_kd=True` samples from weights that {setting} keeps elsewhere. Set it to `False`.")
+        if self.teacher == "external":
+            return
+        sampler = self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
+        if not (self.use_vllm and self.vllm_mode == "server") or sampler.rstrip("/") != url.rstrip("/"):
+            raise ValueError(
+                f"{setting} with `teacher='live'` has to be the server that samples the rollouts and is sent the "
+                "current weights for them. Set `use_vllm=True`, `vllm_mode='server'` and `vllm_server_base_url` to "
+                "the same address, or leave `teacher_server_base_url` unset."
+            )
+        if self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations):
+            raise ValueError(
+                f"{setting} with `teacher='live'` scores when rollouts are sampled, and the weights move before all "
+                f"of them are used: `steps_per_generation={self.steps_per_generation}`, "
+                f"`num_iterations={self.num_iterations}`, "
+                f"`gradient_accumulation_steps={self.gradient_accumulation_steps}`. Leave the first two at their "
+                "defaults, or leave `teacher_server_base_url` unset."
+            )
+        if self.lmbda < 1.0:
+            raise ValueError(
+                f"{setting} with `teacher='live'` needs `lmbda=1.0`, got {self.lmbda}: the server is sent the current "
+                "weights when it samples rollouts, which off-policy batches do not need."
+            )
 
     def _check_max_tokens_per_microbatch(self, max_tokens: int) -> None:
         if max_tokens < 1:

@@ -17,6 +17,8 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
   `steps_per_generation * num_iterations`.
 - `vllm_generation._iter_named_params()` yields the weights that vLLM is sent; `vllm_generation._dist.gather_params(
   parameters)` makes them whole under ZeRO-3.
+- `vllm_generation.generate(...)` and, on the main process in server mode, `vllm_generation.vllm_client`, whose
+  `update_named_params`, `reset_prefix_cache` and `generate` are all that is used of it.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
@@ -63,9 +65,22 @@ from ..objective import (
     Objective,
     Support,
     Tail,
+    TopLogProbs,
     aggregation_weights,
     fused_divergence,
     generalized_jsd_loss,
+)
+from ..serving import (
+    Scores,
+    ServerError,
+    TeacherServer,
+    check_holds_policy,
+    check_tokenizer,
+    check_vllm_installed,
+    connect,
+    context_length,
+    limit_requests,
+    report_failures,
 )
 from ..teacher import (
     EMATeacher,
@@ -73,10 +88,12 @@ from ..teacher import (
     InitialTeacher,
     LiveTeacher,
     PeriodicTeacher,
+    ServedTeacher,
     Teacher,
     fingerprint,
+    offload,
 )
-from .checkpoints import begin, finish, newest_complete, read_state
+from .checkpoints import begin, finish, is_complete, newest_complete, read_state
 from .heads import causal_lm, head_of, unsharded
 from .merged_weights import check_mergeable, merged_weights
 from .microbatches import cut_by_tokens, cut_into, keep_groups_together, padded_length, used_width
@@ -96,6 +113,9 @@ _ROW_INPUTS = (
     "loss_mask",
     "loss_weights",
     "sampling_per_token_logps",
+    "teacher_top_tokens",
+    "teacher_top_log_probs",
+    "teacher_log_probs",
 )
 
 
@@ -165,6 +185,7 @@ class SelfDistillationTrainer(GRPOTrainer):
     reward_weights: torch.Tensor
     _buffered_inputs: Any
     _signature_columns: list[str]
+    _step: int
     _warned_about_clip = False
 
     generalized_jsd_loss = staticmethod(generalized_jsd_loss)
@@ -200,6 +221,9 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "and the student against each other. Use LoRA, or train all weights."
             )
 
+        if args.use_vllm or args.teacher_server_base_url is not None:
+            check_vllm_installed()
+
         # Everything that can be wrong with the data is found before the model is loaded
         self.context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
@@ -225,7 +249,10 @@ class SelfDistillationTrainer(GRPOTrainer):
             if isinstance(model, str)
             else model.config
         )
-        if args.teacher == "external":
+        self._teacher_server = None
+        if args.teacher_server_base_url is not None:
+            self._teacher_server = self._connect_teacher_server(args, processing_class, model_config)
+        elif args.teacher == "external":
             self._check_external_teacher(args, processing_class, model_config)
         self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config)
         self._data_columns = self.context.columns
@@ -249,6 +276,11 @@ class SelfDistillationTrainer(GRPOTrainer):
                 )
             elif eval_dataset is not None:
                 eval_dataset = self._check_dataset(eval_dataset, "eval_dataset", tools)
+        if args.teacher == "live" and self._teacher_server is not None and rollout_func is not None:
+            raise ValueError(
+                "`teacher_server_base_url` with `teacher='live'` cannot be combined with `rollout_func`: the server "
+                "is sent the current weights when it samples the rollouts. Drop one of them."
+            )
         if args.lmbda < 1.0 and (tools or environment_factory or rollout_func):
             raise ValueError(
                 f"`lmbda={args.lmbda}` replaces rollouts by off-policy completions, which have no tool calls and no "
@@ -258,6 +290,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         # Set by the generation methods for the batch in hand
         self._first_turn = False
         self._generation_step = -1
+        self._first_micro_batch = 0
         self._rows: list[Mapping[str, Any]] = []
         self._empty_rollouts: set[int] = set()
         self._dataset_tokens = 0
@@ -328,14 +361,18 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.vllm_generation._iter_named_params = partial(
                 merged_weights, self.model, self.vllm_generation._dist.gather_params
             )
+        if self.use_vllm:
+            self._check_sampler()
         self._fingerprints = {"model": fingerprint(self.model)}
         self.teacher = self._make_teacher(adapter_starts_at_zero=starts_at_zero)
-        with self.teacher.weights(self.model) as module:
-            self._can_share_prompts = can_share_prompts(causal_lm(self.accelerator.unwrap_model(module)))
+        self._can_share_prompts = False
+        if self._teacher_server is None:
+            with self.teacher.weights(self.model) as module:
+                self._can_share_prompts = can_share_prompts(causal_lm(self.accelerator.unwrap_model(module)))
         (self._fingerprints,) = broadcast_object_list([self._fingerprints])
         self._guard = SkipNonFiniteSteps()
         self.add_callback(self._guard)
-        self.add_callback(_TeacherCallback(self))
+        self.add_callback(_StepCallback(self))
 
     # Construction
 
@@ -350,13 +387,15 @@ class SelfDistillationTrainer(GRPOTrainer):
             prefix = thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
 
         budget = args.max_teacher_prompt_length
-        context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-        if context_length is not None:
-            available = context_length - (args.max_completion_length or 0)
+        longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+        if self._teacher_server is not None:
+            longest = min(longest or math.inf, self._teacher_server.context_length)
+        if longest is not None:
+            available = longest - (args.max_completion_length or 0)
             if available < (budget or 1):
                 what = "any prompt" if budget is None else f"`max_teacher_prompt_length={budget}`"
                 raise ValueError(
-                    f"The model's context of {context_length} tokens leaves {max(available, 0)} beside "
+                    f"The teacher's context of {longest} tokens leaves {max(available, 0)} beside "
                     f"`max_completion_length={args.max_completion_length}`, too little for {what}. Lower "
                     "`max_completion_length`."
                 )
@@ -390,6 +429,17 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _check_sharding(self) -> None:
         state = self.accelerator.state
+        # What `accelerate launch` leaves in the environment of a process it took for one of several
+        environment = os.environ
+        is_launched = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
+        if is_launched and not {"WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"} & {
+            *environment
+        }:
+            raise ValueError(
+                "`accelerate launch` was asked for several processes (`num_processes`) and started one: on the CPU, "
+                "it starts several with DeepSpeed or `mpirun_hostfile` only. Start them with `torchrun "
+                "--nproc_per_node`, or set `num_processes: 1`. (If one is what you asked for, unset `MASTER_ADDR`.)"
+            )
         if self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
             raise ValueError("FSDP1 is not supported. Set `fsdp_version: 2` in the accelerate configuration.")
         if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and not self.is_fsdp_enabled:
@@ -401,6 +451,19 @@ class SelfDistillationTrainer(GRPOTrainer):
         zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"] if self.is_deepspeed_enabled else {}
         is_updated = self.args.teacher in ("periodic", "ema")
         trains_all = not isinstance(self.model, PeftModel)
+        if self.args.teacher_offload:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "`teacher_offload=True` works with a single process or DDP: DeepSpeed and FSDP2 manage the "
+                    "teacher's weights themselves. Set it to `False`, and have them offload both models' parameters "
+                    "in the accelerate configuration (`offload_param_device: cpu` with ZeRO-3, "
+                    "`fsdp_offload_params: true`)."
+                )
+            if not trains_all and self.args.teacher != "external":
+                raise ValueError(
+                    f"`teacher_offload=True` has no effect on `teacher='{self.args.teacher}'` of a LoRA adapter, "
+                    "which shares the policy's base weights. Set it to `False`."
+                )
         on_nvme = (zero.get("offload_param") or {}).get("device") == "nvme"
         if on_nvme and (is_updated or (trains_all and self.args.teacher == "initial")):
             raise ValueError(
@@ -414,8 +477,50 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "configuration, or train a LoRA adapter."
             )
 
+    def _check_sampler(self) -> None:
+        """Refuse an engine that cannot sample this policy's rollouts in full."""
+        failure, limit = None, None
+        if self.vllm_mode == "colocate":
+            limit = self.vllm_generation.llm.model_config.max_model_len
+        elif self.accelerator.is_main_process:
+            client = self.vllm_generation.vllm_client
+            limit_requests(client.session, self.args.vllm_server_request_timeout)
+            try:
+                limit = context_length(client)
+                check_tokenizer(client, "vllm_server_base_url", self._tokenizer)
+                check_holds_policy(client, self.model.config)
+            except ValueError as error:
+                failure = str(error)
+        failure, limit = broadcast_object_list([failure, limit])
+        if failure is not None:
+            raise ValueError(failure)
+        if self.vllm_mode == "server":
+            report_failures(self.vllm_generation)
+        longest = 0
+        if isinstance(self.train_dataset, Dataset) and not self.environment_factories:
+            for rows in self.train_dataset.iter(1000):
+                longest = max(longest, *map(len, self._tokenize_prompts(rows["prompt"])[0]))
+        if longest + (self.max_completion_length or 1) > limit:
+            field = "vllm_max_model_length" if self.vllm_mode == "colocate" else "--max-model-len"
+            raise ValueError(
+                f"vLLM's context of {limit} tokens is too short for prompts of up to {longest} and "
+                f"`max_completion_length={self.max_completion_length}`. Raise `{field}`, or lower "
+                "`max_completion_length`."
+            )
+
+    @staticmethod
+    def _connect_teacher_server(
+        args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any
+    ) -> TeacherServer:
+        url = cast(str, args.teacher_server_base_url)
+        client = connect(url, args.vllm_server_timeout, args.vllm_server_request_timeout)
+        check_tokenizer(client, "teacher_server_base_url", tokenizer)
+        return TeacherServer(client, args.divergence_top_k, model_config.get_text_config().vocab_size)
+
     def _make_teacher(self, adapter_starts_at_zero: bool) -> Teacher:
         def shard(copy: nn.Module) -> nn.Module:
+            if self.args.teacher_offload:
+                return offload(copy, self.model.device)
             if self.is_deepspeed_enabled:
                 return prepare_deepspeed(copy, self.accelerator)
             if self.is_fsdp_enabled:
@@ -429,6 +534,10 @@ class SelfDistillationTrainer(GRPOTrainer):
             return self.accelerator.prepare_model(copy, evaluation_mode=True)
 
         args = self.args
+        if self._teacher_server is not None:
+            if args.teacher == "external":
+                self._fingerprints["teacher_model_name_or_path"] = self._teacher_server.name
+            return ServedTeacher()
         if args.teacher == "initial":
             return InitialTeacher(self.model, adapter_starts_at_zero, shard)
         if args.teacher == "periodic":
@@ -449,6 +558,11 @@ class SelfDistillationTrainer(GRPOTrainer):
             raise ValueError(
                 "A quantised teacher cannot be sharded by ZeRO-3 or FSDP2. Train with DDP or ZeRO-2, or drop "
                 "`quantization_config` from `teacher_model_init_kwargs`."
+            )
+        if getattr(model, "is_quantized", False) and self.args.teacher_offload:
+            raise ValueError(
+                "A quantised teacher cannot be offloaded. Set `teacher_offload=False`, or drop `quantization_config` "
+                "from `teacher_model_init_kwargs`."
             )
         self._fingerprints["teacher_model_name_or_path"] = fingerprint(model)
         return model
@@ -504,7 +618,10 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._first_turn = True
         self._empty_rollouts = set()
         self._dataset_tokens = 0
-        return super()._generate(prompts)
+        try:
+            return super()._generate(prompts)
+        except ServerError as error:
+            raise self._saved(error) from error
 
     def _generate_single_turn(
         self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
@@ -656,6 +773,18 @@ class SelfDistillationTrainer(GRPOTrainer):
             [torch.ones_like(ids) for ids in teacher_ids], 0, "left", self.pad_to_multiple_of
         ).to(device)
 
+        if self._teacher_server is not None:
+            completions = [
+                ids[mask].tolist()
+                for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
+            ]
+            prompts = [ids.tolist() for ids in teacher_ids]
+            try:
+                scores = self._teacher_server.score(prompts, completions, batch["completion_ids"].size(1))
+            except ServerError as error:
+                raise self._saved(error) from error
+            batch.update({f"teacher_{name}": values.to(device) for name, values in scores._asdict().items()})
+
         model_tokens = batch.get("tool_mask", 1) * batch["completion_mask"]
         loss_mask = model_tokens * torch.tensor(has_context, device=device).unsqueeze(1)
         batch["loss_mask"] = loss_mask
@@ -783,12 +912,21 @@ class SelfDistillationTrainer(GRPOTrainer):
             ids = torch.cat([prompt_ids[:, -width:], completion_ids], dim=1)
             return ids, torch.cat([prompt_mask[:, -width:], completion_mask], dim=1)
 
-        teacher_hidden, teacher_head = self._teacher_states(
-            model,
-            *with_prompt(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"]),
-            selected,
-            inputs["teacher_prompt_groups"],
-        )
+        token_ids = completion_ids[selected]
+        teacher_states: torch.Tensor | TopLogProbs
+        teacher_head: Head | None
+        if self._teacher_server is None:
+            teacher_states, teacher_head = self._teacher_states(
+                model,
+                *with_prompt(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"]),
+                selected,
+                inputs["teacher_prompt_groups"],
+            )
+        else:
+            top_tokens, top_log_probs, log_probs = (
+                inputs[f"teacher_{name}"][:, :num_completion_tokens][selected] for name in Scores._fields
+            )
+            teacher_states, teacher_head = TopLogProbs(top_tokens.long(), top_log_probs, token_ids, log_probs), None
         student = self.accelerator.unwrap_model(model)
         # The whole computation runs inside the wrapped model's forward, so that DDP, FSDP2 and ZeRO-3 see it
         return self._forward_redirection(
@@ -798,9 +936,9 @@ class SelfDistillationTrainer(GRPOTrainer):
             student,
             *with_prompt(inputs["prompt_ids"], inputs["prompt_mask"]),
             selected,
-            teacher_hidden,
+            teacher_states,
             teacher_head,
-            completion_ids[selected],
+            token_ids,
             inputs["loss_weights"][:, :num_completion_tokens][selected],
         )
 
@@ -854,21 +992,23 @@ class SelfDistillationTrainer(GRPOTrainer):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         selected: torch.Tensor,
-        teacher_hidden: torch.Tensor,
-        teacher_head: Head,
+        teacher_states: torch.Tensor | TopLogProbs,
+        teacher_head: Head | None,
         token_ids: torch.Tensor,
         weights: torch.Tensor,
     ) -> FusedDivergence:
         student_hidden = self._completion_states(student, input_ids, attention_mask, selected)
         student_head = head_of(student)
-        heads = (student_head.weight, student_head.bias, teacher_head.weight, teacher_head.bias)
+        heads = [student_head.weight, student_head.bias]
+        if teacher_head is not None:
+            heads += [teacher_head.weight, teacher_head.bias]
         with maybe_gather_lm_head_ctx(*heads), self.accelerator.autocast():
             student_head = unsharded(student_head)
             return fused_divergence(
                 student_hidden.to(student_head.weight.device),
-                teacher_hidden.to(student_head.weight.device),
+                teacher_states.to(student_head.weight.device),
                 student_head,
-                unsharded(teacher_head),
+                None if teacher_head is None else unsharded(teacher_head),
                 token_ids,
                 weights,
                 self._objective,
@@ -924,8 +1064,9 @@ class SelfDistillationTrainer(GRPOTrainer):
         metrics = self._metrics[mode]
         metrics["distillation_loss"].append(divergence)
         metrics["entropy"].append(entropy)
-        metrics["teacher_entropy"].append(teacher_entropy)
-        metrics["entropy_gap"].append(entropy - teacher_entropy)
+        if self._teacher_server is None:
+            metrics["teacher_entropy"].append(teacher_entropy)
+            metrics["entropy_gap"].append(entropy - teacher_entropy)
         metrics["log_ratio"].append(log_ratio)
         metrics["top_k_overlap"].append(overlap)
         metrics["top_k_mass"].append(mass)
@@ -1015,6 +1156,25 @@ class SelfDistillationTrainer(GRPOTrainer):
             finish(directory, state)
             rotate_checkpoints(str(directory.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
+    def _saved(self, error: ServerError) -> ServerError:
+        """The error to end the run with, after a checkpoint where one can be made."""
+        step = self.state.global_step
+        directory = Path(self._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        micro_batch = self._step
+        if self.model.training:
+            # Sampling may come in the middle of a step, whose first micro-batches a resumed run begins with
+            self._step = self._first_micro_batch
+        if not self.is_in_train or step == 0:
+            outcome = "No step had been trained."
+        elif self._step != micro_batch and self._step % generate_every:
+            outcome = "Resume from the last checkpoint: between two generations none could be made."
+        else:
+            if not is_complete(directory):
+                self._save_checkpoint(self.model, trial=None)
+            outcome = f"The run is saved in {directory}: start the server and resume with `resume_from_checkpoint`."
+        return ServerError(f"{error} {outcome}")
+
     def _schedule(self) -> dict[str, int]:
         """What the position between two generations counts in."""
         return {
@@ -1049,9 +1209,12 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.teacher.load(directory)
 
 
-class _TeacherCallback(TrainerCallback):
+class _StepCallback(TrainerCallback):
     def __init__(self, trainer: SelfDistillationTrainer):
         self._trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._trainer._first_micro_batch = self._trainer._step
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self._trainer

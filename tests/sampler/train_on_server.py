@@ -1,0 +1,103 @@
+"""Trains a tiny model against a vLLM server, on one process or two, and prints what came of it.
+
+The weights go to the server as a file: NCCL, which carries them on GPUs, does not run on the CPU.
+"""
+
+import json
+import os
+import sys
+import tempfile
+
+from environment import SETTINGS, dataset
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl.generation import vllm_generation
+from trl.generation.vllm_client import VLLMClient
+
+from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
+from trl_opsd.serving import ServerError
+from trl_opsd.teacher import ExternalTeacher, LiveTeacher
+
+
+class FileClient(VLLMClient):
+    def init_communicator(self, device=0):
+        pass
+
+    def update_named_params(self, metadata, named_params):
+        with tempfile.TemporaryDirectory() as folder:
+            weights = {name: value.detach().clone().contiguous() for name, value in named_params}
+            assert [name for name, _, _ in metadata] == list(weights)
+            save_file(weights, f"{folder}/model.safetensors")
+            kwargs = {"weights_path": folder}
+            self._post(f"{self.base_url}/collective_rpc", json={"method": "reload_weights", "kwargs": kwargs})
+
+
+class SendSignal(TrainerCallback):
+    """Sends the server's processes a signal after the second step."""
+
+    def __init__(self, signal: int, pids: list[int]):
+        self.signal, self.pids = signal, pids
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and state.is_world_process_zero:
+            for pid in self.pids:
+                os.kill(pid, self.signal)
+
+
+def compare_with_local_teacher(trainer: SelfDistillationTrainer, teacher, differences: list[float]) -> None:
+    """Compute every loss a second time, with the teacher's weights in this process."""
+    divergence, server = trainer._divergence, trainer._teacher_server
+
+    def both(model, inputs):
+        served = divergence(model, inputs)
+        trainer.teacher, trainer._teacher_server = teacher, None
+        local = divergence(model, inputs)
+        trainer._teacher_server = server
+        differences.append(abs(served.loss.item() - local.loss.item()) / abs(local.loss.item()))
+        return served
+
+    trainer._divergence = both
+
+
+def main(base: str, output_dir: str, job: dict) -> dict:
+    args = SelfDistillationConfig(
+        output_dir=output_dir,
+        **SETTINGS | {"vllm_server_timeout": 20.0, "vllm_server_request_timeout": 60.0} | job["settings"],
+    )
+    trainer = SelfDistillationTrainer(
+        base,
+        args=args,
+        train_dataset=dataset(),
+        peft_config=LoraConfig(r=8, target_modules="all-linear") if job.get("lora") else None,
+        callbacks=[SendSignal(*job["signal"])] if "signal" in job else None,
+    )
+    differences: list[float] = []
+    if args.teacher_server_base_url is not None:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        teacher = LiveTeacher() if args.teacher == "live" else ExternalTeacher(model, lambda model: model)
+        compare_with_local_teacher(trainer, teacher, differences)
+    result = {}
+    try:
+        trainer.train(resume_from_checkpoint=job.get("resume"))
+    except ServerError as error:
+        result["error"] = str(error)
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    name = "sampling/sampling_logp_difference/mean"
+    return {
+        **result,
+        "world": trainer.accelerator.num_processes,
+        "losses": [entry["loss"] for entry in steps],
+        "sampler": [entry[name] for entry in steps if name in entry],
+        "served": differences,
+        "metrics": sorted(steps[-1]) if steps else [],
+    }
+
+
+if __name__ == "__main__":
+    vllm_generation.VLLMClient = FileClient
+    try:
+        result = main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
+    except ValueError as error:
+        result = {"refused": str(error)}
+    print("RESULT", json.dumps(result), flush=True)

@@ -1,0 +1,85 @@
+"""A server in this process that answers as vLLM's does, from a model of transformers. It can be told to fail."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+
+
+class FakeServer:
+    """
+    Args:
+        model: Model to score with.
+        tokenizer: Its tokenizer.
+        faults: What happens to the next requests to score: a status to answer with, or a number of seconds (a float)
+            to be late by.
+    """
+
+    def __init__(self, model, tokenizer, max_model_len=4096, logprobs_mode="processed_logprobs", max_logprobs=100):
+        self.model, self.tokenizer, self.max_model_len = model.eval(), tokenizer, max_model_len
+        self.max_logprobs = max_logprobs
+        self.info = {"model": model.name_or_path, "revision": None, "logprobs_mode": logprobs_mode}
+        self.instance = "first"
+        self.faults = []
+        self.num_requests = 0
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.answer(*server.get(self.path.split("?")[0]))
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self.answer(*server.post(self.path, body))
+
+            def answer(self, status, body):
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()
+
+    def get(self, path):
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "served", "max_model_len": self.max_model_len}]}
+        if path == "/server_info":
+            return 200, {"vllm_config": {"instance_id": self.instance, "model_config": self.info}}
+        return 200, {}
+
+    def post(self, path, body):
+        if path == "/tokenize":
+            assert body["add_special_tokens"] is False
+            return 200, {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]}
+        self.num_requests += 1
+        fault = self.faults.pop(0) if self.faults else None
+        if isinstance(fault, int):
+            return fault, {"error": "told to fail"}
+        time.sleep(fault or 0.0)
+        if body["prompt_logprobs"] > self.max_logprobs:
+            return 400, {"error": f"at most {self.max_logprobs} logprobs"}
+        return 200, {"choices": [self.score(ids, body["prompt_logprobs"]) for ids in body["prompt"]]}
+
+    def score(self, ids, top_k):
+        assert len(ids) < self.max_model_len
+        with torch.no_grad():
+            logits = self.model(torch.tensor([ids])).logits[0].float()
+        scores = logits if self.info["logprobs_mode"] == "raw_logits" else logits.log_softmax(-1)
+        positions = [None]
+        for log_p, token in zip(scores, ids[1:], strict=False):
+            ranks = log_p.argsort(descending=True).argsort()
+            top = {*log_p.topk(top_k).indices.tolist(), token}
+            positions.append({str(t): {"logprob": log_p[t].item(), "rank": ranks[t].item() + 1} for t in top})
+        return {"prompt_logprobs": positions}

@@ -1,0 +1,117 @@
+import re
+from importlib import metadata
+
+import pytest
+from tiny import make_model, make_tokenizer
+
+from trl_opsd.serving import check_holds_policy, check_tokenizer, check_vllm_installed, connect
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No pauses between attempts."""
+    monkeypatch.setattr("urllib3.util.retry.Retry.sleep", lambda *args, **kwargs: None)
+
+
+def scored(client):
+    return client.get_sequence_logprobs([[1, 2, 3]], [1], top_logprobs=2)["actual_token_ids"]
+
+
+@pytest.mark.parametrize("faults", [[503, 500, 502], [1.0], [504, 1.0]], ids=str)
+def test_busy_and_late_servers_are_asked_again(faults, serve, model, tokenizer, quick):
+    server = serve(model, tokenizer)
+    client = connect(server.url, 1.0, request_timeout=0.5)
+    server.faults = list(faults)
+    assert scored(client) == [[[2], [3]]]
+    assert server.num_requests == len(faults) + 1
+
+
+@pytest.mark.parametrize("faults", [[503] * 6, [1.0, 1.0]], ids=str)
+def test_attempts_end(faults, serve, model, tokenizer, quick):
+    server = serve(model, tokenizer)
+    client = connect(server.url, 1.0, request_timeout=0.5)
+    server.faults = list(faults)
+    with pytest.raises(Exception, match=r"503|timed out"):
+        scored(client)
+    assert server.num_requests == len(faults)
+
+
+def test_pauses_grow_to_about_a_minute_in_all(serve, model, tokenizer, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", pauses.append)
+    server = serve(model, tokenizer)
+    client = connect(server.url, 1.0, request_timeout=5.0)
+    server.faults = [503] * 5
+    scored(client)
+    pauses = [pause for pause in pauses if pause > 0]
+    assert pauses == sorted(pauses)
+    assert 30 < sum(pauses) < 90
+
+
+def test_request_the_server_refuses_is_not_repeated(serve, model, tokenizer):
+    server = serve(model, tokenizer)
+    client = connect(server.url, 1.0, request_timeout=5.0)
+    server.faults = [400]
+    with pytest.raises(Exception, match="400"):
+        scored(client)
+    assert server.num_requests == 1
+
+
+def test_no_server(serve, model, tokenizer):
+    server = serve(model, tokenizer)
+    server.close()
+    with pytest.raises(ValueError, match=f"No vLLM server answers at {server.url} within 0.1 seconds"):
+        connect(server.url, 0.1, request_timeout=1.0)
+
+
+def test_other_tokenizer(serve, model, tokenizer):
+    client = connect(serve(model, tokenizer).url, 1.0, 5.0)
+    check_tokenizer(client, "some_field", tokenizer)
+    other = make_tokenizer(bos_token="<s>")
+    with pytest.raises(ValueError, match=r"\(`some_field`\) serves 'served', whose tokenizer is not the policy's"):
+        check_tokenizer(client, "some_field", other)
+
+
+def test_server_that_cannot_hold_the_policy(serve, model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    served = model.from_pretrained(tmp_path)
+    client = connect(serve(served, tokenizer).url, 1.0, 5.0)
+    check_holds_policy(client, served.config)
+    check_holds_policy(client, model.config)  # another name, the same architecture
+    wider = make_model(tokenizer, hidden_size=48)
+    with pytest.raises(ValueError, match=r"its `hidden_size` is 32, not 48\. Serve the policy's model"):
+        check_holds_policy(client, wider.config)
+
+    server = serve(served, tokenizer)
+    server.info["model"] = "elsewhere/model"
+    client = connect(server.url, 1.0, 5.0)
+    with pytest.warns(UserWarning, match="cannot be seen from here"):
+        check_holds_policy(client, wider.config)
+
+
+def test_server_that_reports_other_log_probabilities(serve, model, tokenizer):
+    client = connect(serve(model, tokenizer, logprobs_mode="raw_logprobs").url, 1.0, 5.0)
+    with pytest.raises(ValueError, match="--logprobs-mode processed_logprobs"):
+        check_holds_policy(client, model.config)
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("0.31.0+cpu", True), ("0.22.0", True), ("0.21.0", False), ("9.0", False)]
+)
+def test_version_of_vllm(version, fits, monkeypatch):
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: version if name == "vllm" else real(name))
+    if fits:
+        check_vllm_installed()
+    else:
+        with pytest.raises(ValueError, match=rf"need vLLM.*>=0.22.0.* and {re.escape(version)} is installed"):
+            check_vllm_installed()
+
+
+def test_no_vllm(monkeypatch):
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(ValueError, match=r"no vLLM is installed. Run `pip install trl-opsd\[vllm\]`"):
+        check_vllm_installed()

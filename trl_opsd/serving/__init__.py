@@ -1,0 +1,27 @@
+"""vLLM servers: which of them will do, what happens when one fails, and teachers that are scored on one."""
+
+from .client import (
+    ServerError,
+    check_holds_policy,
+    check_tokenizer,
+    check_vllm_installed,
+    connect,
+    context_length,
+    limit_requests,
+)
+from .rollouts import report_failures
+from .teacher import Scores, TeacherServer
+
+
+__all__ = [
+    "Scores",
+    "ServerError",
+    "TeacherServer",
+    "check_holds_policy",
+    "check_tokenizer",
+    "check_vllm_installed",
+    "connect",
+    "context_length",
+    "limit_requests",
+    "report_failures",
+]

@@ -1,0 +1,84 @@
+"""Rollouts from a server that may fail: on one process, while all others wait for it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
+
+from .client import ServerError
+
+
+def report_failures(generation: VLLMGeneration) -> None:
+    """
+    Have every process raise a [`ServerError`] from `generate` when the server of the rollouts fails.
+
+    Only the main process talks to the server. Left alone, it would stop at the failure, and the others would wait for
+    it in a collective operation for ever.
+
+    Args:
+        generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
+            In server mode. Its `generate` is replaced, and on the main process its client.
+    """
+    watched = None
+    if generation.accelerator.is_main_process:
+        watched = generation.vllm_client = _WatchedClient(generation.vllm_client)
+    generate = generation.generate
+
+    def generate_or_raise(*args: Any, **kwargs: Any) -> Any:
+        output = generate(*args, **kwargs)
+        (failure,) = broadcast_object_list([watched.failure if watched else None])
+        if failure is not None:
+            raise ServerError(failure)
+        return output
+
+    generation.generate = generate_or_raise
+
+
+class _WatchedClient:
+    """
+    A client that keeps the first failure instead of raising it, and does nothing from then on.
+
+    A server that was restarted counts as a failure, too: it has its first weights again.
+    """
+
+    def __init__(self, client: VLLMClient):
+        self.failure: str | None = None
+        self._client = client
+        self._instance = self._current_instance()
+
+    def update_named_params(
+        self, metadata: list[tuple[str, str, list[int]]], named_params: Iterator[tuple[str, torch.Tensor]]
+    ) -> None:
+        self._attempt(self._client.update_named_params, metadata, named_params)
+        for _ in named_params:  # the other processes are in the collective operations that gather them
+            pass
+
+    def reset_prefix_cache(self) -> None:
+        self._attempt(self._client.reset_prefix_cache)
+
+    def generate(self, **kwargs: Any) -> dict[str, Any]:
+        output = self._attempt(self._client.generate, **kwargs)
+        if self._attempt(self._current_instance) != self._instance and self.failure is None:
+            self.failure = (
+                f"The vLLM server at {self._client.base_url} was restarted, and has its first weights again."
+            )
+        return output or {"prompt_ids": [], "completion_ids": [], "logprobs": None}
+
+    def _attempt(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.failure is not None:
+            return None
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:  # of the connection, or whatever the client makes of an answer
+            self.failure = f"The vLLM server at {self._client.base_url} failed: {error}"
+            return None
+
+    def _current_instance(self) -> str | None:
+        info = self._client.get_server_info()
+        processes = info["parallel_config"]
+        if processes["data_parallel_size"] > 1 or processes.get("_api_process_count", 1) > 1:
+            return None  # one of several processes answers, each with an id of its own
+        return info["instance_id"]
