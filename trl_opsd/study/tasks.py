@@ -173,13 +173,15 @@ _BASE_ROWS = {"adding": _adding_base_row, "brevity": _brevity_base_row}
 
 # The base has met what is out of domain for the training after it, as a pretrained model has: longer numbers, and the
 # question in words.
+_PLAIN = ((3, "plain"), (3, "plain"))
+
 ADDING = Family(
     name="adding",
     base_template=REFERENCE_TEMPLATE % "reference",
     max_completion_length=72,
     held_out=("test", "longer", "words"),
     splits={
-        "base": Split(12_000, ((3, "plain"), (4, "plain"), (3, "plain"), (4, "plain"), (3, "words"))),
+        "base": Split(12_000, (*_PLAIN, (4, "plain"), *_PLAIN, (4, "plain"), *_PLAIN, (4, "plain"), (3, "words"))),
         "train": Split(6_000, ((3, "plain"),)),
         "curve": Split(100, ((3, "plain"),)),
         "test": Split(300, ((3, "plain"),)),
