@@ -95,7 +95,7 @@ def noisy(arm, base):
             markers=20.0 + 15.0 * noise,
             tokens=50.0 + 20.0 * noise,
             lengths=(50.0 + 20.0 * noise, 50.0, 50.0 - 20.0 * noise),
-            curve=(0.1, 0.4, 0.4) if arm == "grpo" else (0.1, 0.4 + 0.3 * noise, 0.25),
+            curve=(*[0.1] * 4 ** (1 + noise), 0.4) if arm == "grpo" else (0.1, 0.4 + 0.3 * noise, 0.25),
             spread=0.5 + 0.3 * noise,
         )
     return results
