@@ -45,6 +45,7 @@ def test_a_complete_study_says_what_the_numbers_say(tmp_path):
     assert "| 1,000 ± 0 |" in row  # to reach GRPO's best
     for image in re.findall(r"!\[.*\]\((.*)\)", text):
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
+    assert "| weak | 90 ± 0 | 90 ± 0 | 90 ± 0 | 90 ± 0 | 90 ± 0 |" in text  # groups without spread
     assert "accuracy-weak.png" in text
     assert "long-middling.png" in text
     assert "tokens-verbose.png" in text
@@ -53,7 +54,7 @@ def test_a_complete_study_says_what_the_numbers_say(tmp_path):
 def test_tables_are_whole(tmp_path):
     text, _ = report(tmp_path, PLAN)
     tables = re.findall(r"(?:^\|.*\|$\n)+", text, re.MULTILINE)
-    assert len(tables) == 2 + len(PLAN.bases)
+    assert len(tables) == 3 + len(PLAN.bases)
     for table in tables:
         lines = table.splitlines()
         assert len({line.count("|") for line in lines}) == 1

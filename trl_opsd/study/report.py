@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import numpy as np
 
 from .arms import ARMS, BASES, TUNING_SEED
 from .claims import NOT_RUN, Lookup, Result, Verdict, best_accuracy, reduction, tokens_to_reach, verdicts
@@ -59,10 +60,9 @@ and cannot be seen here otherwise.
 
 - **Adding.** Three-digit sums. A base model reasons column by column. Where a carry comes in, it doubts: it takes the
   column in two steps with `hm` or `wait` between them (`8+4=12 hm 13`). Solutions take it in one (`8+4+1=13`); terse
-  solutions give the column sums only. Bases are trained on their own reasoning and, in
-  {{ "%.0f" | format(100 * share) }} % of the rows, on reasoning next to a reference: a solution, a terse one, or the
-  answer. There they doubt less often, by construction: 10 %, 10 % and 50 % of the carries instead of 80 %. Out of
-  domain are four digits and the question in words, which the bases have met and the arms do not train on.
+  solutions give the column sums only. Most rows a base is trained on show a reference ({{ shares }}): a solution, a
+  terse one, or the answer. There it doubts less often, by construction: 10 %, 10 % and 50 % of the carries instead of
+  80 %. Out of domain are four digits and the question in words, which the bases have met and the arms do not train on.
 - **Brevity.** Sums of two, three and four digits. The base elaborates, and does not when it is told to be brief.
 - **Seeds** {{ seeds | join(", ") }}. A seed decides the problems, the base, the order of the rows and the sampling.
   Arms are compared seed by seed.
@@ -95,6 +95,16 @@ and cannot be seen here otherwise.
 {% endfor %}
 
 {% endfor %}
+{% if groups %}
+## GRPO's groups without reward spread, %
+
+| base | first fifth of the steps | second | third | fourth | last |
+|---|---|---|---|---|---|
+{% for row in groups %}
+| {{ row | join(" | ") }} |
+{% endfor %}
+
+{% endif %}
 Mean ± standard deviation over the seeds; "–" is not run. A rate with * is at the end of the grid, where a better one
 may lie beyond. Arms that generate nothing have no tokens to reach GRPO's best with.
 
@@ -165,7 +175,11 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[Verdict]:
         folder=results.folder,
         verdicts=judged,
         not_run=NOT_RUN,
-        share=BASES["middling"].recipe.context_share,
+        shares=", ".join(
+            f"{100 * BASES[base].recipe.context_share:.0f} % of those of the {BASES[base].title}"
+            for base in plan.bases
+            if BASES[base].family.name == "adding"
+        ),
         seeds=plan.seeds,
         tuned=len(plan.learning_rates) > 1,
         rates=", ".join(f"{rate:g}" for rate in plan.learning_rates),
@@ -173,6 +187,7 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[Verdict]:
         opsd_steps=round(plan.scale * ARMS["opsd"].steps),
         bases=[_base_row(base, lookup("base", base)) for base in plan.bases],
         tables=[_table(base, plan, results, lookup) for base in plan.bases],
+        groups=_groups_table(pairs, lookup),
         plots=plots,
         failures=results.failures(),
     )
@@ -210,7 +225,19 @@ def _base_row(base: str, results: Mapping[int, Result]) -> list[str]:
     ]
 
 
-def _table(base: str, plan: Plan, results: Results, lookup: Callable[[str, str], dict[int, Result]]) -> dict[str, Any]:
+def _groups_table(pairs: Sequence[tuple[str, str]], lookup: Lookup) -> list[list[str]]:
+    """Share of GRPO's groups without spread in each fifth of the training."""
+    rows = []
+    for arm, base in pairs:
+        if ARMS[arm].trainer != "grpo" or not lookup(arm, base):
+            continue
+        series = [result["series"]["frac_reward_zero_std"] for result in lookup(arm, base).values()]
+        fifths = [[float(np.mean(part)) for part in np.array_split(values, 5)] for values in series]
+        rows.append([base, *(_spread(list(fifth), "{:.0f}", 100) for fifth in zip(*fifths, strict=True))])
+    return rows
+
+
+def _table(base: str, plan: Plan, results: Results, lookup: Lookup) -> dict[str, Any]:
     is_adding = BASES[base].family.name == "adding"
     arms = [arm for arm, its in plan.pairs() if its == base]
     special = _ADDING_COLUMNS if is_adding else _BREVITY_COLUMNS
@@ -259,18 +286,6 @@ def _lost(done: dict[int, Result], base: str, lookup: Lookup) -> list[float | No
     return [100 * (best_accuracy(result) - result["curve"][-1]["accuracy"]) for result in done.values()]
 
 
-def _without_spread(first: bool) -> Column:
-    def column(done: dict[int, Result], base: str, lookup: Lookup) -> list[float | None]:
-        series = [result["series"].get("frac_reward_zero_std") for result in done.values()]
-        fifth = [max(1, len(values) // 5) for values in series if values]
-        return [
-            100 * fmean(values[:number] if first else values[-number:])
-            for values, number in zip(filter(None, series), fifth, strict=True)
-        ]
-
-    return column
-
-
 def _shorter(digits: str | None) -> Column:
     def column(done: dict[int, Result], base: str, lookup: Lookup) -> list[float | None]:
         bases = lookup("base", base)
@@ -286,8 +301,6 @@ _ADDING_COLUMNS: dict[str, tuple[Column, str]] = {
     "tokens per answer": (_on("test", "mean_tokens"), "{:.1f}"),
     "lost since its best, points": (_lost, "{:.1f}"),
     "tokens to GRPO's best": (_to_grpo, "{:,.0f}"),
-    "groups without spread, first fifth, %": (_without_spread(first=True), "{:.0f}"),
-    "last fifth, %": (_without_spread(first=False), "{:.0f}"),
 }
 
 _BREVITY_COLUMNS: dict[str, tuple[Column, str]] = {
