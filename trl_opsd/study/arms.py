@@ -64,9 +64,9 @@ class Arm:
             Column that SFT learns and that SDFT's teacher reads.
         tuned_as (`str`, *optional*):
             Arm whose learning rate it takes over instead of being tuned itself.
-        evaluate_every (`int`, *optional*, defaults to `15`):
+        evaluate_every (`int`, *optional*, defaults to `10`):
             Steps between two points of the learning curve.
-        seconds_per_step (`float`, *optional*, defaults to `0.5`):
+        seconds_per_step (`float`, *optional*, defaults to `0.8`):
             Core-seconds of a step where that was measured, for the plan.
         quick (`bool`, *optional*, defaults to `False`):
             Whether the quick study has it.
@@ -77,21 +77,21 @@ class Arm:
     trainer: Trainer
     bases: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
-    steps: int = 150
+    steps: int = 100
     batch_size: int = 32
     column: str = "solution"
     tuned_as: str | None = None
-    evaluate_every: int = 15
-    seconds_per_step: float = 0.5
+    evaluate_every: int = 10
+    seconds_per_step: float = 0.8
     quick: bool = False
 
 
 BASES: dict[str, Base] = {
     base.name: base
     for base in (
-        Base("weak", "weak base", ADDING, BaseRecipe(steps=300, context_share=0.85), seconds=150.0),
-        Base("middling", "middling base", ADDING, BaseRecipe(steps=400, context_share=0.85), seconds=200.0),
-        Base("verbose", "verbose base", BREVITY, BaseRecipe(steps=500, context_share=0.5), seconds=250.0),
+        Base("weak", "weak base", ADDING, BaseRecipe(steps=400, context_share=0.94), seconds=200.0),
+        Base("middling", "middling base", ADDING, BaseRecipe(steps=400, context_share=0.9), seconds=200.0),
+        Base("verbose", "verbose base", BREVITY, BaseRecipe(steps=420, context_share=0.5), seconds=200.0),
     )
 }
 
@@ -114,7 +114,7 @@ def _opsdc(**settings: Any) -> dict[str, Any]:
 
 
 _ADDING = ("weak", "middling")
-_LONG: dict[str, Any] = {"bases": ("middling",), "steps": 750, "evaluate_every": 50}
+_LONG: dict[str, Any] = {"bases": ("middling",), "steps": 500, "evaluate_every": 25}
 
 ARMS: dict[str, Arm] = {
     arm.name: arm
@@ -127,10 +127,10 @@ ARMS: dict[str, Arm] = {
             "grpo",
             _ADDING,
             {**_SAMPLING, "num_generations": 8},
-            steps=300,
+            steps=200,
             batch_size=64,
-            evaluate_every=30,
-            seconds_per_step=0.9,
+            evaluate_every=20,
+            seconds_per_step=1.5,
             quick=True,
         ),
         Arm("sdft", "TRL's SDFT", "sdft", _ADDING, {**_SAMPLING, "num_generations": 1}),
@@ -181,8 +181,6 @@ ARMS: dict[str, Arm] = {
                 "opsdc",
                 ("verbose",),
                 _opsdc(teacher_update_steps=steps),
-                steps=100,
-                evaluate_every=10,
                 quick=steps == 50,
             )
             for steps in (1, 10, 50)
@@ -193,8 +191,6 @@ ARMS: dict[str, Arm] = {
             "opsdc",
             ("verbose",),
             _opsdc(teacher="initial"),
-            steps=100,
-            evaluate_every=10,
         ),
         Arm(
             "opsdc_forward_kl",
@@ -202,8 +198,6 @@ ARMS: dict[str, Arm] = {
             "opsdc",
             ("verbose",),
             _opsdc(teacher_update_steps=50, divergence="forward_kl"),
-            steps=100,
-            evaluate_every=10,
             quick=True,
         ),
     )

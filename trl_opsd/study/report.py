@@ -31,9 +31,9 @@ _PAGE = """\
 > results, run `make study`.
 
 {% endif %}
-Everything below is computed from the files in `{{ folder }}`; no sentence about an outcome is written by hand. It is
-about models of 0.8 M parameters that add numbers: it can show that a claim fails in a small world, or that nothing
-there contradicts it, and not how things are at scale.
+Everything below is computed from the files in `{{ folder }}` by `make study`, which goes on where it was stopped; no
+sentence about an outcome is written by hand. It is about models of 0.8 M parameters that add numbers: it can show that
+a claim fails in a small world, or that nothing there contradicts it, and not how things are at scale.
 
 ## What the study says
 
