@@ -40,14 +40,14 @@ def study(folder, execute, plan=PLAN, **kwargs):
 def test_a_study_runs_bases_tuning_and_seeds_and_nothing_twice(tmp_path):
     execute = Execute()
     study(tmp_path, execute)
-    bases = [Run(base, seed) for base in ("weak", "middling") for seed in (0, 1, 2)]
-    tuning = [
-        Run(base, 0, arm, rate) for arm in ("sft", "opsd") for base in ("weak", "middling") for rate in (1e-4, 1e-3)
-    ]
-    assert set(execute.ran[:6]) == set(bases)
-    assert set(execute.ran[6:14]) == set(tuning)
-    # Five pairs of arm and base, since the long arm has one base, seed by seed
-    assert [run.seed for run in execute.ran[14:]] == [1] * 5 + [2] * 5
+    ran = execute.ran
+    assert set(ran[:6]) == {Run(base, seed) for base in ("weak", "middling") for seed in (0, 1, 2)}
+    # Arm by arm: tuned first, on the seed that is not reported
+    for start, arm in ((6, "sft"), (14, "opsd")):
+        bases, rates = ("weak", "middling"), PLAN.learning_rates
+        assert set(ran[start : start + 4]) == {Run(base, 0, arm, rate) for base in bases for rate in rates}
+        assert set(ran[start + 4 : start + 8]) == {Run(base, seed, arm, 1e-4) for base in bases for seed in (1, 2)}
+    assert set(ran[22:]) == {Run("middling", seed, "opsd_long", 1e-4) for seed in (1, 2)}
     assert len(set(execute.ran)) == len(execute.ran) == 24
 
     again = Execute()

@@ -116,11 +116,11 @@ def _opsdc(**settings: Any) -> dict[str, Any]:
 _ADDING = ("weak", "middling")
 _LONG: dict[str, Any] = {"bases": ("middling",), "steps": 500, "evaluate_every": 25}
 
+# In the order they are run in: what most claims ask for first, what takes longest last.
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
-        Arm("sft", "SFT on the solutions", "sft", _ADDING, seconds_per_step=0.3, quick=True),
-        Arm("sft_terse", "SFT on terse solutions", "sft", _ADDING, column="terse", seconds_per_step=0.25),
+        Arm("opsd", "OPSD", "opsd", _ADDING, _opsd(), quick=True),
         Arm(
             "grpo",
             "GRPO, 8 rollouts, 4 times the tokens",
@@ -133,7 +133,9 @@ ARMS: dict[str, Arm] = {
             seconds_per_step=1.5,
             quick=True,
         ),
-        Arm("sdft", "TRL's SDFT", "sdft", _ADDING, {**_SAMPLING, "num_generations": 1}),
+        Arm("sft", "SFT on the solutions", "sft", _ADDING, seconds_per_step=0.3, quick=True),
+        Arm("sft_terse", "SFT on terse solutions", "sft", _ADDING, column="terse", seconds_per_step=0.25),
+        Arm("opsd_terse", "OPSD, terse solutions", "opsd", _ADDING, _opsd("terse")),
         Arm(
             "off_policy",
             "off-policy, the teacher's own samples",
@@ -142,8 +144,7 @@ ARMS: dict[str, Arm] = {
             _opsd(lmbda=0.0, seq_kd=True),
             quick=True,
         ),
-        Arm("opsd", "OPSD", "opsd", _ADDING, _opsd(), quick=True),
-        Arm("opsd_terse", "OPSD, terse solutions", "opsd", _ADDING, _opsd("terse")),
+        Arm("sdft", "TRL's SDFT", "sdft", _ADDING, {**_SAMPLING, "num_generations": 1}),
         Arm("opsd_answer", "OPSD, answer only", "opsd", _ADDING, _opsd("answer"), quick=True),
         Arm("opsd_live", "OPSD, live teacher", "opsd", _ADDING, _opsd(teacher="live")),
         Arm("opsd_clip", "OPSD, with the clip", "opsd", _ADDING, _opsd(divergence_clip=0.05)),
@@ -155,23 +156,6 @@ ARMS: dict[str, Arm] = {
             "opsd",
             _ADDING,
             _opsd(divergence="reverse_kl", divergence_support="sampled_token"),
-        ),
-        Arm("opsd_long", "OPSD, 5 times the steps", "opsd", settings=_opsd(), tuned_as="opsd", **_LONG),
-        Arm(
-            "opsd_live_long",
-            "OPSD, live teacher, 5 times the steps",
-            "opsd",
-            settings=_opsd(teacher="live"),
-            tuned_as="opsd_live",
-            **_LONG,
-        ),
-        Arm(
-            "opsd_clip_long",
-            "OPSD, with the clip, 5 times the steps",
-            "opsd",
-            settings=_opsd(divergence_clip=0.05),
-            tuned_as="opsd_clip",
-            **_LONG,
         ),
         Arm("told", "no training, told to be brief", "none", ("verbose",), steps=0, quick=True),
         *(
@@ -199,6 +183,23 @@ ARMS: dict[str, Arm] = {
             ("verbose",),
             _opsdc(teacher_update_steps=50, divergence="forward_kl"),
             quick=True,
+        ),
+        Arm("opsd_long", "OPSD, 5 times the steps", "opsd", settings=_opsd(), tuned_as="opsd", **_LONG),
+        Arm(
+            "opsd_live_long",
+            "OPSD, live teacher, 5 times the steps",
+            "opsd",
+            settings=_opsd(teacher="live"),
+            tuned_as="opsd_live",
+            **_LONG,
+        ),
+        Arm(
+            "opsd_clip_long",
+            "OPSD, with the clip, 5 times the steps",
+            "opsd",
+            settings=_opsd(divergence_clip=0.05),
+            tuned_as="opsd_clip",
+            **_LONG,
         ),
     )
 }

@@ -184,7 +184,6 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[Verdict]:
         tuned=len(plan.learning_rates) > 1,
         rates=", ".join(f"{rate:g}" for rate in plan.learning_rates),
         tuning_seed=TUNING_SEED,
-        opsd_steps=round(plan.scale * ARMS["opsd"].steps),
         bases=[_base_row(base, lookup("base", base)) for base in plan.bases],
         tables=[_table(base, plan, results, lookup) for base in plan.bases],
         groups=_groups_table(pairs, lookup),

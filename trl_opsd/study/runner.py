@@ -224,21 +224,21 @@ def run_study(
     console = console or Console()
     execute = execute or execute_in_process
     deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
-    pairs = plan.pairs()
     lock = threading.Lock()
 
     def phases() -> Iterable[list[Run]]:
         yield plan.base_runs()
-        runs = dict.fromkeys(run for arm, base in pairs for run in plan.tuning_runs(arm, base))
-        yield [run for run in runs if results.complete(Run(run.base, run.seed))]
-        # Seed by seed, so that a study cut short has whole seeds of all arms
-        reported = []
-        for arm, base in pairs:
-            rate = results.learning_rate(plan, arm, base)
-            if results.is_tuned(plan, arm, base) and (rate is not None or ARMS[arm].trainer == "none"):
-                reported += plan.reported_runs(arm, base, rate)
-        reported.sort(key=lambda run: run.seed)
-        yield [run for run in reported if results.complete(Run(run.base, run.seed))]
+        # Arm by arm, so that a study cut short has whole arms
+        for arm in plan.arms:
+            bases = [base for its, base in plan.pairs() if its == arm]
+            tuning = [run for base in bases for run in plan.tuning_runs(arm, base)]
+            yield [run for run in tuning if results.complete(Run(run.base, run.seed))]
+            reported = []
+            for base in bases:
+                rate = results.learning_rate(plan, arm, base)
+                if results.is_tuned(plan, arm, base) and (rate is not None or ARMS[arm].trainer == "none"):
+                    reported += plan.reported_runs(arm, base, rate)
+            yield [run for run in reported if results.complete(Run(run.base, run.seed))]
 
     with _progress(console) as progress:
         total = sum(seconds for _, seconds in planned_seconds(plan).values())
