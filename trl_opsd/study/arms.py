@@ -89,9 +89,9 @@ class Arm:
 BASES: dict[str, Base] = {
     base.name: base
     for base in (
-        Base("weak", "weak base", ADDING, BaseRecipe(steps=400, context_share=0.94), seconds=200.0),
-        Base("middling", "middling base", ADDING, BaseRecipe(steps=400, context_share=0.9), seconds=200.0),
-        Base("verbose", "verbose base", BREVITY, BaseRecipe(steps=420, context_share=0.5), seconds=200.0),
+        Base("weak", "weak base", ADDING, BaseRecipe(steps=400, context_share=0.98), seconds=250.0),
+        Base("middling", "middling base", ADDING, BaseRecipe(steps=400, context_share=0.9), seconds=250.0),
+        Base("verbose", "verbose base", BREVITY, BaseRecipe(steps=420, context_share=0.5), seconds=250.0),
     )
 }
 
