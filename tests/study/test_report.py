@@ -41,7 +41,7 @@ def test_a_complete_study_says_what_the_numbers_say(tmp_path):
     assert "Not complete" not in text
     assert "Runs that failed" not in text
     row = next(line for line in text.splitlines() if line.startswith("| OPSD | 2 of 2"))
-    assert "| 0.0001* | 80.0 ± 0.0 | 60.0 ± 0.0 | 60.0 ± 0.0 | 5.0 ± 0.0 |" in row
+    assert "| 3e-05* | 80.0 ± 0.0 | 60.0 ± 0.0 | 60.0 ± 0.0 | 5.0 ± 0.0 |" in row
     assert "| 1,000 ± 0 |" in row  # to reach GRPO's best
     for image in re.findall(r"!\[.*\]\((.*)\)", text):
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
@@ -83,7 +83,7 @@ def test_nothing_at_all_still_gives_a_page(tmp_path):
 
 def test_failures_are_listed(tmp_path):
     results = fill(tmp_path, PLAN)
-    run = Run("weak", 2, "grpo", 1e-4)
+    run = Run("weak", 2, "grpo", 3e-5)
     write_result(results.path(run), {"settings": run.settings(), "error": "RuntimeError: out of luck"})
     write_report(results, PLAN, tmp_path / "study.md")
     text = (tmp_path / "study.md").read_text()

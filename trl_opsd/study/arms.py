@@ -7,8 +7,9 @@ from ..playground.base import BaseRecipe
 from .tasks import ADDING, BREVITY, BRIEF_TEMPLATE, REFERENCE_TEMPLATE, Family
 
 
-# Every arm is tuned over these, on a seed that the report leaves out.
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+# Every arm is tuned over these, on a seed that the report leaves out. At 3e-4, GRPO takes a middling base from 52 % to
+# 11 % within 20 steps, hence the low end.
+LEARNING_RATES = (3e-5, 1e-4, 5e-4)
 TUNING_SEED = 0
 SEEDS = (1, 2, 3)
 

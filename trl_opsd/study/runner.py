@@ -72,7 +72,7 @@ FULL = Plan(SEEDS, LEARNING_RATES, tuple(ARMS), tuple(BASES))
 # The middle of the grid and half the steps: a look at the machinery, not a result.
 QUICK = Plan(
     seeds=(1, 2),
-    learning_rates=(3e-4,),
+    learning_rates=(1e-4,),
     arms=tuple(arm.name for arm in ARMS.values() if arm.quick),
     bases=("middling", "verbose"),
     scale=0.5,
