@@ -7,7 +7,7 @@ PIP_INSTALL := $(PY) -m pip install --quiet --constraint constraints.txt
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-vllm lint format demo demo-opsdc demo-smollm2 clean
+.PHONY: help test test-vllm lint format demo demo-opsdc demo-smollm2 study study-quick clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -37,6 +37,12 @@ demo-opsdc: $(VENV)/.demo ## watch a model learn to be brief: OPSDC on the embed
 
 demo-smollm2: $(VENV)/.smollm2 ## OPSD on SmolLM2-135M, a real pretrained model
 	$(PY) -m trl_opsd.playground.smollm2 $(ARGS)
+
+study: $(VENV)/.demo ## the study of the published claims, at most 4 hours, into docs/study.md (stopped, it goes on where it was)
+	$(PY) -m trl_opsd.study $(ARGS)
+
+study-quick: $(VENV)/.demo ## a small and untuned part of the study, at most 20 minutes
+	$(PY) -m trl_opsd.study --quick $(ARGS)
 
 clean: ## remove the .venv and all caches
 	rm -rf $(VENV) $(VLLM_VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

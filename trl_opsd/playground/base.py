@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -15,7 +15,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from ..context import TemplateContext
-from .world import World, make_config, make_tokenizer
+from .world import make_config, make_tokenizer
+
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 _SETTINGS_FILE = "base_settings.json"
@@ -53,7 +57,7 @@ BASE_RECIPES = {
 
 def train_base(
     folder: Path,
-    world: World,
+    world: "DataclassInstance",
     recipe: BaseRecipe,
     context: TemplateContext,
     rows: Dataset,
@@ -69,8 +73,8 @@ def train_base(
     Args:
         folder (`Path`):
             Where the model goes.
-        world ([`World`]):
-            World of the rows.
+        world (`DataclassInstance`):
+            What the rows were made by, such as a [`World`].
         recipe ([`BaseRecipe`]):
             Settings of the training.
         context ([`TemplateContext`]):
@@ -115,7 +119,9 @@ def train_base(
     partial.rename(folder)
 
 
-def has_base(folder: Path, world: World, recipe: BaseRecipe, context: TemplateContext, seed: int = 0) -> bool:
+def has_base(
+    folder: Path, world: "DataclassInstance", recipe: BaseRecipe, context: TemplateContext, seed: int = 0
+) -> bool:
     """
     Whether a folder holds a finished base model of exactly these settings.
     """
@@ -123,7 +129,7 @@ def has_base(folder: Path, world: World, recipe: BaseRecipe, context: TemplateCo
     return settings.is_file() and json.loads(settings.read_text()) == _settings(world, recipe, context, seed)
 
 
-def _settings(world: World, recipe: BaseRecipe, context: TemplateContext, seed: int) -> dict[str, Any]:
+def _settings(world: "DataclassInstance", recipe: BaseRecipe, context: TemplateContext, seed: int) -> dict[str, Any]:
     return {"world": asdict(world), "recipe": asdict(recipe), "context": context.template, "seed": seed}
 
 

@@ -26,6 +26,8 @@ class Evaluation:
             Text of every response.
         correct (`list[bool]`):
             Whether each is right.
+        lengths (`list[int]`):
+            Tokens of each.
     """
 
     accuracy: float
@@ -33,6 +35,7 @@ class Evaluation:
     truncated: float
     responses: list[str]
     correct: list[bool]
+    lengths: list[int]
 
 
 def evaluate(
@@ -92,4 +95,5 @@ def evaluate(
         truncated=truncated / len(lengths),
         responses=responses,
         correct=graded,
+        lengths=lengths,
     )

@@ -1,0 +1,136 @@
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from study.made import SEEDS, false, noisy, result, true
+
+from trl_opsd.study.arms import ARMS, BASES
+from trl_opsd.study.claims import (
+    CLAIMS,
+    FAILS,
+    HOLDS,
+    NOT_RUN,
+    UNSEEN,
+    Condition,
+    best_accuracy,
+    judge,
+    reduction,
+    tokens_to_reach,
+    verdicts,
+)
+
+
+def outcomes(lookup):
+    return {(verdict.claim, verdict.base): verdict.outcome for verdict in verdicts(lookup, list(BASES))}
+
+
+@pytest.mark.parametrize(("lookup", "expected"), [(true, HOLDS), (false, FAILS), (noisy, UNSEEN)])
+def test_every_claim_can_come_out_in_every_way(lookup, expected):
+    found = outcomes(lookup)
+    assert len(found) == sum(len(claim.bases) for claim in CLAIMS)
+    assert found == dict.fromkeys(found, expected)
+
+
+@pytest.mark.parametrize("gone", ["opsd", "opsdc_50", "base", "grpo"])
+def test_a_claim_is_not_run_without_the_arms_it_is_about(gone):
+    found = outcomes(lambda arm, base: {} if arm == gone else true(arm, base))
+    counts = Counter(found.values())
+    assert set(counts) == {HOLDS, NOT_RUN}
+
+
+def test_every_trained_arm_that_a_claim_asks_for_exists():
+    asked = set()
+
+    def lookup(arm, base):
+        asked.add((arm, base))
+        return true(arm, base)
+
+    verdicts(lookup, list(BASES))
+    for arm, base in asked:
+        assert arm == "base" or base in ARMS[arm].bases
+
+
+def test_one_seed_is_not_enough():
+    found = outcomes(lambda arm, base: {seed: value for seed, value in true(arm, base).items() if seed == 1})
+    assert set(found.values()) == {NOT_RUN}
+
+
+def test_seeds_are_paired():
+    # Seeds far apart, with the same difference in each
+    level = {1: 0.2, 2: 0.5, 3: 0.8}
+
+    def lookup(arm, base):
+        better = arm in ("opsd", "opsd_terse")
+        return {seed: result(accuracy=value + 0.1 * better, ood=value) for seed, value in level.items()}
+
+    assert outcomes(lookup)["OPSD beats SFT and off-policy distillation on held-out problems", "weak"] == HOLDS
+
+
+@pytest.mark.parametrize("accuracy", [0.99, 0.01])
+def test_nothing_shows_where_both_arms_are_at_an_end(accuracy):
+    def lookup(arm, base):
+        return {seed: result(accuracy=accuracy, ood=accuracy) for seed in SEEDS}
+
+    assert outcomes(lookup)["OPSD beats SFT and off-policy distillation on held-out problems", "weak"] == UNSEEN
+    assert outcomes(lookup)["Forward KL is best for OPSD", "weak"] == UNSEEN
+
+
+def test_a_grpo_that_learnt_nothing_shows_nothing():
+    def lookup(arm, base):
+        return {seed: result(curve=(0.1, 0.12) if arm == "grpo" else (0.1, 0.8)) for seed in SEEDS}
+
+    claim = "OPSD needs at least 4 times fewer generated tokens than GRPO for the same accuracy"
+    assert outcomes(lookup)[claim, "weak"] == UNSEEN
+
+
+@pytest.mark.parametrize(
+    ("values", "margin", "state"),
+    [
+        ([0.1, 0.1, 0.1], 0.02, "met"),
+        ([0.01, 0.01, 0.01], 0.02, "refuted"),  # surely there, and surely too small to matter
+        ([-0.1, -0.1, -0.1], 0.02, "refuted"),
+        ([-0.3, 0.1, 0.4], 0.02, "open"),
+        ([0.1], 0.02, "missing"),
+        ([], 0.02, "missing"),
+    ],
+)
+def test_states_of_a_condition(values, margin, state):
+    assert Condition("x", values, margin).state() == state
+    if state in ("met", "refuted", "open"):
+        blocked = Condition("x", values, margin, obstacle="nothing could show")
+        assert blocked.state() == "open"
+        assert "nothing could show" in str(blocked)
+
+
+def test_the_interval_is_students():
+    mean, low, high = Condition("x", [1.0, 2.0, 3.0], 0.0).interval()
+    assert mean == 2.0
+    assert high - mean == pytest.approx(4.3027 / 3**0.5, rel=1e-3) == mean - low
+
+
+def test_a_condition_says_its_numbers():
+    assert str(Condition("gain", [0.1, 0.1], 0.02)) == "gain +10.0 [+10.0, +10.0] (met)"
+    assert str(Condition("markers", [3.0, 3.0], 1.0, percent=False)) == "markers +3.0 [+3.0, +3.0] (met)"
+    assert str(Condition("gain", [0.1], 0.02)) == "gain: not run"
+
+
+_VALUES = st.lists(st.floats(-1, 1), min_size=0, max_size=5)
+
+
+@given(st.lists(st.tuples(_VALUES, st.floats(0, 0.2)), min_size=1, max_size=4))
+def test_a_claim_is_as_strong_as_its_weakest_condition(drawn):
+    conditions = [Condition("x", values, margin) for values, margin in drawn]
+    states = {condition.state() for condition in conditions}
+    assert (judge(conditions) == HOLDS) == (states == {"met"})
+    assert (judge(conditions) == NOT_RUN) == ("missing" in states)
+    assert (judge(conditions) == FAILS) == ("missing" not in states and "refuted" in states)
+
+
+def test_tokens_and_lengths_are_read_from_the_curve_and_the_end():
+    run = result(curve=(0.1, 0.5, 0.4, 0.7), lengths=(30.0, 40.0, 50.0))
+    assert best_accuracy(run) == 0.7
+    assert [tokens_to_reach(run, target) for target in (0.05, 0.5, 0.6, 0.8)] == [0, 1000, 3000, None]
+    base = result(tokens=80.0, lengths=(60.0, 80.0, 100.0))
+    assert reduction(run, base) == 0.5
+    assert reduction(run, base, "2") == 0.5

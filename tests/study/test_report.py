@@ -1,0 +1,124 @@
+import re
+from dataclasses import replace
+
+import pytest
+from study.made import FALSE, TRUE, result
+
+from trl_opsd.study import __main__ as command
+from trl_opsd.study.arms import ARMS
+from trl_opsd.study.report import write_report
+from trl_opsd.study.runner import FULL, QUICK, Results
+from trl_opsd.study.train import Run, write_result
+
+
+PLAN = replace(FULL, seeds=(1, 2))
+
+
+def fill(folder, plan, arms=None, values=TRUE):
+    """Leaves the results of a study, with the bases' own."""
+    results = Results(folder)
+    runs = plan.base_runs()
+    for arm, base in plan.pairs():
+        if arms is None or arm in arms:
+            rate = None if ARMS[arm].trainer == "none" else plan.learning_rates[0]
+            runs += [*plan.tuning_runs(arm, base), *plan.reported_runs(arm, base, rate)]
+    for run in runs:
+        made = result(**values.get(run.arm or "base", {}))
+        write_result(results.path(run), {"settings": run.settings(), **made})
+    return results
+
+
+def report(folder, plan, **kwargs):
+    page = folder / "study.md"
+    judged = write_report(fill(folder, plan, **kwargs), plan, page)
+    return page.read_text(), {(verdict.claim, verdict.base): verdict.outcome for verdict in judged}
+
+
+def test_a_complete_study_says_what_the_numbers_say(tmp_path):
+    text, judged = report(tmp_path, PLAN)
+    assert set(judged.values()) == {"holds here"}
+    assert text.count("**holds here**") == 2 * len(judged)  # in the table and in its sentence
+    assert "Not complete" not in text
+    assert "Runs that failed" not in text
+    row = next(line for line in text.splitlines() if line.startswith("| OPSD | 2 of 2"))
+    assert "| 3e-05* | 80.0 ± 0.0 | 60.0 ± 0.0 | 60.0 ± 0.0 | 5.0 ± 0.0 |" in row
+    assert "| 1,000 ± 0 |" in row  # to reach GRPO's best
+    for image in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
+    assert "| weak | 90 ± 0 | 90 ± 0 | 90 ± 0 | 90 ± 0 | 90 ± 0 |" in text  # groups without spread
+    assert "accuracy-weak.png" in text
+    assert "long-middling.png" in text
+    assert "tokens-verbose.png" in text
+
+
+def test_tables_are_whole(tmp_path):
+    text, _ = report(tmp_path, PLAN)
+    tables = re.findall(r"(?:^\|.*\|$\n)+", text, re.MULTILINE)
+    assert len(tables) == 3 + len(PLAN.bases)
+    for table in tables:
+        lines = table.splitlines()
+        assert len({line.count("|") for line in lines}) == 1
+        assert len(lines) > 2
+
+
+def test_contrary_results_give_the_contrary(tmp_path):
+    _, judged = report(tmp_path, PLAN, values=FALSE)
+    assert set(judged.values()) == {"does not hold here"}
+
+
+def test_a_partial_study_says_what_is_missing(tmp_path):
+    text, judged = report(tmp_path, PLAN, arms=("opsd", "sft", "opsd_reverse_kl", "opsd_jsd"))
+    assert "Not complete: 16 of the" in text
+    assert judged["Forward KL is best for OPSD", "weak"] == "holds here"
+    assert judged["A fixed teacher is more stable than a live one", "middling"] == "not run"
+    assert "| GRPO, 8 rollouts, 4 times the tokens | 0 of 2 | – | – |" in text
+
+
+def test_nothing_at_all_still_gives_a_page(tmp_path):
+    write_report(Results(tmp_path), FULL, tmp_path / "study.md")
+    text = (tmp_path / "study.md").read_text()
+    assert "Not complete: 0 of the" in text
+    assert "**holds here**" not in text
+
+
+def test_failures_are_listed(tmp_path):
+    results = fill(tmp_path, PLAN)
+    run = Run("weak", 2, "grpo", 3e-5)
+    write_result(results.path(run), {"settings": run.settings(), "error": "RuntimeError: out of luck"})
+    write_report(results, PLAN, tmp_path / "study.md")
+    text = (tmp_path / "study.md").read_text()
+    assert f"`{run.name}`: RuntimeError: out of luck" in text
+    assert "| GRPO, 8 rollouts, 4 times the tokens | 1 of 2 |" in text
+
+
+def test_a_quick_study_says_so(tmp_path):
+    text, _ = report(tmp_path, QUICK)
+    assert "quick study" in text
+    assert "nothing was tuned" in text
+    assert "Every arm was tuned" not in text
+
+
+@pytest.mark.parametrize("flags", [["--plan"], ["--plan", "--quick"], ["--plan", "--only", "opsd"]])
+def test_the_plan_runs_nothing(tmp_path, capsys, flags):
+    command.main([*flags, "--output_dir", str(tmp_path), "--page", str(tmp_path / "page.md")])
+    assert "core-hours" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_runs_what_it_is_told_and_reports_all(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def execute(run, path):
+        ran.append(run)
+        write_result(path, {"settings": run.settings(), **result()})
+
+    monkeypatch.setattr("trl_opsd.study.runner.execute_in_process", execute)
+    page = tmp_path / "docs" / "page.md"
+    command.main(["--quick", "--only", "opsd", "--output_dir", str(tmp_path), "--page", str(page)])
+    assert {run.arm for run in ran} == {None, "opsd"}
+    assert "| SFT on the solutions | 0 of 2 |" in page.read_text()
+    assert "not run" in capsys.readouterr().out
+
+    ran.clear()
+    command.main(["--quick", "--report", "--output_dir", str(tmp_path), "--page", str(page)])
+    assert ran == []

@@ -1,0 +1,177 @@
+import json
+import sys
+
+import pytest
+from rich.console import Console
+
+from trl_opsd.study import runner
+from trl_opsd.study.arms import ARMS, BASES, LEARNING_RATES, SEEDS, TUNING_SEED
+from trl_opsd.study.runner import FULL, QUICK, Plan, Results, execute_in_process, planned_seconds, run_study
+from trl_opsd.study.train import Run, write_result
+
+
+PLAN = Plan(seeds=(1, 2), learning_rates=(1e-4, 1e-3), arms=("sft", "opsd", "opsd_long"), bases=("weak", "middling"))
+
+
+def result_of(run, accuracy=0.5):
+    figures = {"accuracy": accuracy, "mean_tokens": 30.0}
+    return {"settings": run.settings(), "final": {"test": figures}, "cpu_seconds": 1.0}
+
+
+class Execute:
+    """Stands in for the process of a run."""
+
+    def __init__(self, fails=(), accuracy=lambda run: 0.5, interrupt_at=None):
+        self.ran, self.fails, self.accuracy, self.interrupt_at = [], fails, accuracy, interrupt_at
+
+    def __call__(self, run, path):
+        if len(self.ran) == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.ran.append(run)
+        failed = {"settings": run.settings(), "error": "ValueError: no"}
+        write_result(path, failed if run.name in self.fails else result_of(run, self.accuracy(run)))
+
+
+def study(folder, execute, plan=PLAN, **kwargs):
+    console = Console(record=True, width=200, force_terminal=False)
+    return run_study(plan, folder, console=console, execute=execute, **kwargs), console.export_text()
+
+
+def test_a_study_runs_bases_tuning_and_seeds_and_nothing_twice(tmp_path):
+    execute = Execute()
+    study(tmp_path, execute)
+    ran = execute.ran
+    assert set(ran[:6]) == {Run(base, seed) for base in ("weak", "middling") for seed in (0, 1, 2)}
+    # Arm by arm: tuned first, on the seed that is not reported
+    for start, arm in ((6, "sft"), (14, "opsd")):
+        bases, rates = ("weak", "middling"), PLAN.learning_rates
+        assert set(ran[start : start + 4]) == {Run(base, 0, arm, rate) for base in bases for rate in rates}
+        assert set(ran[start + 4 : start + 8]) == {Run(base, seed, arm, 1e-4) for base in bases for seed in (1, 2)}
+    assert set(ran[22:]) == {Run("middling", seed, "opsd_long", 1e-4) for seed in (1, 2)}
+    assert len(set(execute.ran)) == len(execute.ran) == 24
+
+    again = Execute()
+    study(tmp_path, again)
+    assert again.ran == []
+
+
+def test_an_interrupted_study_goes_on_where_it_stopped(tmp_path):
+    first = Execute(interrupt_at=9)
+    with pytest.raises(KeyboardInterrupt):
+        study(tmp_path, first)
+    second = Execute()
+    study(tmp_path, second)
+    assert not set(first.ran) & set(second.ran)
+    assert len(first.ran) + len(second.ran) == 24
+
+
+def test_failed_runs_are_reported_and_run_again(tmp_path):
+    name = Run("weak", 1, "sft", 1e-4).name
+    results, output = study(tmp_path, Execute(fails=(name,)))
+    assert f"{name} failed: ValueError: no" in output
+    assert results.failures() == {name: "ValueError: no"}
+    assert set(results.reported(PLAN, "sft", "weak")) == {2}
+
+    again = Execute()
+    results, _ = study(tmp_path, again)
+    assert [run.name for run in again.ran] == [name]
+    assert results.failures() == {}
+    assert set(results.reported(PLAN, "sft", "weak")) == {1, 2}
+
+
+def test_what_rests_on_a_failed_base_is_left_out(tmp_path):
+    execute = Execute(fails=("weak-seed0", "middling-seed2"))
+    results, _ = study(tmp_path, execute)
+    assert not any(run.base == "weak" and run.arm for run in execute.ran)
+    assert set(results.reported(PLAN, "opsd", "middling")) == {1}
+    assert results.reported(PLAN, "opsd", "weak") == {}
+
+
+def test_a_result_of_other_settings_is_made_again(tmp_path, monkeypatch):
+    study(tmp_path, Execute())
+    from dataclasses import replace
+
+    monkeypatch.setitem(ARMS, "sft", replace(ARMS["sft"], steps=99, title="Another title"))
+    again = Execute()
+    study(tmp_path, again)
+    assert {run.arm for run in again.ran} == {"sft"}
+    assert len(again.ran) == 8
+    monkeypatch.setitem(ARMS, "sft", replace(ARMS["sft"], title="Yet another", seconds_per_step=9.0))
+    again = Execute()
+    study(tmp_path, again)
+    assert again.ran == []
+
+
+def test_the_best_rate_is_taken_and_the_tuning_seed_is_not_reported(tmp_path):
+    results, _ = study(tmp_path, Execute(accuracy=lambda run: 0.9 if run.learning_rate == 1e-3 else 0.4))
+    assert results.learning_rate(PLAN, "opsd", "middling") == 1e-3
+    assert results.learning_rate(PLAN, "opsd_long", "middling") == 1e-3
+    assert set(results.reported(PLAN, "opsd_long", "middling")) == {1, 2}
+    assert TUNING_SEED not in SEEDS
+
+
+def test_of_equal_rates_the_lower_one_is_taken(tmp_path):
+    results, _ = study(tmp_path, Execute())
+    assert results.learning_rate(PLAN, "sft", "weak") == 1e-4
+
+
+def test_an_arm_whose_tuning_failed_altogether_is_not_run(tmp_path):
+    fails = [Run("weak", 0, "sft", rate).name for rate in PLAN.learning_rates]
+    execute = Execute(fails=fails)
+    results, _ = study(tmp_path, execute)
+    assert results.learning_rate(PLAN, "sft", "weak") is None
+    assert not any(run.arm == "sft" and run.base == "weak" and run.seed for run in execute.ran)
+
+
+def test_opsdc_is_tuned_for_accuracy_less_length(tmp_path):
+    results = Results(tmp_path)
+    base, run = Run("verbose", 0), Run("verbose", 0, "opsdc_50", 1e-4)
+    write_result(results.path(base), result_of(base))
+    shorter = result_of(run, 0.4)
+    shorter["final"]["test"]["mean_tokens"] = 15.0
+    write_result(results.path(run), shorter)
+    assert results.score(run) == pytest.approx(0.4 - 0.5)
+
+
+def test_no_run_is_started_after_the_hours_are_over(tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 600))  # ten minutes pass between two looks
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))
+    execute = Execute()
+    study(tmp_path, execute, max_hours=0.6)
+    assert len(execute.ran) == 3
+
+
+def test_a_process_that_dies_leaves_its_status(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    run = Run("weak", 0)
+    path = Results(tmp_path).path(run)
+    execute_in_process(run, path)
+    assert "ended with status 1" in json.loads(path.read_text())["error"]
+    assert Results(tmp_path).complete(run) is None
+
+
+def test_a_result_is_written_in_one_piece(tmp_path):
+    path = tmp_path / "runs" / "a.json"
+    write_result(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_result(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_the_studies_are_within_their_budgets():
+    def hours(plan):
+        return sum(seconds for _, seconds in planned_seconds(plan).values()) / runner.PROCESSES / 3600
+
+    assert hours(FULL) <= 4.0
+    assert hours(QUICK) <= 1 / 3
+    assert len(FULL.seeds) >= 3
+    assert FULL.learning_rates == LEARNING_RATES
+    assert set(FULL.arms) == set(ARMS)
+    assert set(FULL.bases) == set(BASES)
+
+
+def test_names_tell_runs_apart():
+    runs = [*FULL.base_runs()]
+    for arm, base in FULL.pairs():
+        runs += [*FULL.tuning_runs(arm, base), *FULL.reported_runs(arm, base, 3e-4), Run(base, 1, arm, 3e-4, 0.5)]
+    assert len({run.name for run in set(runs)}) == len(set(runs))

@@ -1,0 +1,206 @@
+"""What is compared: base models, and the arms that start from them."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..playground.base import BaseRecipe
+from .tasks import ADDING, BREVITY, BRIEF_TEMPLATE, REFERENCE_TEMPLATE, Family
+
+
+# Every arm is tuned over these, on a seed that the report leaves out. At 3e-4, GRPO takes a middling base from 52 % to
+# 11 % within 20 steps, hence the low end.
+LEARNING_RATES = (3e-5, 1e-4, 5e-4)
+TUNING_SEED = 0
+SEEDS = (1, 2, 3)
+
+Trainer = Literal["none", "sft", "grpo", "sdft", "opsd", "opsdc"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """
+    A base model, trained once per seed.
+
+    Args:
+        name (`str`):
+            Name.
+        title (`str`):
+            What the report calls it.
+        family ([`~trl_opsd.study.tasks.Family`]):
+            Tasks it knows.
+        recipe ([`~trl_opsd.playground.base.BaseRecipe`]):
+            Its training.
+        seconds (`float`):
+            Core-seconds that training and testing it took where that was measured.
+    """
+
+    name: str
+    title: str
+    family: Family
+    recipe: BaseRecipe
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One way to train a base model.
+
+    Args:
+        name (`str`):
+            Name.
+        title (`str`):
+            What the report calls it.
+        trainer (`str`):
+            `"sft"`, `"grpo"`, `"sdft"`, `"opsd"`, `"opsdc"`, or `"none"` for the base itself, told to be brief.
+        bases (`tuple[str, ...]`):
+            Names of the bases it starts from.
+        settings (`dict[str, Any]`):
+            Fields of the trainer's configuration beside those that all arms share.
+        steps (`int`):
+            Optimizer steps.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Sequences per step.
+        column (`str`, *optional*, defaults to `"solution"`):
+            Column that SFT learns and that SDFT's teacher reads.
+        tuned_as (`str`, *optional*):
+            Arm whose learning rate it takes over instead of being tuned itself.
+        evaluate_every (`int`, *optional*, defaults to `10`):
+            Steps between two points of the learning curve.
+        seconds_per_step (`float`, *optional*, defaults to `0.8`):
+            Core-seconds of a step where that was measured, for the plan.
+        quick (`bool`, *optional*, defaults to `False`):
+            Whether the quick study has it.
+    """
+
+    name: str
+    title: str
+    trainer: Trainer
+    bases: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    steps: int = 100
+    batch_size: int = 32
+    column: str = "solution"
+    tuned_as: str | None = None
+    evaluate_every: int = 10
+    seconds_per_step: float = 0.8
+    quick: bool = False
+
+
+BASES: dict[str, Base] = {
+    base.name: base
+    for base in (
+        Base("weak", "weak base", ADDING, BaseRecipe(steps=400, context_share=0.98), seconds=250.0),
+        Base("middling", "middling base", ADDING, BaseRecipe(steps=400, context_share=0.9), seconds=250.0),
+        Base("verbose", "verbose base", BREVITY, BaseRecipe(steps=420, context_share=0.5), seconds=250.0),
+    )
+}
+
+_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+
+
+def _opsd(context: str = "solution", **settings: Any) -> dict[str, Any]:
+    # As in recipes/playground/opsd.yaml: no clip unless the arm is about it, and the fixed initial teacher.
+    return {
+        **_SAMPLING,
+        "divergence_clip": None,
+        "privileged_context": "answer" if context == "answer" else "solution",
+        "context_kwargs": {"column": context, "template": REFERENCE_TEMPLATE % context},
+        **settings,
+    }
+
+
+def _opsdc(**settings: Any) -> dict[str, Any]:
+    return {**_SAMPLING, "context_kwargs": {"template": BRIEF_TEMPLATE}, **settings}
+
+
+_ADDING = ("weak", "middling")
+_LONG: dict[str, Any] = {"bases": ("middling",), "steps": 500, "evaluate_every": 25}
+
+# In the order they are run in: what most claims ask for first, what takes longest last.
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("opsd", "OPSD", "opsd", _ADDING, _opsd(), quick=True),
+        Arm(
+            "grpo",
+            "GRPO, 8 rollouts, 4 times the tokens",
+            "grpo",
+            _ADDING,
+            {**_SAMPLING, "num_generations": 8},
+            steps=200,
+            batch_size=64,
+            evaluate_every=20,
+            seconds_per_step=1.5,
+            quick=True,
+        ),
+        Arm("sft", "SFT on the solutions", "sft", _ADDING, seconds_per_step=0.3, quick=True),
+        Arm("sft_terse", "SFT on terse solutions", "sft", _ADDING, column="terse", seconds_per_step=0.25),
+        Arm("opsd_terse", "OPSD, terse solutions", "opsd", _ADDING, _opsd("terse")),
+        Arm(
+            "off_policy",
+            "off-policy, the teacher's own samples",
+            "opsd",
+            _ADDING,
+            _opsd(lmbda=0.0, seq_kd=True),
+            quick=True,
+        ),
+        Arm("sdft", "TRL's SDFT", "sdft", _ADDING, {**_SAMPLING, "num_generations": 1}),
+        Arm("opsd_answer", "OPSD, answer only", "opsd", _ADDING, _opsd("answer"), quick=True),
+        Arm("opsd_live", "OPSD, live teacher", "opsd", _ADDING, _opsd(teacher="live")),
+        Arm("opsd_clip", "OPSD, with the clip", "opsd", _ADDING, _opsd(divergence_clip=0.05)),
+        Arm("opsd_reverse_kl", "OPSD, reverse KL", "opsd", _ADDING, _opsd(divergence="reverse_kl"), quick=True),
+        Arm("opsd_jsd", "OPSD, JSD", "opsd", _ADDING, _opsd(divergence="jsd")),
+        Arm(
+            "opsd_sampled",
+            "OPSD, sampled-token loss",
+            "opsd",
+            _ADDING,
+            _opsd(divergence="reverse_kl", divergence_support="sampled_token"),
+        ),
+        Arm("told", "no training, told to be brief", "none", ("verbose",), steps=0, quick=True),
+        *(
+            Arm(
+                f"opsdc_{steps}",
+                f"OPSDC, teacher refreshed every {steps} steps" if steps > 1 else "OPSDC, refreshed every step",
+                "opsdc",
+                ("verbose",),
+                _opsdc(teacher_update_steps=steps),
+                quick=steps == 50,
+            )
+            for steps in (1, 10, 50)
+        ),
+        Arm(
+            "opsdc_frozen",
+            "OPSDC, frozen teacher",
+            "opsdc",
+            ("verbose",),
+            _opsdc(teacher="initial"),
+        ),
+        Arm(
+            "opsdc_forward_kl",
+            "OPSDC, forward KL, refreshed every 50 steps",
+            "opsdc",
+            ("verbose",),
+            _opsdc(teacher_update_steps=50, divergence="forward_kl"),
+            quick=True,
+        ),
+        Arm("opsd_long", "OPSD, 5 times the steps", "opsd", settings=_opsd(), tuned_as="opsd", **_LONG),
+        Arm(
+            "opsd_live_long",
+            "OPSD, live teacher, 5 times the steps",
+            "opsd",
+            settings=_opsd(teacher="live"),
+            tuned_as="opsd_live",
+            **_LONG,
+        ),
+        Arm(
+            "opsd_clip_long",
+            "OPSD, with the clip, 5 times the steps",
+            "opsd",
+            settings=_opsd(divergence_clip=0.05),
+            tuned_as="opsd_clip",
+            **_LONG,
+        ),
+    )
+}

@@ -1,0 +1,392 @@
+"""
+The published claims, and the rules that decide what the study says about them.
+
+Every claim is a list of conditions, each a quantity with one value per seed that the claim says is positive. A
+condition has a margin, the least value that would matter, and a 95 % t interval over the seeds.
+
+- It is *met* if the interval lies above zero and the mean reaches the margin.
+- It is *refuted* if the interval lies below the margin.
+- Otherwise, or if what it rests on did not happen (both arms at the ceiling, GRPO that learnt nothing), it is *open*.
+
+A claim holds here if all of its conditions are met, does not hold here if one is refuted, and cannot be seen here
+otherwise. With a run missing that would be needed for two seeds, it was not run.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean, stdev
+from typing import Any
+
+from ..eval.statistics import student_t
+
+
+HOLDS, FAILS, UNSEEN, NOT_RUN = "holds here", "does not hold here", "cannot be seen here", "not run"
+
+Result = dict[str, Any]
+Metric = Callable[[Result], float]
+# The complete results of an arm on a base, by seed; the base itself is the arm "base".
+Lookup = Callable[[str, str], dict[int, Result]]
+
+_CEILING, _FLOOR = 0.97, 0.03
+
+
+@dataclass(frozen=True)
+class Condition:
+    """
+    A quantity that a claim says is positive.
+
+    Args:
+        text (`str`):
+            What it is.
+        values (`list[float]`):
+            One per seed.
+        margin (`float`):
+            Least value that would matter.
+        obstacle (`str`, *optional*):
+            Why it cannot be judged, whatever its values.
+        percent (`bool`, *optional*, defaults to `True`):
+            Whether it is shown in percent points.
+    """
+
+    text: str
+    values: list[float]
+    margin: float
+    obstacle: str | None = None
+    percent: bool = True
+
+    def interval(self) -> tuple[float, float, float]:
+        """Mean over the seeds, and the ends of its 95 % t interval."""
+        mean = fmean(self.values)
+        half = student_t(len(self.values) - 1) * stdev(self.values) / math.sqrt(len(self.values))
+        return mean, mean - half, mean + half
+
+    def state(self) -> str:
+        """`"missing"`, `"open"`, `"met"` or `"refuted"`."""
+        if len(self.values) < 2:
+            return "missing"
+        if self.obstacle is not None:
+            return "open"
+        mean, low, high = self.interval()
+        if low > 0 and mean >= self.margin:
+            return "met"
+        return "refuted" if high < self.margin else "open"
+
+    def __str__(self) -> str:
+        if self.state() == "missing":
+            return f"{self.text}: not run"
+        scale = 100 if self.percent else 1
+        mean, low, high = (scale * value for value in self.interval())
+        shown = f"{self.text} {mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+        return f"{shown} ({self.state()}{'' if self.obstacle is None else f': {self.obstacle}'})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    What the study says about a claim on one base.
+
+    Args:
+        claim (`str`):
+            The claim.
+        base (`str`):
+            Name of the base.
+        outcome (`str`):
+            `HOLDS`, `FAILS`, `UNSEEN` or `NOT_RUN`.
+        conditions (`list[Condition]`):
+            What it rests on.
+    """
+
+    claim: str
+    base: str
+    outcome: str
+    conditions: list[Condition]
+
+
+def judge(conditions: Sequence[Condition]) -> str:
+    """
+    Turns conditions into what the study says.
+
+    Args:
+        conditions (`Sequence[Condition]`):
+            The conditions of a claim.
+
+    Returns:
+        `str`:
+            `HOLDS`, `FAILS`, `UNSEEN` or `NOT_RUN`.
+    """
+    states = [condition.state() for condition in conditions]
+    if "missing" in states:
+        return NOT_RUN
+    if "refuted" in states:
+        return FAILS
+    return HOLDS if all(state == "met" for state in states) else UNSEEN
+
+
+# Metrics of a result
+
+
+def accuracy(split: str) -> Metric:
+    """Final accuracy on a split."""
+    return lambda result: result["final"][split]["accuracy"]
+
+
+def _out_of_domain(result: Result) -> float:
+    return fmean(result["final"][split]["accuracy"] for split in ("longer", "words"))
+
+
+def _markers(result: Result) -> float:
+    return result["final"]["test"]["markers_per_1k"]
+
+
+def _drop(result: Result) -> float:
+    """Accuracy lost between the best point of the learning curve and its last."""
+    curve = [point["accuracy"] for point in result["curve"]]
+    return max(curve) - curve[-1]
+
+
+def tokens_to_reach(result: Result, target: float) -> float | None:
+    """
+    Generated tokens at the first point of a learning curve that reaches an accuracy.
+
+    Args:
+        result (`dict[str, Any]`):
+            Result of a run.
+        target (`float`):
+            Accuracy.
+
+    Returns:
+        `float` or `None`:
+            Tokens, `None` if the curve never gets there.
+    """
+    return next((point["generated_tokens"] for point in result["curve"] if point["accuracy"] >= target), None)
+
+
+def best_accuracy(result: Result) -> float:
+    """Highest accuracy on a learning curve."""
+    return max(point["accuracy"] for point in result["curve"])
+
+
+def reduction(result: Result, base: Result, digits: str | None = None) -> float:
+    """
+    Share of the base's length that is gone.
+
+    Args:
+        result (`dict[str, Any]`):
+            Result of a run.
+        base (`dict[str, Any]`):
+            Result of its base.
+        digits (`str`, *optional*):
+            Number of digits of the problems. `None` takes all.
+
+    Returns:
+        `float`:
+            Share of the tokens, negative if responses became longer.
+    """
+    lengths = [
+        (value["final"]["test"] if digits is None else value["final"]["test"]["by_digits"][digits])["mean_tokens"]
+        for value in (result, base)
+    ]
+    return 1 - lengths[0] / lengths[1]
+
+
+# Conditions
+
+
+def _difference(
+    lookup: Lookup, base: str, text: str, better: str, worse: str, metric: Metric, margin: float, percent: bool = True
+) -> Condition:
+    first, second = lookup(better, base), lookup(worse, base)
+    pairs = [(metric(first[seed]), metric(second[seed])) for seed in sorted(first.keys() & second.keys())]
+    return Condition(text, [a - b for a, b in pairs], margin, percent=percent)
+
+
+def _accuracy_difference(lookup: Lookup, base: str, text: str, better: str, worse: str, metric: Metric) -> Condition:
+    condition = _difference(lookup, base, text, better, worse, metric, 0.02)
+    means = [fmean(map(metric, results.values())) for arm in (better, worse) if (results := lookup(arm, base))]
+    obstacle = None
+    if means and min(means) > _CEILING:
+        obstacle = "both at the ceiling"
+    elif means and max(means) < _FLOOR:
+        obstacle = "both at the floor"
+    return replace(condition, obstacle=obstacle)
+
+
+def _each(
+    lookup: Lookup, base: str, text: str, arm: str, value: Callable[[Result, Result], float], margin: float
+) -> Condition:
+    results, bases = lookup(arm, base), lookup("base", base)
+    return Condition(
+        text, [value(results[seed], bases[seed]) for seed in sorted(results.keys() & bases.keys())], margin
+    )
+
+
+def _tokens(lookup: Lookup, base: str) -> list[Condition]:
+    opsd, grpo = lookup("opsd", base), lookup("grpo", base)
+    reached, ratios, gains = [], [], []
+    for seed in sorted(opsd.keys() & grpo.keys()):
+        target = best_accuracy(grpo[seed])
+        gains.append(target - grpo[seed]["curve"][0]["accuracy"])
+        needed, reference = tokens_to_reach(opsd[seed], target), tokens_to_reach(grpo[seed], target)
+        assert reference is not None
+        reached.append(-1.0 if needed is None else 1.0)
+        # One that never gets there counts with all of its tokens here, and against the claim above
+        needed = opsd[seed]["generated_tokens"] if needed is None else needed
+        ratios.append(math.log2(max(reference, 1) / max(needed, 1)) - 2)
+    too_small = bool(gains) and fmean(gains) < 0.05
+    obstacle = "GRPO's best is less than 5 points above the base" if too_small else None
+    return [
+        Condition("OPSD reaches GRPO's best (+1) or not (−1)", reached, 0.5, obstacle, percent=False),
+        Condition("log2 of (GRPO's tokens / OPSD's), less 2 for 4 times", ratios, 0.0, obstacle, percent=False),
+    ]
+
+
+def _beats(metric: Metric, where: str) -> Callable[[Lookup, str], list[Condition]]:
+    pairs = (
+        ("OPSD − SFT", "opsd", "sft"),
+        ("OPSD on terse solutions − SFT on them", "opsd_terse", "sft_terse"),
+        ("OPSD − off-policy", "opsd", "off_policy"),
+    )
+    return lambda lookup, base: [
+        _accuracy_difference(lookup, base, f"{text}, {where}", better, worse, metric) for text, better, worse in pairs
+    ]
+
+
+def _fixed_is_more_stable(lookup: Lookup, base: str) -> list[Condition]:
+    text = "accuracy lost over 5 times the steps, live − fixed"
+    return [_difference(lookup, base, text, "opsd_live_long", "opsd_long", _drop, 0.05)]
+
+
+def _clip_prevents_collapse(lookup: Lookup, base: str) -> list[Condition]:
+    lost = _each(lookup, base, "accuracy lost without the clip", "opsd_long", lambda result, _: _drop(result), 0.1)
+    text = "accuracy lost over 5 times the steps, without − with the clip"
+    return [lost, _difference(lookup, base, text, "opsd_long", "opsd_clip_long", _drop, 0.05)]
+
+
+def _forward_kl_is_best(lookup: Lookup, base: str) -> list[Condition]:
+    return [
+        _accuracy_difference(lookup, base, f"forward KL − {title}, held out", "opsd", arm, accuracy("test"))
+        for title, arm in (("reverse KL", "opsd_reverse_kl"), ("JSD", "opsd_jsd"))
+    ]
+
+
+def _lost_accuracy(result: Result, base: Result) -> float:
+    return base["final"]["test"]["accuracy"] - result["final"]["test"]["accuracy"]
+
+
+def _forward_kl_collapses(lookup: Lookup, base: str) -> list[Condition]:
+    return [
+        _each(lookup, base, "base − forward KL, accuracy", "opsdc_forward_kl", _lost_accuracy, 0.1),
+        _accuracy_difference(
+            lookup, base, "reverse − forward KL, accuracy", "opsdc_50", "opsdc_forward_kl", accuracy("test")
+        ),
+    ]
+
+
+def _refreshing_each_step_collapses(lookup: Lookup, base: str) -> list[Condition]:
+    text = "base − refreshed every step, accuracy"
+    return [_each(lookup, base, text, "opsdc_1", _lost_accuracy, 0.1)]
+
+
+def _frozen_compresses_little(lookup: Lookup, base: str) -> list[Condition]:
+    bases = lookup("base", base)
+    lengths, frozen = lookup("opsdc_50", base), lookup("opsdc_frozen", base)
+    seeds = sorted(lengths.keys() & frozen.keys() & bases.keys())
+    values = [reduction(lengths[seed], bases[seed]) - reduction(frozen[seed], bases[seed]) for seed in seeds]
+    return [Condition("length reduction, refreshed every 50 steps − frozen", values, 0.05)]
+
+
+def _is_adaptive(lookup: Lookup, base: str) -> list[Condition]:
+    def easy_minus_hard(result: Result, reference: Result) -> float:
+        levels = sorted(reference["final"]["test"]["by_digits"], key=int)
+        return reduction(result, reference, levels[0]) - reduction(result, reference, levels[-1])
+
+    return [_each(lookup, base, "length reduction, easiest − hardest", "opsdc_50", easy_minus_hard, 0.02)]
+
+
+def _rich_context_suppresses(lookup: Lookup, base: str) -> list[Condition]:
+    values = (
+        ("markers per 1,000 tokens, base − OPSD", "base", "opsd"),
+        ("markers per 1,000 tokens, answer only − OPSD", "opsd_answer", "opsd"),
+    )
+    return [_difference(lookup, base, text, more, fewer, _markers, 1.0, percent=False) for text, more, fewer in values]
+
+
+def _rich_context_hurts(lookup: Lookup, base: str) -> list[Condition]:
+    text = "answer only − OPSD, out of domain"
+    return [_accuracy_difference(lookup, base, text, "opsd_answer", "opsd", _out_of_domain)]
+
+
+def _groups_collapse(lookup: Lookup, base: str) -> list[Condition]:
+    def excess(result: Result, _: Result) -> float:
+        return fmean(result["series"]["frac_reward_zero_std"]) - 0.5
+
+    return [_each(lookup, base, "share of groups without spread, above a half", "grpo", excess, 0.0)]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """
+    A published claim.
+
+    Args:
+        text (`str`):
+            The claim.
+        source (`str`):
+            Paper, as `huggingface.co/papers/<id>`.
+        conditions (`Callable[[Lookup, str], list[Condition]]`):
+            Its conditions on a base.
+        bases (`tuple[str, ...]`):
+            Names of the bases it is judged on.
+    """
+
+    text: str
+    source: str
+    conditions: Callable[[Lookup, str], list[Condition]]
+    bases: tuple[str, ...] = field(default=("weak", "middling"))
+
+
+_OPSD, _OPSDC, _DEGRADES = (f"huggingface.co/papers/{number}" for number in ("2601.18734", "2603.05433", "2603.24472"))
+
+CLAIMS = (
+    Claim("OPSD needs at least 4 times fewer generated tokens than GRPO for the same accuracy", _OPSD, _tokens),
+    Claim(
+        "OPSD beats SFT and off-policy distillation on held-out problems",
+        _OPSD,
+        _beats(accuracy("test"), "held out"),
+    ),
+    Claim("OPSD beats SFT and off-policy distillation out of domain", _OPSD, _beats(_out_of_domain, "out of domain")),
+    Claim("A fixed teacher is more stable than a live one", _OPSD, _fixed_is_more_stable, ("middling",)),
+    Claim("The clip prevents collapse", _OPSD, _clip_prevents_collapse, ("middling",)),
+    Claim("Forward KL is best for OPSD", _OPSD, _forward_kl_is_best),
+    Claim("Forward KL collapses in OPSDC, reverse KL does not", _OPSDC, _forward_kl_collapses, ("verbose",)),
+    Claim("Refreshing the teacher every step collapses", _OPSDC, _refreshing_each_step_collapses, ("verbose",)),
+    Claim("Never refreshing the teacher compresses little", _OPSDC, _frozen_compresses_little, ("verbose",)),
+    Claim("Compression is adaptive: easy problems shrink more than hard ones", _OPSDC, _is_adaptive, ("verbose",)),
+    Claim("Rich context suppresses expressions of uncertainty", _DEGRADES, _rich_context_suppresses),
+    Claim("Rich context hurts out of domain", _DEGRADES, _rich_context_hurts),
+    Claim("GRPO's groups collapse to zero reward spread", _OPSD, _groups_collapse),
+)
+
+
+def verdicts(lookup: Lookup, bases: Sequence[str]) -> list[Verdict]:
+    """
+    Judges all claims.
+
+    Args:
+        lookup (`Callable[[str, str], dict[int, Result]]`):
+            Gives the complete results of an arm on a base, by seed, and those of the base itself for `"base"`.
+        bases (`Sequence[str]`):
+            Names of the bases that were to be run.
+
+    Returns:
+        `list[Verdict]`:
+            One per claim and base.
+    """
+    found = []
+    for claim in CLAIMS:
+        for base in claim.bases:
+            conditions = claim.conditions(lookup, base)
+            outcome = judge(conditions) if base in bases else NOT_RUN
+            found.append(Verdict(claim.text, base, outcome, conditions))
+    return found

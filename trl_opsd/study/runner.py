@@ -1,0 +1,317 @@
+"""Which runs there are, and running what is left of them: two at a time, each in a process with one thread."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .arms import ARMS, BASES, LEARNING_RATES, SEEDS, TUNING_SEED
+from .train import Run, write_result
+
+
+PROCESSES = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    Which runs a study has.
+
+    Args:
+        seeds (`tuple[int, ...]`):
+            Seeds that are reported.
+        learning_rates (`tuple[float, ...]`):
+            Rates that every arm is tuned over. A single one is taken as it is.
+        arms (`tuple[str, ...]`):
+            Names of the arms.
+        bases (`tuple[str, ...]`):
+            Names of the bases.
+        scale (`float`, *optional*, defaults to `1.0`):
+            Share of the arms' steps that are taken.
+    """
+
+    seeds: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    arms: tuple[str, ...]
+    bases: tuple[str, ...]
+    scale: float = 1.0
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Arms with each of their bases."""
+        return [(arm, base) for arm in self.arms for base in ARMS[arm].bases if base in self.bases]
+
+    def base_runs(self) -> list[Run]:
+        """The trainings of the bases."""
+        used = {base for _, base in self.pairs()}
+        seeds = ((TUNING_SEED,) if len(self.learning_rates) > 1 else ()) + self.seeds
+        return [Run(base, seed) for base in self.bases if base in used for seed in seeds]
+
+    def tuning_runs(self, arm: str, base: str) -> list[Run]:
+        """The runs that an arm is tuned by."""
+        if len(self.learning_rates) == 1 or ARMS[arm].trainer == "none":
+            return []
+        tuned = ARMS[arm].tuned_as or arm
+        return [Run(base, TUNING_SEED, tuned, rate, self.scale) for rate in self.learning_rates]
+
+    def reported_runs(self, arm: str, base: str, learning_rate: float | None) -> list[Run]:
+        """The runs that are reported."""
+        return [Run(base, seed, arm, learning_rate, self.scale) for seed in self.seeds]
+
+
+FULL = Plan(SEEDS, LEARNING_RATES, tuple(ARMS), tuple(BASES))
+# The middle of the grid and half the steps: a look at the machinery, not a result.
+QUICK = Plan(
+    seeds=(1, 2),
+    learning_rates=(1e-4,),
+    arms=tuple(arm.name for arm in ARMS.values() if arm.quick),
+    bases=("middling", "verbose"),
+    scale=0.5,
+)
+
+
+class Results:
+    """
+    The result files of a study.
+
+    Args:
+        folder (`Path`):
+            Folder of the study.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._read: dict[Run, dict[str, Any] | None] = {}
+
+    def path(self, run: Run) -> Path:
+        """Where a run's result is."""
+        return self.folder / "runs" / f"{run.name}.json"
+
+    def get(self, run: Run) -> dict[str, Any] | None:
+        """
+        A run's result.
+
+        Returns:
+            `dict[str, Any]` or `None`:
+                What it left, which has an `"error"` if it failed. `None` if it was not run, or with other settings.
+        """
+        if self._read.get(run) is None:
+            path = self.path(run)
+            result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            self._read[run] = result if result is not None and result["settings"] == run.settings() else None
+        return self._read[run]
+
+    def forget(self, run: Run) -> None:
+        """Reads a run's file again the next time."""
+        self._read.pop(run, None)
+
+    def complete(self, run: Run) -> dict[str, Any] | None:
+        """A run's result, `None` if there is none or it failed."""
+        result = self.get(run)
+        return None if result is None or "error" in result else result
+
+    def score(self, run: Run) -> float | None:
+        """
+        What an arm is tuned for.
+
+        Returns:
+            `float` or `None`:
+                Accuracy on held-out problems of the training's domain. Of an OPSDC run, less its length as a share of
+                the base's: a point of accuracy is worth a percent of length. `None` without a complete result.
+        """
+        result, base = self.complete(run), self.complete(Run(run.base, run.seed))
+        if result is None or base is None:
+            return None
+        final = result["final"]["test"]
+        if BASES[run.base].family.name == "adding":
+            return final["accuracy"]
+        return final["accuracy"] - final["mean_tokens"] / base["final"]["test"]["mean_tokens"]
+
+    def learning_rate(self, plan: Plan, arm: str, base: str) -> float | None:
+        """
+        The rate an arm was tuned to: the best of the grid, the lower of two that are equal.
+
+        Returns:
+            `float` or `None`:
+                The rate. `None` for an arm without training, or if no run of its tuning is complete.
+        """
+        if ARMS[arm].trainer == "none":
+            return None
+        if len(plan.learning_rates) == 1:
+            return plan.learning_rates[0]
+        scores = {run.learning_rate: self.score(run) for run in plan.tuning_runs(arm, base)}
+        finished = {rate: score for rate, score in scores.items() if score is not None}
+        return max(finished, key=lambda rate: finished[rate]) if finished else None
+
+    def is_tuned(self, plan: Plan, arm: str, base: str) -> bool:
+        """Whether all runs of an arm's tuning were made, failed ones included."""
+        return all(self.get(run) is not None for run in plan.tuning_runs(arm, base))
+
+    def reported(self, plan: Plan, arm: str, base: str) -> dict[int, dict[str, Any]]:
+        """The complete results of an arm that are reported, by seed."""
+        if not self.is_tuned(plan, arm, base):
+            return {}
+        rate = self.learning_rate(plan, arm, base)
+        if rate is None and ARMS[arm].trainer != "none":
+            return {}
+        results = {run.seed: self.complete(run) for run in plan.reported_runs(arm, base, rate)}
+        return {seed: result for seed, result in results.items() if result is not None}
+
+    def failures(self) -> dict[str, str]:
+        """The errors of runs that failed, by the run's name."""
+        files = sorted((self.folder / "runs").glob("*.json"))
+        results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+        return {name: result["error"] for name, result in results.items() if "error" in result}
+
+
+def planned_seconds(plan: Plan) -> dict[str, tuple[int, float]]:
+    """
+    What a study costs by the costs that were measured.
+
+    Args:
+        plan ([`Plan`]):
+            The study.
+
+    Returns:
+        `dict[str, tuple[int, float]]`:
+            Runs and core-seconds of the bases, of tuning and of what is reported.
+    """
+    tuning = {run for arm, base in plan.pairs() for run in plan.tuning_runs(arm, base)}
+    reported = [run for arm, base in plan.pairs() for run in plan.reported_runs(arm, base, None)]
+    phases: dict[str, Iterable[Run]] = {"bases": plan.base_runs(), "tuning": tuning, "reported": reported}
+    return {name: (len(list(runs)), sum(run.planned_seconds for run in runs)) for name, runs in phases.items()}
+
+
+def run_study(
+    plan: Plan,
+    folder: Path,
+    max_hours: float | None = None,
+    console: Console | None = None,
+    execute: Callable[[Run, Path], None] | None = None,
+) -> Results:
+    """
+    Runs what is left of a study.
+
+    A run that is complete is not run again, one that failed is. A run whose base or tuning failed is left out; the
+    report says so.
+
+    Args:
+        plan ([`Plan`]):
+            The study.
+        folder (`Path`):
+            Where results go.
+        max_hours (`float`, *optional*):
+            Hours after which no run is started any more.
+        console ([`~rich.console.Console`], *optional*):
+            Console to write to.
+        execute (`Callable[[Run, Path], None]`, *optional*):
+            Makes a run and leaves its result file. By default in a process of its own.
+
+    Returns:
+        [`Results`]:
+            The results.
+    """
+    results = Results(folder)
+    console = console or Console()
+    execute = execute or execute_in_process
+    deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+    lock = threading.Lock()
+
+    def phases() -> Iterable[list[Run]]:
+        yield plan.base_runs()
+        # Arm by arm, so that a study cut short has whole arms
+        for arm in plan.arms:
+            bases = [base for its, base in plan.pairs() if its == arm]
+            tuning = [run for base in bases for run in plan.tuning_runs(arm, base)]
+            yield [run for run in tuning if results.complete(Run(run.base, run.seed))]
+            reported = []
+            for base in bases:
+                rate = results.learning_rate(plan, arm, base)
+                if results.is_tuned(plan, arm, base) and (rate is not None or ARMS[arm].trainer == "none"):
+                    reported += plan.reported_runs(arm, base, rate)
+            yield [run for run in reported if results.complete(Run(run.base, run.seed))]
+
+    with _progress(console) as progress:
+        total = sum(seconds for _, seconds in planned_seconds(plan).values())
+        task = progress.add_task("Study", total=total, status="")
+
+        def make(run: Run) -> None:
+            if results.complete(run) is None:
+                if deadline is not None and time.monotonic() > deadline:
+                    return
+                with lock:
+                    progress.update(task, status=run.name)
+                execute(run, results.path(run))
+                results.forget(run)
+                outcome = results.get(run)
+                with lock:
+                    if outcome is None or "error" in outcome:
+                        why = "it left no result" if outcome is None else outcome["error"]
+                        console.print(f"[red]{run.name} failed:[/red] {why}", highlight=False)
+            with lock:
+                progress.advance(task, run.planned_seconds)
+
+        for runs in phases():
+            with ThreadPoolExecutor(PROCESSES) as pool:
+                for _ in pool.map(make, runs):
+                    pass
+    return results
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        speed_estimate_period=1800,
+    )
+
+
+def execute_in_process(run: Run, path: Path) -> None:
+    """
+    Makes a run in a process of its own, with one thread.
+
+    Args:
+        run ([`Run`]):
+            The run.
+        path (`Path`):
+            Its result file. What the process says goes to a `.log` beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    with path.with_suffix(".log").open("w") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "trl_opsd.study.train", str(path)],
+            input=json.dumps(asdict(run)),
+            text=True,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **threads},
+        )
+    if not path.is_file():
+        # Killed, as when memory runs out: it could not leave its error itself
+        error = f"its process ended with status {done.returncode}; see {path.with_suffix('.log')}"
+        write_result(path, {"settings": run.settings(), "error": error})
+
+
+def measured_ratio(plan: Plan, results: Results) -> float | None:
+    """Core-seconds of the bases and tuning runs that are complete, over those planned. `None` before the first."""
+    runs = {*plan.base_runs(), *(run for arm, base in plan.pairs() for run in plan.tuning_runs(arm, base))}
+    done = {run: result for run in runs if (result := results.complete(run)) is not None}
+    planned = sum(run.planned_seconds for run in done)
+    return sum(result["cpu_seconds"] for result in done.values()) / planned if done else None

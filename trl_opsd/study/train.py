@@ -1,0 +1,397 @@
+"""One run of the study, in a process of its own: `python -m trl_opsd.study.train RESULT_FILE`, settings on stdin."""
+
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from .arms import ARMS, BASES, Arm
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One training with one seed.
+
+    Args:
+        base (`str`):
+            Name of the base.
+        seed (`int`):
+            Seed of the problems, the base, the order of the rows and the sampling.
+        arm (`str`, *optional*):
+            Name of the arm. `None` trains the base itself.
+        learning_rate (`float`, *optional*):
+            Peak learning rate.
+        scale (`float`, *optional*, defaults to `1.0`):
+            Share of the arm's steps that are taken.
+    """
+
+    base: str
+    seed: int
+    arm: str | None = None
+    learning_rate: float | None = None
+    scale: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Name of its result file."""
+        parts = [self.base] if self.arm is None else [self.arm, self.base]
+        parts += [] if self.learning_rate is None else [f"lr{self.learning_rate:g}"]
+        return "-".join([*parts, f"seed{self.seed}", *([] if self.scale == 1.0 else [f"x{self.scale:g}"])])
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        if self.arm is None:
+            return BASES[self.base].recipe.steps
+        return math.ceil(self.scale * ARMS[self.arm].steps)
+
+    @property
+    def planned_seconds(self) -> float:
+        """Core-seconds it takes where the arms were measured. Ten are for starting and testing."""
+        if self.arm is None:
+            return BASES[self.base].seconds
+        return 10.0 + self.steps * ARMS[self.arm].seconds_per_step
+
+    def settings(self) -> dict[str, Any]:
+        """Everything the result depends on, of JSON types. A result with other settings is not this run's."""
+        base = BASES[self.base]
+        arm = {} if self.arm is None else asdict(ARMS[self.arm])
+        for name in ("title", "bases", "seconds_per_step", "quick"):
+            arm.pop(name, None)
+        settings = {"run": asdict(self), "recipe": asdict(base.recipe), "family": asdict(base.family), "arm": arm}
+        return json.loads(json.dumps(settings))
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """
+    Writes a result file in one piece.
+
+    Args:
+        path (`Path`):
+            The file.
+        result (`dict[str, Any]`):
+            Its content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def run(spec: Run, folder: Path) -> dict[str, Any]:
+    """
+    Trains a base, or an arm from its finished base, and tests the outcome.
+
+    Args:
+        spec ([`Run`]):
+            What to run.
+        folder (`Path`):
+            Folder of the study.
+
+    Returns:
+        `dict[str, Any]`:
+            Budgets (`"generated_tokens"`, `"learner_tokens"`, `"seconds"` of training without evaluation), the
+            learning `"curve"`, and the `"final"` figures by split.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..context import TemplateContext
+    from ..playground.base import train_base
+    from .tasks import BRIEF_TEMPLATE, REFERENCE_TEMPLATE
+
+    base = BASES[spec.base]
+    family = base.family
+    rows = family.make(spec.seed)
+    model_folder = folder / "bases" / f"{spec.base}-seed{spec.seed}"
+    started, cpu_started = time.perf_counter(), time.process_time()
+    if spec.arm is None:
+        train_base(model_folder, family, base.recipe, family.base_context, rows["base"], spec.seed)
+        model, tokenizer = (kind.from_pretrained(model_folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+        result = {
+            "generated_tokens": 0,
+            "learner_tokens": 0,
+            "seconds": time.perf_counter() - started,
+            "curve": [],
+            "final": examine(model, tokenizer, rows, family),
+            "told": {
+                column: examine(model, tokenizer, rows, family, TemplateContext(REFERENCE_TEMPLATE % column), ["test"])
+                for column in (("solution", "terse", "answer") if family.name == "adding" else ())
+            },
+        }
+    elif ARMS[spec.arm].trainer == "none":
+        model, tokenizer = (kind.from_pretrained(model_folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+        context = TemplateContext(BRIEF_TEMPLATE)
+        result = {
+            "generated_tokens": 0,
+            "learner_tokens": 0,
+            "seconds": 0.0,
+            "curve": [],
+            "final": examine(model, tokenizer, rows, family, context),
+        }
+    else:
+        with tempfile.TemporaryDirectory() as output_dir:
+            trainer = make_trainer(spec, str(model_folder), rows["train"], output_dir)
+            watch = make_watch(trainer, spec, rows)
+            trainer.add_callback(watch)
+            trainer.train()
+        result = {
+            **watch.budgets(),
+            "curve": watch.curve,
+            "series": watch.series,
+            "final": examine(trainer.model, trainer.processing_class, rows, family),
+        }
+    cpu_seconds = time.process_time() - cpu_started
+    return {**result, "cpu_seconds": cpu_seconds, "versions": {"torch": torch.__version__}}
+
+
+def make_trainer(spec: Run, model: str, rows: Any, output_dir: str) -> Any:
+    """
+    Makes the trainer of an arm: an ordinary public one, with the settings that all arms share and the arm's own.
+
+    Args:
+        spec ([`Run`]):
+            What is run.
+        model (`str`):
+            Folder of the base.
+        rows ([`~datasets.Dataset`]):
+            The training rows of its tasks.
+        output_dir (`str`):
+            Folder that the trainer is given.
+
+    Returns:
+        [`~transformers.Trainer`]:
+            The trainer, ready to train.
+    """
+    from transformers import PrinterCallback, ProgressCallback
+
+    assert spec.arm is not None
+    arm = ARMS[spec.arm]
+    is_long = arm.tuned_as is not None
+    shared: dict[str, Any] = {
+        "output_dir": output_dir,
+        "learning_rate": spec.learning_rate,
+        # Over many more steps than usual, the question is what happens if the training just goes on
+        "lr_scheduler_type": "constant_with_warmup" if is_long else "cosine",
+        "warmup_steps": 10,
+        "adam_beta2": 0.98,
+        "max_grad_norm": 1.0,
+        "per_device_train_batch_size": arm.batch_size,
+        "gradient_accumulation_steps": 1,
+        "max_steps": spec.steps,
+        "seed": spec.seed,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if arm.trainer != "sft":
+        shared["max_completion_length"] = BASES[spec.base].family.max_completion_length
+    trainer = _MAKERS[arm.trainer](arm, model, rows, {**shared, **arm.settings})
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def _sft(arm: Arm, model: str, rows: Any, settings: dict[str, Any]) -> Any:
+    from trl import SFTConfig, SFTTrainer
+
+    def completion(row: dict[str, Any]) -> dict[str, Any]:
+        return {"completion": [{"role": "assistant", "content": row[arm.column]}]}
+
+    rows = rows.map(completion).select_columns(["prompt", "completion"])
+    return SFTTrainer(model, args=SFTConfig(**settings), train_dataset=rows)
+
+
+def _grpo(arm: Arm, model: str, rows: Any, settings: dict[str, Any]) -> Any:
+    from trl import GRPOConfig, GRPOTrainer
+
+    from ..playground.world import accuracy_reward
+
+    return GRPOTrainer(model, reward_funcs=accuracy_reward, args=GRPOConfig(**settings), train_dataset=rows)
+
+
+def _sdft(arm: Arm, model: str, rows: Any, settings: dict[str, Any]) -> Any:
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    from .tasks import REFERENCE_TEMPLATE
+
+    template = REFERENCE_TEMPLATE % "privileged_context"
+    args = SDFTConfig(**settings, max_prompt_length=None, teacher_prompt_template=template)
+    rows = rows.rename_column(arm.column, "privileged_context").select_columns(["prompt", "privileged_context"])
+    return SDFTTrainer(model, args=args, train_dataset=rows)
+
+
+def _opsd(arm: Arm, model: str, rows: Any, settings: dict[str, Any]) -> Any:
+    from trl_opsd import OPSDConfig, OPSDTrainer
+
+    return OPSDTrainer(model, args=OPSDConfig(**settings), train_dataset=rows)
+
+
+def _opsdc(arm: Arm, model: str, rows: Any, settings: dict[str, Any]) -> Any:
+    from trl_opsd import OPSDCConfig, OPSDCTrainer
+
+    return OPSDCTrainer(model, args=OPSDCConfig(**settings), train_dataset=rows)
+
+
+_MAKERS = {"sft": _sft, "grpo": _grpo, "sdft": _sdft, "opsd": _opsd, "opsdc": _opsdc}
+
+
+def examine(
+    model: Any, tokenizer: Any, rows: dict[str, Any], family: Any, context: Any = None, splits: Sequence[str] = ()
+) -> dict[str, Any]:
+    """
+    Tests a model on held-out problems, greedily.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        rows (`dict[str, Dataset]`):
+            Rows by split.
+        family ([`~trl_opsd.study.tasks.Family`]):
+            Their family.
+        context ([`PrivilegedContext`], *optional*):
+            What the model reads instead of the bare question.
+        splits (`Sequence[str]`, *optional*):
+            Splits to test on. By default, all that are held out.
+
+    Returns:
+        `dict[str, Any]`:
+            By split: accuracy, mean tokens, share of truncated responses, markers per 1,000 tokens, and accuracy and
+            mean tokens by number of digits.
+    """
+    from ..playground.evaluate import evaluate
+    from .tasks import count_markers
+
+    figures = {}
+    for split in splits or family.held_out:
+        problems = rows[split]
+        prompts = problems["prompt"] if context is None else [context.teacher_messages(row, None) for row in problems]
+        done = evaluate(model, tokenizer, prompts, problems["answer"], family.max_completion_length)
+        by_digits: dict[str, dict[str, float]] = {}
+        for digits in sorted(set(problems["digits"])):
+            chosen = [index for index, number in enumerate(problems["digits"]) if number == digits]
+            by_digits[str(digits)] = {
+                "accuracy": fmean(done.correct[index] for index in chosen),
+                "mean_tokens": fmean(done.lengths[index] for index in chosen),
+            }
+        figures[split] = {
+            "accuracy": done.accuracy,
+            "mean_tokens": done.mean_tokens,
+            "truncated": done.truncated,
+            "markers_per_1k": 1000 * sum(map(count_markers, done.responses)) / sum(done.lengths),
+            "by_digits": by_digits,
+            "example": done.responses[0],
+        }
+    return figures
+
+
+def make_watch(trainer: Any, spec: Run, rows: dict[str, Any]) -> Any:
+    """
+    Makes the callback that counts a run's budgets and tests it along the way.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer that is watched.
+        spec ([`Run`]):
+            What is run.
+        rows (`dict[str, Dataset]`):
+            Rows by split.
+
+    Returns:
+        [`~transformers.TrainerCallback`]:
+            The callback, with `curve`, `series` and `budgets()`.
+    """
+    from transformers import TrainerCallback
+
+    assert spec.arm is not None
+    arm, family = ARMS[spec.arm], BASES[spec.base].family
+    tokenizer = trainer.processing_class
+    prompt_tokens = fmean(
+        len(ids)
+        for ids in tokenizer.apply_chat_template(
+            list(rows["train"]["prompt"]), add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+    )
+
+    class Watch(TrainerCallback):
+        def __init__(self) -> None:
+            self.curve: list[dict[str, float]] = []
+            self.series: dict[str, list[float]] = {}
+            self._generated = self._learnt = self._evaluation_seconds = 0.0
+            self._started = self._seconds = 0.0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._started = time.perf_counter()
+            self._evaluate(0)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "train_runtime" in logs:
+                return
+            if arm.trainer == "sft":
+                self._learnt = logs["num_tokens"]
+            else:
+                generated = arm.batch_size * logs["completions/mean_length"]
+                self._generated += generated
+                self._learnt += generated + arm.batch_size * prompt_tokens
+            for name in ("frac_reward_zero_std", "reward"):
+                if name in logs:
+                    self.series.setdefault(name, []).append(logs[name])
+            if state.global_step % arm.evaluate_every == 0 or state.global_step == spec.steps:
+                self._evaluate(state.global_step)
+
+        def _evaluate(self, step: int) -> None:
+            started = time.perf_counter()
+            self._seconds = started - self._started - self._evaluation_seconds
+            figures = examine(trainer.model, tokenizer, rows, family, splits=["curve"])["curve"]
+            self._evaluation_seconds += time.perf_counter() - started
+            self.curve.append(
+                {
+                    "step": step,
+                    "generated_tokens": round(self._generated),
+                    "accuracy": figures["accuracy"],
+                    "mean_tokens": figures["mean_tokens"],
+                }
+            )
+
+        def budgets(self) -> dict[str, float]:
+            return {
+                "generated_tokens": round(self._generated),
+                "learner_tokens": round(self._learnt),
+                "seconds": self._seconds,
+            }
+
+    return Watch()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs what is described on stdin, and leaves its result or the error."""
+    from ..playground.present import quiet
+
+    (path,) = map(Path, sys.argv[1:] if argv is None else argv)
+    spec = Run(**json.load(sys.stdin))
+    quiet()
+    try:
+        result = run(spec, path.parent.parent)
+    except Exception as error:
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {error}"}
+    write_result(path, {"settings": spec.settings(), **result})
+
+
+if __name__ == "__main__":
+    main()
