@@ -42,7 +42,7 @@ def launch(backend: str, jobs: list[dict[str, Any]], folder: Path, **deepspeed: 
     Returns what each wrote: `result.json`, and the weights of the student, of the teacher, and for vLLM.
     """
     done = subprocess.run(
-        command(backend, jobs, folder, **deepspeed), env=ENVIRONMENT, capture_output=True, text=True, timeout=600
+        command(backend, jobs, folder, **deepspeed), env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return {job["name"]: read(folder / job["name"]) for job in jobs}
