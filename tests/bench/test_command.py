@@ -146,7 +146,12 @@ def test_a_request_to_end_is_an_interruption():
 def test_interrupted(tmp_path):
     args = ["--contenders", "floor", "--repeats", "1000000", "--output_dir", str(tmp_path)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "trl_opsd.cli", *LOSS, *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "trl_opsd.cli", *LOSS, *args],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Of a shell's background job, the tests would have inherited to ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     children = []
     while not children and process.poll() is None:
