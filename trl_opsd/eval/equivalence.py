@@ -117,6 +117,9 @@ class _Checker:
     """The process, started when first asked and again whenever it had to be stopped."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
@@ -181,7 +184,7 @@ def _exchange(process: subprocess.Popen[str], line: str, limit: float) -> str:
 _checker = _Checker()
 atexit.register(_checker.close)
 # Two processes cannot share the pipes, and another thread may hold the lock.
-os.register_at_fork(after_in_child=_checker.__init__)  # type: ignore[misc]
+os.register_at_fork(after_in_child=_checker.reset)
 
 
 @lru_cache(maxsize=65536)

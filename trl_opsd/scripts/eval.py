@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from trl_opsd.eval.arguments import EvalArguments
 from trl_opsd.scripts.utils import RecipeParser
@@ -110,7 +110,7 @@ def run(arguments: EvalArguments) -> "list[Summary]":
     chat = ChatFormat(
         tokenizer,
         chat_template=None if template is None else Path(template).read_text(encoding="utf-8"),
-        chat_template_kwargs=arguments.chat_template_kwargs,  # type: ignore[arg-type]
+        chat_template_kwargs=cast("dict[str, Any] | None", arguments.chat_template_kwargs),
         system_prompt=arguments.system_prompt,
         apply_chat_template=arguments.apply_chat_template,
     )
@@ -119,7 +119,7 @@ def run(arguments: EvalArguments) -> "list[Summary]":
     files = {name: SampleFile(folder / name / "samples.jsonl") for name in problems}
     try:
         done = {(name, sample.problem_id, sample.sample_index) for name in files for sample in files[name].samples}
-        num_samples = int(arguments.num_samples)  # type: ignore[arg-type]
+        num_samples = cast(int, arguments.num_samples)
         wanted = {
             (name, problem.problem_id, index)
             for name in problems

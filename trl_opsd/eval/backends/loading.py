@@ -1,6 +1,6 @@
 """From the fields of an evaluation to a loaded model."""
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
@@ -45,7 +45,8 @@ def _load_transformers(arguments: EvalArguments, name: str, loading: dict[str, A
 
     from .transformers import TransformersBackend
 
-    init_kwargs: Any = {"dtype": arguments.dtype, **loading, **(arguments.model_init_kwargs or {})}  # type: ignore[dict-item]
+    given = cast(dict[str, Any], arguments.model_init_kwargs or {})
+    init_kwargs = {"dtype": arguments.dtype, **loading, **given}
     model = AutoModelForCausalLM.from_pretrained(name, **init_kwargs)
     if arguments.adapter:
         model = PeftModel.from_pretrained(model, arguments.adapter)
@@ -85,6 +86,6 @@ def _load_vllm(arguments: EvalArguments, name: str, loading: dict[str, Any], end
         dtype=dtype,
         **loading,
         **init_kwargs,
-        **(arguments.model_init_kwargs or {}),  # type: ignore[arg-type]
+        **cast(dict[str, Any], arguments.model_init_kwargs or {}),
     )
     return VLLMBackend(llm, ends, lora_request)
