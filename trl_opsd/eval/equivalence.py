@@ -55,6 +55,8 @@ _NAME = (
     r"(?:[A-Za-z ']|\\[A-Za-z]+\b|_(?:\{\w+\}|\d+|[A-Za-z])|\{[A-Za-z ]*\}|\((?:[A-Za-z]|,\s?)*\))*"
 )
 _OPERATOR = r"\\(?:cdot|times|div|[dt]?frac|sqrt|pi|pm|binom|sin|cos|tan|log|ln)(?![A-Za-z])"
+# What it stands in front of is computed, so an equation with it states a value
+_COMPUTED = re.compile(r"\\(?:lim|int|sum|prod|max|min|gcd)(?![A-Za-z])")
 _BASE = re.compile(r"\d_\{?(\d+)\}?$")
 _ASSIGNMENT = re.compile(rf"(^|,|;|\b(?:or|and)\b\}}?)(\s*)({_NAME}|\([A-Za-z, ]+\))\s*(?:=|\\approx|\\in\b)\s*(?=\S)")
 
@@ -110,6 +112,8 @@ def _without_names(answer: str, reference: str) -> str:
         answer = ", ".join(value.strip() for _, value in sorted(values, key=itemgetter(0)))
     # 3 + 4 = 7 answers 7, but an equation in x is no value.
     left, _, right = answer.rpartition("=")
+    if _COMPUTED.match(left) and left.count("{") == left.count("}"):
+        return right.strip()
     return answer if re.search(r"[A-Za-z<>,;]", re.sub(_OPERATOR, "", left)) else right.strip()
 
 
