@@ -67,3 +67,21 @@ def test_every_prompt_needs_an_answer():
         evaluate(
             Scripted(make_tokenizer(), ["1", "2"]), make_tokenizer(), questions("1", "2"), ["1"], max_new_tokens=4
         )
+
+
+def test_samples_are_a_function_of_their_seed_and_leave_the_random_state_alone():
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(make_config(tokenizer))
+    prompts, answers = questions("1+2=?", "1+2=?", "1+2=?"), ["3"] * 3
+
+    def responses(seed):
+        return evaluate(model, tokenizer, prompts, answers, 6, sampling_seed=seed).responses
+
+    state = torch.get_rng_state()
+    first = responses(0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(9)
+    assert responses(0) == first
+    assert responses(1) != first
+    assert len(set(first)) > 1

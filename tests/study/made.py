@@ -4,7 +4,7 @@ SEEDS = (1, 2, 3)
 
 
 def result(accuracy=0.6, ood=0.5, markers=20.0, tokens=40.0, lengths=(40.0, 40.0, 40.0), curve=(0.1, 0.6), spread=0.4):
-    splits = {"test": accuracy, "longer": ood, "words": ood}
+    splits = {"test": accuracy, "longer": ood, "words": ood, "tune": accuracy}
     figures = {
         split: {
             "accuracy": value,
@@ -35,43 +35,48 @@ def result(accuracy=0.6, ood=0.5, markers=20.0, tokens=40.0, lengths=(40.0, 40.0
     }
 
 
+_PEAK = (0.1, 0.8, 0.8, 0.8)
+
 TRUE = {
-    "base": {"accuracy": 0.9, "markers": 30.0, "tokens": 80.0, "lengths": (80.0, 80.0, 80.0)},
+    "base": {"accuracy": 0.9, "ood": 0.7, "markers": 30.0, "tokens": 80.0, "lengths": (80.0, 80.0, 80.0)},
     "grpo": {"curve": (0.1, 0.1, 0.1, 0.1, 0.1, 0.4), "spread": 0.9},
-    "opsd": {"accuracy": 0.8, "ood": 0.6, "markers": 5.0, "curve": (0.1, 0.8)},
+    "opsd": {"accuracy": 0.8, "ood": 0.6, "markers": 5.0, "curve": (0.1, 0.3, 0.5)},
+    "opsd_short": {"curve": (0.1, 0.8)},
     "opsd_terse": {"accuracy": 0.8, "ood": 0.6},
     "opsd_answer": {"markers": 20.0, "ood": 0.7},
     "sft": {},
     "sft_terse": {},
     "off_policy": {},
+    "off_policy_terse": {},
     "opsd_reverse_kl": {},
     "opsd_jsd": {},
-    "opsd_long": {"curve": (0.1, 0.8, 0.5)},
-    "opsd_live_long": {"curve": (0.1, 0.8, 0.2)},
-    "opsd_clip_long": {"curve": (0.1, 0.8, 0.8)},
-    "opsdc_1": {"accuracy": 0.3},
+    "opsd_long": {"curve": _PEAK + 3 * (0.5,)},
+    "opsd_live_long": {"curve": _PEAK + 3 * (0.2,)},
+    "opsd_clip_long": {"curve": _PEAK + 3 * (0.8,)},
+    "opsdc_1_same": {"accuracy": 0.3},
     "opsdc_50": {"accuracy": 0.9, "tokens": 40.0, "lengths": (30.0, 40.0, 50.0)},
-    "opsdc_forward_kl": {"accuracy": 0.2},
+    "opsdc_forward_kl_same": {"accuracy": 0.2},
     "opsdc_frozen": {"accuracy": 0.9, "tokens": 70.0},
 }
 
 FALSE = {
     **TRUE,
     "grpo": {"curve": (0.1, 0.4), "spread": 0.1},
-    "opsd": {"accuracy": 0.5, "ood": 0.6, "markers": 30.0, "curve": (0.1, 0.2, 0.3)},
+    "opsd": {"accuracy": 0.5, "ood": 0.4, "markers": 30.0, "curve": (0.1, 0.2, 0.3)},
+    "opsd_short": {"curve": (0.1, 0.3)},
     "opsd_terse": {"accuracy": 0.5, "ood": 0.4},
-    "opsd_answer": {"markers": 20.0, "ood": 0.5},
-    "opsd_long": {"curve": (0.1, 0.8, 0.8)},
-    "opsd_live_long": {"curve": (0.1, 0.8, 0.8)},
-    "opsdc_1": {"accuracy": 0.9},
+    "opsd_answer": {"markers": 20.0, "ood": 0.3},
+    "opsd_live_long": {"curve": _PEAK + 3 * (0.5,)},
+    "opsd_clip_long": {"curve": _PEAK + 3 * (0.5,)},
+    "opsdc_1_same": {"accuracy": 0.9},
     "opsdc_50": {"accuracy": 0.9, "tokens": 40.0},
-    "opsdc_forward_kl": {"accuracy": 0.9},
+    "opsdc_forward_kl_same": {"accuracy": 0.9},
     "opsdc_frozen": {"accuracy": 0.9, "tokens": 40.0},
 }
 
 
 # Arms with the same number are not compared with each other
-_ROTATION = {"base": 0, "opsd_clip_long": 0, "opsd": 1, "opsd_terse": 1, "opsd_long": 1, "opsdc_50": 1, "opsdc_1": 1}
+_ROTATION = {"base": 0, "opsd_clip_long": 0, "opsd": 1, "opsd_terse": 1, "opsd_long": 1, "opsdc_50": 1}
 
 
 def true(arm, base):
@@ -95,7 +100,13 @@ def noisy(arm, base):
             markers=20.0 + 15.0 * noise,
             tokens=50.0 + 20.0 * noise,
             lengths=(50.0 + 20.0 * noise, 50.0, 50.0 - 20.0 * noise),
-            curve=(*[0.1] * 4 ** (1 + noise), 0.4) if arm == "grpo" else (0.1, 0.4 + 0.3 * noise, 0.25),
+            curve=(
+                (*[0.1] * 4 ** (1 + noise), 0.4)
+                if arm == "grpo"
+                else (0.1, *3 * (0.5 + 0.3 * noise,), *3 * (0.2,))
+                if arm.endswith("_long")
+                else (0.1, 0.4 + 0.3 * noise, 0.25)
+            ),
             spread=0.5 + 0.3 * noise,
         )
     return results

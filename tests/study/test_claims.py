@@ -14,11 +14,15 @@ from trl_opsd.study.claims import (
     UNSEEN,
     Condition,
     best_accuracy,
+    drop,
     judge,
     reduction,
     tokens_to_reach,
     verdicts,
 )
+
+
+BEATS = "OPSD beats SFT and off-policy distillation"
 
 
 def outcomes(lookup):
@@ -64,7 +68,7 @@ def test_seeds_are_paired():
         better = arm in ("opsd", "opsd_terse")
         return {seed: result(accuracy=value + 0.1 * better, ood=value) for seed, value in level.items()}
 
-    assert outcomes(lookup)["OPSD beats SFT and off-policy distillation on held-out problems", "weak"] == HOLDS
+    assert outcomes(lookup)[f"{BEATS} on terse solutions, held out", "weak"] == HOLDS
 
 
 @pytest.mark.parametrize("accuracy", [0.99, 0.01])
@@ -72,16 +76,40 @@ def test_nothing_shows_where_both_arms_are_at_an_end(accuracy):
     def lookup(arm, base):
         return {seed: result(accuracy=accuracy, ood=accuracy) for seed in SEEDS}
 
-    assert outcomes(lookup)["OPSD beats SFT and off-policy distillation on held-out problems", "weak"] == UNSEEN
-    assert outcomes(lookup)["Forward KL is best for OPSD", "weak"] == UNSEEN
+    assert outcomes(lookup)[f"{BEATS} on worked solutions, held out", "weak"] == UNSEEN
+    assert outcomes(lookup)[f"{BEATS} on worked solutions, out of domain", "weak"] == UNSEEN
+    assert outcomes(lookup)["Forward KL is best for OPSD", "middling"] == UNSEEN
 
 
 def test_a_grpo_that_learnt_nothing_shows_nothing():
     def lookup(arm, base):
-        return {seed: result(curve=(0.1, 0.12) if arm == "grpo" else (0.1, 0.8)) for seed in SEEDS}
+        grpo = {seed: (0.1, 0.12 if seed == 2 else 0.4) for seed in SEEDS}
+        return {seed: result(curve=grpo[seed] if arm == "grpo" else (0.1, 0.8)) for seed in SEEDS}
 
     claim = "OPSD needs at least 4 times fewer generated tokens than GRPO for the same accuracy"
     assert outcomes(lookup)[claim, "weak"] == UNSEEN
+
+
+def test_a_clip_without_a_collapse_shows_nothing():
+    steady = {"opsd_long": {"curve": (0.8,) * 6}, "opsd_clip_long": {"curve": (0.8,) * 6}}
+
+    def lookup(arm, base):
+        return {seed: result(**steady[arm]) for seed in SEEDS} if arm in steady else true(arm, base)
+
+    assert outcomes(lookup)["The clip prevents collapse", "middling"] == UNSEEN
+
+
+def test_what_was_lost_is_taken_from_means_of_neighbours():
+    assert drop(result(curve=(0.1, 0.9, 0.5, 0.5, 0.5))) == pytest.approx((0.9 + 0.5 + 0.5) / 3 - 0.5)
+    assert drop(result(curve=(0.1, 0.2, 0.3, 0.4))) == 0.0
+
+
+@pytest.mark.parametrize("claim", [claim for claim in CLAIMS if "collapses" in claim.text], ids=lambda c: c.text)
+def test_a_collapse_of_all_is_no_effect_of_one(claim):
+    def lookup(arm, base):
+        return {seed: result(accuracy=0.9 if arm == "base" else 0.3) for seed in SEEDS}
+
+    assert outcomes(lookup)[claim.text, "verbose"] == FAILS
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_a_complete_study_says_what_the_numbers_say(tmp_path):
     assert "Runs that failed" not in text
     row = next(line for line in text.splitlines() if line.startswith("| OPSD | 2 of 2"))
     assert "| 3e-05* | 80.0 ± 0.0 | 60.0 ± 0.0 | 60.0 ± 0.0 | 5.0 ± 0.0 |" in row
-    assert "| 1,000 ± 0 |" in row  # to reach GRPO's best
+    assert "| 2,000 ± 0 |" in row  # to reach GRPO's best
     for image in re.findall(r"!\[.*\]\((.*)\)", text):
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
     assert "| weak | 90 ± 0 | 90 ± 0 | 90 ± 0 | 90 ± 0 | 90 ± 0 |" in text  # groups without spread
@@ -68,8 +68,8 @@ def test_contrary_results_give_the_contrary(tmp_path):
 
 def test_a_partial_study_says_what_is_missing(tmp_path):
     text, judged = report(tmp_path, PLAN, arms=("opsd", "sft", "opsd_reverse_kl", "opsd_jsd"))
-    assert "Not complete: 16 of the" in text
-    assert judged["Forward KL is best for OPSD", "weak"] == "holds here"
+    assert "Not complete: 12 of the" in text
+    assert judged["Forward KL is best for OPSD", "middling"] == "holds here"
     assert judged["A fixed teacher is more stable than a live one", "middling"] == "not run"
     assert "| GRPO, 8 rollouts, 4 times the tokens | 0 of 2 | – | – |" in text
 
@@ -83,12 +83,15 @@ def test_nothing_at_all_still_gives_a_page(tmp_path):
 
 def test_failures_are_listed(tmp_path):
     results = fill(tmp_path, PLAN)
-    run = Run("weak", 2, "grpo", 3e-5)
-    write_result(results.path(run), {"settings": run.settings(), "error": "RuntimeError: out of luck"})
+    for run in (Run("weak", 0, "grpo", 1e-3), Run("weak", 2, "grpo", 3e-5)):
+        write_result(results.path(run), {"settings": run.settings(), "error": "RuntimeError: out of luck"})
+    stale = Run("weak", 1, "sft", 3e-5)
+    write_result(results.path(stale), {"settings": {}, "error": "RuntimeError: of another study"})
     write_report(results, PLAN, tmp_path / "study.md")
     text = (tmp_path / "study.md").read_text()
     assert f"`{run.name}`: RuntimeError: out of luck" in text
-    assert "| GRPO, 8 rollouts, 4 times the tokens | 1 of 2 |" in text
+    assert "| GRPO, 8 rollouts, 4 times the tokens | 1 of 2 | 3e-05*† |" in text
+    assert "of another study" not in text
 
 
 def test_a_quick_study_says_so(tmp_path):

@@ -28,7 +28,7 @@ def summands(row):
 
 def test_splits_are_a_function_of_the_seed(made):
     family, rows = made
-    assert set(rows) == {"base", "train", "curve", *family.held_out}
+    assert set(rows) == {"base", "train", "curve", "tune", *family.held_out}
     assert make_lists(family, 3) == rows
     other = make_lists(family, 4)
     assert all(other[name] != rows[name] for name in rows)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trl_opsd.study import train
-from trl_opsd.study.arms import ARMS, BASES
+from trl_opsd.study.arms import ARMS, BASE_SEED, BASES, TUNING_SEED
 from trl_opsd.study.tasks import Split
 from trl_opsd.study.train import Run, run
 
@@ -27,8 +27,9 @@ def folder(tmp_path_factory):
         for arm in list(ARMS.values()):
             patch.setitem(ARMS, arm.name, replace(arm, steps=1, batch_size=8, evaluate_every=1))
         folder = tmp_path_factory.mktemp("study")
-        results = {base: run(Run(base, 1), folder) for base in ("middling", "verbose")}
+        results = {base: run(Run(base), folder) for base in ("middling", "verbose")}
         assert set(results["middling"]["told"]) == {"solution", "terse", "answer"}
+        assert set(results["verbose"]["final"]) == {"test", "tune"}
         yield folder
 
 
@@ -55,7 +56,7 @@ def test_every_arm_trains_and_counts(folder, name):
 def test_the_told_arm_reads_the_instruction(folder, monkeypatch):
     prompts = []
 
-    def evaluate(model, tokenizer, its, *args):
+    def evaluate(model, tokenizer, its, *args, **kwargs):
         prompts.extend(its)
         raise KeyboardInterrupt
 
@@ -69,8 +70,8 @@ def test_arms_differ_by_what_they_say(folder):
     def trainer(name):
         arm = ARMS[name]
         spec = Run(arm.bases[-1], 1, name, 1e-3)
-        rows = BASES[spec.base].family.make(1)["train"]
-        model = str(folder / "bases" / f"{spec.base}-seed1")
+        rows = BASES[spec.base].family.make(BASE_SEED)["train"]
+        model = str(folder / "bases" / spec.base)
         return train.make_trainer(spec, model, rows, str(folder / "out"))
 
     opsd = trainer("opsd").args
@@ -87,6 +88,8 @@ def test_arms_differ_by_what_they_say(folder):
     assert trainer("opsdc_frozen").args.teacher == "initial"
     assert trainer("opsdc_50").args.divergence == "reverse_kl"
     assert trainer("opsd_long").args.lr_scheduler_type == "constant_with_warmup"
+    assert trainer("opsd_short").args.lr_scheduler_type == "cosine"
+    assert trainer("off_policy_terse").args.context_kwargs["column"] == "terse"
     terse, full = trainer("sft_terse"), trainer("sft")
     assert max(map(len, terse.train_dataset["input_ids"])) < min(map(len, full.train_dataset["input_ids"]))
 
@@ -100,6 +103,10 @@ def test_a_run_that_fails_leaves_its_error(tmp_path, monkeypatch):
     assert result["settings"] == Run("weak", 1, "sft").settings()
 
 
+def test_tuning_sees_its_own_problems_only(folder):
+    assert set(run(Run("middling", TUNING_SEED, "sft", 1e-3), folder)["final"]) == {"tune"}
+
+
 def test_a_run_is_a_function_of_its_seed(folder):
     spec = Run("middling", 1, "opsd", 1e-3)
     torch.manual_seed(7)
@@ -108,3 +115,4 @@ def test_a_run_is_a_function_of_its_seed(folder):
     again = run(spec, folder)
     for name in ("curve", "final", "generated_tokens", "learner_tokens"):
         assert first[name] == again[name]
+    assert run(Run("middling", 2, "opsd", 1e-3), folder)["generated_tokens"] != first["generated_tokens"]

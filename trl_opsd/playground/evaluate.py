@@ -1,4 +1,4 @@
-"""Greedy evaluation on held-out problems."""
+"""Evaluation on held-out problems."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,9 +45,10 @@ def evaluate(
     answers: Sequence[str],
     max_new_tokens: int,
     batch_size: int = 200,
+    sampling_seed: int | None = None,
 ) -> Evaluation:
     """
-    Answers prompts greedily and grades the responses.
+    Answers prompts and grades the responses.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -62,6 +63,9 @@ def evaluate(
             Longest response.
         batch_size (`int`, *optional*, defaults to `200`):
             Prompts per batch.
+        sampling_seed (`int`, *optional*):
+            Seed of sampling at temperature 1 and top-p 0.95, which leaves the global random state as it was. By
+            default, the most probable token is taken.
 
     Returns:
         [`Evaluation`]:
@@ -69,6 +73,9 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
+    sampling: dict[str, Any] = {"do_sample": False}
+    if sampling_seed is not None:
+        sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0}
     responses, lengths, truncated = [], [], 0
     for start in range(0, len(prompts), batch_size):
         inputs = tokenizer.apply_chat_template(
@@ -79,8 +86,10 @@ def evaluate(
             return_dict=True,
             return_tensors="pt",
         ).to(model.device)
-        with torch.inference_mode():
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        with torch.inference_mode(), torch.random.fork_rng(enabled=sampling_seed is not None):
+            if sampling_seed is not None:
+                torch.manual_seed(sampling_seed + start)
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
         for tokens in output[:, inputs["input_ids"].shape[1] :].tolist():
             ended = tokenizer.eos_token_id in tokens
             length = tokens.index(tokenizer.eos_token_id) + 1 if ended else len(tokens)

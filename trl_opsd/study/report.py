@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from .arms import ARMS, BASES, TUNING_SEED
-from .claims import NOT_RUN, Lookup, Result, Verdict, best_accuracy, reduction, tokens_to_reach, verdicts
+from .arms import ARMS, BASES, STEPS, TUNING_SEED
+from .claims import NOT_RUN, Lookup, Result, Verdict, best_accuracy, drop, reduction, tokens_to_reach, verdicts
 from .runner import FULL, Plan, Results
 from .train import Run
 
@@ -43,13 +43,15 @@ a claim fails in a small world, or that nothing there contradicts it, and not ho
 | {{ verdict.claim }} | {{ verdict.base }} | **{{ verdict.outcome }}** |
 {% endfor %}
 
-The rules: a claim is a list of conditions. Each is a quantity with one value per seed that the claim says is positive,
-with a 95 % t interval over the seeds and a margin, the least value that would matter: 2 points of accuracy, but 5 of
-what is lost over many steps and 10 for a collapse; 5 points of length, but 2 between easy and hard; 1 marker per 1,000
-tokens. A condition is met if its interval is above zero and its mean reaches the margin. It is refuted if the interval
-is below the margin. It is open otherwise, and where nothing could show: both arms above 97 % or below 3 %, or a GRPO
-that gained less than 5 points. A claim holds here if all its conditions are met, does not hold here if one is refuted,
-and cannot be seen here otherwise.
+The rules: a claim is a list of conditions. Each is a quantity with one value per seed that the claim says is
+positive, with a 95 % t interval over the seeds and a margin, the least value that would matter: 2 points of accuracy,
+but 5 of what is lost over many steps and 10 for a collapse; 5 points of length, but 2 between easy and hard; 1 marker
+per 1,000 tokens; anything above zero where a threshold is subtracted already. A condition is met if its interval is
+above zero and its mean reaches the margin. It is refuted if the interval is below the margin. It is open otherwise,
+and where nothing could show: both arms above 97 % or below 3 %, a GRPO that gained less than 5 points with some seed,
+or nothing lost that the clip could prevent. A claim holds here if all its conditions are met, does not hold here if
+one is refuted, and cannot be seen here otherwise. All runs start from one base, so the intervals are about training
+it again, and not about other bases.
 
 {% for verdict in verdicts if verdict.outcome != not_run %}
 - {{ verdict.claim }} ({{ verdict.base }} base): **{{ verdict.outcome }}**.
@@ -63,19 +65,27 @@ and cannot be seen here otherwise.
   solutions give the column sums only. Most rows a base is trained on show a reference ({{ shares }}): a solution, a
   terse one, or the answer. There it doubts less often, by construction: 10 %, 10 % and 50 % of the carries instead of
   80 %. Out of domain are four digits and the question in words, which the bases have met and the arms do not train on.
-- **Brevity.** Sums of two, three and four digits. The base elaborates, and does not when it is told to be brief.
-- **Seeds** {{ seeds | join(", ") }}. A seed decides the problems, the base, the order of the rows and the sampling.
-  Arms are compared seed by seed.
+- **Brevity.** Sums of two, three and four digits. The base elaborates, and does so less than half as often when it is
+  told to be brief. The instruction shortens problems of all sizes by about the same share.
+- **Bases** are trained once. Another machine's rounding gives other ones, which may know more or less than these.
+- **Seeds** {{ seeds | join(", ") }}. A seed decides the order of the rows and the sampling. Arms are compared seed by
+  seed.
 {% if tuned %}
   Every arm was tuned over the learning rates {{ rates }} on seed {{ tuning_seed }}, which is not reported, by its
-  accuracy on held-out problems (with OPSDC, less its length as a share of the base's). Arms with 5 times the steps
-  take over the rate of the arm they prolong, and keep it constant.
+  accuracy on problems that nothing else is tested on (with OPSDC, less its length as a share of the base's). Four
+  kinds of arms take over the rate of the arm they are compared with: half the steps and 5 times the steps that of
+  OPSD, and "at the rate of" that of OPSDC refreshed every 50 steps.
 {% else %}
   The learning rate is {{ rates }} for all arms.
 {% endif %}
-- **Budgets.** From the same base, arms take the same steps of the same number of sequences, GRPO four times as many
-  sequences. Generated tokens are those of rollouts. Learner tokens went forward and backward through the student,
-  prompts included. Seconds are those of the training alone, on one thread beside another run.
+- **Schedules.** The rate falls to zero by a cosine. With OPSDC, as published, and over 5 times the steps it stays
+  constant.
+- **Tests.** One sample per problem at temperature 1 and top-p 0.95: 300 problems held out, 200 longer, 200 in words.
+  The learning curves are of 200 (brevity: 150) other problems. Training samples at temperature 1 and top-p 1.
+- **Budgets.** Arms take {{ steps }} steps of 32 sequences (OPSDC 100 steps), GRPO twice the steps of twice the
+  sequences, 8 to a problem. Generated tokens are those of rollouts, and of the teacher's samples off-policy. Learner
+  tokens went forward and backward through the student, prompts included; the teacher's passes are not counted.
+  Seconds are those of the training alone, on one thread beside another run.
 
 ## Bases
 
@@ -106,7 +116,9 @@ and cannot be seen here otherwise.
 
 {% endif %}
 Mean ± standard deviation over the seeds; "–" is not run. A rate with * is at the end of the grid, where a better one
-may lie beyond. Arms that generate nothing have no tokens to reach GRPO's best with.
+may lie beyond; with † some of its tuning failed. Points lost are those between the best mean of three neighbouring
+points of the learning curve and the last. Groups without spread are all right or all wrong. Arms that generate nothing
+have no tokens to reach GRPO's best with.
 
 {% for title, file in plots %}
 ![{{ title }}]({{ file }})
@@ -142,13 +154,11 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[Verdict]:
 
     def lookup(arm: str, base: str) -> dict[int, Result]:
         if (arm, base) not in found:
-            found[arm, base] = (
-                {seed: result for seed in plan.seeds if (result := results.complete(Run(base, seed)))}
-                if arm == "base"
-                else results.reported(plan, arm, base)
-                if (arm, base) in plan.pairs()
-                else {}
-            )
+            result = results.complete(Run(base))
+            if arm == "base":
+                found[arm, base] = {} if result is None else dict.fromkeys(plan.seeds, result)
+            else:
+                found[arm, base] = results.reported(plan, arm, base) if (arm, base) in plan.pairs() else {}
         return found[arm, base]
 
     pairs = plan.pairs()
@@ -172,6 +182,7 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[Verdict]:
         missing=missing,
         is_quick=plan.scale != FULL.scale,
         scale=plan.scale,
+        steps=STEPS,
         folder=results.folder,
         verdicts=judged,
         not_run=NOT_RUN,
@@ -184,11 +195,11 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[Verdict]:
         tuned=len(plan.learning_rates) > 1,
         rates=", ".join(f"{rate:g}" for rate in plan.learning_rates),
         tuning_seed=TUNING_SEED,
-        bases=[_base_row(base, lookup("base", base)) for base in plan.bases],
+        bases=[_base_row(base, results.complete(Run(base))) for base in plan.bases],
         tables=[_table(base, plan, results, lookup) for base in plan.bases],
         groups=_groups_table(pairs, lookup),
         plots=plots,
-        failures=results.failures(),
+        failures=results.failures(plan),
     )
     page.write_text(text, encoding="utf-8")
     return judged
@@ -206,21 +217,19 @@ def _spread(values: Sequence[float | None], form: str = "{:.1f}", scale: float =
     return shown if len(known) == len(values) else f"{shown} ({len(known)} of {len(values)})"
 
 
-def _base_row(base: str, results: Mapping[int, Result]) -> list[str]:
-    done = list(results.values())
+def _base_row(base: str, result: Result | None) -> list[str]:
+    if result is None:
+        return [base, *["–"] * 8]
 
-    def accuracies(figures: Sequence[dict[str, Any]], split: str) -> str:
-        return _spread([shown[split]["accuracy"] for shown in figures if split in shown], scale=100)
+    def accuracy(figures: Mapping[str, Any], split: str) -> str:
+        return f"{100 * figures[split]['accuracy']:.1f}" if split in figures else "–"
 
     return [
         base,
-        *(accuracies([result["final"] for result in done], split) for split in ("test", "longer", "words")),
-        *(
-            accuracies([result["told"].get(column, {}) for result in done], "test")
-            for column in ("solution", "terse", "answer")
-        ),
-        _spread([result["final"]["test"]["mean_tokens"] for result in done]),
-        _spread([result["seconds"] for result in done], "{:.0f}"),
+        *(accuracy(result["final"], split) for split in ("test", "longer", "words")),
+        *(accuracy(result["told"].get(column, {}), "test") for column in ("solution", "terse", "answer")),
+        f"{result['final']['test']['mean_tokens']:.1f}",
+        f"{result['seconds']:.0f}",
     ]
 
 
@@ -245,12 +254,13 @@ def _table(base: str, plan: Plan, results: Results, lookup: Lookup) -> dict[str,
         done = lookup(arm, base)
         rate = results.learning_rate(plan, arm, base) if results.is_tuned(plan, arm, base) else None
         at_end = len(plan.learning_rates) > 1 and rate in (min(plan.learning_rates), max(plan.learning_rates))
+        failed = any(results.complete(run) is None for run in plan.tuning_runs(arm, base))
         final = [result["final"]["test"] for result in done.values()]
         rows.append(
             [
                 ARMS[arm].title,
                 f"{len(done)} of {len(plan.seeds)}",
-                "–" if rate is None else f"{rate:g}{'*' if at_end else ''}",
+                "–" if rate is None else f"{rate:g}{'*' if at_end else ''}{'†' if failed else ''}",
                 _spread([figures["accuracy"] for figures in final], scale=100),
                 *(_spread(column(done, base, lookup), form) for column, form in special.values()),
                 *(_spread([result[name] for result in done.values()], "{:,.0f}") for name in _BUDGETS),
@@ -282,7 +292,7 @@ def _to_grpo(done: dict[int, Result], base: str, lookup: Lookup) -> list[float |
 
 
 def _lost(done: dict[int, Result], base: str, lookup: Lookup) -> list[float | None]:
-    return [100 * (best_accuracy(result) - result["curve"][-1]["accuracy"]) for result in done.values()]
+    return [100 * drop(result) for result in done.values()]
 
 
 def _shorter(digits: str | None) -> Column:
@@ -346,7 +356,7 @@ def _curves(runs: Mapping[str, Mapping[int, Result]], title: str, name: str, x: 
 
 
 def _usual(runs: Mapping[str, Mapping[int, Result]], long: bool) -> dict[str, Mapping[int, Result]]:
-    return {arm: done for arm, done in runs.items() if (ARMS[arm].tuned_as is not None) == long}
+    return {arm: done for arm, done in runs.items() if (ARMS[arm].steps == 5 * STEPS) == long}
 
 
 Draw = Callable[[Mapping[str, Mapping[int, Result]], str], "Figure | None"]

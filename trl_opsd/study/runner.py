@@ -4,10 +4,9 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +52,7 @@ class Plan:
     def base_runs(self) -> list[Run]:
         """The trainings of the bases."""
         used = {base for _, base in self.pairs()}
-        seeds = ((TUNING_SEED,) if len(self.learning_rates) > 1 else ()) + self.seeds
-        return [Run(base, seed) for base in self.bases if base in used for seed in seeds]
+        return [Run(base) for base in self.bases if base in used]
 
     def tuning_runs(self, arm: str, base: str) -> list[Run]:
         """The runs that an arm is tuned by."""
@@ -125,16 +123,16 @@ class Results:
 
         Returns:
             `float` or `None`:
-                Accuracy on held-out problems of the training's domain. Of an OPSDC run, less its length as a share of
-                the base's: a point of accuracy is worth a percent of length. `None` without a complete result.
+                Accuracy on problems that are kept for this. Of an OPSDC run, less its length as a share of the base's:
+                a point of accuracy is worth a percent of length. `None` without a complete result.
         """
-        result, base = self.complete(run), self.complete(Run(run.base, run.seed))
+        result, base = self.complete(run), self.complete(Run(run.base))
         if result is None or base is None:
             return None
-        final = result["final"]["test"]
+        final = result["final"]["tune"]
         if BASES[run.base].family.name == "adding":
             return final["accuracy"]
-        return final["accuracy"] - final["mean_tokens"] / base["final"]["test"]["mean_tokens"]
+        return final["accuracy"] - final["mean_tokens"] / base["final"]["tune"]["mean_tokens"]
 
     def learning_rate(self, plan: Plan, arm: str, base: str) -> float | None:
         """
@@ -163,14 +161,18 @@ class Results:
         rate = self.learning_rate(plan, arm, base)
         if rate is None and ARMS[arm].trainer != "none":
             return {}
-        results = {run.seed: self.complete(run) for run in plan.reported_runs(arm, base, rate)}
+        runs = plan.reported_runs(arm, base, rate)
+        results = {seed: self.complete(run) for seed, run in zip(plan.seeds, runs, strict=True)}
         return {seed: result for seed, result in results.items() if result is not None}
 
-    def failures(self) -> dict[str, str]:
-        """The errors of runs that failed, by the run's name."""
-        files = sorted((self.folder / "runs").glob("*.json"))
-        results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
-        return {name: result["error"] for name, result in results.items() if "error" in result}
+    def failures(self, plan: Plan) -> dict[str, str]:
+        """The errors of a study's runs that failed, by the run's name."""
+        runs = plan.base_runs()
+        for arm, base in plan.pairs():
+            runs += plan.tuning_runs(arm, base)
+            runs += plan.reported_runs(arm, base, self.learning_rate(plan, arm, base))
+        results = {run.name: result for run in runs if (result := self.get(run)) is not None}
+        return {name: result["error"] for name, result in sorted(results.items()) if "error" in result}
 
 
 def planned_seconds(plan: Plan) -> dict[str, tuple[int, float]]:
@@ -224,46 +226,51 @@ def run_study(
     console = console or Console()
     execute = execute or execute_in_process
     deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
-    lock = threading.Lock()
+    for path in (folder / "runs").glob("*.json"):
+        if "error" in json.loads(path.read_text(encoding="utf-8")):
+            path.unlink()
 
-    def phases() -> Iterable[list[Run]]:
-        yield plan.base_runs()
+    def runnable() -> Iterator[Run]:
+        yield from plan.base_runs()
         # Arm by arm, so that a study cut short has whole arms
-        for arm in plan.arms:
-            bases = [base for its, base in plan.pairs() if its == arm]
-            tuning = [run for base in bases for run in plan.tuning_runs(arm, base)]
-            yield [run for run in tuning if results.complete(Run(run.base, run.seed))]
-            reported = []
-            for base in bases:
-                rate = results.learning_rate(plan, arm, base)
-                if results.is_tuned(plan, arm, base) and (rate is not None or ARMS[arm].trainer == "none"):
-                    reported += plan.reported_runs(arm, base, rate)
-            yield [run for run in reported if results.complete(Run(run.base, run.seed))]
+        for arm, base in plan.pairs():
+            if results.complete(Run(base)) is None:
+                continue
+            yield from plan.tuning_runs(arm, base)
+            rate = results.learning_rate(plan, arm, base)
+            if results.is_tuned(plan, arm, base) and (rate is not None or ARMS[arm].trainer == "none"):
+                yield from plan.reported_runs(arm, base, rate)
 
-    with _progress(console) as progress:
+    with _progress(console) as progress, ThreadPoolExecutor(PROCESSES) as pool:
         total = sum(seconds for _, seconds in planned_seconds(plan).values())
         task = progress.add_task("Study", total=total, status="")
-
-        def make(run: Run) -> None:
-            if results.complete(run) is None:
-                if deadline is not None and time.monotonic() > deadline:
-                    return
-                with lock:
+        running: dict[Future[None], Run] = {}
+        seen: set[Run] = set()
+        while True:
+            for run in runnable():
+                if run in seen:
+                    continue
+                if results.get(run) is not None:
+                    progress.advance(task, run.planned_seconds)
+                elif deadline is not None and time.monotonic() > deadline:
+                    break
+                elif len(running) < PROCESSES:
                     progress.update(task, status=run.name)
-                execute(run, results.path(run))
+                    running[pool.submit(execute, run, results.path(run))] = run
+                else:
+                    break
+                seen.add(run)
+            if not running:
+                break
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                done.result()
+                run = running.pop(done)
                 results.forget(run)
                 outcome = results.get(run)
-                with lock:
-                    if outcome is None or "error" in outcome:
-                        why = "it left no result" if outcome is None else outcome["error"]
-                        console.print(f"[red]{run.name} failed:[/red] {why}", highlight=False)
-            with lock:
+                if outcome is None or "error" in outcome:
+                    why = "it left no result" if outcome is None else outcome["error"]
+                    console.print(f"[red]{run.name} failed:[/red] {why}", highlight=False)
                 progress.advance(task, run.planned_seconds)
-
-        for runs in phases():
-            with ThreadPoolExecutor(PROCESSES) as pool:
-                for _ in pool.map(make, runs):
-                    pass
     return results
 
 

@@ -4,7 +4,8 @@ The embedded tasks of the study: addition, built so that the published claims ca
 `ADDING` serves the questions about OPSD. The model's own reasoning doubts where a carry comes in, takes that column in
 two steps and marks it (`8+4=12 hm 13`), while reference solutions take it in one (`8+4+1=13`) and never doubt. So the
 markers stand for a way of computing that can be lost. `BREVITY` serves the questions about OPSDC: the model elaborates
-unless it is told to be brief, on problems of three sizes, and by about the same share on each.
+unless it is told to be brief, on problems of three sizes, and by about the same share on each. Told to be brief, it
+still elaborates at times: what can be shortened is not gone once the instruction has been taken over.
 """
 
 import random
@@ -66,7 +67,8 @@ class Family:
         held_out (`tuple[str, ...]`):
             Splits that models are tested on at the end, the one in the domain of the training first.
         splits (`dict[str, Split]`):
-            Problems by split, among them `"base"`, `"train"` and `"curve"`, on which a run is watched.
+            Problems by split, among them `"base"`, `"train"`, `"curve"`, on which a run is watched, and `"tune"`, by
+            which learning rates are chosen.
     """
 
     name: str
@@ -164,7 +166,7 @@ def _brevity_base_row(row: dict[str, Any], a: int, b: int, rng: random.Random) -
     return {
         **row,
         "solution": worked_solution(a, b, rng, detail=0.9),
-        "brief": worked_solution(a, b, rng, detail=0.05),
+        "brief": worked_solution(a, b, rng, detail=0.4),
     }
 
 
@@ -183,10 +185,11 @@ ADDING = Family(
     splits={
         "base": Split(12_000, (*_PLAIN, (4, "plain"), *_PLAIN, (4, "plain"), *_PLAIN, (4, "plain"), (3, "words"))),
         "train": Split(6_000, ((3, "plain"),)),
-        "curve": Split(100, ((3, "plain"),)),
+        "curve": Split(200, ((3, "plain"),)),
         "test": Split(300, ((3, "plain"),)),
         "longer": Split(200, ((4, "plain"),)),
         "words": Split(200, ((3, "words"),)),
+        "tune": Split(300, ((3, "plain"),)),
     },
 )
 
@@ -200,8 +203,9 @@ BREVITY = Family(
     splits={
         "base": Split(6_000, _SIZES),
         "train": Split(2_400, _SIZES),
-        "curve": Split(90, _SIZES),
+        "curve": Split(150, _SIZES),
         "test": Split(300, _SIZES),
+        "tune": Split(300, _SIZES),
     },
 )
 

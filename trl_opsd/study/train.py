@@ -13,7 +13,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .arms import ARMS, BASES, Arm
+from .arms import ARMS, BASE_SEED, BASES, TUNING_SEED, Arm
+
+
+# To be raised by every change that alters what a run does, so that no older result passes for one of the changed study
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,8 @@ class Run:
     Args:
         base (`str`):
             Name of the base.
-        seed (`int`):
-            Seed of the problems, the base, the order of the rows and the sampling.
+        seed (`int`, *optional*):
+            Seed of the order of the rows and of sampling. `None` for the training of the base itself.
         arm (`str`, *optional*):
             Name of the arm. `None` trains the base itself.
         learning_rate (`float`, *optional*):
@@ -35,7 +39,7 @@ class Run:
     """
 
     base: str
-    seed: int
+    seed: int | None = None
     arm: str | None = None
     learning_rate: float | None = None
     scale: float = 1.0
@@ -45,7 +49,8 @@ class Run:
         """Name of its result file."""
         parts = [self.base] if self.arm is None else [self.arm, self.base]
         parts += [] if self.learning_rate is None else [f"lr{self.learning_rate:g}"]
-        return "-".join([*parts, f"seed{self.seed}", *([] if self.scale == 1.0 else [f"x{self.scale:g}"])])
+        parts += [] if self.seed is None else [f"seed{self.seed}"]
+        return "-".join(parts if self.scale == 1.0 else [*parts, f"x{self.scale:g}"])
 
     @property
     def steps(self) -> int:
@@ -68,7 +73,7 @@ class Run:
         for name in ("title", "bases", "seconds_per_step", "quick"):
             arm.pop(name, None)
         settings = {"run": asdict(self), "recipe": asdict(base.recipe), "family": asdict(base.family), "arm": arm}
-        return json.loads(json.dumps(settings))
+        return json.loads(json.dumps({"version": VERSION, **settings}))
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
@@ -111,20 +116,20 @@ def run(spec: Run, folder: Path) -> dict[str, Any]:
 
     base = BASES[spec.base]
     family = base.family
-    rows = family.make(spec.seed)
-    model_folder = folder / "bases" / f"{spec.base}-seed{spec.seed}"
+    rows = family.make(BASE_SEED)
+    model_folder = folder / "bases" / spec.base
     started, cpu_started = time.perf_counter(), time.process_time()
     if spec.arm is None:
-        train_base(model_folder, family, base.recipe, family.base_context, rows["base"], spec.seed)
+        train_base(model_folder, family, base.recipe, family.base_context, rows["base"], BASE_SEED)
         model, tokenizer = (kind.from_pretrained(model_folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
         result = {
             "generated_tokens": 0,
             "learner_tokens": 0,
             "seconds": time.perf_counter() - started,
             "curve": [],
-            "final": examine(model, tokenizer, rows, family),
+            "final": examine(model, tokenizer, rows, family, splits=[*family.held_out, "tune"]),
             "told": {
-                column: examine(model, tokenizer, rows, family, TemplateContext(REFERENCE_TEMPLATE % column), ["test"])
+                column: examine(model, tokenizer, rows, family, ["test"], TemplateContext(REFERENCE_TEMPLATE % column))
                 for column in (("solution", "terse", "answer") if family.name == "adding" else ())
             },
         }
@@ -136,7 +141,7 @@ def run(spec: Run, folder: Path) -> dict[str, Any]:
             "learner_tokens": 0,
             "seconds": 0.0,
             "curve": [],
-            "final": examine(model, tokenizer, rows, family, context),
+            "final": examine(model, tokenizer, rows, family, family.held_out, context),
         }
     else:
         with tempfile.TemporaryDirectory() as output_dir:
@@ -144,11 +149,12 @@ def run(spec: Run, folder: Path) -> dict[str, Any]:
             watch = make_watch(trainer, spec, rows)
             trainer.add_callback(watch)
             trainer.train()
+        splits = ["tune"] if spec.seed == TUNING_SEED else family.held_out
         result = {
             **watch.budgets(),
             "curve": watch.curve,
             "series": watch.series,
-            "final": examine(trainer.model, trainer.processing_class, rows, family),
+            "final": examine(trainer.model, trainer.processing_class, rows, family, splits),
         }
     cpu_seconds = time.process_time() - cpu_started
     return {**result, "cpu_seconds": cpu_seconds, "versions": {"torch": torch.__version__}}
@@ -176,12 +182,10 @@ def make_trainer(spec: Run, model: str, rows: Any, output_dir: str) -> Any:
 
     assert spec.arm is not None
     arm = ARMS[spec.arm]
-    is_long = arm.tuned_as is not None
     shared: dict[str, Any] = {
         "output_dir": output_dir,
         "learning_rate": spec.learning_rate,
-        # Over many more steps than usual, the question is what happens if the training just goes on
-        "lr_scheduler_type": "constant_with_warmup" if is_long else "cosine",
+        "lr_scheduler_type": "constant_with_warmup" if arm.constant_rate else "cosine",
         "warmup_steps": 10,
         "adam_beta2": 0.98,
         "max_grad_norm": 1.0,
@@ -250,10 +254,10 @@ _MAKERS = {"sft": _sft, "grpo": _grpo, "sdft": _sdft, "opsd": _opsd, "opsdc": _o
 
 
 def examine(
-    model: Any, tokenizer: Any, rows: dict[str, Any], family: Any, context: Any = None, splits: Sequence[str] = ()
+    model: Any, tokenizer: Any, rows: dict[str, Any], family: Any, splits: Sequence[str], context: Any = None
 ) -> dict[str, Any]:
     """
-    Tests a model on held-out problems, greedily.
+    Tests a model on held-out problems, by one sample each.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -264,10 +268,10 @@ def examine(
             Rows by split.
         family ([`~trl_opsd.study.tasks.Family`]):
             Their family.
+        splits (`Sequence[str]`):
+            Splits to test on.
         context ([`PrivilegedContext`], *optional*):
             What the model reads instead of the bare question.
-        splits (`Sequence[str]`, *optional*):
-            Splits to test on. By default, all that are held out.
 
     Returns:
         `dict[str, Any]`:
@@ -278,10 +282,11 @@ def examine(
     from .tasks import count_markers
 
     figures = {}
-    for split in splits or family.held_out:
+    for split in splits:
         problems = rows[split]
         prompts = problems["prompt"] if context is None else [context.teacher_messages(row, None) for row in problems]
-        done = evaluate(model, tokenizer, prompts, problems["answer"], family.max_completion_length)
+        length = family.max_completion_length
+        done = evaluate(model, tokenizer, prompts, problems["answer"], length, sampling_seed=0)
         by_digits: dict[str, dict[str, float]] = {}
         for digits in sorted(set(problems["digits"])):
             chosen = [index for index, number in enumerate(problems["digits"]) if number == digits]
@@ -357,7 +362,7 @@ def make_watch(trainer: Any, spec: Run, rows: dict[str, Any]) -> Any:
         def _evaluate(self, step: int) -> None:
             started = time.perf_counter()
             self._seconds = started - self._started - self._evaluation_seconds
-            figures = examine(trainer.model, tokenizer, rows, family, splits=["curve"])["curve"]
+            figures = examine(trainer.model, tokenizer, rows, family, ["curve"])["curve"]
             self._evaluation_seconds += time.perf_counter() - started
             self.curve.append(
                 {
