@@ -100,9 +100,15 @@ def test_distill_with_lora_rewards_and_evaluation(recipe, tmp_path, monkeypatch,
         eval_steps=2,
         per_device_eval_batch_size=2,
         logging_steps=1,
+        system_prompt="Add.",
+        eval_benchmarks=["playground_opsd"],
+        eval_benchmarks_limit=1,
     )
 
     train(distill, "--config", path)
+
+    run = json.loads((tmp_path / "out" / "eval" / "step-2" / "run.json").read_text())
+    assert run["settings"]["system_prompt"] == "Add."
 
     assert PeftConfig.from_pretrained(tmp_path / "out").r == 2
     output = capsys.readouterr().out

@@ -43,7 +43,9 @@ def evaluations(trainer):
     return {entry["step"]: entry for entry in trainer.state.log_history if "eval_sums/mean_tokens" in entry}
 
 
-def test_evaluates_before_while_and_after_training(make_trainer, benchmark, training_args, capsys):
+def test_evaluates_before_while_and_after_training(
+    make_trainer, benchmark, training_args, tokenizer, monkeypatch, capsys
+):
     sampling = {"temperature": 0.6, "max_new_tokens": 5}
     trainer = make_trainer(
         eval_benchmarks=[benchmark],
@@ -51,8 +53,19 @@ def test_evaluates_before_while_and_after_training(make_trainer, benchmark, trai
         eval_benchmarks_num_samples=3,
         eval_benchmarks_limit=3,
         eval_benchmarks_sampling=sampling,
+        eval_benchmarks_system_prompt="Add.",
     )
+    asked = []
+    generate = RolloutBackend.generate
+
+    def record(backend, requests, sampling):
+        asked.extend(tokenizer.decode(request.prompt_ids) for request in requests)
+        return generate(backend, requests, sampling)
+
+    monkeypatch.setattr(RolloutBackend, "generate", record)
     trainer.train()
+    assert asked
+    assert all("Add." in prompt for prompt in asked)
 
     logged = evaluations(trainer)
     assert list(logged) == [0, 2, 4, 5]
@@ -72,6 +85,7 @@ def test_evaluates_before_while_and_after_training(make_trainer, benchmark, trai
         settings = json.loads((benchmarks.Path(folder) / "run.json").read_text())["settings"]
         assert settings["temperature"] == 0.6
         assert settings["top_p"] == trainer.args.top_p
+        assert settings["system_prompt"] == "Add."
     assert cli.main(["compare", *(f"{training_args['output_dir']}/eval/step-{step}" for step in (0, 5))]) == 0
     assert "sums" in capsys.readouterr().out
 

@@ -267,6 +267,8 @@ def run(
     }
     model_init_kwargs.update(cast(dict[str, Any], training_args.model_init_kwargs or {}))
     training_args.model_init_kwargs = model_init_kwargs
+    if training_args.eval_benchmarks is not None and training_args.eval_benchmarks_system_prompt is None:
+        training_args.eval_benchmarks_system_prompt = script_args.system_prompt
 
     # The main process fills the cache of `datasets`, the others read it.
     with training_args.main_process_first(desc="loading the dataset"):

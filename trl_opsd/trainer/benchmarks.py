@@ -193,6 +193,7 @@ class BenchmarkCallback(TrainerCallback):
             "num_samples": self._num_samples,
             "seed": args.seed,
             **asdict(self._sampling),
+            "system_prompt": args.eval_benchmarks_system_prompt,
             "scorer_version": SCORER_VERSION,
         }
         open_run(folder, settings, {}, overwrite=True)

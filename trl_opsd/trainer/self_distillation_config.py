@@ -138,6 +138,8 @@ class SelfDistillationConfig(GRPOConfig):
         eval_benchmarks_sampling (`dict[str, Any]` or `str`, *optional*):
             How the completions are sampled, for example `{"temperature": 0.6, "top_p": 0.95, "top_k": 20,
             "max_new_tokens": 4096}`. What it leaves out is as in the rollouts.
+        eval_benchmarks_system_prompt (`str`, *optional*):
+            System message before each question. The training scripts default it to their `system_prompt`.
 
         > Parameters that control the cost of a step
 
@@ -391,6 +393,13 @@ class SelfDistillationConfig(GRPOConfig):
             '"top_k": 20, "max_new_tokens": 4096}\'. What it leaves out is as in the rollouts.'
         },
     )
+    eval_benchmarks_system_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "System message before each question of `eval_benchmarks`. The training scripts default it to "
+            "their `system_prompt`."
+        },
+    )
 
     # Parameters that control the cost of a step
     divergence_memory: int = field(
@@ -571,7 +580,7 @@ class SelfDistillationConfig(GRPOConfig):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.eval_benchmarks is None:
-            for name in ("eval_benchmarks_limit", "eval_benchmarks_sampling"):
+            for name in ("eval_benchmarks_limit", "eval_benchmarks_sampling", "eval_benchmarks_system_prompt"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"`{name}={getattr(self, name)!r}` has no effect without `eval_benchmarks`.")
             return

@@ -491,6 +491,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 chat_template=template,
                 chat_template_kwargs=self.args.chat_template_kwargs,
                 apply_chat_template=template is not None,
+                system_prompt=self.args.eval_benchmarks_system_prompt,
             ),
             Sampling(**cast(dict[str, Any], self.args.eval_benchmarks_sampling)),
             self.args.eval_benchmarks_num_samples,
