@@ -57,7 +57,7 @@ $(VENV)/.python:
 
 $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "Installing the requirements into $(VENV): a few minutes, once."
-	$(PIP_INSTALL) --editable ".[playground]"
+	$(PIP_INSTALL) --editable ".[eval,playground]"
 	@touch $@
 
 $(VENV)/.smollm2: $(VENV)/.demo

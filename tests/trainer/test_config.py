@@ -1,6 +1,9 @@
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
+import yaml
 from trl import GRPOConfig, TrlParser
 
 from trl_opsd import OPSDCConfig, OPSDConfig, SelfDistillationConfig
@@ -170,3 +173,24 @@ def test_epochs_that_max_steps_overrides_are_announced(tmp_path):
 def test_generation_batch_must_still_hold_whole_groups(tmp_path):
     with pytest.raises(ValueError, match="must be divisible by num_generations"):
         OPSDConfig(str(tmp_path), use_cpu=True, num_generations=5)
+
+
+def test_the_documented_defaults_are_the_defaults(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = [
+        line.strip("| ").split(" | ") for line in text.split("## Defaults")[1].splitlines() if line.startswith("|")
+    ]
+    by_name = {cls.__name__: cls(str(tmp_path), use_cpu=True) for cls in CONFIGS}
+    configs = [by_name[re.match(r"`(\w+)`", cell)[1]] for cell in rows[0][1:]]
+    compared = 0
+    for names, *cells in rows[2:]:
+        if "enable_thinking" in names:
+            continue
+        for config, cell in zip(configs, cells, strict=True):
+            for name, shown in zip(re.findall(r"`(\w+)`", names), cell.split(" (")[0].split(", "), strict=True):
+                value = getattr(config, name)
+                shown = shown.strip("`").replace("none", "null")
+                expected = float(shown) if re.fullmatch(r"[-+.\de]+", shown) else yaml.safe_load(shown)
+                assert getattr(value, "value", value) == expected, name
+                compared += 1
+    assert compared == 3 * 15

@@ -85,12 +85,12 @@ it again, and not about other bases.
 - **Budgets.** Arms take {{ steps }} steps of 32 sequences (OPSDC 100 steps), GRPO twice the steps of twice the
   sequences, 8 to a problem. Generated tokens are those of rollouts, and of the teacher's samples off-policy. Learner
   tokens went forward and backward through the student, prompts included; the teacher's passes are not counted.
-  Seconds are those of the training alone, on one thread beside another run.
+  Seconds are the processor time of the training alone, on one thread: what it takes on a core of its own.
 
 ## Bases
 
-| base | held out, % | longer | in words | reading the solution | terse | the answer | tokens | seconds |
-|---|---|---|---|---|---|---|---|---|
+| base | held out, % | longer | in words | reading the solution | terse | the answer | tokens |
+|---|---|---|---|---|---|---|---|
 {% for row in bases %}
 | {{ row | join(" | ") }} |
 {% endfor %}
@@ -219,7 +219,7 @@ def _spread(values: Sequence[float | None], form: str = "{:.1f}", scale: float =
 
 def _base_row(base: str, result: Result | None) -> list[str]:
     if result is None:
-        return [base, *["–"] * 8]
+        return [base, *["–"] * 7]
 
     def accuracy(figures: Mapping[str, Any], split: str) -> str:
         return f"{100 * figures[split]['accuracy']:.1f}" if split in figures else "–"
@@ -229,7 +229,6 @@ def _base_row(base: str, result: Result | None) -> list[str]:
         *(accuracy(result["final"], split) for split in ("test", "longer", "words")),
         *(accuracy(result["told"].get(column, {}), "test") for column in ("solution", "terse", "answer")),
         f"{result['final']['test']['mean_tokens']:.1f}",
-        f"{result['seconds']:.0f}",
     ]
 
 

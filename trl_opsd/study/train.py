@@ -104,8 +104,8 @@ def run(spec: Run, folder: Path) -> dict[str, Any]:
 
     Returns:
         `dict[str, Any]`:
-            Budgets (`"generated_tokens"`, `"learner_tokens"`, `"seconds"` of training without evaluation), the
-            learning `"curve"`, and the `"final"` figures by split.
+            Budgets (`"generated_tokens"`, `"learner_tokens"`, `"seconds"` of training without evaluation, as processor
+            time, which other programs do not lengthen), the learning `"curve"`, and the `"final"` figures by split.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -118,14 +118,14 @@ def run(spec: Run, folder: Path) -> dict[str, Any]:
     family = base.family
     rows = family.make(BASE_SEED)
     model_folder = folder / "bases" / spec.base
-    started, cpu_started = time.perf_counter(), time.process_time()
+    cpu_started = time.process_time()
     if spec.arm is None:
         train_base(model_folder, family, base.recipe, family.base_context, rows["base"], BASE_SEED)
         model, tokenizer = (kind.from_pretrained(model_folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
         result = {
             "generated_tokens": 0,
             "learner_tokens": 0,
-            "seconds": time.perf_counter() - started,
+            "seconds": time.process_time() - cpu_started,
             "curve": [],
             "final": examine(model, tokenizer, rows, family, splits=[*family.held_out, "tune"]),
             "told": {
@@ -341,7 +341,7 @@ def make_watch(trainer: Any, spec: Run, rows: dict[str, Any]) -> Any:
             self._started = self._seconds = 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self._started = time.perf_counter()
+            self._started = time.process_time()
             self._evaluate(0)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -360,10 +360,10 @@ def make_watch(trainer: Any, spec: Run, rows: dict[str, Any]) -> Any:
                 self._evaluate(state.global_step)
 
         def _evaluate(self, step: int) -> None:
-            started = time.perf_counter()
+            started = time.process_time()
             self._seconds = started - self._started - self._evaluation_seconds
             figures = examine(trainer.model, tokenizer, rows, family, ["curve"])["curve"]
-            self._evaluation_seconds += time.perf_counter() - started
+            self._evaluation_seconds += time.process_time() - started
             self.curve.append(
                 {
                     "step": step,
