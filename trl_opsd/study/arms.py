@@ -98,7 +98,7 @@ class Arm:
 BASES: dict[str, Base] = {
     base.name: base
     for base in (
-        Base("weak", "weak base", ADDING, BaseRecipe(steps=600, context_share=0.985), seconds=400.0),
+        Base("weak", "weak base", ADDING, BaseRecipe(steps=600, context_share=0.9875), seconds=400.0),
         Base("middling", "middling base", ADDING, BaseRecipe(steps=600, context_share=0.98), seconds=400.0),
         Base("verbose", "verbose base", BREVITY, BaseRecipe(steps=420, context_share=0.5), seconds=280.0),
     )
