@@ -1,13 +1,17 @@
 import pytest
 from tiny import make_tokenizer
 
+from trl_opsd.eval.benchmark import Problem
 from trl_opsd.eval.chat import ChatFormat
+
+
+PROBLEM = Problem("mine", "p", "1+1?", "2", "math", None)
 
 
 def test_prompt_is_what_the_template_renders(tokenizer):
     chat = ChatFormat(tokenizer, chat_template_kwargs={"enable_thinking": False}, system_prompt="Be kind.")
 
-    assert chat.text(chat.encode("1+1?")) == (
+    assert chat.rendered(PROBLEM)["prompt"] == (
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
@@ -28,7 +32,13 @@ def test_there_is_one_bos_at_most(template_has_bos):
 def test_another_chat_template(tokenizer):
     chat = ChatFormat(tokenizer, chat_template="Q: {{ messages[0]['content'] }} A:")
 
-    assert chat.text(chat.encode("1+1?")) == "Q: 1+1? A:"
+    assert chat.rendered(PROBLEM)["prompt"] == "Q: 1+1? A:"
+
+
+def test_a_template_that_refuses_is_one_error(tokenizer):
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    with pytest.raises(ValueError, match=r"no system role.*`system_prompt`"):
+        ChatFormat(tokenizer, chat_template=template, system_prompt="Be kind.").encode("1+1?")
 
 
 def test_special_tokens_are_dropped_and_think_tags_kept(tokenizer):

@@ -114,6 +114,7 @@ def test_the_same_settings_go_on(tmp_path):
 
 def test_other_settings_are_named(tmp_path):
     open_run(tmp_path, {"temperature": 1.0, "top_p": 1.0, "seed": 0}, {})
+    fill(tmp_path / "mine" / "samples.jsonl", samples(1))
 
     with pytest.raises(
         ValueError, match=r"temperature was 1.0 and is 0.6; seed was 0 and is None.*`overwrite`"
@@ -125,13 +126,25 @@ def test_other_settings_are_named(tmp_path):
 def test_overwrite_deletes_the_run_and_nothing_else(tmp_path):
     open_run(tmp_path, {"seed": 0}, {})
     fill(tmp_path / "mine" / "samples.jsonl", samples(2))
-    (tmp_path / "notes").mkdir()
+    for name in ("mine/notes.txt", "notes/metrics.json", "other/problems.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
 
     open_run(tmp_path, {"seed": 1}, {}, overwrite=True)
 
-    assert read(tmp_path / "mine" / "samples.jsonl") == []
-    assert (tmp_path / "notes").is_dir()
+    left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert left == {"run.json", "mine/notes.txt", "notes/metrics.json"}  # the problems were the run's
     assert json.loads((tmp_path / "run.json").read_text())["settings"] == {"seed": 1}
+
+
+def test_a_run_without_samples_binds_nobody(tmp_path):
+    open_run(tmp_path, {"max_new_tokens": 9}, {})
+    keep_problems(tmp_path / "mine" / "problems.jsonl", [{"problem_id": "p", "prompt": "old"}])
+    (tmp_path / "mine" / "samples.jsonl").touch()
+
+    open_run(tmp_path, {"max_new_tokens": 8}, {})
+
+    keep_problems(tmp_path / "mine" / "problems.jsonl", [{"problem_id": "p", "prompt": "new"}])
 
 
 def test_samples_of_unknown_settings_are_refused(tmp_path):
@@ -140,7 +153,7 @@ def test_samples_of_unknown_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has samples, but no run\.json"):
         open_run(tmp_path, {"seed": 0}, {})
     open_run(tmp_path, {"seed": 0}, {}, overwrite=True)
-    assert not (tmp_path / "mine").exists()
+    assert not list((tmp_path / "mine").iterdir())
 
 
 def test_problems_may_be_added_but_not_change(tmp_path):
@@ -153,6 +166,8 @@ def test_problems_may_be_added_but_not_change(tmp_path):
     assert [json.loads(line) for line in file.read_bytes().splitlines()] == rows
     with pytest.raises(ValueError, match=r"Problem 1 is not what it was .*`reference` was '1' and is '2'"):
         keep_problems(file, [{**rows[1], "reference": "2"}])
+    with pytest.raises(ValueError, match=r"written for other problems, such as 0"):
+        keep_problems(file, [rows[1], {**rows[0], "problem_id": "another"}])
 
 
 def test_read(tmp_path):

@@ -214,6 +214,19 @@ def test_a_process_that_dies_is_reported_and_replaced():
     assert score(r"\boxed{2 + 3}", "5").correct is True
 
 
+def test_an_interrupted_question_leaves_no_reply_to_the_next(monkeypatch):
+    class Interrupted:
+        def readline(self):
+            raise KeyboardInterrupt
+
+    assert score(r"\boxed{2/4}", "1/2").correct  # the process is running
+    monkeypatch.setattr(equivalence._checker._process, "stdout", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        score(r"\boxed{4/6}", "2/3")
+    monkeypatch.undo()
+    assert not score(r"\boxed{5/6}", "2/3").correct
+
+
 def test_process_that_compares_ends_by_itself_when_nobody_stops_it():
     score(r"\boxed{2x}", "x+x")
     pid = equivalence._checker._process.pid

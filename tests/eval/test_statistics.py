@@ -133,6 +133,12 @@ def test_made_up_problems_vary_like_the_others():
         assert ends(estimate) == pytest.approx([0.18 - margin, 0.18 + margin], abs=0.002)
 
 
+def test_changes_that_are_alike_but_for_rounding_are_alike():
+    assert ends(paired_difference(np.array([0.3 - 0.1, 0.4 - 0.2]), 0.1)) == pytest.approx(
+        ends(paired_difference(np.array([0.2, 0.2]), 0.1))
+    )
+
+
 def test_no_change_is_not_certainty():
     estimate = paired_difference(np.zeros(30), 1 / 12)
     assert estimate.value == 0

@@ -140,6 +140,15 @@ def test_lasting_faults_are_reported_and_completions_kept(server):
     assert server.calls == {0: 1, 1: 1, 2: 3}
 
 
+def test_a_completion_that_was_given_up_is_none(server):
+    def abort(handler, body, call):
+        handler.answer(200, {"choices": [{"token_ids": [5], "finish_reason": "abort"}]})
+
+    server.reply = abort
+    with pytest.raises(ValueError, match=r"gave up a completion \(abort\)"):
+        list(backend(server).generate([Request([1], 0)], SAMPLING))
+
+
 def test_refusals_are_not_repeated(server):
     server.reply = lambda handler, body, call: handler.answer(400, {"error": "prompt too long"})
 

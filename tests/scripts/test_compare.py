@@ -1,30 +1,37 @@
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from eval.made import make_run, make_sample
 
+from trl_opsd.eval.run_folder import SampleFile, keep_problems, open_run
 from trl_opsd.report import evaluation
 from trl_opsd.report.evaluation import length_plot
 from trl_opsd.scripts.compare import main
 
 
-def write_run(folder, settings, **benchmarks):
+def write_run(folder, settings, details=None, prompt="2+2?", **benchmarks):
+    open_run(folder, settings, details or {})
     for name, samples in benchmarks.items():
-        (folder / name).mkdir(parents=True)
-        lines = [json.dumps(asdict(replace(sample, benchmark=name))) + "\n" for sample in samples]
-        (folder / name / "samples.jsonl").write_text("".join(lines))
-    (folder / "run.json").write_text(json.dumps(settings))
+        ids = sorted({sample.problem_id for sample in samples})
+        keep_problems(folder / name / "problems.jsonl", [{"problem_id": one, "prompt": prompt} for one in ids])
+        file = SampleFile(folder / name / "samples.jsonl")
+        for sample in samples:
+            file.append(replace(sample, benchmark=name))
+        file.close()
     return str(folder)
 
 
 @pytest.fixture
 def folders(tmp_path):
-    settings = {"model": "org/a", "preset": "opsd", "sampling": {"temperature": 1.0, "top_p": 0.95}, "started": "May"}
-    base = write_run(tmp_path / "first", settings, aime=make_run([True, False], [False, False]), amc=make_run([True]))
-    settings = {**settings, "model": "org/b", "sampling": {"temperature": 0.6, "top_p": 0.95}, "started": "June"}
-    new = write_run(tmp_path / "second", settings, aime=make_run([True, True], [False, False]), amc=make_run([True]))
-    return base, new
+    settings = {"model_name_or_path": "org/a", "temperature": 1.0, "top_p": 0.95, "chat_template_kwargs": {"a": True}}
+    details = {"other_fields": {"preset": "opsd", "num_samples": 12}}
+    runs = {"aime": make_run([True, False], [False, False]), "amc": make_run([True])}
+    base = write_run(tmp_path / "first", settings, details, **runs)
+    settings = {**settings, "model_name_or_path": "org/b", "temperature": 0.6, "chat_template_kwargs": {"a": False}}
+    details = {"other_fields": {"preset": "opsd", "num_samples": 8}}
+    runs["aime"] = make_run([True, True], [False, False])
+    return base, write_run(tmp_path / "second", settings, details, **runs)
 
 
 @pytest.fixture(autouse=True)
@@ -39,25 +46,39 @@ def test_console(folders, capsys):
     assert "amc, 1 problems" in output
     assert "Accuracy: no detectable difference, +25.0 points [" in output
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines()]
-    assert ["model", "org/a", "org/b"] in lines
-    assert ["preset", "opsd", "opsd"] in lines
-    assert ["sampling.temperature", "1.0", "0.6"] in lines
-    assert ["sampling.top_p", "0.95", "0.95"] in lines
-    assert ["started", "May", "June"] in lines
-    assert " ".join(output.split()).count("Warning: the runs were sampled differently (sampling.temperature).") == 1
+    assert ["settings.model_name_or_path", "org/a", "org/b"] in lines
+    assert ["settings.temperature", "1.0", "0.6"] in lines
+    assert ["settings.top_p", "0.95", "0.95"] in lines
+    assert ["other_fields.num_samples", "12", "8"] in lines
+    assert "preset" not in output
+    differing = "settings.temperature, settings.chat_template_kwargs.a"
+    assert " ".join(output.split()).count(f"Warning: the runs were sampled differently ({differing}).") == 1
+    assert "prompts differ" not in output
 
 
 def test_no_warning_when_sampled_alike(tmp_path, capsys):
-    settings = {"model": "org/a", "sampling": {"temperature": 1.0}, "host": "here"}
+    settings = {"model_name_or_path": "org/a", "temperature": 1.0, "dtype": "auto", "scorer_version": "2"}
     base = write_run(tmp_path / "a" / "run", settings, aime=make_run([True]))
-    new = write_run(tmp_path / "b" / "run", {**settings, "model": "org/b"}, aime=make_run([True]))
+    new = write_run(
+        tmp_path / "b" / "run",
+        {**settings, "model_name_or_path": "org/b"},
+        prompt="Please: 2+2?",
+        aime=make_run([True]),
+    )
     assert main([base, new]) == 0
     output = capsys.readouterr().out
     assert "Warning" not in output
-    assert "host" not in output
+    assert "dtype" not in output
+    assert "The prompts differ" in output
     # Two folders of one name.
     assert "base" in output
     assert "new" in output
+
+
+def test_other_versions_of_the_scorer(tmp_path, capsys):
+    runs = [write_run(tmp_path / one, {"scorer_version": one}, aime=make_run([True])) for one in "12"]
+    assert main(runs) == 2
+    assert "different versions of the scorer (1, 2)" in capsys.readouterr().err
 
 
 def test_files(folders, tmp_path, capsys):
@@ -65,8 +86,8 @@ def test_files(folders, tmp_path, capsys):
     assert main([*folders, "--output_dir", str(output_dir)]) == 0
     assert "### aime, 2 problems" in (output_dir / "comparison.md").read_text(encoding="utf-8")
     content = json.loads((output_dir / "comparison.json").read_text(encoding="utf-8"))
-    assert content["base"]["model"] == "org/a"
-    assert content["new"]["model"] == "org/b"
+    assert content["base"]["settings"]["model_name_or_path"] == "org/a"
+    assert content["new"]["settings"]["model_name_or_path"] == "org/b"
     assert [comparison["benchmark"] for comparison in content["comparisons"]] == ["aime", "amc"]
     for name in ("accuracy", "lengths", "changes"):
         assert (output_dir / "aime" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

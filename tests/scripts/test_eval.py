@@ -8,9 +8,12 @@ import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
 from tiny import make_model, make_tokenizer
+from transformers import AutoModelForCausalLM
 
 from trl_opsd import cli
+from trl_opsd.eval.arguments import EvalArguments
 from trl_opsd.eval.backends import loading
+from trl_opsd.eval.backends.transformers import TransformersBackend
 from trl_opsd.eval.run_folder import read_samples
 from trl_opsd.eval.samples import Sample
 from trl_opsd.scripts import eval as command
@@ -256,6 +259,53 @@ def test_errors_are_one_line(args, message, run, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("trl-opsd eval: error: ")
     assert message in error
+
+
+def test_a_split_the_embedded_world_has_not(run, capsys):
+    assert run("--dataset_name", "playground/opsd", "--dataset_split", "dev", benchmark=None) == 2
+    assert "playground/opsd has no split 'dev', only" in capsys.readouterr().err
+
+
+def test_references_that_cannot_be_read_at_all(run, tmp_path, capsys, monkeypatch):
+    rows = [{"question": f"{n}+1?", "answer": f"We add one to {n}, which makes {n + 1}."} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(loading, "load_backend", None)  # nothing is loaded
+
+    assert run("--dataset_name", str(tmp_path / "rows.jsonl"), benchmark=None) == 2
+    error = capsys.readouterr().err
+    assert "No reference answer of rows can be read" in error
+    assert "`answer_column`" in error
+
+
+def test_weights_on_the_hub_are_told_apart_by_their_commit(monkeypatch):
+    asked = []
+
+    def download(name, file, revision):
+        asked.append((name, file, revision))
+        return f"/cache/snapshots/{name[-1]}1/{file}"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    arguments = EvalArguments(
+        model_name_or_path="org/a", adapter="org/b", revision="main", benchmarks=["playground_opsd"]
+    )
+    assert [command._fingerprint(name, arguments) for name in ("org/a", "org/b")] == ["a1", "b1"]
+    assert asked == [("org/a", "config.json", "main"), ("org/b", "adapter_config.json", None)]
+
+
+def test_a_server_with_other_weights_of_the_same_name_is_refused(run, tmp_path, monkeypatch, model_path, capsys):
+    class Served(TransformersBackend):
+        root = "runs/checkpoint-100"
+
+    def load(arguments, tokenizer):
+        model = AutoModelForCausalLM.from_pretrained(model_path)
+        return Served(model, [tokenizer.eos_token_id], 2)
+
+    monkeypatch.setattr(loading, "load_backend", load)
+    server = ["--backend", "vllm_server", "--model_name_or_path", "policy", "--tokenizer", model_path]
+    assert run(*server) == 0
+    Served.root = "runs/checkpoint-200"
+    assert run(*server) == 2
+    assert "weights was 'runs/checkpoint-100' and is 'runs/checkpoint-200'" in capsys.readouterr().err
 
 
 def test_vllm_that_is_not_there(run, monkeypatch, capsys):

@@ -1,13 +1,13 @@
 """Evaluation on benchmarks while a model trains."""
 
 import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer, cli
 from trl_opsd.eval.backends import Request, Sampling
@@ -133,7 +133,6 @@ def test_server_that_fails_in_an_evaluation(make_trainer, benchmark, model, monk
         )
         with pytest.raises(ServerError, match=r"The server failed\. The run is saved in .*checkpoint-4"):
             failed.train()
-    shutil.rmtree(benchmarks.Path(failed.args.output_dir) / "eval" / "step-4")  # that of the first run
 
     model.load_state_dict(initial)
     resumed = make_trainer(**settings)
@@ -141,6 +140,39 @@ def test_server_that_fails_in_an_evaluation(make_trainer, benchmark, model, monk
     found = {entry["step"]: entry["loss"] for entry in resumed.state.log_history if "loss" in entry}
     assert found == {step: loss for step, loss in expected.items() if step != 4}  # it had not been logged yet
     assert [step for step in evaluations(resumed) if step >= 4] == [4, 5]
+
+
+def test_an_evaluation_that_failed_at_the_end_is_made_up_for(make_trainer, benchmark, model, monkeypatch):
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = {"eval_benchmarks": [benchmark], "eval_benchmarks_steps": 2}
+    failed = make_trainer(**settings)
+    backend = next(c for c in failed.callback_handler.callbacks if hasattr(c, "_backend"))._backend
+    sample = backend._sample
+
+    def fail_at_the_end(prompts, sampling):
+        if failed.state.global_step == 5:
+            raise ServerError("The server failed.")
+        return sample(prompts, sampling)
+
+    monkeypatch.setattr(backend, "_sample", fail_at_the_end)
+    with pytest.raises(ServerError, match=r"checkpoint-5"):
+        failed.train()
+
+    model.load_state_dict(initial)
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert list(evaluations(resumed)) == [0, 2, 4, 5]
+
+
+def test_training_that_is_stopped_is_evaluated_at_its_end(make_trainer, benchmark):
+    class Stop(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    trainer = make_trainer(eval_benchmarks=[benchmark], eval_benchmarks_steps=2, logging_steps=1)
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert list(evaluations(trainer)) == [0, 2, 3]
 
 
 def test_greedy_evaluation_gives_what_the_model_says(make_trainer, benchmark, tokenizer, model):
@@ -180,6 +212,11 @@ def test_batches_of_a_process():
         assert [completion.terminated for _, completion in found] == [True, True, False, True, True]
     assert batches == [2, 2, 1, 5]
 
+    for lossy in (lambda prompts, sampling: [[1]], lambda prompts, sampling: [[] for _ in prompts]):
+        backend = RolloutBackend(lossy, accelerator, end_token_ids=[3], batch_size=None, max_length=None)
+        with pytest.raises(ValueError, match=r"completions to 5 prompts of `eval_benchmarks`"):
+            list(backend.generate(requests, Sampling(1.0, 1.0, 0, 4)))
+
 
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -188,6 +225,10 @@ def test_batches_of_a_process():
         ({"eval_benchmarks": ["sums", "sums"]}, "names sums twice"),
         ({"eval_benchmarks": ["sums"], "eval_benchmarks_steps": 0}, "`eval_benchmarks_steps` must be at least 1"),
         ({"eval_benchmarks": ["sums"], "eval_benchmarks_sampling": {"beams": 2}}, "unknown key 'beams'"),
+        (
+            {"eval_benchmarks": ["sums"], "eval_benchmarks_sampling": {"top_p": 0}},
+            "`eval_benchmarks_sampling`: `top_p`",
+        ),
         ({"eval_benchmarks": ["sums"], "max_completion_length": None}, "needs a limit"),
         (
             {

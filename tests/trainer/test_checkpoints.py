@@ -294,6 +294,14 @@ def test_resuming_on_more_processes_is_refused(make_trainer, checkpoints, monkey
         trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
 
 
+def test_a_run_that_was_finished_takes_no_further_step(make_trainer, checkpoints):
+    trainer = make_trainer(max_steps=6)
+    trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-6"))
+    assert trainer.state.global_step == 6
+    finished = load_file(checkpoints / "checkpoint-6" / "model.safetensors")
+    assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in finished.items())
+
+
 def test_counts_go_on(make_trainer, checkpoints):
     state = read_state(checkpoints / "checkpoint-3")
     finish(checkpoints / "checkpoint-3", {**state, "skipped_steps": 5})

@@ -44,6 +44,10 @@ def test_signature(name):
     )
 
 
+def test_epochs_are_run_by_one_method():
+    assert "self._run_epoch(" in inspect.getsource(GRPOTrainer._inner_training_loop)
+
+
 def test_weights_are_sent_to_vllm_through_one_method():
     assert list(inspect.signature(VLLMGeneration._iter_named_params).parameters) == ["self"]
     assert "_iter_named_params()" in inspect.getsource(VLLMGeneration.sync_weights)

@@ -287,20 +287,11 @@ class EvalArguments:
         )
 
     def _check_numbers(self) -> None:
-        at_least: dict[str, float] = {
-            "num_samples": 1,
-            "temperature": 0,
-            "top_k": 0,
-            "max_new_tokens": 1,
-            "batch_size": 1,
-            "limit": 1,
-        }
-        for name, minimum in at_least.items():
+        self.sampling()
+        for name in ("num_samples", "batch_size", "limit"):
             value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
-        if not 0 < cast(float, self.top_p) <= 1:
-            raise ValueError(f"`top_p` must be above 0 and at most 1, got {self.top_p}.")
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.temperature == 0 and cast(int, self.num_samples) > 1:
             raise ValueError(
                 f"With `temperature` 0 all {self.num_samples} completions of a problem would be the same. Set "

@@ -154,7 +154,13 @@ class Benchmark:
 
             if world not in WORLDS:
                 raise ValueError(f"Benchmark {self.name}: the playground has no {world!r}, only {_listed(WORLDS)}.")
-            return WORLDS[world].splits()[self.dataset_split]
+            splits = WORLDS[world].splits()
+            if self.dataset_split not in splits:
+                raise ValueError(
+                    f"Benchmark {self.name}: {self.dataset_name} has no split {self.dataset_split!r}, only "
+                    f"{_listed(splits)}."
+                )
+            return splits[self.dataset_split]
         from trl_opsd.data import load_rows
 
         return load_rows(
@@ -245,7 +251,7 @@ def load_benchmark(name_or_path: str) -> Benchmark:
 
 def _question(value: Any, column: str) -> str:
     if isinstance(value, list):
-        if len(value) != 1 or value[0].get("role") != "user":
+        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "user":
             raise ValueError(f"`{column}` must be a string or one user message, and has other messages.")
         value = value[0]["content"]
     return _text(value, column)

@@ -1,8 +1,12 @@
 """From a question to the token ids a model reads, and from those it writes to text."""
 
+from dataclasses import asdict
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from .benchmark import Problem
 
 
 class ChatFormat:
@@ -69,28 +73,38 @@ class ChatFormat:
             ids = self._tokenizer(prompt)["input_ids"]
             # Some tokenizers end every text
             return ids[:-1] if ids[-1] == self._tokenizer.eos_token_id else ids
-        ids = self._tokenizer.apply_chat_template(
-            [*self._system, {"role": "user", "content": prompt}],
-            chat_template=self._chat_template,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            **self._chat_template_kwargs,
-        )["input_ids"]
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                [*self._system, {"role": "user", "content": prompt}],
+                chat_template=self._chat_template,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                **self._chat_template_kwargs,
+            )["input_ids"]
+        except TemplateError as error:
+            raise ValueError(
+                f"The chat template refuses the prompt: {error}. Drop `system_prompt` if it has no place for one, or "
+                "give another `chat_template_path`."
+            ) from error
         return ids
 
-    def text(self, token_ids: list[int]) -> str:
+    def rendered(self, problem: Problem) -> dict[str, Any]:
         """
-        Text of token ids, special tokens included.
+        What is written down of a problem: the prompt as the model reads it, since another chat template makes another
+        problem.
 
         Args:
-            token_ids (`list[int]`):
-                Prompt.
+            problem ([`~trl_opsd.eval.benchmark.Problem`]):
+                Problem.
 
         Returns:
-            `str`:
-                What the model reads.
+            `dict[str, Any]`:
+                Its fields.
         """
+        return {**asdict(problem), "prompt": self._text(self.encode(problem.prompt))}
+
+    def _text(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids))
 
     def decode(self, prompt_ids: list[int], completion_ids: list[int]) -> str:
@@ -109,5 +123,5 @@ class ChatFormat:
         """
         text = str(self._tokenizer.decode([token for token in completion_ids if token not in self._hidden]))
         # Sixteen tokens hold the tag, however it is cut
-        opened = self.text(prompt_ids[-16:]).rstrip().endswith("<think>")
+        opened = self._text(prompt_ids[-16:]).rstrip().endswith("<think>")
         return f"<think>\n{text}" if opened else text

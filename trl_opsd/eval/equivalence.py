@@ -149,7 +149,7 @@ class _Checker:
     @staticmethod
     def _start() -> subprocess.Popen[str]:
         if find_spec("math_verify") is None:
-            raise ImportError("Grading mathematical answers needs math-verify: pip install 'trl-opsd[eval]'.")
+            raise ValueError("Grading mathematical answers needs math-verify: pip install 'trl-opsd[eval]'.")
         # -P: the modules beside this file must not hide those of the standard library. sympy's order of terms follows
         # the hash seed. In a session of its own, an interrupt from the terminal is left to the parent.
         process = subprocess.Popen(
@@ -177,6 +177,11 @@ def _exchange(process: subprocess.Popen[str], line: str, limit: float) -> str:
         reply = process.stdout.readline()
     except OSError:
         reply = ""
+    except BaseException:
+        # Interrupted: the reply would be taken for that to the next question
+        process.kill()
+        process.wait()
+        raise
     finally:
         timer.cancel()
     if not reply:

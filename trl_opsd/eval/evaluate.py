@@ -49,22 +49,13 @@ def evaluate(
     Raises:
         ValueError: If a prompt and the longest completion do not fit the model, before anything is generated.
     """
-    requests: list[Request] = []
-    asked: list[tuple[Problem, int]] = []
-    for problem in problems:
-        prompt_ids = chat.encode(problem.prompt)
-        length = len(prompt_ids) + sampling.max_new_tokens
-        if backend.max_length is not None and length > backend.max_length:
-            raise ValueError(
-                f"Problem {problem.problem_id} of {problem.benchmark} has {len(prompt_ids)} tokens. With "
-                f"`max_new_tokens` = {sampling.max_new_tokens} that makes {length}, more than the "
-                f"{backend.max_length} of the model. Lower `max_new_tokens` to at most "
-                f"{backend.max_length - len(prompt_ids)}."
-            )
-        for index in range(num_samples):
-            if (problem.benchmark, problem.problem_id, index) not in done:
-                requests.append(Request(prompt_ids, sample_seed(seed, problem.problem_id, index)))
-                asked.append((problem, index))
+    asked = [
+        (problem, index)
+        for problem in problems
+        for index in range(num_samples)
+        if (problem.benchmark, problem.problem_id, index) not in done
+    ]
+    requests = make_requests(asked, backend, chat, sampling, seed)
     for position, completion in backend.generate(requests, sampling):
         problem, index = asked[position]
         text = chat.decode(requests[position].prompt_ids, completion.token_ids)
@@ -83,6 +74,46 @@ def evaluate(
             answer_format=verdict.answer_format,
             error=verdict.error,
         )
+
+
+def make_requests(
+    asked: Sequence[tuple[Problem, int]], backend: Backend, chat: ChatFormat, sampling: Sampling, seed: int
+) -> list[Request]:
+    """
+    What to generate.
+
+    Args:
+        asked (`Sequence[tuple[Problem, int]]`):
+            Problem and index of each completion.
+        backend ([`Backend`]):
+            What generates.
+        chat ([`ChatFormat`]):
+            Renders the prompts.
+        sampling ([`Sampling`]):
+            How to draw tokens.
+        seed (`int`):
+            Seed that those of all completions come from.
+
+    Returns:
+        `list[Request]`:
+            One per completion.
+
+    Raises:
+        ValueError: If a prompt and the longest completion do not fit the model.
+    """
+    requests = []
+    for problem, index in asked:
+        prompt_ids = chat.encode(problem.prompt)
+        if backend.max_length is not None and len(prompt_ids) + sampling.max_new_tokens > backend.max_length:
+            left = backend.max_length - len(prompt_ids)
+            advice = f"Lower `max_new_tokens` to at most {left}" if left > 0 else "Leave the problem out"
+            raise ValueError(
+                f"Problem {problem.problem_id} of {problem.benchmark} has {len(prompt_ids)} tokens. With "
+                f"`max_new_tokens` = {sampling.max_new_tokens} that is more than the {backend.max_length} of the "
+                f"model. {advice}."
+            )
+        requests.append(Request(prompt_ids, sample_seed(seed, problem.problem_id, index)))
+    return requests
 
 
 def sample_seed(seed: int, problem_id: str, sample_index: int) -> int:

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -36,9 +35,14 @@ def open_run(folder: Path, settings: Mapping[str, Any], details: Mapping[str, An
         ValueError: If the folder holds a run with other settings.
     """
     record = folder / "run.json"
-    if overwrite:
-        for samples in folder.glob("*/samples.jsonl"):
-            shutil.rmtree(samples.parent)
+    samples = [file for file in folder.glob("*/samples.jsonl") if file.stat().st_size > 0]
+    # One that ended before its first sample binds nobody
+    if overwrite or (record.exists() and not samples):
+        begun = folder.glob("*/problems.jsonl") if record.exists() else ()
+        for benchmark in {file.parent for file in (*samples, *begun)}:
+            for name in ("problems.jsonl", "samples.jsonl", "samples.parquet", "metrics.json"):
+                (benchmark / name).unlink(missing_ok=True)
+        samples = []
         record.unlink(missing_ok=True)
     settings = json.loads(json.dumps(settings))
     if record.exists():
@@ -53,7 +57,7 @@ def open_run(folder: Path, settings: Mapping[str, Any], details: Mapping[str, An
                 f"{folder} holds a run with other settings: {'; '.join(different)}. Choose another `output_dir`, or "
                 "set `overwrite` to delete that run."
             )
-    elif any(folder.glob("*/samples.jsonl")):
+    elif samples:
         raise ValueError(
             f"{folder} has samples, but no run.json that says how they were made. Choose another `output_dir`, or set "
             "`overwrite` to delete them."
@@ -77,6 +81,14 @@ def keep_problems(file: Path, problems: Iterable[Mapping[str, Any]]) -> None:
     known = {}
     if file.exists():
         known = {row["problem_id"]: row for row in map(json.loads, file.read_bytes().splitlines())}
+    problems = list(problems)
+    asked = {problem["problem_id"] for problem in problems}
+    # Fewer problems and more of them are both from the beginning, so one is part of the other
+    if (gone := known.keys() - asked) and asked - known.keys():
+        raise ValueError(
+            f"{file} was written for other problems, such as {min(gone)}. Choose another `output_dir`, or set "
+            "`overwrite` to delete the earlier run."
+        )
     for problem in problems:
         problem_id = problem["problem_id"]
         for name, value in known.setdefault(problem_id, dict(problem)).items():

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from .equivalence import compare
 
 
-SCORER_VERSION = "1"
+SCORER_VERSION = "2"
 """Recorded with the results, which compare within one version alone. Raise it with every change of a verdict."""
 
 AnswerType = Literal["math", "choice", "text"]

@@ -127,7 +127,7 @@ def paired_difference(differences: Array, step: float) -> Estimate:
             The mean difference.
     """
     # Problems that all change alike do not tell how differently others might: take the largest step.
-    step = 1.0 if np.ptp(differences) == 0 else max(step, float(differences.std(ddof=1)))
+    step = 1.0 if np.ptp(differences) < 1e-9 else max(step, float(differences.std(ddof=1)))
     smoothed = np.append(differences, [step, -step])
     margin = student_t(len(smoothed) - 1) * float(smoothed.std(ddof=1)) / len(smoothed) ** 0.5
     center = float(smoothed.mean())

@@ -9,20 +9,14 @@ from pathlib import Path
 from typing import Any
 
 
-# Settings that change what a model samples, whatever the model.
+# Settings that change what a model samples, whatever the model
 _SAMPLING = {
-    "preset",
     "temperature",
     "top_p",
     "top_k",
-    "min_p",
-    "repetition_penalty",
     "max_new_tokens",
-    "max_tokens",
-    "enable_thinking",
-    "thinking",
-    "num_samples",
-    "n",
+    "chat_template_kwargs",
+    "apply_chat_template",
     "system_prompt",
 }
 
@@ -86,6 +80,12 @@ def _compare(base: Path, new: Path, output_dir: Path | None, common_only: bool) 
             raise ValueError("`--output_dir` needs matplotlib for the plots: pip install 'trl-opsd[eval]'.")
         output_dir.mkdir(parents=True, exist_ok=True)
     settings = [_read_settings(folder) for folder in (base, new)]
+    versions = {version for one in settings if (version := _flatten(one).get("settings.scorer_version"))}
+    if len(versions) > 1:
+        raise ValueError(
+            f"The runs were graded by different versions of the scorer ({', '.join(sorted(versions))}), which do not "
+            "agree on every answer. Evaluate the older one again, into another `--output_dir`."
+        )
     benchmarks, left_out = _shared_benchmarks(base, new, common_only)
 
     from rich.console import Console
@@ -114,6 +114,11 @@ def _compare(base: Path, new: Path, output_dir: Path | None, common_only: bool) 
             raise ValueError(f"{benchmark}: {error}") from error
         comparisons.append(comparison)
         tables.append(comparison_rows(*names, comparison))
+        prompts = [_read_prompts(folder / benchmark / "problems.jsonl") for folder in (base, new)]
+        if any(prompts[0][name] != prompts[1][name] for name in prompts[0].keys() & prompts[1].keys()):
+            tables[-1].notes.append(
+                "The prompts differ, by the chat template, a system prompt or the benchmark's own: see problems.jsonl."
+            )
         if output_dir is not None:
             common = set.intersection(*({sample.problem_id for sample in run} for run in samples))
             lengths = [[sample.num_tokens for sample in run if sample.problem_id in common] for run in samples]
@@ -151,6 +156,11 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def _read_prompts(path: Path) -> dict[str, str]:
+    rows = map(json.loads, path.read_bytes().splitlines() if path.is_file() else [])
+    return {row["problem_id"]: row["prompt"] for row in rows}
+
+
 def _shared_benchmarks(base: Path, new: Path, common_only: bool) -> tuple[list[str], list[str]]:
     found = [{path.parent.name for path in folder.glob("*/samples.jsonl")} for folder in (base, new)]
     shared, left_out = sorted(found[0] & found[1]), sorted(found[0] ^ found[1])
@@ -167,10 +177,10 @@ def _settings(base: dict[str, Any], new: dict[str, Any]) -> tuple[list[list[str]
     shown, differing = [], []
     for name in dict.fromkeys([*flat[0], *flat[1]]):
         values = [settings.get(name, "–") for settings in flat]
-        is_sampling = name.rpartition(".")[2] in _SAMPLING
+        is_sampling = not _SAMPLING.isdisjoint(name.split("."))
         if values[0] != values[1] and is_sampling:
             differing.append(name)
-        if name == "model" or is_sampling or values[0] != values[1]:
+        if name == "settings.model_name_or_path" or is_sampling or values[0] != values[1]:
             shown.append([name, *map(str, values)])
     if not differing:
         return shown, []

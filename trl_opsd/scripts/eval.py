@@ -115,7 +115,10 @@ def run(arguments: EvalArguments) -> "list[Summary]":
         apply_chat_template=arguments.apply_chat_template,
     )
     folder = Path(str(arguments.output_dir))
-    _prepare(folder, arguments, problems, chat)
+    backend = None
+    if arguments.backend == "vllm_server":
+        backend = load_backend(arguments, tokenizer)  # its weights are among the settings
+    _prepare(folder, arguments, problems, chat, getattr(backend, "root", None))
     files = {name: SampleFile(folder / name / "samples.jsonl") for name in problems}
     try:
         done = {(name, sample.problem_id, sample.sample_index) for name in files for sample in files[name].samples}
@@ -127,9 +130,11 @@ def run(arguments: EvalArguments) -> "list[Summary]":
             for index in range(num_samples)
         }
         if not wanted <= done:
+            for rows in problems.values():
+                _check_references(rows)
             samples = evaluate(
                 [problem for name in problems for problem in problems[name]],
-                load_backend(arguments, tokenizer),
+                backend or load_backend(arguments, tokenizer),
                 chat,
                 arguments.sampling(),
                 num_samples=num_samples,
@@ -175,42 +180,60 @@ def _benchmarks(arguments: EvalArguments) -> "list[Benchmark]":
     return benchmarks
 
 
-def _prepare(folder: Path, arguments: EvalArguments, problems: "dict[str, list[Problem]]", chat: "ChatFormat") -> None:
+def _check_references(problems: "list[Problem]") -> None:
+    from trl_opsd.eval.scorer import check_reference
+
+    message = ""
+    for problem in problems:
+        try:
+            check_reference(problem.reference, problem.answer_type)
+            return
+        except ValueError as error:
+            message = message or str(error)
+    raise ValueError(
+        f"No reference answer of {problems[0].benchmark} can be read: {message} Name the column of the final answers "
+        "in `answer_column`, or how they are to be compared in `answer_type`."
+    )
+
+
+def _prepare(
+    folder: Path,
+    arguments: EvalArguments,
+    problems: "dict[str, list[Problem]]",
+    chat: "ChatFormat",
+    served: str | None,
+) -> None:
     from trl_opsd.eval.run_folder import keep_problems, open_run
     from trl_opsd.eval.scorer import SCORER_VERSION
 
     fields = asdict(arguments)
     settings = {name: value for name, value in fields.items() if name not in _NOT_SETTINGS}
-    if arguments.backend != "vllm_server":
+    if arguments.backend == "vllm_server":
+        is_here = served is not None and Path(served).is_dir()
+        settings["weights"] = _fingerprint(str(served), arguments) if is_here else served
+    else:
         settings["weights"] = _fingerprint(str(arguments.model_name_or_path), arguments)
         settings["adapter_weights"] = _fingerprint(arguments.adapter, arguments) if arguments.adapter else None
     settings["scorer_version"] = SCORER_VERSION
     others = {name: fields[name] for name in sorted(_NOT_SETTINGS - {"output_dir", "overwrite"})}
     open_run(folder, settings, {"other_fields": others, "versions": _versions()}, arguments.overwrite)
     for name, rows in problems.items():
-        # The prompt as the model reads it: that of another chat template is another problem
-        rendered = ({**asdict(row), "prompt": chat.text(chat.encode(row.prompt))} for row in rows)
-        keep_problems(folder / name / "problems.jsonl", rendered)
+        keep_problems(folder / name / "problems.jsonl", map(chat.rendered, rows))
 
 
-def _fingerprint(name: str, arguments: EvalArguments) -> str | None:
+def _fingerprint(name: str, arguments: EvalArguments) -> str:
     """What changes when the weights do: names, sizes and times of local files, the commit on the Hub."""
     import hashlib
 
-    from transformers import AutoConfig
+    from huggingface_hub import hf_hub_download
 
     if Path(name).is_dir():
         stats = {file.name: file.stat() for file in sorted(Path(name).iterdir()) if file.is_file()}
         text = str([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-    if name == arguments.adapter:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(name, "adapter_config.json")).parent.name  # the commit
-    config = AutoConfig.from_pretrained(
-        name, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
-    )
-    return getattr(config, "_commit_hash", None)
+    is_adapter = name == arguments.adapter
+    file = "adapter_config.json" if is_adapter else "config.json"
+    return Path(hf_hub_download(name, file, revision=None if is_adapter else arguments.revision)).parent.name
 
 
 def _versions() -> dict[str, str]:

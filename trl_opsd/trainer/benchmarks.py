@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from ..eval.backends import Completion, Request, Sampling
 from ..eval.benchmark import Problem, load_benchmark
 from ..eval.chat import ChatFormat
-from ..eval.evaluate import evaluate
+from ..eval.evaluate import evaluate, make_requests
 from ..eval.metrics import Summary, summarize
 from ..eval.run_folder import SampleFile, keep_problems, open_run, write_json
 from ..eval.samples import Sample
@@ -87,6 +87,11 @@ class RolloutBackend:
             share = len(prompts) // num_processes
             mine = self._sample(prompts[rank * share : (rank + 1) * share], sampling)
             completions = gather_object(mine) if num_processes > 1 else mine
+            if len(completions) != len(prompts) or not all(completions):
+                raise ValueError(
+                    f"The engine of the rollouts gave {sum(map(bool, completions))} completions to {len(prompts)} "
+                    "prompts of `eval_benchmarks`. Its own messages may say why."
+                )
             for index, ids in enumerate(completions[:num_prompts], start):
                 yield index, Completion(ids, terminated=bool(ids) and ids[-1] in self._end_token_ids)
 
@@ -142,24 +147,37 @@ class BenchmarkCallback(TrainerCallback):
         self._on_failure = on_failure
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step % self._every == 0:
-            # At a step that is resumed from, too, if the run ended before this was done
-            (is_there,) = broadcast_object_list([(self._folder(args, state) / "run.json").exists()])
-            if state.global_step == 0 or not is_there:
-                self._evaluate(args, state, control)
+        # Also at a step that is resumed from, if the run ended before this was done
+        if state.global_step >= state.max_steps or state.global_step % self._every == 0:
+            self._evaluate_once(args, state, control)
 
     def on_step_end(self, args, state, control, **kwargs):
-        # Not when training has ended: `load_best_model_at_end` comes before that
-        if state.global_step % self._every == 0 or control.should_training_stop:
+        if control.should_training_stop or state.global_step % self._every == 0:
+            self._evaluate_once(args, state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # Training that was stopped after its last step. Not when it has ended: `load_best_model_at_end` comes before
+        if control.should_training_stop:
+            self._evaluate_once(args, state, control)
+
+    def _evaluate_once(self, args: Any, state: Any, control: Any) -> None:
+        logged = {name for entry in state.log_history if entry["step"] == state.global_step for name in entry}
+        if not all(f"eval_{name}/mean_tokens" in logged for name in self._problems):
             self._evaluate(args, state, control)
 
     def _evaluate(self, args: Any, state: Any, control: Any) -> None:
         step = state.global_step
         devices = [] if args.device.type == "cpu" else [args.device]
         problems = [problem for rows in self._problems.values() for problem in rows]
-        generated = evaluate(
-            problems, self._backend, self._chat, self._sampling, num_samples=self._num_samples, seed=args.seed
-        )
+        generated: Iterator[Any]
+        if state.is_world_process_zero:
+            generated = evaluate(
+                problems, self._backend, self._chat, self._sampling, num_samples=self._num_samples, seed=args.seed
+            )
+        else:  # generates its share, and leaves the grading
+            asked = [(problem, index) for problem in problems for index in range(self._num_samples)]
+            requests = make_requests(asked, self._backend, self._chat, self._sampling, args.seed)
+            generated = self._backend.generate(requests, self._sampling)
         progress = tqdm(
             generated,
             desc=f"Benchmarks at step {step}",
@@ -173,37 +191,36 @@ class BenchmarkCallback(TrainerCallback):
                 samples = list(progress)
         except ServerError as error:
             raise self._on_failure(error) from error
-        by_benchmark = {name: [row for row in samples if row.benchmark == name] for name in self._problems}
-        summaries = {name: summarize(rows) for name, rows in by_benchmark.items()}
-        if state.is_world_process_zero:
-            self._keep(self._folder(args, state), args, by_benchmark, summaries)
         logs: dict[str, float] = {}
-        for name, summary in summaries.items():
-            logs |= {f"eval_{name}/{metric}": value for metric, value in _metrics(summary).items()}
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / "eval" / f"step-{step}"
+            by_benchmark = {name: [row for row in samples if row.benchmark == name] for name in self._problems}
+            self._keep(folder, args, by_benchmark)
+            for name, rows in by_benchmark.items():
+                summary = summarize(rows)
+                write_json(folder / name / "metrics.json", {"summary": summary})
+                logs |= {f"eval_{name}/{metric}": value for metric, value in _metrics(summary).items()}
+        (logs,) = broadcast_object_list([logs])
         should_log = control.should_log
         self._log(logs)
         control.should_log = should_log  # the step has yet to be logged
 
-    @staticmethod
-    def _folder(args: Any, state: Any) -> Path:
-        return Path(args.output_dir) / "eval" / f"step-{state.global_step}"
-
-    def _keep(self, folder: Path, args: Any, samples: dict[str, list[Sample]], summaries: dict[str, Summary]) -> None:
+    def _keep(self, folder: Path, args: Any, samples: dict[str, list[Sample]]) -> None:
         settings = {
             "num_samples": self._num_samples,
             "seed": args.seed,
             **asdict(self._sampling),
             "system_prompt": args.eval_benchmarks_system_prompt,
+            "chat_template_kwargs": args.chat_template_kwargs,
             "scorer_version": SCORER_VERSION,
         }
         open_run(folder, settings, {}, overwrite=True)
         for name, rows in samples.items():
-            keep_problems(folder / name / "problems.jsonl", map(asdict, self._problems[name]))
+            keep_problems(folder / name / "problems.jsonl", map(self._chat.rendered, self._problems[name]))
             file = SampleFile(folder / name / "samples.jsonl")
             for row in rows:
                 file.append(row)
             file.close()
-            write_json(folder / name / "metrics.json", {"summary": summaries[name]})
 
 
 def _metrics(summary: Summary) -> dict[str, float]:

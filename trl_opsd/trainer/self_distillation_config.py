@@ -5,6 +5,7 @@ from typing import Any, ClassVar, cast
 
 from trl import GRPOConfig
 
+from ..eval.backends import Sampling
 from ..objective.top_log_probs import SERVED_SUPPORTS
 
 
@@ -598,6 +599,10 @@ class SelfDistillationConfig(GRPOConfig):
                 "`eval_benchmarks` needs a limit: set `max_completion_length`, or `max_new_tokens` in "
                 "`eval_benchmarks_sampling`."
             )
+        try:
+            Sampling(**self.eval_benchmarks_sampling)
+        except ValueError as error:
+            raise ValueError(f"`eval_benchmarks_sampling`: {error}") from error
         if self.eval_benchmarks_sampling["temperature"] == 0 and self.eval_benchmarks_num_samples > 1:
             raise ValueError(
                 f"At temperature 0 all `eval_benchmarks_num_samples={self.eval_benchmarks_num_samples}` completions "

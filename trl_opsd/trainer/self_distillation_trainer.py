@@ -19,6 +19,7 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
   parameters)` makes them whole under ZeRO-3.
 - `vllm_generation.generate(...)` and, on the main process in server mode, `vllm_generation.vllm_client`, whose
   `update_named_params`, `reset_prefix_cache` and `generate` are all that is used of it.
+- `_run_epoch(...)`, of transformers, takes the steps of an epoch, at least one.
 - `_get_train_sampler(dataset)` returns a sampler that draws the order of each epoch from its `generator`.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
@@ -578,7 +579,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "repetition_penalty": 1.0,
                 "max_completion_length": sampling.max_new_tokens,
                 "structured_outputs_regex": None,
-                "generation_kwargs": {},
+                "generation_kwargs": {"stop_token_ids": self.eos_token_ids},
             }
         else:
             target = self
@@ -1071,6 +1072,13 @@ class SelfDistillationTrainer(GRPOTrainer):
         if resume_from_checkpoint:
             self._check_same_run(resume_from_checkpoint, read_state(Path(resume_from_checkpoint)))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # The checkpoint is of the last step, and within an epoch transformers would take one more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _check_same_run(self, checkpoint: str, state: dict[str, Any]) -> None:
         if state["only_model"]:

@@ -21,12 +21,22 @@ class Sampling:
             0 keeps all tokens.
         max_new_tokens (`int`):
             Longest completion, the end-of-turn token included.
+
+    Raises:
+        ValueError: If a value is out of its range.
     """
 
     temperature: float
     top_p: float
     top_k: int
     max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("temperature", 0), ("top_k", 0), ("max_new_tokens", 1)):
+            if getattr(self, name) < minimum:
+                raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be above 0 and at most 1, got {self.top_p}.")
 
 
 @dataclass(frozen=True)

@@ -80,12 +80,6 @@ def _load_vllm(arguments: EvalArguments, name: str, loading: dict[str, Any], end
     if dtype == "auto":
         # vLLM's own `auto` computes in half precision what was saved in fp32
         dtype = AutoConfig.from_pretrained(name, **loading).dtype or "auto"
-    llm = LLM(
-        model=name,
-        tokenizer=arguments.tokenizer,
-        dtype=dtype,
-        **loading,
-        **init_kwargs,
-        **cast(dict[str, Any], arguments.model_init_kwargs or {}),
-    )
+    own = {"model": name, "tokenizer": arguments.tokenizer, "dtype": dtype, **loading, **init_kwargs}
+    llm = LLM(**{**own, **cast(dict[str, Any], arguments.model_init_kwargs or {})})
     return VLLMBackend(llm, ends, lora_request)

@@ -54,5 +54,27 @@ class VLLMBackend:
                     completion = output.outputs[0]
                     yield (
                         positions[output.request_id],
-                        Completion(list(completion.token_ids), completion.finish_reason == "stop"),
+                        finished_completion(list(completion.token_ids), completion.finish_reason),
                     )
+
+
+def finished_completion(token_ids: list[int], reason: str | None) -> Completion:
+    """
+    Turns what vLLM reports into a completion.
+
+    Args:
+        token_ids (`list[int]`):
+            Generated tokens.
+        reason (`str`, *optional*):
+            Why it ended: `"stop"` or `"length"`.
+
+    Returns:
+        [`Completion`]:
+            The completion.
+
+    Raises:
+        ValueError: If it ended for another reason, as when the engine is shut down.
+    """
+    if reason not in ("stop", "length"):
+        raise ValueError(f"vLLM gave up a completion ({reason}). Run the same command again to go on.")
+    return Completion(token_ids, terminated=reason == "stop")

@@ -10,6 +10,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from .base import Completion, Request, Sampling
+from .vllm import finished_completion
 
 
 class VLLMServerBackend:
@@ -65,6 +66,8 @@ class VLLMServerBackend:
                 "it serves (and `tokenizer` to where its tokenizer is), or start it with that model."
             )
         self._model = found[0]["id"]
+        self.root: str | None = found[0].get("root")
+        """Where the server loaded the model from, as it says."""
         # The entry of an adapter has no length: its base model's counts
         self.max_length: int | None = next(
             (entry["max_model_len"] for entry in [*found, *served] if entry.get("max_model_len")), None
@@ -124,7 +127,7 @@ class VLLMServerBackend:
             raise ValueError(
                 f"The server at {self._url} returns no token ids. Serve the model with vLLM 0.11 or newer."
             )
-        return Completion(choice["token_ids"], terminated=choice["finish_reason"] == "stop")
+        return finished_completion(choice["token_ids"], choice["finish_reason"])
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         try:
