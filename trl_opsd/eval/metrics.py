@@ -143,15 +143,13 @@ class SampleTable:
         return share
 
 
-def summarize(samples: Sequence[Sample], budgets: Sequence[int] | None = None) -> Summary:
+def summarize(samples: Sequence[Sample]) -> Summary:
     """
     Computes all metrics of one benchmark of one run.
 
     Args:
         samples (`Sequence[Sample]`):
             Samples of one benchmark, in any order.
-        budgets (`Sequence[int]`, *optional*):
-            Numbers of tokens at which to give the accuracy. Those of [`token_budgets`] if `None`.
 
     Returns:
         [`Summary`]:
@@ -160,7 +158,7 @@ def summarize(samples: Sequence[Sample], budgets: Sequence[int] | None = None) -
     Raises:
         `ValueError`: If the samples are not those of one benchmark, each once.
     """
-    return summarize_table(SampleTable(samples), token_budgets(samples) if budgets is None else budgets)
+    return summarize_table(SampleTable(samples), token_budgets(samples))
 
 
 def summarize_table(table: SampleTable, budgets: Sequence[int]) -> Summary:

@@ -1,5 +1,4 @@
-from argparse import _SubParsersAction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trl import DatasetMixtureConfig, ModelConfig
 
@@ -21,11 +20,11 @@ def main(
     run(SelfDistillationTrainer, script_args, training_args, model_args, dataset_args)
 
 
-def make_parser(subparsers: "_SubParsersAction[Any] | None" = None, prog: str | None = None) -> RecipeParser:
+def make_parser(prog: str | None = None) -> RecipeParser:
     from trl_opsd import SelfDistillationConfig
 
     help = "Train with on-policy self-distillation, every part of it chosen by fields."
-    return make_recipe_parser("distill", help, SelfDistillationConfig, subparsers, prog)
+    return make_recipe_parser(help, SelfDistillationConfig, prog)
 
 
 if __name__ == "__main__":

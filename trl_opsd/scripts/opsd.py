@@ -1,5 +1,4 @@
-from argparse import _SubParsersAction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trl import DatasetMixtureConfig, ModelConfig
 
@@ -21,11 +20,11 @@ def main(
     run(OPSDTrainer, script_args, training_args, model_args, dataset_args)
 
 
-def make_parser(subparsers: "_SubParsersAction[Any] | None" = None, prog: str | None = None) -> RecipeParser:
+def make_parser(prog: str | None = None) -> RecipeParser:
     from trl_opsd import OPSDConfig
 
     help = "Train a model to solve problems as if it had read their solutions (OPSD)."
-    return make_recipe_parser("opsd", help, OPSDConfig, subparsers, prog)
+    return make_recipe_parser(help, OPSDConfig, prog)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import logging
 import os
 import re
 import sys
-from argparse import _SubParsersAction
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -185,25 +184,15 @@ class RecipeParser(TrlParser):
         return f"Unknown field: {what}. {hint}"
 
 
-def make_recipe_parser(
-    command: str,
-    help: str,
-    config_class: type["SelfDistillationConfig"],
-    subparsers: "_SubParsersAction[Any] | None",
-    prog: str | None,
-) -> RecipeParser:
+def make_recipe_parser(help: str, config_class: type["SelfDistillationConfig"], prog: str | None) -> RecipeParser:
     """
     Make the parser of a training command.
 
     Args:
-        command (`str`):
-            Name of the command.
         help (`str`):
             What the command does, in one line.
         config_class (`type[SelfDistillationConfig]`):
             Class of the training arguments.
-        subparsers (`argparse._SubParsersAction`, *optional*):
-            Sub-parsers to add the parser to.
         prog (`str`, *optional*):
             Name of the program in help and errors.
 
@@ -211,12 +200,8 @@ def make_recipe_parser(
         [`RecipeParser`]:
             Parser into `(SelfDistillationScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)`.
     """
-    dataclass_types = (SelfDistillationScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)
-    if subparsers is not None:
-        parser: RecipeParser = subparsers.add_parser(command, help=help, dataclass_types=dataclass_types)
-        return parser
     return RecipeParser(
-        dataclass_types,
+        (SelfDistillationScriptArguments, config_class, ModelConfig, DatasetMixtureConfig),
         prog=prog,
         usage="%(prog)s --config recipe.yaml [--any_field value]",
         description=f"{help} A recipe file has any of the fields below as keys; flags take precedence over it. "
