@@ -187,7 +187,7 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[Verdict]:
         verdicts=judged,
         not_run=NOT_RUN,
         shares=", ".join(
-            f"{100 * BASES[base].recipe.context_share:.0f} % of those of the {BASES[base].title}"
+            f"{100 * BASES[base].recipe.context_share:g} % of those of the {BASES[base].title}"
             for base in plan.bases
             if BASES[base].family.name == "adding"
         ),
