@@ -5,7 +5,7 @@ import pytest
 from eval.made import make_run, make_sample
 
 from trl_opsd.eval.compare import ProblemChange, compare
-from trl_opsd.eval.metrics import summarize
+from trl_opsd.eval.metrics import SampleTable, summarize_table
 from trl_opsd.eval.statistics import paired_difference
 
 
@@ -46,7 +46,7 @@ def test_differences():
     assert comparison.accuracy_verdict.startswith("Accuracy: no detectable difference, +8.3 points [")
     budgets = comparison.base.accuracy_at_budget.keys()
     assert list(budgets) == list(comparison.new.accuracy_at_budget) == [64, 100]
-    assert comparison.new == summarize(new, list(budgets))
+    assert comparison.new == summarize_table(SampleTable(new), list(budgets))
 
 
 def test_both_runs_have_the_same_budgets():
