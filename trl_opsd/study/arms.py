@@ -74,7 +74,7 @@ class Arm:
             Arm whose learning rate it takes over instead of being tuned itself.
         evaluate_every (`int`, *optional*, defaults to `10`):
             Steps between two points of the learning curve.
-        seconds_per_step (`float`, *optional*, defaults to `0.8`):
+        seconds_per_step (`float`, *optional*, defaults to `1.0`):
             Core-seconds of a step where that was measured, for the plan.
         quick (`bool`, *optional*, defaults to `False`):
             Whether the quick study has it.
@@ -91,7 +91,7 @@ class Arm:
     column: str = "solution"
     tuned_as: str | None = None
     evaluate_every: int = 10
-    seconds_per_step: float = 0.8
+    seconds_per_step: float = 1.0
     quick: bool = False
 
 
@@ -162,8 +162,8 @@ ARMS: dict[str, Arm] = {
             evaluate_every=5,
             tuned_as="opsd",
         ),
-        Arm("sft", "SFT on the solutions", "sft", _ADDING, seconds_per_step=0.3, quick=True),
-        Arm("sft_terse", "SFT on terse solutions", "sft", _ADDING, column="terse", seconds_per_step=0.25),
+        Arm("sft", "SFT on the solutions", "sft", _ADDING, seconds_per_step=0.45, quick=True),
+        Arm("sft_terse", "SFT on terse solutions", "sft", _ADDING, column="terse", seconds_per_step=0.4),
         Arm("opsd_terse", "OPSD, terse solutions", "opsd", _ADDING, _opsd("terse")),
         Arm(
             "off_policy",
