@@ -125,7 +125,7 @@ def _opsdc(**settings: Any) -> dict[str, Any]:
 _ADDING = ("weak", "middling")
 _MIDDLING = ("middling",)
 # As published, with a constant rate, so that a collapse is not mended by the rate's decay
-_VERBOSE: dict[str, Any] = {"bases": ("verbose",), "constant_rate": True}
+_VERBOSE: dict[str, Any] = {"bases": ("verbose",), "steps": 100, "constant_rate": True}
 # At the rate of OPSD, so that they differ in nothing else, and constant: what happens if the training just goes on?
 _LONG: dict[str, Any] = {
     "bases": _MIDDLING,
@@ -188,7 +188,6 @@ ARMS: dict[str, Arm] = {
                 f"OPSDC, teacher refreshed every {steps} steps" if steps > 1 else "OPSDC, refreshed every step",
                 "opsdc",
                 settings=_opsdc(teacher_update_steps=steps),
-                steps=100,
                 quick=steps == 50,
                 **_VERBOSE,
             )
@@ -199,7 +198,6 @@ ARMS: dict[str, Arm] = {
             "OPSDC, refreshed every step, at the rate of every 50",
             "opsdc",
             settings=_opsdc(teacher_update_steps=1),
-            steps=100,
             tuned_as="opsdc_50",
             **_VERBOSE,
         ),
@@ -208,7 +206,6 @@ ARMS: dict[str, Arm] = {
             "OPSDC, frozen teacher",
             "opsdc",
             settings=_opsdc(teacher="initial"),
-            steps=100,
             **_VERBOSE,
         ),
         Arm(
@@ -216,7 +213,6 @@ ARMS: dict[str, Arm] = {
             "OPSDC, forward KL, refreshed every 50 steps",
             "opsdc",
             settings=_opsdc(teacher_update_steps=50, divergence="forward_kl"),
-            steps=100,
             quick=True,
             **_VERBOSE,
         ),
@@ -225,7 +221,6 @@ ARMS: dict[str, Arm] = {
             "OPSDC, forward KL, at the rate of reverse KL",
             "opsdc",
             settings=_opsdc(teacher_update_steps=50, divergence="forward_kl"),
-            steps=100,
             tuned_as="opsdc_50",
             **_VERBOSE,
         ),
