@@ -1,8 +1,9 @@
-"""Generates with vLLM in this process, and prints what. Started by test_eval_vllm.py."""
+"""Generates with vLLM in this process, and saves what. Started by test_eval_vllm.py."""
 
 import json
 import sys
 
+from environment import save_result
 from transformers import AutoTokenizer
 
 from trl_opsd.eval.arguments import EvalArguments
@@ -27,4 +28,4 @@ def main(model: str, requests: list, samplings: list) -> list:
 
 
 if __name__ == "__main__":
-    print("RESULT", json.dumps(main(sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]))))
+    save_result(main(sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])))

@@ -1,11 +1,11 @@
-"""Trains a tiny model on vLLM's rollouts in this process, and prints what came of it. Started by test_colocate.py."""
+"""Trains a tiny model on vLLM's rollouts in this process, and saves what came of it. Started by test_colocate.py."""
 
 import json
 import sys
 from pathlib import Path
 
 import torch
-from environment import SETTINGS, dataset, save_model
+from environment import SETTINGS, dataset, save_model, save_result
 from peft import LoraConfig
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
@@ -47,4 +47,4 @@ def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
 
 
 if __name__ == "__main__":
-    print("RESULT", json.dumps(main(sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))))
+    save_result(main(sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])))

@@ -1,4 +1,4 @@
-"""Trains a tiny model against a vLLM server, on one process or two, and prints what came of it.
+"""Trains a tiny model against a vLLM server, on one process or two, and saves what came of it.
 
 The weights go to the server as a file: NCCL, which carries them on GPUs, does not run on the CPU.
 """
@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 
-from environment import SETTINGS, dataset
+from environment import SETTINGS, dataset, save_result
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -100,4 +100,4 @@ if __name__ == "__main__":
         result = main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
     except ValueError as error:
         result = {"refused": str(error)}
-    print("RESULT", json.dumps(result), flush=True)
+    save_result(result)

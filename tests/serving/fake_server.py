@@ -13,8 +13,8 @@ class FakeServer:
     Args:
         model: Model to score with.
         tokenizer: Its tokenizer.
-        faults: What happens to the next requests to score: a status to answer with, or a number of seconds (a float)
-            to be late by.
+        faults: What happens to the next requests to score: a status to answer with, a number of seconds (a float) to
+            be late by, or "break" the connection.
     """
 
     def __init__(self, model, tokenizer, max_model_len=4096, logprobs_mode="processed_logprobs", max_logprobs=100):
@@ -35,6 +35,9 @@ class FakeServer:
                 self.answer(*server.post(self.path, body))
 
             def answer(self, status, body):
+                if status is None:
+                    self.close_connection = True
+                    return
                 data = json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
@@ -68,6 +71,8 @@ class FakeServer:
         fault = self.faults.pop(0) if self.faults else None
         if isinstance(fault, int):
             return fault, {"error": "told to fail"}
+        if fault == "break":
+            return None, {}
         time.sleep(fault or 0.0)
         if body["prompt_logprobs"] > self.max_logprobs:
             return 400, {"error": f"at most {self.max_logprobs} logprobs"}

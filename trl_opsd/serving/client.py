@@ -9,6 +9,7 @@ from packaging.requirements import Requirement
 from requests.adapters import HTTPAdapter
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from trl.generation.vllm_client import VLLMClient
+from urllib3.exceptions import ReadTimeoutError
 from urllib3.util.retry import Retry
 
 
@@ -80,8 +81,8 @@ def connect(base_url: str, startup_timeout: float, request_timeout: float) -> VL
 
 def limit_requests(session: requests.Session, timeout: float) -> None:
     """
-    Have a session try again, with growing pauses, where it cannot connect or the server is busy (five times, about a
-    minute in all), and once where an answer does not come.
+    Have a session try again, with growing pauses, where it cannot connect, the connection breaks or the server is busy
+    (five times, about a minute in all), and once where an answer does not come.
 
     Args:
         session (`requests.Session`):
@@ -89,7 +90,7 @@ def limit_requests(session: requests.Session, timeout: float) -> None:
         timeout (`float`):
             Seconds an answer may take.
     """
-    retries = Retry(
+    retries = _Retries(
         total=5,
         read=1,
         status_forcelist=(500, 502, 503, 504),
@@ -99,6 +100,12 @@ def limit_requests(session: requests.Session, timeout: float) -> None:
     )
     for prefix in ("http://", "https://"):
         session.mount(prefix, _ImpatientAdapter(timeout, max_retries=retries, pool_maxsize=64))
+
+
+class _Retries(Retry):
+    def _is_read_error(self, err: Exception) -> bool:
+        # A server that dies or restarts breaks several connections within an instant.
+        return isinstance(err, ReadTimeoutError)
 
 
 class _ImpatientAdapter(HTTPAdapter):
