@@ -46,6 +46,7 @@ def test_a_complete_study_says_what_the_numbers_say(tmp_path):
     for image in re.findall(r"!\[.*\]\((.*)\)", text):
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
     assert "| weak | 90 ± 0 | 90 ± 0 | 90 ± 0 | 90 ± 0 | 90 ± 0 |" in text  # groups without spread
+    assert "| weak | 50 % | 25.0 ± 0.0 | 5,000 ± 0 | 1,000 ± 0 | 5.0 ± 0.0 |" in text  # OPSD against GRPO
     assert "accuracy-weak.png" in text
     assert "long-middling.png" in text
     assert "tokens-verbose.png" in text
@@ -54,7 +55,7 @@ def test_a_complete_study_says_what_the_numbers_say(tmp_path):
 def test_tables_are_whole(tmp_path):
     text, _ = report(tmp_path, PLAN)
     tables = re.findall(r"(?:^\|.*\|$\n)+", text, re.MULTILINE)
-    assert len(tables) == 3 + len(PLAN.bases)
+    assert len(tables) == 4 + len(PLAN.bases)
     for table in tables:
         lines = table.splitlines()
         assert len({line.count("|") for line in lines}) == 1
@@ -62,8 +63,10 @@ def test_tables_are_whole(tmp_path):
 
 
 def test_contrary_results_give_the_contrary(tmp_path):
-    _, judged = report(tmp_path, PLAN, values=FALSE)
+    text, judged = report(tmp_path, PLAN, values=FALSE)
     assert set(judged.values()) == {"does not hold here"}
+    assert "| weak | 75 % | 32.5 ± 0.0 | 1,000 ± 0 | never | never |" in text
+    assert "| weak | 50 % | 25.0 ± 0.0 | 1,000 ± 0 | 1,000 ± 0 | 1.0 ± 0.0 |" in text
 
 
 def test_a_partial_study_says_what_is_missing(tmp_path):

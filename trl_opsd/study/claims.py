@@ -156,6 +156,25 @@ def tokens_to_reach(result: Result, target: float) -> float | None:
     return next((point["generated_tokens"] for point in result["curve"] if point["accuracy"] >= target), None)
 
 
+def fewest_tokens(results: Sequence[Result], target: float) -> float | None:
+    """
+    Generated tokens with which the first of several runs reaches an accuracy: one whose schedule ends sooner may get
+    there sooner.
+
+    Args:
+        results (`Sequence[dict[str, Any]]`):
+            Results of the runs.
+        target (`float`):
+            Accuracy.
+
+    Returns:
+        `float` or `None`:
+            Tokens, `None` if none gets there.
+    """
+    needed = [tokens for result in results if (tokens := tokens_to_reach(result, target)) is not None]
+    return min(needed, default=None)
+
+
 def best_accuracy(result: Result) -> float:
     """Highest accuracy on a learning curve."""
     return max(point["accuracy"] for point in result["curve"])
@@ -240,13 +259,12 @@ def _tokens(lookup: Lookup, base: str) -> list[Condition]:
     for seed in sorted(opsd.keys() & short.keys() & grpo.keys()):
         target = best_accuracy(grpo[seed])
         gains.append(target - grpo[seed]["curve"][0]["accuracy"])
-        # A schedule that ends sooner may get there sooner
-        needed = [tokens for run in (opsd[seed], short[seed]) if (tokens := tokens_to_reach(run, target)) is not None]
+        needed = fewest_tokens([opsd[seed], short[seed]], target)
         reference = tokens_to_reach(grpo[seed], target)
         assert reference is not None
-        reached.append(1.0 if needed else -1.0)
+        reached.append(-1.0 if needed is None else 1.0)
         # One that never gets there counts with all of its tokens here, and against the claim above
-        least = min(needed, default=opsd[seed]["generated_tokens"])
+        least = opsd[seed]["generated_tokens"] if needed is None else needed
         ratios.append(math.log2(max(reference, 1) / max(least, 1)) - 2)
     obstacle = "GRPO's best is less than 5 points above the base" if gains and min(gains) < 0.05 else None
     return [

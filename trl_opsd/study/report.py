@@ -9,7 +9,18 @@ import jinja2
 import numpy as np
 
 from .arms import ARMS, BASES, STEPS, TUNING_SEED
-from .claims import NOT_RUN, Lookup, Result, Verdict, best_accuracy, drop, reduction, tokens_to_reach, verdicts
+from .claims import (
+    NOT_RUN,
+    Lookup,
+    Result,
+    Verdict,
+    best_accuracy,
+    drop,
+    fewest_tokens,
+    reduction,
+    tokens_to_reach,
+    verdicts,
+)
 from .runner import FULL, Plan, Results
 from .train import Run
 
@@ -105,6 +116,19 @@ it again, and not about other bases.
 {% endfor %}
 
 {% endfor %}
+{% if gains %}
+## OPSD against GRPO
+
+Generated tokens until a part of what GRPO gains is gained, on the learning curves. OPSD's are those of the schedule
+that gets there first, the usual one or half of it.
+
+| base | part of GRPO's gain | accuracy, % | GRPO's tokens | OPSD's tokens | times fewer |
+|---|---|---|---|---|---|
+{% for row in gains %}
+| {{ row | join(" | ") }} |
+{% endfor %}
+
+{% endif %}
 {% if groups %}
 ## GRPO's groups without reward spread, %
 
@@ -197,6 +221,7 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[Verdict]:
         tuning_seed=TUNING_SEED,
         bases=[_base_row(base, results.complete(Run(base))) for base in plan.bases],
         tables=[_table(base, plan, results, lookup) for base in plan.bases],
+        gains=_gains_table(plan.bases, lookup),
         groups=_groups_table(pairs, lookup),
         plots=plots,
         failures=results.failures(plan),
@@ -230,6 +255,33 @@ def _base_row(base: str, result: Result | None) -> list[str]:
         *(accuracy(result["told"].get(column, {}), "test") for column in ("solution", "terse", "answer")),
         f"{result['final']['test']['mean_tokens']:.1f}",
     ]
+
+
+def _gains_table(bases: Sequence[str], lookup: Lookup) -> list[list[str]]:
+    """Tokens that GRPO and OPSD need for parts of GRPO's gain."""
+    rows = []
+    for base in bases:
+        grpo, opsd, short = (lookup(arm, base) for arm in ("grpo", "opsd", "opsd_short"))
+        for part in (0.5, 0.75, 0.9, 1.0) if grpo.keys() & opsd.keys() else ():
+            targets, theirs, ours = [], [], []
+            for seed in sorted(grpo.keys() & opsd.keys()):
+                start, best = grpo[seed]["curve"][0]["accuracy"], best_accuracy(grpo[seed])
+                target = best - (1 - part) * (best - start)
+                targets.append(target)
+                theirs.append(tokens_to_reach(grpo[seed], target))
+                ours.append(fewest_tokens([runs[seed] for runs in (opsd, short) if seed in runs], target))
+            pairs = zip(theirs, ours, strict=True)
+            ratios = [their / our if their and our else None for their, our in pairs]
+            rows.append(
+                [
+                    base,
+                    f"{100 * part:g} %",
+                    _spread(targets, scale=100),
+                    *(_spread(tokens, "{:,.0f}") for tokens in (theirs, ours)),
+                    _spread(ratios),
+                ]
+            )
+    return rows
 
 
 def _groups_table(pairs: Sequence[tuple[str, str]], lookup: Lookup) -> list[list[str]]:
