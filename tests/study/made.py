@@ -3,7 +3,9 @@
 SEEDS = (1, 2, 3)
 
 
-def result(accuracy=0.6, ood=0.5, markers=20.0, tokens=40.0, lengths=(40.0, 40.0, 40.0), curve=(0.1, 0.6), spread=0.4):
+def result(
+    accuracy=0.6, ood=0.5, markers=20.0, tokens=40.0, lengths=(40.0, 40.0, 40.0), curve=(0.1, 0.6), spread=(0.4, 0.4)
+):
     splits = {"test": accuracy, "longer": ood, "words": ood, "tune": accuracy}
     figures = {
         split: {
@@ -24,23 +26,23 @@ def result(accuracy=0.6, ood=0.5, markers=20.0, tokens=40.0, lengths=(40.0, 40.0
         for index, value in enumerate(curve)
     ]
     return {
-        "generated_tokens": 1000 * (len(curve) - 1),
+        "generated_tokens": 1000 * max(len(curve) - 1, 0),
         "learner_tokens": 5000,
         "seconds": 50.0,
         "cpu_seconds": 60.0,
         "curve": points,
-        "series": {"frac_reward_zero_std": [spread] * 10, "reward": [0.1] * 10},
+        "series": {"frac_reward_zero_std": [value for value in spread for _ in range(5)], "reward": [0.1] * 10},
         "final": figures,
-        "told": {},
+        "told": {"solution": figures},
     }
 
 
 _PEAK = (0.1, 0.8, 0.8, 0.8)
 
 TRUE = {
-    "base": {"accuracy": 0.9, "ood": 0.7, "markers": 30.0, "tokens": 80.0, "lengths": (80.0, 80.0, 80.0)},
-    "grpo": {"curve": (0.1, 0.1, 0.1, 0.1, 0.1, 0.4), "spread": 0.9},
-    "opsd": {"accuracy": 0.8, "ood": 0.6, "markers": 5.0, "curve": (0.1, 0.3, 0.5)},
+    "base": {"accuracy": 0.9, "ood": 0.7, "markers": 30.0, "tokens": 80.0, "lengths": (80.0,) * 3, "curve": ()},
+    "grpo": {"curve": (0.1, 0.1, 0.1, 0.1, 0.1, 0.4), "spread": (0.8, 1.0)},
+    "opsd": {"accuracy": 0.8, "ood": 0.6, "markers": 5.0, "curve": (0.1, 0.5, 0.5)},
     "opsd_short": {"curve": (0.1, 0.8)},
     "opsd_terse": {"accuracy": 0.8, "ood": 0.6},
     "opsd_answer": {"markers": 20.0, "ood": 0.7},
@@ -50,26 +52,31 @@ TRUE = {
     "off_policy_terse": {},
     "opsd_reverse_kl": {},
     "opsd_jsd": {},
-    "opsd_long": {"curve": _PEAK + 3 * (0.5,)},
+    "opsd_long": {"accuracy": 0.8, "curve": _PEAK + 3 * (0.5,)},
     "opsd_live_long": {"curve": _PEAK + 3 * (0.2,)},
     "opsd_clip_long": {"curve": _PEAK + 3 * (0.8,)},
+    "opsdc_1": {"accuracy": 0.4},
     "opsdc_1_same": {"accuracy": 0.3},
     "opsdc_50": {"accuracy": 0.9, "tokens": 40.0, "lengths": (30.0, 40.0, 50.0)},
+    "opsdc_forward_kl": {"accuracy": 0.3},
     "opsdc_forward_kl_same": {"accuracy": 0.2},
     "opsdc_frozen": {"accuracy": 0.9, "tokens": 70.0},
 }
 
 FALSE = {
     **TRUE,
-    "grpo": {"curve": (0.1, 0.4), "spread": 0.1},
+    "grpo": {"curve": (0.1, 0.4), "spread": (0.2, 0.1)},
     "opsd": {"accuracy": 0.5, "ood": 0.4, "markers": 30.0, "curve": (0.1, 0.2, 0.3)},
     "opsd_short": {"curve": (0.1, 0.3)},
     "opsd_terse": {"accuracy": 0.5, "ood": 0.4},
     "opsd_answer": {"markers": 20.0, "ood": 0.3},
+    "opsd_long": {"accuracy": 0.4, "curve": _PEAK + 3 * (0.5,)},
     "opsd_live_long": {"curve": _PEAK + 3 * (0.5,)},
     "opsd_clip_long": {"curve": _PEAK + 3 * (0.5,)},
+    "opsdc_1": {"accuracy": 0.9},
     "opsdc_1_same": {"accuracy": 0.9},
     "opsdc_50": {"accuracy": 0.9, "tokens": 40.0},
+    "opsdc_forward_kl": {"accuracy": 0.9},
     "opsdc_forward_kl_same": {"accuracy": 0.9},
     "opsdc_frozen": {"accuracy": 0.9, "tokens": 40.0},
 }
@@ -107,6 +114,6 @@ def noisy(arm, base):
                 if arm.endswith("_long")
                 else (0.1, 0.4 + 0.3 * noise, 0.25)
             ),
-            spread=0.5 + 0.3 * noise,
+            spread=(0.5, 0.5 + 0.3 * noise),
         )
     return results

@@ -42,11 +42,16 @@ def test_a_complete_study_says_what_the_numbers_say(tmp_path):
     assert "Runs that failed" not in text
     row = next(line for line in text.splitlines() if line.startswith("| OPSD | 2 of 2"))
     assert "| 3e-05* | 80.0 ± 0.0 | 60.0 ± 0.0 | 60.0 ± 0.0 | 5.0 ± 0.0 |" in row
-    assert "| 2,000 ± 0 |" in row  # to reach GRPO's best
+    assert "| 1,000 ± 0 |" in row  # to reach GRPO's best
+    assert "| the weak base itself | – | – | 90.0 | 70.0 | 70.0 | 30.0 | 80.0 | 0 | 0 | – | – | – | – | – |" in text
     for image in re.findall(r"!\[.*\]\((.*)\)", text):
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
-    assert "| weak | 90 ± 0 | 90 ± 0 | 90 ± 0 | 90 ± 0 | 90 ± 0 |" in text  # groups without spread
-    assert "| weak | 50 % | 25.0 ± 0.0 | 5,000 ± 0 | 1,000 ± 0 | 5.0 ± 0.0 |" in text  # OPSD against GRPO
+    assert "| weak | groups without spread, % | 80 ± 0 | 80 ± 0 | 90 ± 0 | 100 ± 0 | 100 ± 0 |" in text
+    assert "| weak | mean reward, % | 10 ± 0 | 10 ± 0 | 10 ± 0 | 10 ± 0 | 10 ± 0 |" in text
+    # OPSD against GRPO
+    assert "| weak | 50 % | 25.0 ± 0.0 | 5,000 ± 0 | 1,000 ± 0 | 5.0 ± 0.0 | 1,000 ± 0 | 5.0 ± 0.0 |" in text
+    assert "GRPO's learning curves is 40.0 % within 5,000 tokens, of OPSD's 50.0 % within 2,000 tokens, 80.0 %" in text
+    assert "| OPSDC, frozen teacher | 2.5 | 2.5 | 2.5 | 2.5 |" in text  # 90 %, less 70 of 80 tokens
     assert "accuracy-weak.png" in text
     assert "long-middling.png" in text
     assert "tokens-verbose.png" in text
@@ -55,7 +60,7 @@ def test_a_complete_study_says_what_the_numbers_say(tmp_path):
 def test_tables_are_whole(tmp_path):
     text, _ = report(tmp_path, PLAN)
     tables = re.findall(r"(?:^\|.*\|$\n)+", text, re.MULTILINE)
-    assert len(tables) == 4 + len(PLAN.bases)
+    assert len(tables) == 5 + len(PLAN.bases)
     for table in tables:
         lines = table.splitlines()
         assert len({line.count("|") for line in lines}) == 1
@@ -65,8 +70,8 @@ def test_tables_are_whole(tmp_path):
 def test_contrary_results_give_the_contrary(tmp_path):
     text, judged = report(tmp_path, PLAN, values=FALSE)
     assert set(judged.values()) == {"does not hold here"}
-    assert "| weak | 75 % | 32.5 ± 0.0 | 1,000 ± 0 | never | never |" in text
-    assert "| weak | 50 % | 25.0 ± 0.0 | 1,000 ± 0 | 1,000 ± 0 | 1.0 ± 0.0 |" in text
+    assert "| weak | 75 % | 32.5 ± 0.0 | 1,000 ± 0 | never | never | never | never |" in text
+    assert "| weak | 50 % | 25.0 ± 0.0 | 1,000 ± 0 | 2,000 ± 0 | 0.5 ± 0.0 | 1,000 ± 0 | 1.0 ± 0.0 |" in text
 
 
 def test_a_partial_study_says_what_is_missing(tmp_path):

@@ -2,7 +2,8 @@
 The published claims, and the rules that decide what the study says about them.
 
 Every claim is a list of conditions, each a quantity with one value per seed that the claim says is positive. A
-condition has a margin, the least value that would matter, and a 95 % t interval over the seeds.
+condition has a margin, the least value that would matter, and a 95 % interval: a t interval over the seeds, widened
+for accuracies by the error of testing on a few hundred problems, which the seeds share.
 
 - It is *met* if the interval lies above zero and the mean reaches the margin.
 - It is *refuted* if the interval lies below the margin.
@@ -18,7 +19,10 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+
 from ..eval.statistics import student_t
+from .arms import BASES
 
 
 HOLDS, FAILS, UNSEEN, NOT_RUN = "holds here", "does not hold here", "cannot be seen here", "not run"
@@ -43,8 +47,12 @@ class Condition:
             One per seed.
         margin (`float`):
             Least value that would matter.
+        error (`float`, *optional*, defaults to `0.0`):
+            Standard error of the mean that more seeds would not lessen.
         obstacle (`str`, *optional*):
             Why it cannot be judged, whatever its values.
+        doubt (`str`, *optional*):
+            Why it cannot be met, though it can be refuted.
         percent (`bool`, *optional*, defaults to `True`):
             Whether it is shown in percent points.
     """
@@ -52,13 +60,16 @@ class Condition:
     text: str
     values: list[float]
     margin: float
+    error: float = 0.0
     obstacle: str | None = None
+    doubt: str | None = None
     percent: bool = True
 
     def interval(self) -> tuple[float, float, float]:
-        """Mean over the seeds, and the ends of its 95 % t interval."""
+        """Mean over the seeds, and the ends of its 95 % interval."""
         mean = fmean(self.values)
-        half = student_t(len(self.values) - 1) * stdev(self.values) / math.sqrt(len(self.values))
+        of_seeds = student_t(len(self.values) - 1) * stdev(self.values) / math.sqrt(len(self.values))
+        half = math.hypot(of_seeds, 1.96 * self.error)
         return mean, mean - half, mean + half
 
     def state(self) -> str:
@@ -68,7 +79,7 @@ class Condition:
         if self.obstacle is not None:
             return "open"
         mean, low, high = self.interval()
-        if low > 0 and mean >= self.margin:
+        if low > 0 and mean >= self.margin and self.doubt is None:
             return "met"
         return "refuted" if high < self.margin else "open"
 
@@ -77,8 +88,9 @@ class Condition:
             return f"{self.text}: not run"
         scale = 100 if self.percent else 1
         mean, low, high = (scale * value for value in self.interval())
-        shown = f"{self.text} {mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-        return f"{shown} ({self.state()}{'' if self.obstacle is None else f': {self.obstacle}'})"
+        why = self.obstacle or self.doubt
+        state = self.state() if why is None else f"{self.state()}: {why}"
+        return f"{self.text} {mean:+.1f} [{low:+.1f}, {high:+.1f}] over {len(self.values)} seeds ({state})"
 
 
 @dataclass(frozen=True)
@@ -126,15 +138,6 @@ def judge(conditions: Sequence[Condition]) -> str:
 # Metrics of a result
 
 
-def accuracy(split: str) -> Metric:
-    """Final accuracy on a split."""
-    return lambda result: result["final"][split]["accuracy"]
-
-
-def _out_of_domain(result: Result) -> float:
-    return fmean(result["final"][split]["accuracy"] for split in ("longer", "words"))
-
-
 def _markers(result: Result) -> float:
     return result["final"]["test"]["markers_per_1k"]
 
@@ -154,25 +157,6 @@ def tokens_to_reach(result: Result, target: float) -> float | None:
             Tokens, `None` if the curve never gets there.
     """
     return next((point["generated_tokens"] for point in result["curve"] if point["accuracy"] >= target), None)
-
-
-def fewest_tokens(results: Sequence[Result], target: float) -> float | None:
-    """
-    Generated tokens with which the first of several runs reaches an accuracy: one whose schedule ends sooner may get
-    there sooner.
-
-    Args:
-        results (`Sequence[dict[str, Any]]`):
-            Results of the runs.
-        target (`float`):
-            Accuracy.
-
-    Returns:
-        `float` or `None`:
-            Tokens, `None` if none gets there.
-    """
-    needed = [tokens for result in results if (tokens := tokens_to_reach(result, target)) is not None]
-    return min(needed, default=None)
 
 
 def best_accuracy(result: Result) -> float:
@@ -197,6 +181,11 @@ def drop(result: Result) -> float:
     width = min(3, len(curve))
     means = [fmean(curve[end - width : end]) for end in range(width, len(curve) + 1)]
     return max(means) - means[-1]
+
+
+def fifths(series: Sequence[float]) -> list[float]:
+    """Means of the five parts, as equal as can be, of a series with one value per step."""
+    return [fmean(part.tolist()) for part in np.array_split(np.asarray(series), 5)]
 
 
 def reduction(result: Result, base: Result, digits: str | None = None) -> float:
@@ -225,69 +214,78 @@ def reduction(result: Result, base: Result, digits: str | None = None) -> float:
 # Conditions
 
 
-def _difference(
-    lookup: Lookup, base: str, text: str, better: str, worse: str, metric: Metric, margin: float, percent: bool = True
+def _values(
+    lookup: Lookup, base: str, first: str, second: str, value: Callable[[Result, Result], float]
+) -> list[float]:
+    ones, others = lookup(first, base), lookup(second, base)
+    return [value(ones[seed], others[seed]) for seed in sorted(ones.keys() & others.keys())]
+
+
+def _accuracy_difference(
+    lookup: Lookup, base: str, text: str, better: str, worse: str, split: str = "test", margin: float = 0.02
 ) -> Condition:
-    first, second = lookup(better, base), lookup(worse, base)
-    pairs = [(metric(first[seed]), metric(second[seed])) for seed in sorted(first.keys() & second.keys())]
-    return Condition(text, [a - b for a, b in pairs], margin, percent=percent)
+    def accuracy(result: Result) -> float:
+        return result["final"][split]["accuracy"]
 
-
-def _accuracy_difference(lookup: Lookup, base: str, text: str, better: str, worse: str, metric: Metric) -> Condition:
-    condition = _difference(lookup, base, text, better, worse, metric, 0.02)
-    means = [fmean(map(metric, results.values())) for arm in (better, worse) if (results := lookup(arm, base))]
+    values = _values(lookup, base, better, worse, lambda one, other: accuracy(one) - accuracy(other))
+    if not values:
+        return Condition(text, values, margin)
+    means = [fmean(map(accuracy, lookup(arm, base).values())) for arm in (better, worse)]
     obstacle = None
-    if means and min(means) > _CEILING:
+    if min(means) > _CEILING:
         obstacle = "both at the ceiling"
-    elif means and max(means) < _FLOOR:
+    elif max(means) < _FLOOR:
         obstacle = "both at the floor"
-    return replace(condition, obstacle=obstacle)
-
-
-def _each(
-    lookup: Lookup, base: str, text: str, arm: str, value: Callable[[Result, Result], float], margin: float
-) -> Condition:
-    results, bases = lookup(arm, base), lookup("base", base)
-    return Condition(
-        text, [value(results[seed], bases[seed]) for seed in sorted(results.keys() & bases.keys())], margin
-    )
+    text = f"{text} ({100 * means[0]:.1f} − {100 * means[1]:.1f} %)"
+    error = math.sqrt(sum(mean * (1 - mean) for mean in means) / BASES[base].family.splits[split].rows)
+    return Condition(text, values, margin, error, obstacle)
 
 
 def _tokens(lookup: Lookup, base: str) -> list[Condition]:
-    opsd, short, grpo = (lookup(arm, base) for arm in ("opsd", "opsd_short", "grpo"))
-    reached, ratios, gains = [], [], []
-    for seed in sorted(opsd.keys() & short.keys() & grpo.keys()):
+    opsd, grpo = lookup("opsd", base), lookup("grpo", base)
+    ratios, gains, reached = [], [], 0
+    for seed in sorted(opsd.keys() & grpo.keys()):
         target = best_accuracy(grpo[seed])
         gains.append(target - grpo[seed]["curve"][0]["accuracy"])
-        needed = fewest_tokens([opsd[seed], short[seed]], target)
-        reference = tokens_to_reach(grpo[seed], target)
+        needed, reference = tokens_to_reach(opsd[seed], target), tokens_to_reach(grpo[seed], target)
         assert reference is not None
-        reached.append(-1.0 if needed is None else 1.0)
-        # One that never gets there counts with all of its tokens here, and against the claim above
+        reached += needed is not None
+        # Where it never gets there, all of its tokens give the most that the ratio can be
         least = opsd[seed]["generated_tokens"] if needed is None else needed
         ratios.append(math.log2(max(reference, 1) / max(least, 1)) - 2)
-    obstacle = "GRPO's best is less than 5 points above the base" if gains and min(gains) < 0.05 else None
     return [
-        Condition("OPSD reaches GRPO's best (+1) or not (−1)", reached, 0.5, obstacle, percent=False),
-        Condition("log2 of (GRPO's tokens / OPSD's), less 2 for 4 times", ratios, 0.0, obstacle, percent=False),
+        Condition(
+            "log2 of (GRPO's tokens until its best accuracy / OPSD's until the same), less 2 for 4 times",
+            ratios,
+            0.0,
+            obstacle="GRPO's best is less than 5 points above the base" if gains and min(gains) < 0.05 else None,
+            doubt=f"reached by {reached} of {len(ratios)} seeds" if reached < len(ratios) else None,
+            percent=False,
+        )
     ]
 
 
-def _beats(suffix: str, metric: Metric) -> Callable[[Lookup, str], list[Condition]]:
+def _beats(suffix: str, split: str) -> Callable[[Lookup, str], list[Condition]]:
     return lambda lookup, base: [
-        _accuracy_difference(lookup, base, f"OPSD − {title}", f"opsd{suffix}", f"{arm}{suffix}", metric)
+        _accuracy_difference(lookup, base, f"OPSD − {title}", f"opsd{suffix}", f"{arm}{suffix}", split)
         for title, arm in (("SFT", "sft"), ("off-policy", "off_policy"))
     ]
 
 
+def _lost_by(lookup: Lookup, base: str, text: str, more: str, less: str) -> Condition:
+    values = _values(lookup, base, more, less, lambda one, other: drop(one) - drop(other))
+    return Condition(f"accuracy lost over 5 times the steps, {text}", values, 0.05)
+
+
 def _fixed_is_more_stable(lookup: Lookup, base: str) -> list[Condition]:
-    text = "accuracy lost over 5 times the steps, live − fixed"
-    return [_difference(lookup, base, text, "opsd_live_long", "opsd_long", drop, 0.05)]
+    return [
+        _lost_by(lookup, base, "live − fixed", "opsd_live_long", "opsd_long"),
+        _accuracy_difference(lookup, base, "fixed − live in the end", "opsd_long", "opsd_live_long"),
+    ]
 
 
 def _clip_prevents_collapse(lookup: Lookup, base: str) -> list[Condition]:
-    text = "accuracy lost over 5 times the steps, without − with the clip"
-    condition = _difference(lookup, base, text, "opsd_long", "opsd_clip_long", drop, 0.05)
+    condition = _lost_by(lookup, base, "without − with the clip", "opsd_long", "opsd_clip_long")
     lost = [drop(result) for result in lookup("opsd_long", base).values()]
     nothing = bool(lost) and fmean(lost) < 0.1
     return [replace(condition, obstacle="less than 10 points are lost without the clip" if nothing else None)]
@@ -295,41 +293,47 @@ def _clip_prevents_collapse(lookup: Lookup, base: str) -> list[Condition]:
 
 def _forward_kl_is_best(lookup: Lookup, base: str) -> list[Condition]:
     return [
-        _accuracy_difference(lookup, base, f"forward KL − {title}, held out", "opsd", arm, accuracy("test"))
+        _accuracy_difference(lookup, base, f"forward KL − {title}", "opsd", arm)
         for title, arm in (("reverse KL", "opsd_reverse_kl"), ("JSD", "opsd_jsd"))
     ]
 
 
-def _lost_accuracy(result: Result, base: Result) -> float:
-    return base["final"]["test"]["accuracy"] - result["final"]["test"]["accuracy"]
+def _collapses(lookup: Lookup, base: str, title: str, arm: str) -> Condition:
+    return _accuracy_difference(lookup, base, f"base − {title}", "base", arm, margin=0.1)
 
 
-def _forward_kl_collapses(lookup: Lookup, base: str) -> list[Condition]:
-    forward = "opsdc_forward_kl_same"
-    return [
-        _each(lookup, base, "base − forward KL, accuracy", forward, _lost_accuracy, 0.1),
-        _no_collapse(lookup, base, "10 points − (base − reverse KL), accuracy"),
-        _accuracy_difference(lookup, base, "reverse − forward KL, accuracy", "opsdc_50", forward, accuracy("test")),
+def _no_collapse(lookup: Lookup, base: str, title: str) -> Condition:
+    condition = _accuracy_difference(lookup, base, f"{title} − base, plus 10 points", "opsdc_50", "base", margin=0.0)
+    return replace(condition, values=[value + 0.1 for value in condition.values])
+
+
+def _forward_kl_collapses(arm: str) -> Callable[[Lookup, str], list[Condition]]:
+    return lambda lookup, base: [
+        _collapses(lookup, base, "forward KL", arm),
+        _no_collapse(lookup, base, "reverse KL"),
+        _accuracy_difference(lookup, base, "reverse − forward KL", "opsdc_50", arm),
     ]
 
 
-def _no_collapse(lookup: Lookup, base: str, text: str) -> Condition:
-    return _each(lookup, base, text, "opsdc_50", lambda *results: 0.1 - _lost_accuracy(*results), 0.0)
-
-
-def _refreshing_each_step_collapses(lookup: Lookup, base: str) -> list[Condition]:
-    return [
-        _each(lookup, base, "base − refreshed every step, accuracy", "opsdc_1_same", _lost_accuracy, 0.1),
-        _no_collapse(lookup, base, "10 points − (base − every 50 steps), accuracy"),
+def _refreshing_each_step_collapses(arm: str) -> Callable[[Lookup, str], list[Condition]]:
+    return lambda lookup, base: [
+        _collapses(lookup, base, "refreshed every step", arm),
+        _no_collapse(lookup, base, "every 50 steps"),
     ]
 
 
 def _frozen_compresses_little(lookup: Lookup, base: str) -> list[Condition]:
     bases = lookup("base", base)
-    lengths, frozen = lookup("opsdc_50", base), lookup("opsdc_frozen", base)
-    seeds = sorted(lengths.keys() & frozen.keys() & bases.keys())
-    values = [reduction(lengths[seed], bases[seed]) - reduction(frozen[seed], bases[seed]) for seed in seeds]
-    return [Condition("length reduction, refreshed every 50 steps − frozen", values, 0.05)]
+    reductions = {
+        arm: {seed: reduction(result, bases[seed]) for seed, result in lookup(arm, base).items() if seed in bases}
+        for arm in ("opsdc_50", "opsdc_frozen")
+    }
+    refreshed, frozen = reductions.values()
+    pairs = [(refreshed[seed], frozen[seed]) for seed in sorted(refreshed.keys() & frozen.keys())]
+    return [
+        Condition("length reduction, refreshed every 50 steps − frozen", [one - other for one, other in pairs], 0.05),
+        Condition("half of the former − the latter", [one / 2 - other for one, other in pairs], 0.0),
+    ]
 
 
 def _is_adaptive(lookup: Lookup, base: str) -> list[Condition]:
@@ -337,29 +341,44 @@ def _is_adaptive(lookup: Lookup, base: str) -> list[Condition]:
         levels = sorted(reference["final"]["test"]["by_digits"], key=int)
         return reduction(result, reference, levels[0]) - reduction(result, reference, levels[-1])
 
-    return [_each(lookup, base, "length reduction, easiest − hardest", "opsdc_50", easy_minus_hard, 0.02)]
+    values = _values(lookup, base, "opsdc_50", "base", easy_minus_hard)
+    return [Condition("length reduction, easiest − hardest", values, 0.02)]
 
 
 def _rich_context_suppresses(lookup: Lookup, base: str) -> list[Condition]:
-    values = (
-        ("markers per 1,000 tokens, base − OPSD", "base", "opsd"),
-        ("markers per 1,000 tokens, answer only − OPSD", "opsd_answer", "opsd"),
-    )
-    return [_difference(lookup, base, text, more, fewer, _markers, 1.0, percent=False) for text, more, fewer in values]
-
-
-def _rich_context_hurts(lookup: Lookup, base: str) -> list[Condition]:
     return [
-        _accuracy_difference(lookup, base, f"{title} − OPSD, out of domain", arm, "opsd", _out_of_domain)
+        Condition(
+            f"markers per 1,000 tokens, {title} − OPSD",
+            _values(lookup, base, arm, "opsd", lambda one, other: _markers(one) - _markers(other)),
+            1.0,
+            percent=False,
+        )
         for title, arm in (("base", "base"), ("answer only", "opsd_answer"))
     ]
 
 
-def _groups_collapse(lookup: Lookup, base: str) -> list[Condition]:
-    def excess(result: Result, _: Result) -> float:
-        return fmean(result["series"]["frac_reward_zero_std"]) - 0.5
+def _rich_context_hurts(split: str) -> Callable[[Lookup, str], list[Condition]]:
+    return lambda lookup, base: [
+        _accuracy_difference(lookup, base, f"{title} − OPSD", arm, "opsd", split)
+        for title, arm in (("base", "base"), ("answer only", "opsd_answer"))
+    ]
 
-    return [_each(lookup, base, "share of groups without spread, above a half", "grpo", excess, 0.0)]
+
+def _without_spread(result: Result) -> list[float]:
+    """Share of groups without spread in each fifth of the steps."""
+    return fifths(result["series"]["frac_reward_zero_std"])
+
+
+def _groups_have_no_spread(lookup: Lookup, base: str) -> list[Condition]:
+    values = [fmean(_without_spread(result)) - 0.5 for result in lookup("grpo", base).values()]
+    return [Condition("share of groups without spread, above a half", values, 0.0)]
+
+
+def _groups_lose_spread(lookup: Lookup, base: str) -> list[Condition]:
+    shares = [_without_spread(result) for result in lookup("grpo", base).values()]
+    return [
+        Condition("share of groups without spread, last − first fifth", [one[-1] - one[0] for one in shares], 0.05)
+    ]
 
 
 @dataclass(frozen=True)
@@ -387,23 +406,36 @@ class Claim:
 _MIDDLING = ("middling",)
 _OPSD, _OPSDC, _DEGRADES = (f"huggingface.co/papers/{number}" for number in ("2601.18734", "2603.05433", "2603.24472"))
 
+_SPLITS = (("held out", "test"), ("on longer sums", "longer"), ("in words", "words"))
+_RATES = (("at the same learning rate", "_same"), ("each at its best learning rate", ""))
+
 CLAIMS = (
     Claim("OPSD needs at least 4 times fewer generated tokens than GRPO for the same accuracy", _OPSD, _tokens),
     *(
-        Claim(f"OPSD beats SFT and off-policy distillation on {solutions}, {where}", _OPSD, _beats(suffix, metric))
+        Claim(f"OPSD beats SFT and off-policy distillation on {solutions}, {where}", _OPSD, _beats(suffix, split))
         for solutions, suffix in (("terse solutions", "_terse"), ("worked solutions", ""))
-        for where, metric in (("held out", accuracy("test")), ("out of domain", _out_of_domain))
+        for where, split in _SPLITS
     ),
     Claim("A fixed teacher is more stable than a live one", _OPSD, _fixed_is_more_stable, _MIDDLING),
     Claim("The clip prevents collapse", _OPSD, _clip_prevents_collapse, _MIDDLING),
     Claim("Forward KL is best for OPSD", _OPSD, _forward_kl_is_best, _MIDDLING),
-    Claim("Forward KL collapses in OPSDC, reverse KL does not", _OPSDC, _forward_kl_collapses, ("verbose",)),
-    Claim("Refreshing the teacher every step collapses", _OPSDC, _refreshing_each_step_collapses, ("verbose",)),
+    *(
+        Claim(f"{text}, {rate}", _OPSDC, conditions(f"{arm}{suffix}"), ("verbose",))
+        for text, conditions, arm in (
+            ("Forward KL collapses in OPSDC, reverse KL does not", _forward_kl_collapses, "opsdc_forward_kl"),
+            ("Refreshing the teacher every step collapses", _refreshing_each_step_collapses, "opsdc_1"),
+        )
+        for rate, suffix in _RATES
+    ),
     Claim("Never refreshing the teacher compresses little", _OPSDC, _frozen_compresses_little, ("verbose",)),
     Claim("Compression is adaptive: easy problems shrink more than hard ones", _OPSDC, _is_adaptive, ("verbose",)),
     Claim("Rich context suppresses expressions of uncertainty", _DEGRADES, _rich_context_suppresses, _MIDDLING),
-    Claim("Rich context hurts out of domain", _DEGRADES, _rich_context_hurts, _MIDDLING),
-    Claim("GRPO's groups collapse to zero reward spread", _OPSD, _groups_collapse),
+    *(
+        Claim(f"Rich context hurts out of domain, {where}", _DEGRADES, _rich_context_hurts(split), _MIDDLING)
+        for where, split in _SPLITS[1:]
+    ),
+    Claim("Most of GRPO's groups have no spread of rewards", _OPSD, _groups_have_no_spread),
+    Claim("GRPO's groups lose their spread of rewards as it trains", _OPSD, _groups_lose_spread),
 )
 
 

@@ -165,14 +165,13 @@ class Results:
         results = {seed: self.complete(run) for seed, run in zip(plan.seeds, runs, strict=True)}
         return {seed: result for seed, result in results.items() if result is not None}
 
-    def failures(self, plan: Plan) -> dict[str, str]:
-        """The errors of a study's runs that failed, by the run's name."""
+    def all(self, plan: Plan) -> dict[str, dict[str, Any]]:
+        """What all runs of a study left that were made, also those that failed, by the run's name."""
         runs = plan.base_runs()
         for arm, base in plan.pairs():
             runs += plan.tuning_runs(arm, base)
             runs += plan.reported_runs(arm, base, self.learning_rate(plan, arm, base))
-        results = {run.name: result for run in runs if (result := self.get(run)) is not None}
-        return {name: result["error"] for name, result in sorted(results.items()) if "error" in result}
+        return {run.name: result for run in runs if (result := self.get(run)) is not None}
 
 
 def planned_seconds(plan: Plan) -> dict[str, tuple[int, float]]:
