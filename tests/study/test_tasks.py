@@ -113,7 +113,7 @@ def test_brevity_asks_for_the_same_share_of_all_sizes():
         share[digits] = 1 - sum(len(row["brief"]) + 1 for row in chosen) / sum(
             len(row["solution"]) + 1 for row in chosen
         )
-    assert max(share.values()) - min(share.values()) < 0.03, share
+    assert max(share.values()) - min(share.values()) < 0.01, share  # half of what the claim asks for
 
 
 def test_markers_are_whole_words():
