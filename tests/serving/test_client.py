@@ -64,6 +64,24 @@ def test_no_server(serve, model, tokenizer):
         connect(server.url, 0.1, request_timeout=1.0)
 
 
+@pytest.mark.parametrize("path", ["/health", "/v1/models"])
+def test_server_that_accepts_connections_and_never_answers(path, serve, model, tokenizer):
+    server = serve(model, tokenizer)
+    answer = server.get
+    server.get = lambda asked: answer(asked) if asked != path else (None, server.closed.wait())
+    with pytest.raises(ValueError, match=rf"No vLLM server answers at {server.url} within 0.5 seconds \(.*timed out"):
+        connect(server.url, 0.5, request_timeout=60.0)
+
+
+def test_starting_server_is_waited_for(serve, model, tokenizer, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    server = serve(model, tokenizer)
+    answer, faults = server.get, [(503, {}), (None, {})]
+    server.get = lambda path: faults.pop() if faults else answer(path)
+    assert connect(server.url, 60.0, request_timeout=60.0).model == "served"
+    assert not faults
+
+
 def test_other_tokenizer(serve, model, tokenizer):
     client = connect(serve(model, tokenizer).url, 60.0, 60.0)
     check_tokenizer(client, "some_field", tokenizer)

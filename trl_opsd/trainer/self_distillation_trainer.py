@@ -84,6 +84,7 @@ from ..serving import (
     context_length,
     limit_requests,
     report_failures,
+    wait_for_server,
 )
 from ..teacher import ServedTeacher, Teacher, fingerprint
 from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
@@ -284,6 +285,8 @@ class SelfDistillationTrainer(GRPOTrainer):
                 f"`lmbda={args.lmbda}` replaces rollouts by off-policy completions, which have no tool calls and no "
                 "environment. Set `lmbda=1.0`, or drop `tools`, `environment_factory` and `rollout_func`."
             )
+        if args.use_vllm and args.vllm_mode == "server":
+            self._wait_for_sampler(args)
 
         # Set by the generation methods for the batch in hand
         self._first_turn = False
@@ -434,6 +437,19 @@ class SelfDistillationTrainer(GRPOTrainer):
             )
         self.teacher_prompt.check_rows(dataset, name, tools)
         return dataset
+
+    @staticmethod
+    def _wait_for_sampler(args: SelfDistillationConfig) -> None:
+        failure = None
+        if args.process_index == 0:
+            url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+            try:
+                wait_for_server(url, args.vllm_server_timeout)
+            except ValueError as error:  # the others wait to hear of it
+                failure = str(error)
+        (failure,) = broadcast_object_list([failure])
+        if failure is not None:
+            raise ValueError(failure)
 
     def _check_sampler(self) -> int:
         """The engine's context length. Refuses one that cannot sample this policy's rollouts in full."""
