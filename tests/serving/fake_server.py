@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -13,8 +12,8 @@ class FakeServer:
     Args:
         model: Model to score with.
         tokenizer: Its tokenizer.
-        faults: What happens to the next requests to score: a status to answer with, a number of seconds (a float) to
-            be late by, or "break" the connection.
+        faults: What happens to the next requests to score: a status to answer with, "break" the connection, or "stall"
+            (no answer until the server is closed).
     """
 
     def __init__(self, model, tokenizer, max_model_len=4096, logprobs_mode="processed_logprobs", max_logprobs=100):
@@ -24,6 +23,8 @@ class FakeServer:
         self.instance = "first"
         self.faults = []
         self.num_requests = 0
+        self.lock = threading.Lock()
+        self.closed = threading.Event()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -47,12 +48,16 @@ class FakeServer:
             def log_message(self, *args):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            request_queue_size = 64  # as many as ask at once
+
+        self.http = Server(("127.0.0.1", 0), Handler)
         self.http.handle_error = lambda *args: None  # clients that gave up waiting
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
     def close(self):
+        self.closed.set()
         self.http.shutdown()
         self.http.server_close()
 
@@ -67,13 +72,15 @@ class FakeServer:
         if path == "/tokenize":
             assert body["add_special_tokens"] is False
             return 200, {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]}
-        self.num_requests += 1
-        fault = self.faults.pop(0) if self.faults else None
+        with self.lock:
+            self.num_requests += 1
+            fault = self.faults.pop(0) if self.faults else None
         if isinstance(fault, int):
             return fault, {"error": "told to fail"}
-        if fault == "break":
+        if fault == "stall":
+            self.closed.wait()
+        if fault is not None:
             return None, {}
-        time.sleep(fault or 0.0)
         if body["prompt_logprobs"] > self.max_logprobs:
             return 400, {"error": f"at most {self.max_logprobs} logprobs"}
         return 200, {"choices": [self.score(ids, body["prompt_logprobs"]) for ids in body["prompt"]]}

@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.serving import ServerError, report_failures, rollouts
+from trl_opsd.trainer import self_distillation_trainer
 
 
 class Client:
@@ -113,3 +115,20 @@ def test_other_processes_raise_it_too(monkeypatch):
     monkeypatch.setattr(rollouts, "broadcast_object_list", lambda objects: ["it broke"])
     with pytest.raises(ServerError, match="it broke"):
         other.generate([[1]])
+
+
+@pytest.mark.parametrize("is_main_process", [True, False])
+def test_server_that_does_not_answer_at_the_start_is_refused_on_every_process(
+    is_main_process, serve, model, tokenizer, dataset, training_args, monkeypatch
+):
+    server = serve(model, tokenizer)
+    server.get = lambda path: (None, server.closed.wait())
+    settings = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url}
+    args = SelfDistillationConfig(**training_args, **settings, vllm_server_timeout=0.5)
+    if not is_main_process:
+        monkeypatch.setattr(SelfDistillationConfig, "process_index", 1)
+        monkeypatch.setattr(self_distillation_trainer, "wait_for_server", None)  # the main process asks
+        told = [f"No vLLM server answers at {server.url}"]
+        monkeypatch.setattr(self_distillation_trainer, "broadcast_object_list", lambda objects: told)
+    with pytest.raises(ValueError, match=f"No vLLM server answers at {server.url}"):
+        SelfDistillationTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)

@@ -63,7 +63,7 @@ def test_trains_as_with_the_teacher_here(settings, make_trainer, teacher, serve,
 
 def test_completions_of_any_length(serve, model, tokenizer):
     fake = serve(model, tokenizer)
-    server = TeacherServer(connect(fake.url, 1.0, 5.0), top_k=3, vocab_size=len(tokenizer))
+    server = TeacherServer(connect(fake.url, 60.0, 60.0), top_k=3, vocab_size=len(tokenizer))
     prompt, completion = [5, 6, 7], [8, 9]
     scores = server.score([prompt, prompt, None], [completion, [], completion], width=4)
     assert fake.num_requests == 2  # the probe, and the one row to score
@@ -80,7 +80,7 @@ def test_completions_of_any_length(serve, model, tokenizer):
 
 def test_many_rows_are_asked_in_turns(serve, model, tokenizer):
     fake = serve(model, tokenizer)
-    server = TeacherServer(connect(fake.url, 1.0, 5.0), top_k=3, vocab_size=len(tokenizer))
+    server = TeacherServer(connect(fake.url, 60.0, 60.0), top_k=3, vocab_size=len(tokenizer))
     fake.faults = [400]
     with pytest.raises(ServerError):
         server.score([[1, 2]] * 200, [[3]] * 200, width=1)

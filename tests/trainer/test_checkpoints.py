@@ -1,6 +1,7 @@
 """A resumed run equals the uninterrupted one, bit for bit."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +20,11 @@ from trl_opsd.trainer.teachers import make_teacher
 
 @pytest.fixture
 def make_trainer(tokenizer, dataset, training_args):
-    rows = Dataset.from_list(list(dataset) * 4)
+    rows = list(dataset) * 4
 
-    def make(lora=False, init_lora_weights=True, use_dora=False, seed_of_model=0, rollout_func=None, **settings):
+    def make(
+        lora=False, init_lora_weights=True, use_dora=False, seed_of_model=0, rollout_func=None, rows=rows, **settings
+    ):
         args = SelfDistillationTrainer.config_class(
             **{
                 **training_args,
@@ -36,7 +39,7 @@ def make_trainer(tokenizer, dataset, training_args):
         return SelfDistillationTrainer(
             model=make_model(tokenizer, seed_of_model),
             args=args,
-            train_dataset=rows,
+            train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             rollout_func=rollout_func,
             peft_config=LoraConfig(
@@ -235,7 +238,7 @@ def test_checkpoint_contents(make_trainer, tokenizer):
     state = json.loads((checkpoint / STATE_FILE).read_text())
     assert state["complete"]
     assert state["files"].keys() == {path.name for path in checkpoint.iterdir()} - {STATE_FILE}
-    assert state["teacher"] == "periodic"
+    assert state["settings"]["teacher"] == "periodic"
     assert state["num_generated_tokens"] == trainer._num_generated_tokens > 0
     weights = load_file(checkpoint / "teacher.safetensors")
     assert weights.keys() == dict(trainer.model.named_parameters()).keys()
@@ -250,11 +253,6 @@ def checkpoints(make_trainer):
     trainer = make_trainer(max_steps=6)
     trainer.train()
     return Path(trainer.args.output_dir)
-
-
-def test_resuming_with_another_teacher_is_refused(make_trainer, checkpoints):
-    with pytest.raises(ValueError, match="cannot be resumed with `teacher='periodic'`"):
-        make_trainer(teacher="periodic").train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
 
 
 def test_resuming_with_another_model_is_refused(make_trainer, checkpoints):
@@ -276,22 +274,55 @@ def test_resuming_from_another_trainers_checkpoint_is_refused(make_trainer, chec
         make_trainer().train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"gradient_accumulation_steps": 1}, {"num_iterations": 2}, {"per_device_train_batch_size": 1}],
-    ids=str,
-)
-def test_resuming_with_another_schedule_is_refused(make_trainer, checkpoints, settings):
-    (name,) = settings
-    with pytest.raises(ValueError, match=rf"was written with `{name}=\d` and cannot be resumed with `{name}=\d`"):
-        make_trainer(**settings).train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
+def test_resuming_another_run_is_refused(make_trainer, checkpoints, monkeypatch):
+    checkpoint = str(checkpoints / "checkpoint-3")
+    for name, there, here in [
+        ("teacher", "initial", "periodic"),
+        ("privileged_context", "solution", "answer"),
+        ("context_kwargs", None, {"column": "answer"}),
+        ("per_device_train_batch_size", 2, 1),
+        ("gradient_accumulation_steps", 2, 1),
+        ("num_generations", 1, 2),
+        ("num_iterations", 1, 2),
+        ("shuffle_dataset", True, False),
+        ("seed", 42, 43),
+    ]:
+        message = f"checkpoint-3 was written with `{name}={there!r}` and cannot be resumed with `{name}={here!r}`: "
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make_trainer(**{name: here}).train(resume_from_checkpoint=checkpoint)
 
-
-def test_resuming_on_more_processes_is_refused(make_trainer, checkpoints, monkeypatch):
     trainer = make_trainer()
-    monkeypatch.setattr(trainer, "_schedule", lambda: {**type(trainer)._schedule(trainer), "num_processes": 4})
-    with pytest.raises(ValueError, match="Set `num_processes=1`"):
-        trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
+    monkeypatch.setattr(trainer.accelerator.state, "num_processes", 4)
+    with pytest.raises(ValueError, match="with `num_processes=1` and cannot be resumed with `num_processes=4`"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def test_resuming_with_other_data_is_refused(make_trainer, checkpoints, dataset):
+    rows = list(dataset) * 4
+    for other, length in (
+        (rows[:-1], 63),
+        ([*rows[1:], rows[0]], 64),
+        ([{**rows[0], "solution": "12"}, *rows[1:]], 64),
+    ):
+        message = rf"`train_dataset='64 rows, .*'` and cannot be resumed with `train_dataset='{length} rows, "
+        with pytest.raises(ValueError, match=message):
+            make_trainer(rows=other).train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
+
+
+def test_what_may_change_in_a_resumed_run(make_trainer, dataset):
+    trainer = make_trainer(teacher="ema", teacher_update_rate=0.3, save_steps=1, max_steps=1)
+    trainer.train()
+    changed = {
+        "teacher_update_rate": 0.1,
+        "learning_rate": 1e-4,
+        "max_steps": 2,
+        "logging_steps": 2,
+        "temperature": 0.9,
+    }
+    rows = [{**row, "level": 1} for row in list(dataset) * 4]  # a column that nobody reads
+    resumed = make_trainer(teacher="ema", rows=rows, **changed)
+    resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-1"))
+    assert resumed.state.global_step == 2
 
 
 def test_a_run_that_was_finished_takes_no_further_step(make_trainer, checkpoints):

@@ -46,13 +46,13 @@ def make_trainer(tokenizer, dataset, training_args):
     return make
 
 
-def loss_of(trainer, rows):
+def loss_of(trainer, rows, **extra_inputs):
     """Loss of a batch as the training step computes it, and its gradient."""
     trainer.model.train()
     trainer.model.zero_grad()
     trainer.current_gradient_accumulation_steps = 1  # set by `train()`
     batch = trainer._generate_and_score_completions(list(rows))
-    loss = trainer._compute_loss(trainer.model, batch)
+    loss = trainer._compute_loss(trainer.model, {**batch, **extra_inputs})
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
@@ -118,6 +118,23 @@ def test_padded_batch_equals_unpadded_dense_formula(
     reference.backward()
     assert loss == pytest.approx(reference.item(), rel=1e-5)
     assert_same_gradients({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, gradients)
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("max_tokens", [None, 1])
+def test_importance_ratios_weight_the_tokens(make_trainer, model, dataset, per_token, max_tokens):
+    rows = dataset.select(range(4))
+    trainer = make_trainer(model, teacher="live", max_tokens_per_microbatch=max_tokens)
+    tokens = [dense_token_losses(trainer, row, temperature=1.0) for row in rows]
+    ratios = 0.25 + 2.0 * torch.rand(len(tokens), max(map(len, tokens)) if per_token else 1)
+    reference = torch.stack([(ratio[: len(t)] * t).mean() for ratio, t in zip(ratios, tokens, strict=True)]).mean()
+    reference.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    loss, gradients = loss_of(trainer, rows, importance_sampling_ratio=ratios)
+    assert reference.item() != pytest.approx(torch.stack([t.mean() for t in tokens]).mean().item(), rel=1e-2)
+    assert loss == pytest.approx(reference.item(), rel=1e-5)
+    assert_same_gradients(expected, gradients)
 
 
 def test_gradient_depends_on_the_teacher(make_trainer, model, dataset):

@@ -8,6 +8,7 @@ from .client import (
     connect,
     context_length,
     limit_requests,
+    wait_for_server,
 )
 from .rollouts import report_failures
 from .teacher import Scores, TeacherServer
@@ -24,4 +25,5 @@ __all__ = [
     "context_length",
     "limit_requests",
     "report_failures",
+    "wait_for_server",
 ]

@@ -1,5 +1,6 @@
 """What a vLLM server is asked before it is relied on, and how long it may take to answer."""
 
+import time
 import warnings
 from importlib import metadata
 from typing import Any
@@ -66,17 +67,48 @@ def connect(base_url: str, startup_timeout: float, request_timeout: float) -> VL
             See [`limit_requests`].
 
     Raises:
-        ValueError: If it cannot be reached.
+        ValueError: If it is not up by then.
     """
-    try:
-        client = VLLMClient(base_url=base_url, connection_timeout=startup_timeout)
-    except requests.ConnectionError as error:
-        raise ValueError(
-            f"No vLLM server answers at {base_url} within {startup_timeout:g} seconds. Start it, or correct the "
-            "address."
-        ) from error
+    wait_for_server(base_url, startup_timeout)
+    client = VLLMClient(base_url=base_url)
     limit_requests(client.session, request_timeout)
     return client
+
+
+def wait_for_server(base_url: str, timeout: float) -> None:
+    """
+    Wait until a server answers what a client of TRL asks it first. TRL itself would wait without end for one that
+    accepts a connection and never answers, or that answers with an error.
+
+    Args:
+        base_url (`str`):
+            Where it answers.
+        timeout (`float`):
+            Seconds to wait at most.
+
+    Raises:
+        ValueError: If it is not up by then.
+    """
+    deadline = time.monotonic() + timeout
+    for path in ("health", "v1/models"):
+        while (trouble := _trouble(f"{base_url}/{path}", deadline - time.monotonic())) is not None:
+            left = deadline - time.monotonic()
+            if left <= 0.0:
+                raise ValueError(
+                    f"No vLLM server answers at {base_url} within {timeout:g} seconds ({trouble}). Start it, correct "
+                    "the address, or raise `vllm_server_timeout`."
+                )
+            time.sleep(min(1.0, left))
+
+
+def _trouble(url: str, patience: float) -> str | None:
+    """Why a server does not answer, if so."""
+    try:
+        # A connection may be lost in a restart without a sign of it, so not all patience goes into one
+        response = requests.get(url, timeout=min(30.0, max(0.1, patience)))
+    except requests.RequestException as error:
+        return str(error)
+    return None if response.status_code == 200 else f"{url} has status {response.status_code}"
 
 
 def limit_requests(session: requests.Session, timeout: float) -> None:

@@ -25,6 +25,8 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
 
+import hashlib
+import json
 import math
 import textwrap
 import warnings
@@ -84,6 +86,7 @@ from ..serving import (
     context_length,
     limit_requests,
     report_failures,
+    wait_for_server,
 )
 from ..teacher import ServedTeacher, Teacher, fingerprint
 from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
@@ -284,6 +287,8 @@ class SelfDistillationTrainer(GRPOTrainer):
                 f"`lmbda={args.lmbda}` replaces rollouts by off-policy completions, which have no tool calls and no "
                 "environment. Set `lmbda=1.0`, or drop `tools`, `environment_factory` and `rollout_func`."
             )
+        if args.use_vllm and args.vllm_mode == "server":
+            self._wait_for_sampler(args)
 
         # Set by the generation methods for the batch in hand
         self._first_turn = False
@@ -376,6 +381,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             with self.teacher.weights(self.model) as module:
                 self._can_share_prompts = can_share_prompts(causal_lm(self.accelerator.unwrap_model(module)))
         (self._fingerprints,) = broadcast_object_list([self._fingerprints])
+        self._dataset_summary = self._summarize(self.train_dataset)
         self._guard = SkipNonFiniteSteps()
         self.add_callback(self._guard)
         self.add_callback(_StepCallback(self))
@@ -434,6 +440,29 @@ class SelfDistillationTrainer(GRPOTrainer):
             )
         self.teacher_prompt.check_rows(dataset, name, tools)
         return dataset
+
+    def _summarize(self, dataset: Dataset | IterableDataset) -> str:
+        """What tells one dataset from another: its length, and what teacher and student read of up to 64 rows."""
+        if isinstance(dataset, Dataset):
+            name, some = f"{len(dataset)} rows", dataset.select(np.linspace(0, len(dataset) - 1, 64, dtype=int))
+        else:
+            name, some = "stream", dataset.take(1)
+        columns = ("prompt", *self._data_columns)
+        text = json.dumps([[row.get(column) for column in columns] for row in some], sort_keys=True, default=str)
+        return f"{name}, fingerprint {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    @staticmethod
+    def _wait_for_sampler(args: SelfDistillationConfig) -> None:
+        failure = None
+        if args.process_index == 0:
+            url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+            try:
+                wait_for_server(url, args.vllm_server_timeout)
+            except ValueError as error:  # the others wait to hear of it
+                failure = str(error)
+        (failure,) = broadcast_object_list([failure])
+        if failure is not None:
+            raise ValueError(failure)
 
     def _check_sampler(self) -> int:
         """The engine's context length. Refuses one that cannot sample this policy's rollouts in full."""
@@ -1086,17 +1115,12 @@ class SelfDistillationTrainer(GRPOTrainer):
                 f"{checkpoint} was written with `save_only_model=True` and holds no more than weights. Start a new "
                 "run from them with `model`."
             )
-        if state["teacher"] != self.args.teacher:
-            raise ValueError(
-                f"{checkpoint} was written with `teacher='{state['teacher']}'` and cannot be resumed with "
-                f"`teacher='{self.args.teacher}'`."
-            )
-        for name, value in self._schedule().items():
-            if state["schedule"][name] != value:
+        for name, value in self._fixed_settings().items():
+            if state["settings"][name] != value:
                 raise ValueError(
-                    f"{checkpoint} was written with `{name}={state['schedule'][name]}` and cannot be resumed with "
-                    f"`{name}={value}`: its position in the data and its leftover rollouts would not fit. Set "
-                    f"`{name}={state['schedule'][name]}`."
+                    f"{checkpoint} was written with `{name}={state['settings'][name]!r}` and cannot be resumed with "
+                    f"`{name}={value!r}`: its teacher, its position in the data or its leftover rollouts would not "
+                    "fit. Resume with the same, or start a new run from its weights with `model`."
                 )
         for name, model in (("model", "The policy"), ("teacher_model_name_or_path", "The external teacher")):
             if state["fingerprints"].get(name) not in (None, self._fingerprints.get(name)):
@@ -1131,9 +1155,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             torch.save(self.args, directory / TRAINING_ARGS_NAME)  # with the limit
             state = {
                 "only_model": self.args.save_only_model,
-                "teacher": self.args.teacher,
+                "settings": self._fixed_settings(),
                 "fingerprints": self._fingerprints,
-                "schedule": self._schedule(),
                 "num_generated_tokens": self._num_generated_tokens,
                 "skipped_steps": self._guard.skipped_steps,
             }
@@ -1161,15 +1184,25 @@ class SelfDistillationTrainer(GRPOTrainer):
             outcome = f"The run is saved in {directory}: start the server and resume with `resume_from_checkpoint`."
         return ServerError(f"{error} {outcome}")
 
-    def _schedule(self) -> dict[str, int]:
-        """What the position between two generations counts in."""
-        return {
-            "num_processes": self.accelerator.num_processes,
-            "per_device_train_batch_size": self.args.per_device_train_batch_size,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "steps_per_generation": self.args.steps_per_generation,
-            "num_iterations": self.num_iterations,
-        }
+    def _fixed_settings(self) -> dict[str, Any]:
+        """What a resumed run shares with its checkpoint: what the teacher reads, and what its position counts in."""
+        names = (
+            "teacher",
+            "privileged_context",
+            "context_kwargs",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "steps_per_generation",
+            "num_generations",
+            "num_iterations",
+            "shuffle_dataset",
+            "seed",
+        )
+        settings = {name: getattr(self.args, name) for name in names}
+        settings["num_processes"] = self.accelerator.num_processes
+        settings["train_dataset"] = self._dataset_summary
+        # As they come back from a file; what JSON cannot hold counts by its type
+        return json.loads(json.dumps(settings, default=lambda value: type(value).__name__))
 
     def _save_rollouts(self, directory: Path) -> None:
         # Between two generations, micro-batches are left over that a resumed run could not sample again

@@ -1,0 +1,53 @@
+"""An external teacher has a dtype and a quantisation of its own."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import make_model
+
+from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
+from trl_opsd.trainer.teachers import make_teacher
+
+
+@pytest.fixture
+def make_args(tokenizer, training_args, tmp_path):
+    """Settings with a teacher that was saved in bf16."""
+    path = str(tmp_path / "external")
+    make_model(tokenizer, seed=5, hidden_size=48).bfloat16().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+    def make(**settings):
+        return SelfDistillationConfig(**training_args, teacher="external", teacher_model_name_or_path=path, **settings)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "dtype"), [(None, torch.float32), ({"dtype": "bfloat16"}, torch.bfloat16)], ids=["default", "bf16"]
+)
+def test_dtype(kwargs, dtype, make_args, model, tokenizer, dataset):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    args = make_args(teacher_model_init_kwargs=kwargs)
+    trainer = SelfDistillationTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+
+    with trainer.teacher.weights(trainer.model) as teacher:
+        assert {parameter.dtype for parameter in teacher.parameters()} == {dtype}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2
+    assert min(losses) > 0.1
+    for name, value in trainer.model.state_dict().items():
+        assert value.dtype == torch.float32
+        assert not torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "fsdp"), [({"teacher_offload": True}, None), ({}, SimpleNamespace())], ids=["offload", "fsdp"]
+)
+def test_quantised_weights_are_neither_offloaded_nor_sharded(settings, fsdp, make_args, model, monkeypatch):
+    loaded = SimpleNamespace(is_quantized=True)
+    monkeypatch.setattr("trl_opsd.trainer.teachers.create_model_from_path", lambda *args, **kwargs: loaded)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=fsdp, deepspeed_plugin=None))
+    with pytest.raises(ValueError, match=r"quantised teacher .*drop `quantization_config` from `teacher_model_init_k"):
+        make_teacher(make_args(**settings), accelerator, model, adapter_starts_at_zero=False)
