@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,17 +10,18 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+import yaml
 from datasets import Dataset
 from tiny import make_model, make_tokenizer
 
 
 TESTS = Path(__file__).parents[1]
+RECIPES = TESTS.parent / "recipes" / "accelerate"
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -57,17 +59,24 @@ def dataset() -> Dataset:
     return Dataset.from_list(rows)
 
 
-def run_script(name: str, *arguments: str, num_processes: int = 1) -> Any:
-    """The result that a script beside this file saves, run by one process or by several."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    script = [*(launcher if num_processes > 1 else []), str(Path(__file__).with_name(name))]
+def run_script(name: str, *arguments: str, num_processes: int = 1, recipe: str | None = None) -> Any:
+    """The result that a script beside this file saves, run by one process or by several: DDP's, or a recipe's."""
     with tempfile.TemporaryDirectory() as results:
+        launcher = []
+        if recipe is not None:
+            config = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
+            config |= {"use_cpu": True, "mixed_precision": "no", "main_process_port": 0}
+            config["num_processes"] = num_processes
+            Path(results, "accelerate.yaml").write_text(yaml.safe_dump(config))
+            launcher = ["-m", "accelerate.commands.launch", "--config_file", f"{results}/accelerate.yaml"]
+        elif num_processes > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
         done = subprocess.run(
-            [sys.executable, *script, *arguments],
+            [sys.executable, *launcher, str(Path(__file__).with_name(name)), *arguments],
             env=ENVIRONMENT | {"RESULTS": results},
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1200,
         )
         assert done.returncode == 0, done.stderr[-5000:]
         saved = [Path(results, f"{rank}.json").read_text() for rank in range(num_processes)]
@@ -80,14 +89,14 @@ def save_result(result: Any) -> None:
 
 
 @contextmanager
-def server(log: Path, *command: str) -> Iterator[tuple[str, psutil.Popen]]:
-    """Address and process of a server that a command starts, once it answers."""
+def server(log: Path, *command: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Address and process of a server that a command starts, once it answers. Its processes are a group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as output:
-        process = psutil.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", *command, "--port", str(port)],
             env=ENVIRONMENT,
             stdout=output,
@@ -95,14 +104,17 @@ def server(log: Path, *command: str) -> Iterator[tuple[str, psutil.Popen]]:
             start_new_session=True,
         )
     try:
-        for _ in range(300):
+        for _ in range(600):
             assert process.poll() is None, log.read_text()[-5000:]
             try:
                 urllib.request.urlopen(f"{url}/health", timeout=5)
                 break
             except OSError:
                 time.sleep(1)
+        else:
+            raise TimeoutError(f"The server does not answer: {log.read_text()[-5000:]}")
         yield url, process
     finally:
-        for child in [*process.children(recursive=True), process] if process.is_running() else []:
-            child.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

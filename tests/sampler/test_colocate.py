@@ -1,9 +1,11 @@
-"""vLLM beside the trainer, in its process: a real engine on the CPU. `make test-vllm` runs these."""
+"""vLLM beside the trainer, in its processes: a real engine on the CPU. `make test-vllm` runs these."""
 
 import json
 
 import pytest
-from sampler.environment import run_script
+from sampler.environment import run_script, save_model
+
+from trl_opsd.eval.run_folder import read_samples
 
 
 pytest.importorskip("vllm", reason="`make test-vllm` runs these in an environment with vLLM")
@@ -11,30 +13,67 @@ pytest.importorskip("vllm", reason="`make test-vllm` runs these in an environmen
 MEAN, MAX = "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"
 
 
-def train(folder, weights, dtype, **settings):
-    return run_script("train.py", str(folder), weights, dtype, json.dumps(settings))
+def train(folder, weights, dtype, zero3=False, **settings):
+    save_model(folder / "base", dtype)
+    job = str(folder), weights, dtype, json.dumps(settings)
+    result = run_script("train.py", *job, num_processes=2 if zero3 else 1, recipe="zero3" if zero3 else None)
+
+    assert result["world"] == ([2, 3] if zero3 else [1, None])
+    assert result["share"] == (pytest.approx(0.5, abs=0.02) if zero3 else 1.0)
+    return result
+
+
+def assert_same_weights(result):
+    """The sampler's and the trainer's: with those of a step ago, the mean would be above 1."""
+    assert len(result[MAX]) == 4
+    assert 0 < max(result[MAX]) < 1e-3
+    assert result["changed"] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("weights", "settings"),
+    ("weights", "zero3", "settings"),
     [
-        ("lora", {"teacher": "ema"}),
-        ("full", {"teacher": "periodic", "teacher_update_steps": 2}),
-        ("full", {"vllm_importance_sampling_correction": True}),
+        ("lora", True, {}),
+        ("full", False, {"teacher": "periodic", "teacher_update_steps": 2}),
+        ("full", False, {"vllm_importance_sampling_correction": True}),
     ],
-    ids=["lora-ema", "full-periodic", "full-corrected"],
+    ids=["lora-zero3", "full-periodic", "full-corrected"],
 )
-def test_sampler_has_the_trainers_weights(weights, settings, tmp_path):
-    result = train(tmp_path, weights, "float32", **settings)
+def test_sampler_has_the_trainers_weights(weights, zero3, settings, tmp_path):
+    result = train(tmp_path, weights, "float32", zero3, **settings)
 
-    assert len(result[MAX]) == 4
-    # vLLM computes in bf16 what the trainer does in fp32. With the weights of a step ago, the mean would be above 1
-    assert max(result[MEAN]) < 0.05
-    assert 0 < max(result[MAX]) < 0.3
+    assert_same_weights(result)
     for ratio in result["ratios"] if "vllm_importance_sampling_correction" in settings else []:
-        assert ratio == pytest.approx(1.0, abs=0.2)
-    assert result["changed"] == []
+        assert ratio == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_benchmarks_are_sampled_as_they_say_and_rollouts_as_before(tmp_path):
+    result = train(
+        tmp_path,
+        "lora",
+        "float32",
+        teacher="ema",
+        temperature=0.7,
+        generation_kwargs={"seed": 3},
+        eval_benchmarks=["playground_opsd"],
+        eval_benchmarks_steps=2,
+        eval_benchmarks_limit=6,
+        eval_benchmarks_sampling={"temperature": 0.0, "max_new_tokens": 24},
+    )
+
+    assert_same_weights(result)
+    rest = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    rollouts = {"temperature": 0.7, "max_tokens": 16, "seed": 3, **rest}
+    benchmarks = {"temperature": 0.0, "max_tokens": 24, "seed": None, **rest}
+    sampled = [call["sampling"] for call in result["calls"]]
+    assert sampled == [benchmarks, rollouts, rollouts, benchmarks, rollouts, rollouts, benchmarks]
+    first, last = result["calls"][0], result["calls"][-1]
+    assert last["completions"] == result["expected"]
+    assert last["completions"] != first["completions"]
+    samples = read_samples(tmp_path / "run" / "eval" / "step-4" / "playground_opsd" / "samples.jsonl")
+    assert [sample.num_tokens for sample in samples] == [len(ids) for ids in result["expected"]]
 
 
 @pytest.mark.slow

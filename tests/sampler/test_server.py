@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from contextlib import ExitStack
 
 import pytest
 from sampler import environment
@@ -24,7 +25,17 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(base):
+def servers():
+    with ExitStack() as running:
+        yield running, []
+
+
+@pytest.fixture
+def server(base, servers):
+    """Address and process of the server that all tests share. One that a test has killed is started again."""
+    running, started = servers
+    if started and started[-1][1].poll() is None:
+        return started[-1]
     arguments = [
         "--model",
         str(base),
@@ -35,8 +46,9 @@ def server(base):
         "--enforce_eager",
         "true",
     ]
-    with environment.server(base.parent / "server.log", "trl.scripts.vllm_serve", *arguments) as server:
-        yield server
+    log = base.parent / f"server{len(started)}.log"
+    started.append(running.enter_context(environment.server(log, "trl.scripts.vllm_serve", *arguments)))
+    return started[-1]
 
 
 def train(base, folder, num_processes=1, **job):
@@ -76,18 +88,17 @@ def test_live_teacher_is_scored_with_the_current_weights(support, base, server, 
 @pytest.mark.slow
 def test_stalled_server_ends_the_run_with_a_checkpoint(base, server, tmp_path):
     url, process = server
-    pids = [child.pid for child in [process, *process.children(recursive=True)]]
-    settings = sampling_on(url) | {"vllm_server_request_timeout": 5.0}
+    settings = sampling_on(url) | {"vllm_server_request_timeout": 20.0}
     try:
-        stalled = train(base, tmp_path, lora=True, signal=[signal.SIGSTOP, pids], settings=settings)
+        stalled = train(base, tmp_path, lora=True, signal=[signal.SIGSTOP, process.pid], settings=settings)
     finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        os.killpg(process.pid, signal.SIGCONT)
 
     assert len(stalled["losses"]) == 2
     assert url in stalled["error"]
     assert str(tmp_path / "checkpoint-2") in stalled["error"]
-    resumed = train(base, tmp_path, lora=True, resume=True, settings=settings)
+    # The server answers what it was asked meanwhile first
+    resumed = train(base, tmp_path, lora=True, resume=True, settings=sampling_on(url))
     assert "error" not in resumed
     assert resumed["losses"][:2] == stalled["losses"]
     assert len(resumed["losses"]) == 4
@@ -112,8 +123,8 @@ def test_unfit_server_is_refused(overrides, settings, message, base, server, tmp
 @pytest.mark.slow
 def test_dead_server_ends_the_run_on_every_process(base, server, tmp_path):
     url, process = server
-    pids = [child.pid for child in [process, *process.children(recursive=True)]]
-    killed = train(base, tmp_path, num_processes=2, signal=[signal.SIGKILL, pids], settings=sampling_on(url))
+    job = {"signal": [signal.SIGKILL, process.pid], "settings": sampling_on(url)}
+    killed = train(base, tmp_path, num_processes=2, **job)
 
     assert killed["world"] == 2
     assert len(killed["losses"]) == 2

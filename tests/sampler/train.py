@@ -1,21 +1,60 @@
-"""Trains a tiny model on vLLM's rollouts in this process, and saves what came of it. Started by test_colocate.py."""
+"""Trains a tiny model on vLLM's rollouts in these processes, and saves what came of it. Run by test_colocate.py."""
 
 import json
+import os
 import sys
-from pathlib import Path
+from functools import partial
 
 import torch
-from environment import SETTINGS, dataset, save_model, save_result
+from distributed.train import share_held, skip_unused_op
+from environment import SETTINGS, dataset, save_result
 from peft import LoraConfig
+from trl.generation import vllm_generation
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
+from trl_opsd.teacher.sharding import part_of
 
 
 NUM_SYNCS = 300
 
 
+def record_calls(llm) -> list[dict]:
+    """How vLLM is told to sample in every call from now on, the prompts, and what it gives."""
+    calls: list[dict] = []
+    generate = llm.generate
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed")
+
+    def recording(prompts, sampling_params, **kwargs):
+        outputs = generate(prompts, sampling_params=sampling_params, **kwargs)
+        calls.append(
+            {
+                "sampling": {name: getattr(sampling_params, name) for name in names},
+                "prompts": [prompt["prompt_token_ids"] for prompt in prompts],
+                "completions": [list(output.outputs[0].token_ids) for output in outputs],
+            }
+        )
+        return outputs
+
+    llm.generate = recording
+    return calls
+
+
+def greedy_completions(model, call: dict) -> list[list[int]]:
+    """What transformers gives to the prompts of a call."""
+    model.eval()
+    completions = []
+    for prompt in call["prompts"]:
+        limit = call["sampling"]["max_tokens"]
+        output = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=limit)
+        completions.append(output[0, len(prompt) :].tolist())
+    return completions
+
+
 def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
-    save_model(Path(folder) / "base", dtype)
+    # On the CPU, vLLM would compute in bf16 what the trainer does in fp32. Compiling takes half of an engine's start,
+    # so one run does it for all.
+    engine = {"dtype": dtype, "enforce_eager": dtype == "float32"}
+    vllm_generation.LLM = partial(vllm_generation.LLM, **engine)
     trainer = SelfDistillationTrainer(
         f"{folder}/base",
         args=SelfDistillationConfig(
@@ -33,7 +72,8 @@ def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
     )
     parameters = trainer.model.named_parameters()
     frozen = {name: p for name, p in parameters if not p.requires_grad and "teacher" not in name.split(".")}
-    before = {name: parameter.detach().clone() for name, parameter in frozen.items()}
+    before = {name: part_of(parameter).clone() for name, parameter in frozen.items()}
+    calls = record_calls(trainer.vllm_generation.llm)
     trainer.train()
     names = ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "loss")
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -42,9 +82,19 @@ def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
     for _ in range(NUM_SYNCS if weights == "lora" and dtype == "bfloat16" else 0):
         trainer.vllm_generation.sync_weights()
     result["frozen"] = len(frozen)
-    result["changed"] = [name for name, parameter in frozen.items() if not torch.equal(parameter, before[name])]
+    result["changed"] = [
+        name for name, parameter in frozen.items() if not torch.equal(part_of(parameter), before[name])
+    ]
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    result["world"] = [trainer.accelerator.num_processes, None if plugin is None else plugin.zero_stage]
+    result["share"] = share_held(trainer.model)
+    result["calls"] = calls
+    if trainer.args.eval_benchmarks:
+        result["expected"] = greedy_completions(trainer.model, calls[-1])
     return result
 
 
 if __name__ == "__main__":
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        skip_unused_op()
     save_result(main(sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])))

@@ -34,15 +34,14 @@ class FileClient(VLLMClient):
 
 
 class SendSignal(TrainerCallback):
-    """Sends the server's processes a signal after the second step."""
+    """Sends the server's process group a signal after the second step."""
 
-    def __init__(self, signal: int, pids: list[int]):
-        self.signal, self.pids = signal, pids
+    def __init__(self, signal: int, group: int):
+        self.signal, self.group = signal, group
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2 and state.is_world_process_zero:
-            for pid in self.pids:
-                os.kill(pid, self.signal)
+            os.killpg(self.group, self.signal)
 
 
 def compare_with_local_teacher(trainer: SelfDistillationTrainer, teacher, differences: list[float]) -> None:

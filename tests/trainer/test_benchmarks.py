@@ -76,6 +76,7 @@ def test_evaluates_before_while_and_after_training(
             (problem, index) for problem in {s.problem_id for s in samples} for index in range(3)
         )
         assert len(samples) == 9
+        assert {sample.seed for sample in samples} == {None}
         assert max(sample.num_tokens for sample in samples) <= 5
         assert entry["eval_sums/mean_tokens"] == pytest.approx(sum(s.num_tokens for s in samples) / 9)
         assert entry["eval_sums/avg@3"] == pytest.approx(sum(s.correct for s in samples) / 9)

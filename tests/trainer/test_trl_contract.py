@@ -3,6 +3,7 @@ What the trainer relies on in TRL's private methods. A new TRL release that move
 """
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -52,6 +53,23 @@ def test_weights_are_sent_to_vllm_through_one_method():
     assert list(inspect.signature(VLLMGeneration._iter_named_params).parameters) == ["self"]
     assert "_iter_named_params()" in inspect.getsource(VLLMGeneration.sync_weights)
     assert list(inspect.signature(DistributedBackend.gather_params).parameters) == ["self", "params"]
+
+
+def test_vllm_samples_by_attributes_that_an_evaluation_changes():
+    """One more of them would leave the sampling of the rollouts in force while benchmarks are evaluated."""
+    read = set(re.findall(r"self\.(\w+)", inspect.getsource(VLLMGeneration.generate)))
+    engine = {"mode", "model", "accelerator", "llm", "vllm_client", "tensor_parallel_size", "tp_group"}
+    sleep = {"enable_sleep_mode", "_llm_weights_sleeping", "sync_weights"}
+    assert read - engine - sleep - {"logprobs", "_place_features"} == {
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "max_completion_length",
+        "structured_outputs_regex",
+        "generation_kwargs",
+    }
 
 
 def test_batch_and_call_order(tokenizer, model, dataset, training_args):

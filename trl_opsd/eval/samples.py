@@ -15,8 +15,8 @@ class Sample:
             Identifies the problem within the benchmark, the same in every run.
         sample_index (`int`):
             Which of the k completions of the problem, from 0.
-        seed (`int`):
-            Seed the completion was sampled with.
+        seed (`int`, *optional*):
+            Seed the completion was sampled with. `None` while a model trains: completions have none of their own then.
         completion (`str`):
             Text of the completion, the thinking part included.
         num_tokens (`int`):
@@ -38,7 +38,7 @@ class Sample:
     benchmark: str
     problem_id: str
     sample_index: int
-    seed: int
+    seed: int | None
     completion: str
     num_tokens: int
     terminated: bool

@@ -1,7 +1,7 @@
 """The evaluation of `trl-opsd eval` while a model trains, on the engine its rollouts come from."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +219,7 @@ class BenchmarkCallback(TrainerCallback):
             keep_problems(folder / name / "problems.jsonl", map(self._chat.rendered, self._problems[name]))
             file = SampleFile(folder / name / "samples.jsonl")
             for row in rows:
-                file.append(row)
+                file.append(replace(row, seed=None))  # see RolloutBackend
             file.close()
 
 

@@ -19,6 +19,8 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
   parameters)` makes them whole under ZeRO-3.
 - `vllm_generation.generate(...)` and, on the main process in server mode, `vllm_generation.vllm_client`, whose
   `update_named_params`, `reset_prefix_cache` and `generate` are all that is used of it.
+- `vllm_generation.generate` samples by its attributes `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`,
+  `max_completion_length`, `structured_outputs_regex` and `generation_kwargs`.
 - `_run_epoch(...)`, of transformers, takes the steps of an epoch, at least one.
 - `_get_train_sampler(dataset)` returns a sampler that draws the order of each epoch from its `generator`.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
