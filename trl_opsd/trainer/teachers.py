@@ -133,8 +133,16 @@ def make_teacher(
         `tuple[Teacher, str | None]`: the teacher, and the fingerprint of an external one.
 
     Raises:
-        ValueError: If these processes cannot hold it.
+        ValueError: If these processes cannot hold it, or training would change it unasked.
     """
+    if isinstance(policy, PeftModel) and args.teacher not in ("live", "external"):
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad and policy.peft_config.keys().isdisjoint(name.split(".")):
+                raise ValueError(
+                    f"`teacher='{args.teacher}'` shares the base model with the policy, and training would change it: "
+                    f'{name!r} is trained and belongs to no adapter. Set `bias="none"` in the adapter\'s '
+                    "configuration, freeze what else is trained of the base, or set `teacher='live'`."
+                )
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
 
     def shard(copy: nn.Module) -> nn.Module:
