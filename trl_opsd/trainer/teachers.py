@@ -157,6 +157,11 @@ def make_teacher(
                     f"for `teacher='{args.teacher}'` is made. Set it to `false` in the accelerate configuration, as "
                     "recipes/accelerate/fsdp2.yaml does."
                 )
+            # Each layer by itself, as accelerate wraps the policy, or every pass would gather the whole model at once
+            layers = getattr(copy, "_no_split_modules", None) or ()
+            for module in reversed(list(copy.modules())):
+                if type(module).__name__ in layers:
+                    prepare_fsdp(module, accelerator)
             return prepare_fsdp(copy, accelerator)
         return accelerator.prepare_model(copy, evaluation_mode=True)
 
