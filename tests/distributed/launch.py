@@ -69,7 +69,7 @@ def command(backend: str, jobs: list[dict[str, Any]], folder: Path, **deepspeed:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    files = {name: folder / f"{name}.safetensors" for name in ("student", "teacher", "merged")}
+    files = {name: folder / f"{name}.safetensors" for name in ("student", "teacher", "merged", "average")}
     return {
         **json.loads((folder / "result.json").read_text()),
         **{name: load_file(file) if file.exists() else {} for name, file in files.items()},

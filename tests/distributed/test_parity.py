@@ -42,6 +42,8 @@ ON_CPU = [
     job("opsdc", "full", name="adam-periodic", teacher_update_steps=2, **ADAM),
     job("opsd", "lora", name="adam-lora", gradient_checkpointing=True, **ADAM),
 ]
+# An average in bf16 would not move at this rate
+BF16 = job("opsd", "full", name="bf16", max_steps=2, teacher="ema", teacher_update_rate=0.01, bf16=True)
 OFFLOADED = job("opsd", "full", name="offloaded", max_steps=6, teacher_offload=True)
 
 
@@ -71,10 +73,10 @@ def assert_same(found, expected, metrics=METRICS):
     [
         ("ddp", "MULTI_CPU", None, [*JOBS, *VARIANTS, OFFLOADED, BUDGET], {}),
         ("zero2", "DEEPSPEED", 1, [JOBS[1], *VARIANTS], {"zero_stage": 1}),
-        ("zero2", "DEEPSPEED", 2, [*JOBS, *VARIANTS], {}),
-        ("zero3", "DEEPSPEED", 3, [*JOBS, *VARIANTS], {}),
+        ("zero2", "DEEPSPEED", 2, [*JOBS, *VARIANTS, BF16], {}),
+        ("zero3", "DEEPSPEED", 3, [*JOBS, *VARIANTS, BF16], {}),
         ("zero3", "DEEPSPEED", 3, ON_CPU, OFFLOAD),
-        ("fsdp2", "FSDP", None, [*JOBS, *VARIANTS], {}),
+        ("fsdp2", "FSDP", None, [*JOBS, *VARIANTS, BF16], {}),
     ],
     ids=["ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2"],
 )
@@ -91,6 +93,12 @@ def test_two_processes_equal_one(backend, world, zero_stage, jobs, deepspeed, on
         first_rank, second_rank = result["num_passes"]
         assert first_rank == second_rank
         assert (max(first_rank) > 1) == (name == "budget")
+        assert (result["num_units"] > 1) == (backend == "fsdp2")
+        for key, value in result["average"].items():
+            torch.testing.assert_close(result["teacher"][key].double(), value, rtol=0, atol=1e-6, msg=key)
+        if name == "bf16":  # rounds differently on two processes
+            assert result["average"]
+            continue
         assert_same(result, one_process[name])
         assert result["benchmarks"] == one_process[name]["benchmarks"]
         assert len(result["benchmarks"]) == (3 if name == "benchmarks" else 0)

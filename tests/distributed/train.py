@@ -13,11 +13,13 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from tiny import make_model, make_tokenizer
+from torch.distributed.fsdp import FSDPModule
 from trl.distributed import DistributedBackend
 
 from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer
 from trl_opsd.scripts.utils import find_checkpoint
-from trl_opsd.teacher.sharding import part_of
+from trl_opsd.teacher import EMATeacher
+from trl_opsd.teacher.sharding import part_of, whole_value
 from trl_opsd.trainer.merged_weights import merged_weights
 
 
@@ -99,6 +101,24 @@ def count_passes(trainer, num_passes: list[int]) -> None:
     trainer._passes = counting
 
 
+def follow_average(trainer) -> dict[str, torch.Tensor]:
+    """What an EMA teacher has to hold: the same average in fp64, of whole weights."""
+    teacher, average = trainer.teacher, {}
+    if not isinstance(teacher, EMATeacher):
+        return average
+    move = teacher.on_step_end
+
+    def following(step):
+        if not average:
+            average.update({name: whole_value(own, part_of(own)).double() for name, _, own in teacher._copy.pairs()})
+        move(step)
+        for name, student, _ in teacher._copy.pairs():
+            average[name].lerp_(whole_value(student, part_of(student)).double(), teacher._rate)
+
+    teacher.on_step_end = following
+    return average
+
+
 def share_held(model: torch.nn.Module) -> float:
     """Share of a model's entries this process holds."""
     whole = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()]
@@ -117,12 +137,13 @@ def merged_for_vllm(trainer, student: torch.nn.Module) -> dict[str, torch.Tensor
     return merged
 
 
-def report(trainer, num_passes: list[int], output_dir: Path) -> None:
+def report(trainer, num_passes: list[int], average: dict[str, torch.Tensor], output_dir: Path) -> None:
     accelerator = trainer.accelerator
     student = accelerator.unwrap_model(trainer.model)
     with trainer.teacher.weights(trainer.model_wrapped) as module:
         teacher = accelerator.unwrap_model(module)
         shares = gather_object([[share_held(student), share_held(teacher)]])
+        num_units = sum(isinstance(module, FSDPModule) for module in teacher.modules())
     num_passes = gather_object([num_passes])
     merged = merged_for_vllm(trainer, student)
     state = accelerator.get_state_dict(trainer.model_wrapped)
@@ -142,8 +163,9 @@ def report(trainer, num_passes: list[int], output_dir: Path) -> None:
     result["world"] = [accelerator.num_processes, accelerator.distributed_type.value]
     result["zero_stage"] = None if plugin is None else plugin.zero_stage
     result["shares"] = shares
+    result["num_units"] = num_units
     (output_dir / "result.json").write_text(json.dumps(result))
-    for name, values in {"student": state, "merged": merged}.items():
+    for name, values in {"student": state, "merged": merged, "average": average}.items():
         save_file(
             {key: value.clone().contiguous() for key, value in values.items()}, output_dir / f"{name}.safetensors"
         )
@@ -160,8 +182,9 @@ def run(job: dict[str, Any], output_dir: Path) -> None:
     num_passes: list[int] = []
     trainer = make_trainer(job, output_dir)
     count_passes(trainer, num_passes)
+    average = follow_average(trainer)
     trainer.train(resume_from_checkpoint=checkpoint_of(job["resume"], output_dir))
-    report(trainer, num_passes, output_dir)
+    report(trainer, num_passes, average, output_dir)
 
 
 if __name__ == "__main__":

@@ -192,6 +192,8 @@ def test_external_teacher_with_a_padded_vocabulary(refused, tmp_path):
         ("fsdp", {"fsdp_version": 2, "reshard_after_forward": False}, "ema", "`fsdp_reshard_after_forward: false`"),
         ("ddp", {}, "live", "asks for FSDP, but accelerate runs `MULTI_CPU` on 2 processes"),
         ("zero", {"offload_param": {"device": "nvme"}}, "initial", "ZeRO-3 keeps on NVMe"),
+        ("zero", {"zero_quantized_nontrainable_weights": True}, "ema", "keeps weights that no gradient trains"),
+        ("fp8", {}, "ema", "Set `mixed_precision: bf16`"),
         ("zero", {"stage": 2}, "offloaded", "DeepSpeed and FSDP2 manage the teacher's weights themselves"),
         ("lora", {}, "offloaded", "has no effect on `teacher='initial'` of a LoRA adapter"),
     ],
@@ -203,7 +205,7 @@ def test_sharding_that_cannot_work(kind, plugin, teacher, message, monkeypatch, 
         deepspeed_plugin=SimpleNamespace(deepspeed_config={"zero_optimization": plugin}) if kind == "zero" else None,
         distributed_type=SimpleNamespace(value="MULTI_CPU"),
     )
-    accelerator = SimpleNamespace(state=state, num_processes=2)
+    accelerator = SimpleNamespace(state=state, num_processes=2, mixed_precision="fp8" if kind == "fp8" else "no")
     policy = make_model(make_tokenizer())
     settings = {"teacher_offload": True} if teacher == "offloaded" else {"teacher": teacher}
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -1,6 +1,6 @@
 """Where a model keeps its backbone and its language-model head."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import align_module_device
@@ -42,7 +42,10 @@ def unsharded(head: Head) -> Head:
     """The head with FSDP2's shards gathered, once, into plain tensors."""
 
     def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if not isinstance(tensor, DTensor):
+            return tensor
+        on_device = tensor.to(tensor.device_mesh.device_type)  # it may be offloaded
+        return cast(DTensor, on_device).full_tensor()
 
     weight = whole(head.weight)
     assert weight is not None

@@ -26,7 +26,7 @@ from .self_distillation_config import SelfDistillationConfig
 
 def check_world(args: SelfDistillationConfig, accelerator: Accelerator, policy: PreTrainedModel | PeftModel) -> None:
     """
-    Refuse processes that are not those asked for, and sharding that the teacher does not work with.
+    Refuse processes that are not those asked for, and sharding or precision that the teacher does not work with.
 
     Raises:
         ValueError: Naming the setting and the way out.
@@ -51,6 +51,12 @@ def check_world(args: SelfDistillationConfig, accelerator: Accelerator, policy: 
             "set `distributed_type: DEEPSPEED`, or leave it out."
         )
     is_updated = args.teacher in ("periodic", "ema")
+    if is_updated and accelerator.mixed_precision == "fp8":
+        raise ValueError(
+            f"`teacher='{args.teacher}'` follows the policy's weights, which `mixed_precision: fp8` may keep as 8-bit "
+            "numbers with scales of their own. Set `mixed_precision: bf16` in the accelerate configuration, or choose "
+            "another `teacher`."
+        )
     trains_all = not isinstance(policy, PeftModel)
     if args.teacher_offload:
         if fsdp is not None or deepspeed is not None:
@@ -70,6 +76,12 @@ def check_world(args: SelfDistillationConfig, accelerator: Accelerator, policy: 
         raise ValueError(
             f"`teacher='{args.teacher}'` cannot be copied from weights that ZeRO-3 keeps on NVMe. Set "
             "`offload_param_device: cpu` in the accelerate configuration, or `teacher='live'`."
+        )
+    if is_updated and zero.get("zero_quantized_nontrainable_weights"):
+        raise ValueError(
+            "With `zero_quantized_nontrainable_weights: true`, ZeRO-3 keeps weights that no gradient trains, those of "
+            f"`teacher='{args.teacher}'` among them, as 8-bit numbers. Set it to `false` in the DeepSpeed "
+            "configuration."
         )
     if is_updated and trains_all and fsdp is not None and not fsdp.reshard_after_forward:
         raise ValueError(
@@ -133,8 +145,16 @@ def make_teacher(
         `tuple[Teacher, str | None]`: the teacher, and the fingerprint of an external one.
 
     Raises:
-        ValueError: If these processes cannot hold it.
+        ValueError: If these processes cannot hold it, or training would change it unasked.
     """
+    if isinstance(policy, PeftModel) and args.teacher not in ("live", "external"):
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad and policy.peft_config.keys().isdisjoint(name.split(".")):
+                raise ValueError(
+                    f"`teacher='{args.teacher}'` shares the base model with the policy, and training would change it: "
+                    f'{name!r} is trained and belongs to no adapter. Set `bias="none"` in the adapter\'s '
+                    "configuration, freeze what else is trained of the base, or set `teacher='live'`."
+                )
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
 
     def shard(copy: nn.Module) -> nn.Module:
@@ -149,6 +169,11 @@ def make_teacher(
                     f"for `teacher='{args.teacher}'` is made. Set it to `false` in the accelerate configuration, as "
                     "recipes/accelerate/fsdp2.yaml does."
                 )
+            # Each layer by itself, as accelerate wraps the policy, or every pass would gather the whole model at once
+            layers = getattr(copy, "_no_split_modules", None) or ()
+            for module in reversed(list(copy.modules())):
+                if type(module).__name__ in layers:
+                    prepare_fsdp(module, accelerator)
             return prepare_fsdp(copy, accelerator)
         return accelerator.prepare_model(copy, evaluation_mode=True)
 

@@ -1,0 +1,50 @@
+"""From the configuration to the teacher."""
+
+from types import SimpleNamespace
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from tiny import make_model
+
+from trl_opsd import OPSDConfig
+from trl_opsd.trainer.teachers import make_teacher
+
+
+@pytest.fixture
+def make(tokenizer, tmp_path):
+    state = SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=None)
+
+    def make(teacher, unfrozen=None, **lora):
+        config = LoraConfig(**{"target_modules": ["q_proj"], **lora})
+        policy = get_peft_model(make_model(tokenizer, attention_bias=True), config)
+        if unfrozen is not None:
+            policy.get_parameter(unfrozen).requires_grad_(True)
+        args = OPSDConfig(str(tmp_path), use_cpu=True, teacher=teacher)
+        return make_teacher(args, SimpleNamespace(state=state), policy, adapter_starts_at_zero=True)
+
+    return make
+
+
+@pytest.mark.parametrize("teacher", ["initial", "periodic", "ema"])
+@pytest.mark.parametrize(
+    ("settings", "trained"),
+    [
+        ({"bias": "lora_only"}, r"layers\.0\.self_attn\.q_proj\.base_layer\.bias'"),
+        ({"unfrozen": "base_model.model.model.norm.weight"}, r"base_model\.model\.model\.norm\.weight'"),
+    ],
+)
+def test_base_model_that_trains_is_refused(make, teacher, settings, trained):
+    """The teacher would drift with it: one that is to be the initial policy, too."""
+    with pytest.raises(ValueError, match=rf"`teacher='{teacher}'` shares .*{trained} is trained .* `bias=\"none\"`"):
+        make(teacher, **settings)
+    make("live", **settings)
+
+
+@pytest.mark.parametrize("teacher", ["initial", "periodic", "ema"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}, {"use_dora": True}, {"lora_bias": True}],
+    ids=str,
+)
+def test_all_that_belongs_to_an_adapter_may_train(make, teacher, settings):
+    make(teacher, **settings)
