@@ -22,36 +22,59 @@ ENVIRONMENT = {
 
 
 def job(
-    method: str, weights: str, name: str = "", resume: str | None = None, model: str | None = None, **settings: Any
+    method: str,
+    weights: str,
+    name: str = "",
+    resume: str | None = None,
+    model: str | None = None,
+    rows: int = 4,
+    shuffle: bool = True,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """A training run: its folder, what it resumes from, the folder of its model, and fields of the configuration."""
+    """
+    A training run: its folder, what it resumes from, the folder of its model, rollouts of an optimizer step, whether a
+    generation is shuffled before it is cut into micro-batches, and fields of the configuration.
+    """
     return {
         "name": name or f"{method}-{weights}",
         "method": method,
         "weights": weights,
         "resume": resume,
         "model": model,
+        "rows": rows,
+        "shuffle": shuffle,
+        "environment": {},
         "settings": settings,
     }
 
 
-def launch(backend: str, jobs: list[dict[str, Any]], folder: Path, **deepspeed: Any) -> dict[str, dict[str, Any]]:
+def with_deepspeed(job: dict[str, Any], name: str, **config: Any) -> dict[str, Any]:
+    """A job with other values of `deepspeed_config` than the recipe's, handed on as `accelerate launch` does."""
+    environment = {f"ACCELERATE_DEEPSPEED_{key.upper()}": str(value) for key, value in config.items()}
+    return {**job, "name": f"{name}:{job['name']}", "environment": environment}
+
+
+def launch(backend: str, jobs: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
     """
     Run jobs one after the other, on one process ("single") or on two.
 
     Returns what each wrote: `result.json`, and the weights of the student, of the teacher, and for vLLM.
     """
     done = subprocess.run(
-        command(backend, jobs, folder, **deepspeed), env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
+        command(backend, jobs, folder), env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return {job["name"]: read(folder / job["name"]) for job in jobs}
 
 
-def command(backend: str, jobs: list[dict[str, Any]], folder: Path, **deepspeed: Any) -> list[str]:
-    """The command that runs jobs in a folder, which may hold what an earlier run of them left."""
+def write_jobs(folder: Path, jobs: list[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
+
+
+def command(backend: str, jobs: list[dict[str, Any]], folder: Path) -> list[str]:
+    """The command that runs jobs in a folder."""
+    write_jobs(folder, jobs)
     if backend == "single":
         launcher = []
     elif backend == "ddp":  # accelerate would start a single process for a CPU world of several
@@ -60,7 +83,6 @@ def command(backend: str, jobs: list[dict[str, Any]], folder: Path, **deepspeed:
         name = "single" if backend == "MULTI_CPU" else backend
         config = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
         config |= {"use_cpu": True, "mixed_precision": "no", "num_processes": 2, "main_process_port": 0}
-        config.get("deepspeed_config", {}).update(deepspeed)
         if backend == "MULTI_CPU":
             config["distributed_type"] = backend
         (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
@@ -72,5 +94,6 @@ def read(folder: Path) -> dict[str, Any]:
     files = {name: folder / f"{name}.safetensors" for name in ("student", "teacher", "merged", "average")}
     return {
         **json.loads((folder / "result.json").read_text()),
+        "first_step": int((folder / "first_step").read_text()),
         **{name: load_file(file) if file.exists() else {} for name, file in files.items()},
     }

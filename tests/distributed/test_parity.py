@@ -4,7 +4,8 @@ import subprocess
 
 import pytest
 import torch
-from distributed.launch import ENVIRONMENT, command, job, launch
+from distributed.launch import ENVIRONMENT, command, job, launch, with_deepspeed
+from distributed.resume import BETWEEN, assert_resumed, pair
 
 
 STEPS = 20
@@ -16,12 +17,32 @@ JOBS = [
 ]
 # Two rollouts of a prompt share its teacher prompt. In some steps, one process would need one pass for its two rows,
 # and the other two passes.
-BUDGET = job("opsd", "full", name="budget", max_steps=4, num_generations=2, max_tokens_per_microbatch=896)
-
-
-OFFLOAD = {"offload_optimizer_device": "cpu", "offload_param_device": "cpu"}
+BUDGET = job(
+    "opsd",
+    "full",
+    name="budget",
+    rows=8,
+    shuffle=False,
+    gradient_accumulation_steps=2,
+    max_steps=4,
+    num_generations=2,
+    max_tokens_per_microbatch=896,
+)
+ACCUMULATION = job(
+    "opsd",
+    "full",
+    name="accumulation",
+    shuffle=False,
+    gradient_accumulation_steps=2,
+    steps_per_generation=4,
+    gradient_checkpointing=True,
+    max_steps=4,
+)
+CHECKPOINTING = job("opsd", "lora", name="checkpointing", max_steps=6, gradient_checkpointing=True)
 VARIANTS = [
-    job("opsd", "lora", name="checkpointing", max_steps=6, gradient_checkpointing=True),
+    BUDGET,
+    ACCUMULATION,
+    CHECKPOINTING,
     job(
         "opsd",
         "full",
@@ -35,6 +56,8 @@ VARIANTS = [
     ),
     job("opsd", "full", name="iterations", max_steps=6, num_iterations=2, teacher="ema", teacher_update_rate=0.2),
 ]
+OFFLOADED = job("opsd", "full", name="offloaded", max_steps=6, teacher_offload=True)
+ZERO1 = [with_deepspeed(job, "zero1", zero_stage=1) for job in (JOBS[1], BUDGET, ACCUMULATION, CHECKPOINTING)]
 # Offloading the optimizer turns SGD into Adam. This epsilon keeps its steps for gradients that are almost zero small
 ADAM = {"max_steps": 6, "optim": "adamw_torch", "learning_rate": 0.01, "adam_epsilon": 0.01}
 ON_CPU = [
@@ -44,14 +67,21 @@ ON_CPU = [
 ]
 # An average in bf16 would not move at this rate
 BF16 = job("opsd", "full", name="bf16", max_steps=2, teacher="ema", teacher_update_rate=0.01, bf16=True)
-OFFLOADED = job("opsd", "full", name="offloaded", max_steps=6, teacher_offload=True)
+OFFLOAD = [
+    with_deepspeed(job, "offload", offload_optimizer_device="cpu", offload_param_device="cpu") for job in ON_CPU
+]
+RESUMED = [*pair("full", "between-full", **BETWEEN), *pair("lora", "between-lora", **BETWEEN)]
+SPLIT = [{**job, "name": f"split-{job['name']}"} for job in JOBS]
+for split in SPLIT:
+    split["settings"] = {**split["settings"], "gradient_accumulation_steps": 4}
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    return launch(
-        "single", [*JOBS, *VARIANTS, *ON_CPU, OFFLOADED, BUDGET], tmp_path_factory.mktemp("parity") / "single"
-    )
+    jobs = [*JOBS, *SPLIT, *VARIANTS, *ON_CPU, OFFLOADED]
+    found = launch("single", jobs, tmp_path_factory.mktemp("parity") / "single")
+    assert all(result["world"] == [1, "NO"] for result in found.values())
+    return found
 
 
 METRICS = ("loss", "distillation_loss", "entropy", "num_generated_tokens", "teacher_prompts/max_length")
@@ -66,30 +96,42 @@ def assert_same(found, expected, metrics=METRICS):
             torch.testing.assert_close(found[side][name], value, rtol=1e-5, atol=1e-5, msg=f"{side}: {name}")
 
 
+# ZeRO's stage, the optimizer it runs, and whether parameters are offloaded
+DEEPSPEED = {
+    "zero1": [1, "SGD", False],
+    "zero2": [2, "SGD", False],
+    "zero3": [3, "SGD", False],
+    "offload": [3, "DeepSpeedCPUAdam", True],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("backend", "world", "zero_stage", "jobs", "deepspeed"),
+    ("backend", "world", "jobs", "resumed"),
     [
-        ("ddp", "MULTI_CPU", None, [*JOBS, *VARIANTS, OFFLOADED, BUDGET], {}),
-        ("zero2", "DEEPSPEED", 1, [JOBS[1], *VARIANTS], {"zero_stage": 1}),
-        ("zero2", "DEEPSPEED", 2, [*JOBS, *VARIANTS, BF16], {}),
-        ("zero3", "DEEPSPEED", 3, [*JOBS, *VARIANTS, BF16], {}),
-        ("zero3", "DEEPSPEED", 3, ON_CPU, OFFLOAD),
-        ("fsdp2", "FSDP", None, [*JOBS, *VARIANTS, BF16], {}),
+        ("ddp", "MULTI_CPU", [*JOBS, *VARIANTS, OFFLOADED], RESUMED),
+        ("zero2", "DEEPSPEED", [*JOBS, *VARIANTS, *ZERO1, BF16], []),
+        ("zero3", "DEEPSPEED", [*JOBS, *VARIANTS, *OFFLOAD, BF16], []),
+        ("fsdp2", "FSDP", [*JOBS, *VARIANTS, BF16], RESUMED),
     ],
-    ids=["ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2"],
+    ids=["ddp", "zero2", "zero3", "fsdp2"],
 )
-def test_two_processes_equal_one(backend, world, zero_stage, jobs, deepspeed, one_process, tmp_path):
-    found = launch(backend, jobs, tmp_path / backend, **deepspeed)
+def test_two_processes_equal_one(backend, world, jobs, resumed, one_process, tmp_path):
+    found = launch(backend, [*jobs, *resumed], tmp_path / backend)
 
-    for name, result in found.items():
+    share = pytest.approx(0.5, abs=0.02) if backend in ("zero3", "fsdp2") else 1.0
+    share_updated = 1.0 if backend == "ddp" else pytest.approx(0.5, abs=0.02)
+    for result in found.values():
         assert result["world"] == [2, world]
-        assert result["zero_stage"] == zero_stage
-        for student, teacher in result["shares"]:
-            share = pytest.approx(0.5, abs=0.02) if backend in ("zero3", "fsdp2") else 1.0
+        for student, teacher, updated in result["shares"]:
             assert student == share
             assert teacher == share
+            assert updated == share_updated
+    for full_name in (run["name"] for run in jobs):
+        *prefix, name = full_name.split(":")
+        result = found[full_name]
+        assert result["deepspeed"] == DEEPSPEED.get(prefix[0] if prefix else backend)
         first_rank, second_rank = result["num_passes"]
         assert first_rank == second_rank
         assert (max(first_rank) > 1) == (name == "budget")
@@ -102,17 +144,18 @@ def test_two_processes_equal_one(backend, world, zero_stage, jobs, deepspeed, on
         assert_same(result, one_process[name])
         assert result["benchmarks"] == one_process[name]["benchmarks"]
         assert len(result["benchmarks"]) == (3 if name == "benchmarks" else 0)
+    for name in (run["name"] for run in resumed if run["resume"] is None):
+        assert_resumed(found, name)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_micro_batches_equal_one_batch(one_process, tmp_path):
-    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-    jobs = [{**job, "settings": {**job["settings"], **split}} for job in JOBS]
-
-    for name, result in launch("single", jobs, tmp_path / "split").items():
-        assert len(result["num_passes"][0]) == 4 * STEPS
-        assert_same(result, one_process[name], ["loss"])  # other metrics are means of the micro-batches' means
+def test_micro_batches_equal_one_batch(one_process):
+    for name in (run["name"] for run in JOBS):
+        split = one_process[f"split-{name}"]
+        assert len(split["num_passes"][0]) == 4 * STEPS
+        # Other metrics are means of the micro-batches' means
+        assert_same(split, one_process[name], ["loss"])
 
 
 @pytest.mark.distributed

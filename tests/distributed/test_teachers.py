@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.launch import job, launch
+from distributed.launch import launch
+from distributed.resume import BETWEEN, assert_resumed, pair
 from peft import PeftModel
 from tiny import make_model, make_tokenizer
 
@@ -19,7 +20,6 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "ema": {"teacher_update_rate": 0.3},
     "external": {},
 }
-SAVING = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -38,35 +38,29 @@ def models(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("weights", ["lora", "full"])
-def test_every_teacher_trains_saves_and_resumes(weights, models, tmp_path):
+def test_every_teacher_trains_saves_and_resumes(models, tmp_path):
     jobs = []
-    for teacher, settings in TEACHERS.items():
-        settings = {**SAVING, "teacher": teacher, **settings}
-        if teacher == "external":
-            settings["teacher_model_name_or_path"] = str(models / "external")
-        for name, resume in ((teacher, None), (f"{teacher}-resumed", f"{teacher}/run/checkpoint-3")):
-            jobs.append(job("opsd", weights, name, resume, str(models / "policy"), **settings))
-    # Checkpoint 3 lies between two generations
-    settings = {**SAVING, "teacher": "ema", "steps_per_generation": 2, "num_iterations": 2}
-    for name, resume in (("between", None), ("between-resumed", "between/run/checkpoint-3")):
-        jobs.append(job("opsd", weights, name, resume, str(models / "policy"), **settings))
+    for weights in ("lora", "full"):
+        for teacher, settings in TEACHERS.items():
+            settings = {"teacher": teacher, **settings}
+            if teacher == "external":
+                settings["teacher_model_name_or_path"] = str(models / "external")
+            jobs += pair(weights, f"{weights}-{teacher}", str(models / "policy"), **settings)
+        jobs += pair(weights, f"{weights}-between", str(models / "policy"), **BETWEEN)
 
     found = launch("zero3", jobs, tmp_path / "run")
 
+    for name, result in found.items():
+        assert result["world"] == [2, "DEEPSPEED"]
+        assert result["deepspeed"][0] == 3
+        assert all(share == pytest.approx(0.5, abs=0.02) for shares in result["shares"] for share in shares)
+        if not name.endswith("-resumed"):
+            assert_resumed(found, name)
     for teacher in [*TEACHERS, "between"]:
-        whole, resumed = found[teacher], found[f"{teacher}-resumed"]
-        assert whole["world"] == [2, "DEEPSPEED"]
-        assert all(share == pytest.approx(0.5, abs=0.02) for shares in whole["shares"] for share in shares)
-        assert resumed["loss"] == whole["loss"]
-        for side in ("student", "teacher"):
-            assert resumed[side].keys() == whole[side].keys()
-            for name, value in whole[side].items():
-                assert torch.equal(resumed[side][name], value), f"{teacher}, {side}: {name}"
-        if weights == "lora":
-            assert_loads_in_plain_peft(tmp_path / "run" / teacher, whole["student"])
-    losses = [tuple(found[teacher]["loss"]) for teacher in TEACHERS]
-    assert len(set(losses)) == len(losses)  # five different teachers
+        assert_loads_in_plain_peft(tmp_path / "run" / f"lora-{teacher}", found[f"lora-{teacher}"]["student"])
+    for weights in ("lora", "full"):
+        losses = {tuple(found[f"{weights}-{teacher}"]["loss"]) for teacher in TEACHERS}
+        assert len(losses) == len(TEACHERS)  # five different teachers
 
 
 def assert_loads_in_plain_peft(folder, state):

@@ -3,8 +3,10 @@
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import state as accelerate_state
@@ -15,6 +17,8 @@ from safetensors.torch import save_file
 from tiny import make_model, make_tokenizer
 from torch.distributed.fsdp import FSDPModule
 from trl.distributed import DistributedBackend
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import shuffle_sequence_dict
 
 from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer
 from trl_opsd.scripts.utils import find_checkpoint
@@ -51,6 +55,7 @@ def skip_unused_op() -> None:
 
 def make_trainer(job: dict[str, Any], output_dir: Path):
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    num_micro_batches = job["settings"].get("gradient_accumulation_steps", 1)
     config_class, trainer_class = {"opsd": (OPSDConfig, OPSDTrainer), "opsdc": (OPSDCConfig, OPSDCTrainer)}[
         job["method"]
     ]
@@ -69,7 +74,7 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
         "logging_steps": 1,
         "save_strategy": "no",
         "shuffle_dataset": False,
-        "per_device_train_batch_size": 4 // world_size,
+        "per_device_train_batch_size": job["rows"] // world_size // num_micro_batches,
         "gradient_accumulation_steps": 1,
         "max_completion_length": 8,
         "optim": "sgd",  # Adam would blow up the rounding of gradients that are almost zero
@@ -78,6 +83,12 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
         **job["settings"],
     }
     args = config_class(**settings)
+    if args.deepspeed_plugin is not None:  # or ZeRO-3 would keep weights as small as these whole
+        zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = 0
+    grpo_trainer.shuffle_sequence_dict = (
+        shuffle_sequence_dict if job["shuffle"] else partial(deal, num_micro_batches=args.steps_per_generation)
+    )
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     return trainer_class(
         model=job["model"] or make_model(tokenizer),
@@ -89,11 +100,20 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
     )
 
 
-def count_passes(trainer, num_passes: list[int]) -> None:
-    """Append how often the student is run for each micro-batch."""
+def deal(batch: dict[str, Any], num_micro_batches: int) -> dict[str, Any]:
+    """Order the rows of a generation such that micro-batches hold the same rows on one process and on two."""
+    num_processes = 2 // int(os.environ.get("WORLD_SIZE", "1"))
+    order = torch.arange(len(batch["prompt_ids"])).view(num_processes, num_micro_batches, -1).transpose(0, 1).flatten()
+    return {name: value[order] if getattr(value, "ndim", 0) else value for name, value in batch.items()}
+
+
+def count_passes(trainer, num_passes: list[int], output_dir: Path) -> None:
+    """Append how often the student is run for each micro-batch, and write down after which step the first came."""
     passes = trainer._passes
 
     def counting(inputs):
+        if not num_passes:
+            (output_dir / "first_step").write_text(str(trainer.state.global_step))
         cut = passes(inputs)
         num_passes.append(len(cut))
         return cut
@@ -122,7 +142,29 @@ def follow_average(trainer) -> dict[str, torch.Tensor]:
 def share_held(model: torch.nn.Module) -> float:
     """Share of a model's entries this process holds."""
     whole = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()]
-    return sum(part_of(parameter).numel() for parameter in model.parameters()) / sum(whole)
+    held = [part_of(parameter).numel() for parameter in model.parameters()]
+    gathered = [parameter.numel() for parameter in model.parameters() if hasattr(parameter, "ds_tensor")]  # or 0
+    return sum(held + gathered) / sum(whole)
+
+
+def share_updated(trainer) -> float:
+    """Share of the trained entries this process's optimizer updates."""
+    optimizer = trainer.optimizer.optimizer
+    parts = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 hands these over one at a time
+    if parts is None:
+        parts = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    whole = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained]
+    return sum(part_of(part).numel() for part in parts) / sum(whole)
+
+
+def deepspeed_in_use(trainer) -> list[Any] | None:
+    """ZeRO's stage, the optimizer it runs, and whether parameters are offloaded."""
+    if not trainer.is_deepspeed_enabled:
+        return None
+    engine = trainer.model_wrapped
+    offloads = getattr(engine.optimizer, "offload_param", False)
+    return [engine.zero_optimization_stage(), type(engine.optimizer.optimizer).__name__, offloads]
 
 
 def merged_for_vllm(trainer, student: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -140,9 +182,10 @@ def merged_for_vllm(trainer, student: torch.nn.Module) -> dict[str, torch.Tensor
 def report(trainer, num_passes: list[int], average: dict[str, torch.Tensor], output_dir: Path) -> None:
     accelerator = trainer.accelerator
     student = accelerator.unwrap_model(trainer.model)
+    updated = share_updated(trainer)  # here, because the teacher may switch the trained adapter off
     with trainer.teacher.weights(trainer.model_wrapped) as module:
         teacher = accelerator.unwrap_model(module)
-        shares = gather_object([[share_held(student), share_held(teacher)]])
+        shares = gather_object([[share_held(student), share_held(teacher), updated]])
         num_units = sum(isinstance(module, FSDPModule) for module in teacher.modules())
     num_passes = gather_object([num_passes])
     merged = merged_for_vllm(trainer, student)
@@ -153,7 +196,6 @@ def report(trainer, num_passes: list[int], average: dict[str, torch.Tensor], out
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = ("loss", "distillation_loss", "entropy", "num_generated_tokens", "teacher_prompts/max_length")
     result = {name: [entry[name] for entry in history if name in entry] for name in names}
-    plugin = accelerator.state.deepspeed_plugin
     result["benchmarks"] = [
         {name: value for name, value in entry.items() if name.startswith(("eval_playground", "step"))}
         for entry in trainer.state.log_history
@@ -161,7 +203,7 @@ def report(trainer, num_passes: list[int], average: dict[str, torch.Tensor], out
     ]
     result["num_passes"] = num_passes
     result["world"] = [accelerator.num_processes, accelerator.distributed_type.value]
-    result["zero_stage"] = None if plugin is None else plugin.zero_stage
+    result["deepspeed"] = deepspeed_in_use(trainer)
     result["shares"] = shares
     result["num_units"] = num_units
     (output_dir / "result.json").write_text(json.dumps(result))
@@ -180,11 +222,12 @@ def checkpoint_of(resume: str | None, output_dir: Path) -> str | None:
 def run(job: dict[str, Any], output_dir: Path) -> None:
     output_dir.mkdir(exist_ok=True)
     num_passes: list[int] = []
-    trainer = make_trainer(job, output_dir)
-    count_passes(trainer, num_passes)
-    average = follow_average(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint_of(job["resume"], output_dir))
-    report(trainer, num_passes, average, output_dir)
+    with patch.dict(os.environ, job["environment"]):  # what a job sets is not for the next one
+        trainer = make_trainer(job, output_dir)
+        count_passes(trainer, num_passes, output_dir)
+        average = follow_average(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint_of(job["resume"], output_dir))
+        report(trainer, num_passes, average, output_dir)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import make_model
+from transformers import TrainerCallback
 
 from trl_opsd import SelfDistillationTrainer
 from trl_opsd.serving import ServerError
@@ -105,12 +106,23 @@ def test_resumed_equals_uninterrupted_in_the_middle(make_trainer, settings):
     assert_resumed_equals_uninterrupted(lambda: make_trainer(**{"teacher": "initial", **settings}))
 
 
+class Steps(TrainerCallback):
+    def __init__(self):
+        self.taken = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.taken.append(state.global_step)
+
+
 def assert_resumed_equals_uninterrupted(make):
     whole = make()
     whole.train()
     torch.manual_seed(123)
     resumed = make()
+    steps = Steps()
+    resumed.add_callback(steps)
     resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / f"checkpoint-{whole.args.save_steps}"))
+    assert steps.taken == list(range(whole.args.save_steps + 1, whole.args.max_steps + 1))
 
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
