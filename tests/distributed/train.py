@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import state as accelerate_state
@@ -122,7 +123,8 @@ def share_held(model: torch.nn.Module) -> float:
     """Share of a model's entries this process holds."""
     whole = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()]
     held = [part_of(parameter).numel() for parameter in model.parameters()]
-    gathered = [parameter.numel() for parameter in model.parameters() if hasattr(parameter, "ds_tensor")]  # or 0
+    # A value that ZeRO-3 has gathered lies beside the part, and is empty once it is released
+    gathered = [parameter.numel() for parameter in model.parameters() if hasattr(parameter, "ds_tensor")]
     return sum(held + gathered) / sum(whole)
 
 
@@ -198,12 +200,12 @@ def checkpoint_of(resume: str | None, output_dir: Path) -> str | None:
 
 def run(job: dict[str, Any], output_dir: Path) -> None:
     output_dir.mkdir(exist_ok=True)
-    os.environ.update(job["environment"])
     num_passes: list[int] = []
-    trainer = make_trainer(job, output_dir)
-    count_passes(trainer, num_passes, output_dir)
-    trainer.train(resume_from_checkpoint=checkpoint_of(job["resume"], output_dir))
-    report(trainer, num_passes, output_dir)
+    with patch.dict(os.environ, job["environment"]):
+        trainer = make_trainer(job, output_dir)
+        count_passes(trainer, num_passes, output_dir)
+        trainer.train(resume_from_checkpoint=checkpoint_of(job["resume"], output_dir))
+        report(trainer, num_passes, output_dir)
 
 
 if __name__ == "__main__":
