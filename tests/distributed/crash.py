@@ -46,7 +46,7 @@ def crash(job: dict[str, Any], folder: Path, num_kills: int) -> dict[str, Any]:
         while process.is_alive() and steps(output_dir)[-1] == before:
             time.sleep(0.002)
         if kill % 2:  # the others hit the checkpoint that has just been begun
-            time.sleep(chance.uniform(0, 0.1))
+            time.sleep(chance.uniform(0, 0.4))
         process.kill()
         process.join()
         if process.exitcode == 0:

@@ -38,7 +38,7 @@ ACCUMULATION = job(
     gradient_checkpointing=True,
     max_steps=4,
 )
-CHECKPOINTING = job("opsd", "lora", name="checkpointing", max_steps=6, gradient_checkpointing=True)
+CHECKPOINTING = job("opsd", "lora", name="checkpointing", max_steps=4, gradient_checkpointing=True)
 VARIANTS = [
     BUDGET,
     ACCUMULATION,
@@ -54,12 +54,12 @@ VARIANTS = [
         per_device_eval_batch_size=2,
         eval_benchmarks_sampling={"temperature": 0.0, "max_new_tokens": 12},
     ),
-    job("opsd", "full", name="iterations", max_steps=6, num_iterations=2, teacher="ema", teacher_update_rate=0.2),
+    job("opsd", "full", name="iterations", max_steps=4, num_iterations=2, teacher="ema", teacher_update_rate=0.2),
 ]
-OFFLOADED = job("opsd", "full", name="offloaded", max_steps=6, teacher_offload=True)
+OFFLOADED = job("opsd", "full", name="offloaded", max_steps=4, teacher_offload=True)
 ZERO1 = [with_deepspeed(job, "zero1", zero_stage=1) for job in (JOBS[1], BUDGET, ACCUMULATION, CHECKPOINTING)]
 # Offloading the optimizer turns SGD into Adam. This epsilon keeps its steps for gradients that are almost zero small
-ADAM = {"max_steps": 6, "optim": "adamw_torch", "learning_rate": 0.01, "adam_epsilon": 0.01}
+ADAM = {"max_steps": 4, "optim": "adamw_torch", "learning_rate": 0.01, "adam_epsilon": 0.01}
 ON_CPU = [
     job("opsd", "full", name="adam-ema", teacher="ema", teacher_update_rate=0.2, **ADAM),
     job("opsdc", "full", name="adam-periodic", teacher_update_steps=2, **ADAM),
@@ -76,7 +76,7 @@ for split in SPLIT:
     split["settings"] = {**split["settings"], "gradient_accumulation_steps": 4}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one_process(tmp_path_factory):
     jobs = [*JOBS, *SPLIT, *VARIANTS, *ON_CPU, OFFLOADED]
     found = launch("single", jobs, tmp_path_factory.mktemp("parity") / "single")

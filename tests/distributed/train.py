@@ -143,7 +143,8 @@ def share_held(model: torch.nn.Module) -> float:
     """Share of a model's entries this process holds."""
     whole = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()]
     held = [part_of(parameter).numel() for parameter in model.parameters()]
-    gathered = [parameter.numel() for parameter in model.parameters() if hasattr(parameter, "ds_tensor")]  # or 0
+    # A value that ZeRO-3 has gathered lies beside the part, and is empty once it is released
+    gathered = [parameter.numel() for parameter in model.parameters() if hasattr(parameter, "ds_tensor")]
     return sum(held + gathered) / sum(whole)
 
 
