@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from tiny import make_model, make_tokenizer
 from torch.distributed.fsdp import FSDPModule
+from transformers import TrainingArguments
 from trl.distributed import DistributedBackend
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import shuffle_sequence_dict
@@ -53,6 +54,13 @@ def skip_unused_op() -> None:
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def shard_small_weights(args: TrainingArguments) -> None:
+    """Have ZeRO-3 shard weights that it would keep whole, as small as they are."""
+    if args.deepspeed_plugin is not None:
+        zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = 0
+
+
 def make_trainer(job: dict[str, Any], output_dir: Path):
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     num_micro_batches = job["settings"].get("gradient_accumulation_steps", 1)
@@ -83,9 +91,7 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
         **job["settings"],
     }
     args = config_class(**settings)
-    if args.deepspeed_plugin is not None:  # or ZeRO-3 would keep weights as small as these whole
-        zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        zero["stage3_param_persistence_threshold"] = 0
+    shard_small_weights(args)
     grpo_trainer.shuffle_sequence_dict = (
         shuffle_sequence_dict if job["shuffle"] else partial(deal, num_micro_batches=args.steps_per_generation)
     )

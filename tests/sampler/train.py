@@ -6,7 +6,7 @@ import sys
 from functools import partial
 
 import torch
-from distributed.train import share_held, skip_unused_op
+from distributed.train import shard_small_weights, share_held, skip_unused_op
 from environment import SETTINGS, dataset, save_result
 from peft import LoraConfig
 from trl.generation import vllm_generation
@@ -55,18 +55,20 @@ def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
     # so one run does it for all.
     engine = {"dtype": dtype, "enforce_eager": dtype == "float32"}
     vllm_generation.LLM = partial(vllm_generation.LLM, **engine)
+    args = SelfDistillationConfig(
+        output_dir=f"{folder}/run",
+        model_init_kwargs={"dtype": dtype},
+        **SETTINGS,
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_max_model_length=512,
+        vllm_gpu_memory_utilization=0.1,
+        **settings,
+    )
+    shard_small_weights(args)
     trainer = SelfDistillationTrainer(
         f"{folder}/base",
-        args=SelfDistillationConfig(
-            output_dir=f"{folder}/run",
-            model_init_kwargs={"dtype": dtype},
-            **SETTINGS,
-            use_vllm=True,
-            vllm_mode="colocate",
-            vllm_max_model_length=512,
-            vllm_gpu_memory_utilization=0.1,
-            **settings,
-        ),
+        args=args,
         train_dataset=dataset(),
         peft_config=LoraConfig(r=8, target_modules="all-linear") if weights == "lora" else None,
     )
