@@ -125,7 +125,7 @@ def _opsdc(**settings: Any) -> dict[str, Any]:
 _ADDING = ("weak", "middling")
 _MIDDLING = ("middling",)
 # As published, with a constant rate, so that a collapse is not mended by the rate's decay
-_VERBOSE: dict[str, Any] = {"bases": ("verbose",), "steps": 100, "constant_rate": True}
+_VERBOSE: dict[str, Any] = {"bases": ("verbose",), "steps": 100, "constant_rate": True, "seconds_per_step": 1.8}
 # At the rate of OPSD, so that they differ in nothing else, and constant: what happens if the training just goes on?
 _LONG: dict[str, Any] = {
     "bases": _MIDDLING,
@@ -171,6 +171,7 @@ ARMS: dict[str, Arm] = {
             "opsd",
             _ADDING,
             _opsd(lmbda=0.0, seq_kd=True),
+            seconds_per_step=1.3,
             quick=True,
         ),
         Arm(
@@ -179,8 +180,9 @@ ARMS: dict[str, Arm] = {
             "opsd",
             _ADDING,
             _opsd("terse", lmbda=0.0, seq_kd=True),
+            seconds_per_step=1.3,
         ),
-        Arm("sdft", "TRL's SDFT", "sdft", _ADDING, {**_SAMPLING, "num_generations": 1}),
+        Arm("sdft", "TRL's SDFT", "sdft", _ADDING, {**_SAMPLING, "num_generations": 1}, seconds_per_step=1.2),
         Arm("told", "no training, told to be brief", "none", ("verbose",), steps=0, quick=True),
         *(
             Arm(
