@@ -71,9 +71,10 @@ OFFLOAD = [
     with_deepspeed(job, "offload", offload_optimizer_device="cpu", offload_param_device="cpu") for job in ON_CPU
 ]
 RESUMED = [*pair("full", "between-full", **BETWEEN), *pair("lora", "between-lora", **BETWEEN)]
-SPLIT = [{**job, "name": f"split-{job['name']}"} for job in JOBS]
-for split in SPLIT:
-    split["settings"] = {**split["settings"], "gradient_accumulation_steps": 4}
+SPLIT = [
+    {**job, "name": f"split-{job['name']}", "settings": {**job["settings"], "gradient_accumulation_steps": 4}}
+    for job in JOBS
+]
 
 
 @pytest.fixture(scope="session")
