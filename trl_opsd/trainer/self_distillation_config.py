@@ -429,9 +429,7 @@ class SelfDistillationConfig(GRPOConfig):
     def __post_init__(self):
         if (self.use_vllm and self.vllm_mode == "server") or self.teacher_server_base_url is not None:
             longest_wait = int(2 * self.vllm_server_request_timeout) + 600
-            # A field of transformers', whose type the checker does not see
-            if self.ddp_timeout < longest_wait:  # type: ignore[has-type]
-                self.ddp_timeout = longest_wait
+            self.ddp_timeout: int = max(self.ddp_timeout, longest_wait)
         single_rollout = self.num_generations == 1
         if single_rollout:
             self.num_generations = _SingleRollout(1)
