@@ -73,6 +73,8 @@ def test_the_embedded_world_end_to_end(run, tmp_path, capsys):
     assert "torch" in record["versions"]
     assert "avg@k" in capsys.readouterr().out
     assert "avg@k" in (tmp_path / "run/summary.md").read_text()
+    for name in ("accuracy", "lengths"):
+        assert (tmp_path / f"run/playground_opsdc/{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_finished_run_is_only_summed_up_and_a_larger_one_goes_on(run, tmp_path, monkeypatch):
@@ -306,6 +308,13 @@ def test_a_server_with_other_weights_of_the_same_name_is_refused(run, tmp_path, 
     Served.root = "runs/checkpoint-200"
     assert run(*server) == 2
     assert "weights was 'runs/checkpoint-100' and is 'runs/checkpoint-200'" in capsys.readouterr().err
+
+
+def test_matplotlib_that_is_not_there(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert run() == 2
+    assert "pip install 'trl-opsd[eval]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_vllm_that_is_not_there(run, monkeypatch, capsys):

@@ -132,6 +132,12 @@ def test_teacher_on_a_server(settings, tmp_path):
     assert config.teacher_model_name_or_path is None
 
 
+def test_addresses_of_servers_may_end_in_a_slash(tmp_path):
+    settings = {**SERVER, **SAMPLER, "teacher_server_base_url": "http://host:8000//"}
+    config = SelfDistillationConfig(str(tmp_path), use_cpu=True, teacher="live", **settings)
+    assert config.vllm_server_base_url == config.teacher_server_base_url == "http://host:8000"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
@@ -326,6 +327,20 @@ def change_plot(comparison: Comparison) -> "Figure":
         axes.set_xticks([])
     _legend(axes)
     return figure
+
+
+def save_plots(plots: "Mapping[str, Figure]", folder: Path) -> None:
+    """
+    Writes plots as PNG files.
+
+    Args:
+        plots (`Mapping[str, Figure]`):
+            Plots, per name of the file.
+        folder (`Path`):
+            Where to write.
+    """
+    for name, figure in plots.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
 
 
 def _figure() -> "tuple[Figure, Axes]":

@@ -98,6 +98,7 @@ def _compare(base: Path, new: Path, output_dir: Path | None, common_only: bool) 
         change_plot,
         comparison_rows,
         length_plot,
+        save_plots,
         show,
         to_markdown,
     )
@@ -127,8 +128,7 @@ def _compare(base: Path, new: Path, output_dir: Path | None, common_only: bool) 
                 plots["accuracy"] = budget_plot(dict(zip(names, (comparison.base, comparison.new), strict=True)))
                 plots["changes"] = change_plot(comparison)
             (output_dir / benchmark).mkdir(exist_ok=True)
-            for plot, figure in plots.items():
-                figure.savefig(output_dir / benchmark / f"{plot}.png", dpi=120)
+            save_plots(plots, output_dir / benchmark)
     if left_out:
         tables[0].notes.append(f"Left out because only one run has them: {', '.join(left_out)}.")
 

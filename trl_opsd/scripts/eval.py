@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -100,6 +101,8 @@ def run(arguments: EvalArguments) -> "list[Summary]":
     from trl_opsd.eval.evaluate import evaluate
     from trl_opsd.eval.run_folder import SampleFile
 
+    if find_spec("matplotlib") is None:
+        raise ValueError("The plots need matplotlib: pip install 'trl-opsd[eval]'.")
     problems = {benchmark.name: benchmark.problems(arguments.limit) for benchmark in _benchmarks(arguments)}
     tokenizer = AutoTokenizer.from_pretrained(
         arguments.tokenizer or arguments.model_name_or_path,
@@ -281,7 +284,7 @@ def _sum_up(folder: Path, samples: "dict[str, list[Sample]]") -> "list[Summary]"
 
     from trl_opsd.eval.metrics import summarize
     from trl_opsd.eval.run_folder import write_json
-    from trl_opsd.report.evaluation import show, summary_rows, to_markdown
+    from trl_opsd.report.evaluation import budget_plot, length_plot, save_plots, show, summary_rows, to_markdown
 
     summaries = []
     console = Console()
@@ -297,6 +300,10 @@ def _sum_up(folder: Path, samples: "dict[str, list[Sample]]") -> "list[Summary]"
         write_json(folder / name / "metrics.json", metrics)
         table = pyarrow.Table.from_pylist([asdict(row) for row in rows])
         pyarrow.parquet.write_table(table, folder / name / "samples.parquet")
+        plots = {"lengths": length_plot({folder.name: [row.num_tokens for row in rows]})}
+        if summary.accuracy_at_budget:
+            plots["accuracy"] = budget_plot({folder.name: summary})
+        save_plots(plots, folder / name)
         summaries.append(summary)
         if ungradable:
             shown = [f"{problem_id} ({reference})" for problem_id, reference in ungradable.items()]

@@ -561,6 +561,9 @@ class SelfDistillationConfig(GRPOConfig):
             )
         if self.max_tokens_per_microbatch is not None:
             self._check_max_tokens_per_microbatch(self.max_tokens_per_microbatch)
+        for name in ("vllm_server_base_url", "teacher_server_base_url"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).rstrip("/"))  # paths are appended with a slash of their own
         if self.teacher_server_base_url is not None:
             self._check_teacher_server(self.teacher_server_base_url)
 
@@ -635,7 +638,7 @@ class SelfDistillationConfig(GRPOConfig):
         if self.teacher == "external":
             return
         sampler = self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
-        if not (self.use_vllm and self.vllm_mode == "server") or sampler.rstrip("/") != url.rstrip("/"):
+        if not (self.use_vllm and self.vllm_mode == "server") or sampler != url:
             raise ValueError(
                 f"{setting} with `teacher='live'` has to be the server that samples the rollouts and is sent the "
                 "current weights for them. Set `use_vllm=True`, `vllm_mode='server'` and `vllm_server_base_url` to "
