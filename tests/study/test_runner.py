@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -28,6 +29,8 @@ class Execute:
         if len(self.ran) == self.interrupt_at:
             raise KeyboardInterrupt
         self.ran.append(run)
+        if run.arm is None:
+            (path.parents[1] / "bases" / run.base).mkdir(parents=True, exist_ok=True)
         failed = {"settings": run.settings(), "error": "ValueError: no"}
         write_result(path, failed if run.name in self.fails else result_of(run, self.accuracy(run)))
 
@@ -73,7 +76,7 @@ def test_an_interrupted_study_goes_on_where_it_stopped(tmp_path):
 
 
 def failures(results):
-    return {name: left["error"] for name, left in results.all(PLAN).items() if "error" in left}
+    return {run.name: left["error"] for run, left in results.all(PLAN).items() if "error" in left}
 
 
 def test_failed_runs_are_reported_and_run_again(tmp_path):
@@ -90,6 +93,60 @@ def test_failed_runs_are_reported_and_run_again(tmp_path):
     assert set(results.reported(PLAN, "sft", "weak")) == {1, 2}
 
 
+def test_what_failed_in_arms_that_are_not_run_stays(tmp_path):
+    name = Run("weak", 1, "sft", 1e-4).name
+    study(tmp_path, Execute(fails=(name,)))
+    results, _ = study(tmp_path, Execute(), replace(PLAN, arms=("opsd",)))
+    assert failures(results) == {name: "ValueError: no"}
+
+
+def test_a_file_that_was_cut_off_is_made_again(tmp_path):
+    results, _ = study(tmp_path, Execute())
+    run = Run("weak", 1, "sft", 1e-4)
+    results.path(run).write_text(results.path(run).read_text()[:20])
+    again = Execute()
+    study(tmp_path, again)
+    assert again.ran == [run]
+
+
+def test_weights_of_a_base_that_are_gone(tmp_path):
+    study(tmp_path, Execute())
+    (tmp_path / "bases/weak").rmdir()
+    with pytest.raises(ValueError, match="the weights it is about are not"):
+        study(tmp_path, None)
+
+
+def test_one_study_at_a_time(tmp_path):
+    class Second(Execute):
+        def __call__(self, run, path):
+            with pytest.raises(ValueError, match="Another study runs in"):
+                study(tmp_path, None)
+            super().__call__(run, path)
+
+    second = Second()
+    study(tmp_path, second)
+    assert len(second.ran) == 20
+
+
+def test_arms_at_the_same_rate_share_their_runs(tmp_path):
+    plan = Plan(
+        seeds=(1,), learning_rates=(1e-4, 1e-3), arms=("opsdc_50", "opsdc_1", "opsdc_1_same"), bases=("verbose",)
+    )
+    execute = Execute()
+    results, _ = study(tmp_path / "equal", execute, plan)
+    names = [run.arm for run in execute.ran if run.seed == 1]
+    assert sorted(names) == ["opsdc_1", "opsdc_50"]
+    (run,) = results.reported(plan, "opsdc_1_same", "verbose").values()
+    assert run["settings"]["run"]["arm"] == "opsdc_1"
+
+    execute = Execute(accuracy=lambda run: 0.9 if (run.arm, run.learning_rate) == ("opsdc_50", 1e-3) else 0.5)
+    results, _ = study(tmp_path / "other", execute, plan)
+    rates = sorted(run.learning_rate for run in execute.ran if run.seed == 1 and run.arm == "opsdc_1")
+    assert rates == [1e-4, 1e-3]
+    (run,) = results.reported(plan, "opsdc_1_same", "verbose").values()
+    assert run["settings"]["run"]["learning_rate"] == 1e-3
+
+
 def test_what_rests_on_a_failed_base_is_left_out(tmp_path):
     execute = Execute(fails=("weak",))
     results, _ = study(tmp_path, execute)
@@ -100,8 +157,6 @@ def test_what_rests_on_a_failed_base_is_left_out(tmp_path):
 
 def test_a_result_of_other_settings_is_made_again(tmp_path, monkeypatch):
     study(tmp_path, Execute())
-    from dataclasses import replace
-
     monkeypatch.setitem(ARMS, "sft", replace(ARMS["sft"], steps=99, title="Another title"))
     again = Execute()
     study(tmp_path, again)

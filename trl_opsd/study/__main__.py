@@ -6,6 +6,7 @@ The study from the command line, resumable run by run:
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,10 +37,27 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the study from the command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Runs the study from the command line.
+
+    Returns:
+        `int`:
+            Exit status: 0, 2 if something is wrong with the folder or the disk, 130 if interrupted.
+    """
     args = make_parser().parse_args(argv)
-    console = Console()
+    try:
+        _study(args, Console())
+    except (ValueError, OSError) as error:
+        print(f"study: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("study: interrupted. Finished runs are kept: the same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _study(args: argparse.Namespace, console: Console) -> None:
     plan = QUICK if args.quick else FULL
     running = replace(plan, arms=tuple(args.only)) if args.only else plan
     folder = args.output_dir or Path("outputs") / ("study-quick" if args.quick else "study")
@@ -71,4 +89,4 @@ def print_plan(plan: Plan, results: Results, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -72,6 +72,8 @@ class Arm:
             Column that SFT learns and that SDFT's teacher reads.
         tuned_as (`str`, *optional*):
             Arm whose learning rate it takes over instead of being tuned itself.
+        trained_as (`str`, *optional*):
+            Arm that it is at another rate. Where the rates are equal, so are the runs, which are then made once.
         evaluate_every (`int`, *optional*, defaults to `10`):
             Steps between two points of the learning curve.
         seconds_per_step (`float`, *optional*, defaults to `1.0`):
@@ -90,6 +92,7 @@ class Arm:
     constant_rate: bool = False
     column: str = "solution"
     tuned_as: str | None = None
+    trained_as: str | None = None
     evaluate_every: int = 10
     seconds_per_step: float = 1.0
     quick: bool = False
@@ -199,9 +202,9 @@ ARMS: dict[str, Arm] = {
             "opsdc_1_same",
             "OPSDC, refreshed every step, at the rate of every 50",
             "opsdc",
-            settings=_opsdc(teacher_update_steps=1),
+            ("verbose",),
             tuned_as="opsdc_50",
-            **_VERBOSE,
+            trained_as="opsdc_1",
         ),
         Arm(
             "opsdc_frozen",
@@ -222,9 +225,9 @@ ARMS: dict[str, Arm] = {
             "opsdc_forward_kl_same",
             "OPSDC, forward KL, at the rate of reverse KL",
             "opsdc",
-            settings=_opsdc(teacher_update_steps=50, divergence="forward_kl"),
+            ("verbose",),
             tuned_as="opsdc_50",
-            **_VERBOSE,
+            trained_as="opsdc_forward_kl",
         ),
         Arm("opsd_answer", "OPSD, answer only", "opsd", _MIDDLING, _opsd("answer"), quick=True),
         Arm("opsd_live", "OPSD, live teacher", "opsd", _MIDDLING, _opsd(teacher="live")),

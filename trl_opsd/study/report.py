@@ -245,7 +245,7 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[Verdict]:
         groups=[row for base in adding for row in group_rows(base, lookup)],
         tuning=tuning_rows(plan, results),
         plots=plots,
-        failures={name: result["error"] for name, result in sorted(left.items()) if "error" in result},
+        failures=dict(sorted((run.name, result["error"]) for run, result in left.items() if "error" in result)),
     )
     page.write_text(text, encoding="utf-8")
     return judged

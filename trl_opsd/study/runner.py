@@ -1,5 +1,6 @@
 """Which runs there are, and running what is left of them: two at a time, each in a process with one thread."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -63,7 +64,8 @@ class Plan:
 
     def reported_runs(self, arm: str, base: str, learning_rate: float | None) -> list[Run]:
         """The runs that are reported."""
-        return [Run(base, seed, arm, learning_rate, self.scale) for seed in self.seeds]
+        trained = ARMS[arm].trained_as or arm
+        return [Run(base, seed, trained, learning_rate, self.scale) for seed in self.seeds]
 
 
 FULL = Plan(SEEDS, LEARNING_RATES, tuple(ARMS), tuple(BASES))
@@ -100,11 +102,11 @@ class Results:
 
         Returns:
             `dict[str, Any]` or `None`:
-                What it left, which has an `"error"` if it failed. `None` if it was not run, or with other settings.
+                What it left, which has an `"error"` if it failed. `None` if it was not run, or with other settings, or
+                if its file cannot be read.
         """
         if self._read.get(run) is None:
-            path = self.path(run)
-            result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            result = _read(self.path(run))
             self._read[run] = result if result is not None and result["settings"] == run.settings() else None
         return self._read[run]
 
@@ -165,18 +167,25 @@ class Results:
         results = {seed: self.complete(run) for seed, run in zip(plan.seeds, runs, strict=True)}
         return {seed: result for seed, result in results.items() if result is not None}
 
-    def all(self, plan: Plan) -> dict[str, dict[str, Any]]:
-        """What all runs of a study left that were made, also those that failed, by the run's name."""
+    def all(self, plan: Plan) -> dict[Run, dict[str, Any]]:
+        """What all runs of a study left that were made, also those that failed."""
         runs = plan.base_runs()
         for arm, base in plan.pairs():
             runs += plan.tuning_runs(arm, base)
             runs += plan.reported_runs(arm, base, self.learning_rate(plan, arm, base))
-        return {run.name: result for run in runs if (result := self.get(run)) is not None}
+        return {run: result for run in runs if (result := self.get(run)) is not None}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def planned_seconds(plan: Plan) -> dict[str, tuple[int, float]]:
     """
-    What a study costs by the costs that were measured.
+    What a study costs at most by the costs that were measured: as if no two arms were tuned to the same rate.
 
     Args:
         plan ([`Plan`]):
@@ -220,13 +229,41 @@ def run_study(
     Returns:
         [`Results`]:
             The results.
+
+    Raises:
+        ValueError: If another study runs in the folder, or the weights of a base are gone.
     """
-    results = Results(folder)
-    console = console or Console()
-    execute = execute or execute_in_process
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"Another study runs in {folder}. Wait for its end, or choose another folder.") from error
+        return _run_study(plan, Results(folder), max_hours, console or Console(), execute or execute_in_process)
+
+
+def _run_study(
+    plan: Plan,
+    results: Results,
+    max_hours: float | None,
+    console: Console,
+    execute: Callable[[Run, Path], None],
+) -> Results:
     deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
-    for path in (folder / "runs").glob("*.json"):
-        if "error" in json.loads(path.read_text(encoding="utf-8")):
+    for base in plan.base_runs():
+        weights = results.folder / "bases" / base.base
+        if results.complete(base) is not None and not weights.is_dir():
+            raise ValueError(
+                f"{results.path(base)} is there, and the weights it is about are not ({weights}). Put them back, or "
+                "choose another folder: a base that is trained again may be another one."
+            )
+    arms = {
+        None,
+        *(run.arm for pair in plan.pairs() for run in plan.tuning_runs(*pair) + plan.reported_runs(*pair, None)),
+    }
+    for path in (results.folder / "runs").glob("*.json"):
+        left = _read(path)
+        if left is not None and "error" in left and left["settings"]["run"]["arm"] in arms:
             path.unlink()
 
     def runnable() -> Iterator[Run]:
@@ -316,8 +353,7 @@ def execute_in_process(run: Run, path: Path) -> None:
 
 
 def measured_ratio(plan: Plan, results: Results) -> float | None:
-    """Core-seconds of the bases and tuning runs that are complete, over those planned. `None` before the first."""
-    runs = {*plan.base_runs(), *(run for arm, base in plan.pairs() for run in plan.tuning_runs(arm, base))}
-    done = {run: result for run in runs if (result := results.complete(run)) is not None}
+    """Core-seconds of the runs that are complete, over those planned for them. `None` before the first."""
+    done = {run: result for run, result in results.all(plan).items() if "error" not in result}
     planned = sum(run.planned_seconds for run in done)
     return sum(result["cpu_seconds"] for result in done.values()) / planned if done else None

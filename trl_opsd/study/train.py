@@ -70,7 +70,7 @@ class Run:
         """Everything the result depends on, of JSON types. A result with other settings is not this run's."""
         base = BASES[self.base]
         arm = {} if self.arm is None else asdict(ARMS[self.arm])
-        for name in ("title", "bases", "seconds_per_step", "quick"):
+        for name in ("title", "bases", "trained_as", "seconds_per_step", "quick"):
             arm.pop(name, None)
         settings = {"run": asdict(self), "recipe": asdict(base.recipe), "family": asdict(base.family), "arm": arm}
         return json.loads(json.dumps({"version": VERSION, **settings}))
