@@ -4,7 +4,14 @@ SEEDS = (1, 2, 3)
 
 
 def result(
-    accuracy=0.6, ood=0.5, markers=20.0, tokens=40.0, lengths=(40.0, 40.0, 40.0), curve=(0.1, 0.6), spread=(0.4, 0.4)
+    accuracy=0.6,
+    ood=0.5,
+    markers=20.0,
+    tokens=40.0,
+    lengths=(40.0, 40.0, 40.0),
+    curve=(0.1, 0.6),
+    spread=(0.4, 0.4),
+    rate=1e-4,
 ):
     splits = {"test": accuracy, "longer": ood, "words": ood, "tune": accuracy}
     figures = {
@@ -26,6 +33,7 @@ def result(
         for index, value in enumerate(curve)
     ]
     return {
+        "settings": {"run": {"learning_rate": rate}},
         "generated_tokens": 1000 * max(len(curve) - 1, 0),
         "learner_tokens": 5000,
         "seconds": 50.0,
@@ -54,7 +62,7 @@ TRUE = {
     "opsd_jsd": {},
     "opsd_long": {"accuracy": 0.8, "curve": _PEAK + 3 * (0.5,)},
     "opsd_live_long": {"curve": _PEAK + 3 * (0.2,)},
-    "opsd_clip_long": {"curve": _PEAK + 3 * (0.8,)},
+    "opsd_clip_long": {"accuracy": 0.95, "curve": _PEAK + 3 * (0.8,)},
     "opsdc_1": {"accuracy": 0.4},
     "opsdc_1_same": {"accuracy": 0.3},
     "opsdc_50": {"accuracy": 0.9, "tokens": 40.0, "lengths": (30.0, 40.0, 50.0)},
@@ -75,7 +83,7 @@ FALSE = {
     "opsd_clip_long": {"curve": _PEAK + 3 * (0.5,)},
     "opsdc_1": {"accuracy": 0.9},
     "opsdc_1_same": {"accuracy": 0.9},
-    "opsdc_50": {"accuracy": 0.9, "tokens": 40.0},
+    "opsdc_50": {"accuracy": 0.9, "tokens": 40.0, "lengths": (42.0, 40.0, 38.0)},
     "opsdc_forward_kl": {"accuracy": 0.9},
     "opsdc_forward_kl_same": {"accuracy": 0.9},
     "opsdc_frozen": {"accuracy": 0.9, "tokens": 40.0},

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from study.made import SEEDS, false, noisy, result, true
 
-from trl_opsd.study.arms import ARMS, BASES
+from trl_opsd.study.arms import ARMS, BASES, LEARNING_RATES
 from trl_opsd.study.claims import (
     CLAIMS,
     FAILS,
@@ -110,12 +110,27 @@ def test_groups_that_never_had_spread_did_not_lose_it():
     assert outcomes(lookup)["GRPO's groups lose their spread of rewards as it trains", "weak"] == FAILS
 
 
-def test_a_live_teacher_that_never_taught_is_not_stable():
-    def lookup(arm, base):
-        live = {"accuracy": 0.3, "curve": (0.3,) * 6}
-        return {seed: result(**live if arm == "opsd_live_long" else {"accuracy": 0.3}) for seed in SEEDS}
+@pytest.mark.parametrize(
+    ("fixed", "live", "outcome"),
+    [
+        ({"accuracy": 0.8, "curve": (0.1, *3 * (0.8,))}, {"accuracy": 0.8, "curve": (0.1, *3 * (0.8,))}, UNSEEN),
+        ({"accuracy": 0.5, "curve": (0.1, *3 * (0.9,), *3 * (0.5,))}, {"accuracy": 0.1, "curve": (0.1,) * 6}, UNSEEN),
+        # It loses more and yet ends better
+        (
+            {"accuracy": 0.5, "curve": (0.1, *3 * (0.5,))},
+            {"accuracy": 0.7, "curve": (0.1, *3 * (0.9,), *3 * (0.7,))},
+            FAILS,
+        ),
+    ],
+    ids=["nothing lost", "nothing learnt", "better in the end"],
+)
+def test_a_fixed_teacher_has_to_keep_more_and_to_end_better(fixed, live, outcome):
+    made = {"opsd_long": fixed, "opsd_live_long": live}
 
-    assert outcomes(lookup)["A fixed teacher is more stable than a live one", "middling"] == FAILS
+    def lookup(arm, base):
+        return {seed: result(**made.get(arm, {})) for seed in SEEDS}
+
+    assert outcomes(lookup)["A fixed teacher is more stable than a live one", "middling"] == outcome
 
 
 def test_half_the_compression_is_not_little():
@@ -135,6 +150,22 @@ def test_a_clip_without_a_collapse_shows_nothing():
     assert outcomes(lookup)["The clip prevents collapse", "middling"] == UNSEEN
 
 
+@pytest.mark.parametrize(
+    ("without", "clipped"),
+    [
+        ((0.1, *3 * (0.9,), *3 * (0.79,)), (0.5,) * 6),  # keeps what it has, since it learns nothing
+        ((0.1, *3 * (0.9,), *3 * (0.1,)), (0.1, *3 * (0.9,), *3 * (0.3,))),  # collapses as well
+    ],
+)
+def test_a_clip_that_prevents_no_collapse(without, clipped):
+    made = {"opsd_long": without, "opsd_clip_long": clipped}
+
+    def lookup(arm, base):
+        return {seed: result(accuracy=made[arm][-1], curve=made[arm]) if arm in made else result() for seed in SEEDS}
+
+    assert outcomes(lookup)["The clip prevents collapse", "middling"] == FAILS
+
+
 def test_what_was_lost_is_taken_from_means_of_neighbours():
     assert drop(result(curve=(0.1, 0.9, 0.5, 0.5, 0.5))) == pytest.approx((0.9 + 0.5 + 0.5) / 3 - 0.5)
     assert drop(result(curve=(0.1, 0.2, 0.3, 0.4))) == 0.0
@@ -146,6 +177,55 @@ def test_a_collapse_of_all_is_no_effect_of_one(claim):
         return {seed: result(accuracy=0.9 if arm == "base" else 0.3) for seed in SEEDS}
 
     assert outcomes(lookup)[claim.text, "verbose"] == FAILS
+
+
+@pytest.mark.parametrize(
+    "claim", [claim for claim in CLAIMS if "each at its best" in claim.text], ids=lambda c: c.text
+)
+def test_a_collapse_at_the_lowest_rate_of_the_grid_may_be_the_rates(claim):
+    def lookup(arm, base):
+        return {seed: replace_rate(run, min(LEARNING_RATES)) for seed, run in true(arm, base).items()}
+
+    assert outcomes(lookup)[claim.text, "verbose"] == UNSEEN
+    same = claim.text.replace("each at its best learning rate", "at the same learning rate")
+    assert outcomes(lookup)[same, "verbose"] == HOLDS
+
+
+def replace_rate(run, rate):
+    return {**run, "settings": {"run": {"learning_rate": rate}}}
+
+
+def test_lengths_of_the_base_are_only_measured():
+    def lookup(arm, base):
+        return {seed: result(lengths=(80.0,) * 3 if arm == "base" else (38.5, 40.0, 41.0)) for seed in SEEDS}
+
+    claim = "Compression is adaptive: easy problems shrink more than hard ones"
+    (verdict,) = (one for one in verdicts(lookup, ["verbose"]) if one.claim == claim)
+    mean, low, high = verdict.conditions[0].interval()
+    assert mean == pytest.approx(2.5 / 80)
+    assert high - mean == pytest.approx(1.96 * 0.15 / 10 * (38.5**2 + 41**2) ** 0.5 / 80) == mean - low
+
+
+def test_what_shrinks_by_nothing_is_not_adaptive():
+    def lookup(arm, base):
+        return {seed: result() for seed in SEEDS}
+
+    found = outcomes(lookup)
+    assert found["Compression is adaptive: easy problems shrink more than hard ones", "verbose"] == UNSEEN
+    assert found["Never refreshing the teacher compresses little", "verbose"] == UNSEEN
+
+
+def test_seeds_that_failed_are_left_out_of_both_sides():
+    def lookup(arm, base):
+        made = true(arm, base)
+        if arm == "opsd":
+            made[1] = result(accuracy=0.0)
+        return {seed: run for seed, run in made.items() if (arm, seed) != ("opsd_jsd", 1)}
+
+    (claim,) = (claim for claim in CLAIMS if claim.text == "Forward KL is best for OPSD")
+    condition = claim.conditions(lookup, "middling")[1]
+    assert condition.values == pytest.approx([0.2, 0.2])
+    assert "(80.0 − 60.0 %)" in condition.text
 
 
 @pytest.mark.parametrize(
@@ -191,7 +271,8 @@ def test_seeds_that_agree_do_not_make_up_for_few_problems():
 
 def test_a_condition_says_its_numbers():
     assert str(Condition("gain", [0.1, 0.1], 0.02)) == "gain +10.0 [+10.0, +10.0] over 2 seeds (met)"
-    assert str(Condition("markers", [3.0, 3.0], 1.0, percent=False)) == "markers +3.0 [+3.0, +3.0] over 2 seeds (met)"
+    tokens = Condition("tokens", [1.0, 1.0], 0.0, shown=lambda value: f"{4 * 2**value:.1f}")
+    assert str(tokens) == "tokens 8.0 [8.0, 8.0] over 2 seeds (met)"
     assert str(Condition("gain", [0.1], 0.02)) == "gain: not run"
 
 

@@ -17,12 +17,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..eval.statistics import student_t
-from .arms import BASES
+from .arms import ARMS, BASES, LEARNING_RATES
 
 
 HOLDS, FAILS, UNSEEN, NOT_RUN = "holds here", "does not hold here", "cannot be seen here", "not run"
@@ -33,6 +33,17 @@ Metric = Callable[[Result], float]
 Lookup = Callable[[str, str], dict[int, Result]]
 
 _CEILING, _FLOOR = 0.97, 0.03
+# What an arm loses or shortens at least, for there to be something to compare
+_SOMETHING = 0.1
+# Standard deviation of the length of a base's answers to problems of one size, as a share of their mean
+_LENGTH_SPREAD = 0.15
+
+Value = TypeVar("Value")
+
+
+def points(value: float) -> str:
+    """A share, as percent points with a sign."""
+    return f"{100 * value:+.1f}"
 
 
 @dataclass(frozen=True)
@@ -53,8 +64,8 @@ class Condition:
             Why it cannot be judged, whatever its values.
         doubt (`str`, *optional*):
             Why it cannot be met, though it can be refuted.
-        percent (`bool`, *optional*, defaults to `True`):
-            Whether it is shown in percent points.
+        shown (`Callable[[float], str]`, *optional*, defaults to `points`):
+            How a value is written.
     """
 
     text: str
@@ -63,7 +74,7 @@ class Condition:
     error: float = 0.0
     obstacle: str | None = None
     doubt: str | None = None
-    percent: bool = True
+    shown: Callable[[float], str] = points
 
     def interval(self) -> tuple[float, float, float]:
         """Mean over the seeds, and the ends of its 95 % interval."""
@@ -86,11 +97,10 @@ class Condition:
     def __str__(self) -> str:
         if self.state() == "missing":
             return f"{self.text}: not run"
-        scale = 100 if self.percent else 1
-        mean, low, high = (scale * value for value in self.interval())
+        mean, low, high = map(self.shown, self.interval())
         why = self.obstacle or self.doubt
         state = self.state() if why is None else f"{self.state()}: {why}"
-        return f"{self.text} {mean:+.1f} [{low:+.1f}, {high:+.1f}] over {len(self.values)} seeds ({state})"
+        return f"{self.text} {mean} [{low}, {high}] over {len(self.values)} seeds ({state})"
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,8 @@ class Verdict:
     Args:
         claim (`str`):
             The claim.
+        source (`str`):
+            Number of its paper, as in `huggingface.co/papers/<number>`, or "ours".
         base (`str`):
             Name of the base.
         outcome (`str`):
@@ -110,6 +122,7 @@ class Verdict:
     """
 
     claim: str
+    source: str
     base: str
     outcome: str
     conditions: list[Condition]
@@ -215,8 +228,8 @@ def reduction(result: Result, base: Result, digits: str | None = None) -> float:
 
 
 def _values(
-    lookup: Lookup, base: str, first: str, second: str, value: Callable[[Result, Result], float]
-) -> list[float]:
+    lookup: Lookup, base: str, first: str, second: str, value: Callable[[Result, Result], Value]
+) -> list[Value]:
     ones, others = lookup(first, base), lookup(second, base)
     return [value(ones[seed], others[seed]) for seed in sorted(ones.keys() & others.keys())]
 
@@ -227,10 +240,11 @@ def _accuracy_difference(
     def accuracy(result: Result) -> float:
         return result["final"][split]["accuracy"]
 
-    values = _values(lookup, base, better, worse, lambda one, other: accuracy(one) - accuracy(other))
+    pairs = _values(lookup, base, better, worse, lambda one, other: (accuracy(one), accuracy(other)))
+    values = [one - other for one, other in pairs]
     if not values:
         return Condition(text, values, margin)
-    means = [fmean(map(accuracy, lookup(arm, base).values())) for arm in (better, worse)]
+    means = [fmean(side) for side in zip(*pairs, strict=True)]
     obstacle = None
     if min(means) > _CEILING:
         obstacle = "both at the ceiling"
@@ -255,12 +269,12 @@ def _tokens(lookup: Lookup, base: str) -> list[Condition]:
         ratios.append(math.log2(max(reference, 1) / max(least, 1)) - 2)
     return [
         Condition(
-            "log2 of (GRPO's tokens until its best accuracy / OPSD's until the same), less 2 for 4 times",
+            "times fewer tokens to GRPO's best accuracy, 4 being asked for:",
             ratios,
             0.0,
             obstacle="GRPO's best is less than 5 points above the base" if gains and min(gains) < 0.05 else None,
             doubt=f"reached by {reached} of {len(ratios)} seeds" if reached < len(ratios) else None,
-            percent=False,
+            shown=lambda value: f"{4 * 2**value:.1f}",
         )
     ]
 
@@ -277,18 +291,35 @@ def _lost_by(lookup: Lookup, base: str, text: str, more: str, less: str) -> Cond
     return Condition(f"accuracy lost over 5 times the steps, {text}", values, 0.05)
 
 
+def _mean_drop(lookup: Lookup, base: str, arm: str) -> float:
+    return fmean([drop(result) for result in lookup(arm, base).values()] or [0.0])
+
+
 def _fixed_is_more_stable(lookup: Lookup, base: str) -> list[Condition]:
+    lost = _lost_by(lookup, base, "live − fixed", "opsd_live_long", "opsd_long")
+    obstacle = None
+    if max(_mean_drop(lookup, base, arm) for arm in ("opsd_long", "opsd_live_long")) < _SOMETHING:
+        obstacle = "neither loses 10 points"
+    elif any(
+        best_accuracy(result) - result["curve"][0]["accuracy"] < 0.05
+        for result in lookup("opsd_live_long", base).values()
+    ):
+        obstacle = "with a live teacher nothing was learnt that could be lost"
     return [
-        _lost_by(lookup, base, "live − fixed", "opsd_live_long", "opsd_long"),
+        replace(lost, obstacle=obstacle),
         _accuracy_difference(lookup, base, "fixed − live in the end", "opsd_long", "opsd_live_long"),
     ]
 
 
 def _clip_prevents_collapse(lookup: Lookup, base: str) -> list[Condition]:
-    condition = _lost_by(lookup, base, "without − with the clip", "opsd_long", "opsd_clip_long")
-    lost = [drop(result) for result in lookup("opsd_long", base).values()]
-    nothing = bool(lost) and fmean(lost) < 0.1
-    return [replace(condition, obstacle="less than 10 points are lost without the clip" if nothing else None)]
+    lost = _lost_by(lookup, base, "without − with the clip", "opsd_long", "opsd_clip_long")
+    nothing = _mean_drop(lookup, base, "opsd_long") < _SOMETHING
+    kept = [_SOMETHING - drop(result) for result in lookup("opsd_clip_long", base).values()]
+    return [
+        replace(lost, obstacle="less than 10 points are lost without the clip" if nothing else None),
+        Condition("10 points less what is lost with the clip", kept, 0.0),
+        _accuracy_difference(lookup, base, "with − without the clip in the end", "opsd_clip_long", "opsd_long"),
+    ]
 
 
 def _forward_kl_is_best(lookup: Lookup, base: str) -> list[Condition]:
@@ -299,12 +330,16 @@ def _forward_kl_is_best(lookup: Lookup, base: str) -> list[Condition]:
 
 
 def _collapses(lookup: Lookup, base: str, title: str, arm: str) -> Condition:
-    return _accuracy_difference(lookup, base, f"base − {title}", "base", arm, margin=0.1)
+    condition = _accuracy_difference(lookup, base, f"base − {title}", "base", arm, margin=0.1)
+    tuned = ARMS[arm].tuned_as is None
+    rates = {result["settings"]["run"]["learning_rate"] for result in lookup(arm, base).values()}
+    at_end = tuned and rates <= {min(LEARNING_RATES)}
+    return replace(condition, doubt="its best rate may lie below the grid" if at_end else None)
 
 
 def _no_collapse(lookup: Lookup, base: str, title: str) -> Condition:
     condition = _accuracy_difference(lookup, base, f"{title} − base, plus 10 points", "opsdc_50", "base", margin=0.0)
-    return replace(condition, values=[value + 0.1 for value in condition.values])
+    return replace(condition, values=[value + 0.1 for value in condition.values], obstacle=None)
 
 
 def _forward_kl_collapses(arm: str) -> Callable[[Lookup, str], list[Condition]]:
@@ -318,31 +353,52 @@ def _forward_kl_collapses(arm: str) -> Callable[[Lookup, str], list[Condition]]:
 def _refreshing_each_step_collapses(arm: str) -> Callable[[Lookup, str], list[Condition]]:
     return lambda lookup, base: [
         _collapses(lookup, base, "refreshed every step", arm),
-        _no_collapse(lookup, base, "every 50 steps"),
+        _accuracy_difference(lookup, base, "every 50 steps − every step", "opsdc_50", arm, margin=0.1),
     ]
 
 
+def _too_little(reductions: Sequence[float]) -> str | None:
+    return "answers become less than 10 points shorter" if reductions and fmean(reductions) < _SOMETHING else None
+
+
 def _frozen_compresses_little(lookup: Lookup, base: str) -> list[Condition]:
-    bases = lookup("base", base)
-    reductions = {
-        arm: {seed: reduction(result, bases[seed]) for seed, result in lookup(arm, base).items() if seed in bases}
-        for arm in ("opsdc_50", "opsdc_frozen")
-    }
-    refreshed, frozen = reductions.values()
-    pairs = [(refreshed[seed], frozen[seed]) for seed in sorted(refreshed.keys() & frozen.keys())]
+    runs = _values(lookup, base, "opsdc_50", "opsdc_frozen", lambda one, other: (one, other))
+    reference = next(iter(lookup("base", base).values()), None)
+    pairs = (
+        [] if reference is None else [(reduction(one, reference), reduction(other, reference)) for one, other in runs]
+    )
+    obstacle = _too_little([one for one, _ in pairs])
     return [
-        Condition("length reduction, refreshed every 50 steps − frozen", [one - other for one, other in pairs], 0.05),
-        Condition("half of the former − the latter", [one / 2 - other for one, other in pairs], 0.0),
+        Condition(
+            "length reduction, refreshed every 50 steps − frozen",
+            [one - other for one, other in pairs],
+            0.05,
+            obstacle=obstacle,
+        ),
+        Condition(
+            "half of the former − the latter", [one / 2 - other for one, other in pairs], 0.0, obstacle=obstacle
+        ),
     ]
 
 
 def _is_adaptive(lookup: Lookup, base: str) -> list[Condition]:
-    def easy_minus_hard(result: Result, reference: Result) -> float:
-        levels = sorted(reference["final"]["test"]["by_digits"], key=int)
-        return reduction(result, reference, levels[0]) - reduction(result, reference, levels[-1])
+    def by_size(result: Result, reference: Result) -> tuple[float, float]:
+        sizes = sorted(reference["final"]["test"]["by_digits"], key=int)
+        return reduction(result, reference, sizes[0]), reduction(result, reference, sizes[-1])
 
-    values = _values(lookup, base, "opsdc_50", "base", easy_minus_hard)
-    return [Condition("length reduction, easiest − hardest", values, 0.02)]
+    pairs = _values(lookup, base, "opsdc_50", "base", by_size)
+    # All seeds are compared with the same answers of the base, a third of the problems of each size
+    left = [1 - fmean(side) for side in zip(*pairs, strict=True)]
+    error = math.hypot(*left) * _LENGTH_SPREAD / math.sqrt(BASES[base].family.splits["test"].rows / 3)
+    return [
+        Condition(
+            "length reduction, easiest − hardest",
+            [easy - hard for easy, hard in pairs],
+            0.02,
+            error,
+            _too_little([reduction for pair in pairs for reduction in pair]),
+        )
+    ]
 
 
 def _rich_context_suppresses(lookup: Lookup, base: str) -> list[Condition]:
@@ -351,7 +407,7 @@ def _rich_context_suppresses(lookup: Lookup, base: str) -> list[Condition]:
             f"markers per 1,000 tokens, {title} − OPSD",
             _values(lookup, base, arm, "opsd", lambda one, other: _markers(one) - _markers(other)),
             1.0,
-            percent=False,
+            shown="{:+.1f}".format,
         )
         for title, arm in (("base", "base"), ("answer only", "opsd_answer"))
     ]
@@ -390,7 +446,7 @@ class Claim:
         text (`str`):
             The claim.
         source (`str`):
-            Paper, as `huggingface.co/papers/<id>`.
+            Number of its paper, as in `huggingface.co/papers/<number>`, or "ours".
         conditions (`Callable[[Lookup, str], list[Condition]]`):
             Its conditions on a base.
         bases (`tuple[str, ...]`):
@@ -404,7 +460,7 @@ class Claim:
 
 
 _MIDDLING = ("middling",)
-_OPSD, _OPSDC, _DEGRADES = (f"huggingface.co/papers/{number}" for number in ("2601.18734", "2603.05433", "2603.24472"))
+_OPSD, _OPSDC, _DEGRADES, _OURS = "2601.18734", "2603.05433", "2603.24472", "ours"
 
 _SPLITS = (("held out", "test"), ("on longer sums", "longer"), ("in words", "words"))
 _RATES = (("at the same learning rate", "_same"), ("each at its best learning rate", ""))
@@ -412,8 +468,8 @@ _RATES = (("at the same learning rate", "_same"), ("each at its best learning ra
 CLAIMS = (
     Claim("OPSD needs at least 4 times fewer generated tokens than GRPO for the same accuracy", _OPSD, _tokens),
     *(
-        Claim(f"OPSD beats SFT and off-policy distillation on {solutions}, {where}", _OPSD, _beats(suffix, split))
-        for solutions, suffix in (("terse solutions", "_terse"), ("worked solutions", ""))
+        Claim(f"OPSD beats SFT and off-policy distillation on {solutions}, {where}", source, _beats(suffix, split))
+        for solutions, source, suffix in (("terse solutions", _OPSD, "_terse"), ("worked solutions", _OURS, ""))
         for where, split in _SPLITS
     ),
     Claim("A fixed teacher is more stable than a live one", _OPSD, _fixed_is_more_stable, _MIDDLING),
@@ -458,5 +514,5 @@ def verdicts(lookup: Lookup, bases: Sequence[str]) -> list[Verdict]:
         for base in claim.bases:
             conditions = claim.conditions(lookup, base)
             outcome = judge(conditions) if base in bases else NOT_RUN
-            found.append(Verdict(claim.text, base, outcome, conditions))
+            found.append(Verdict(claim.text, claim.source, base, outcome, conditions))
     return found

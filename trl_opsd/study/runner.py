@@ -63,9 +63,10 @@ class Plan:
         return [Run(base, TUNING_SEED, tuned, rate, self.scale) for rate in self.learning_rates]
 
     def reported_runs(self, arm: str, base: str, learning_rate: float | None) -> list[Run]:
-        """The runs that are reported."""
+        """The runs that are reported: one per seed, or a single one where nothing is trained."""
         trained = ARMS[arm].trained_as or arm
-        return [Run(base, seed, trained, learning_rate, self.scale) for seed in self.seeds]
+        seeds = self.seeds[:1] if ARMS[arm].trainer == "none" else self.seeds
+        return [Run(base, seed, trained, learning_rate, self.scale) for seed in seeds]
 
 
 FULL = Plan(SEEDS, LEARNING_RATES, tuple(ARMS), tuple(BASES))
@@ -164,8 +165,9 @@ class Results:
         if rate is None and ARMS[arm].trainer != "none":
             return {}
         runs = plan.reported_runs(arm, base, rate)
-        results = {seed: self.complete(run) for seed, run in zip(plan.seeds, runs, strict=True)}
-        return {seed: result for seed, result in results.items() if result is not None}
+        return {
+            run.seed: result for run in runs if run.seed is not None and (result := self.complete(run)) is not None
+        }
 
     def all(self, plan: Plan) -> dict[Run, dict[str, Any]]:
         """What all runs of a study left that were made, also those that failed."""

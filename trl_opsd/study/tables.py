@@ -15,7 +15,8 @@ def spread(values: Sequence[float | None], form: str = "{:.1f}", scale: float = 
     known = [scale * value for value in values if value is not None]
     if not known:
         return "–" if not values else "never"
-    shown = form.format(fmean(known)) + (f" ± {form.format(stdev(known))}" if len(known) > 1 else "")
+    deviation = f" ± {form.replace('+', '').format(stdev(known))}" if len(known) > 1 else ""
+    shown = form.format(fmean(known)) + deviation
     return shown if len(known) == len(values) else f"{shown} ({len(known)} of {len(values)})"
 
 
@@ -65,26 +66,53 @@ def spacing(arm: str, bases: Sequence[str], lookup: Lookup) -> str:
     return spread([result["generated_tokens"] / (len(result["curve"]) - 1) for result in results], "{:,.0f}")
 
 
-def bests(base: str, lookup: Lookup) -> str | None:
-    """A sentence about the best that GRPO, OPSD and OPSD's teacher reach. `None` if one of the arms is missing."""
-    found = {arm: list(lookup(arm, base).values()) for arm in ("grpo", "opsd", "opsd_short", "opsd_long", "base")}
-    if not all(found[arm] for arm in ("grpo", "opsd", "base")):
-        return None
+def best_rows(base: str, lookup: Lookup) -> list[list[str]]:
+    """The best points of GRPO's and OPSD's learning curves, what OPSD's are less GRPO's, and where they start."""
+    grpo = lookup("grpo", base)
+    rows = []
+    for arm in ("grpo", "opsd", "opsd_short", "opsd_long"):
+        done = lookup(arm, base)
+        if done:
+            rows.append(
+                [
+                    base,
+                    ARMS[arm].title,
+                    spread([result["generated_tokens"] for result in done.values()], "{:,.0f}"),
+                    spread([result["curve"][0]["accuracy"] for result in done.values()], scale=100),
+                    spread([best_accuracy(result) for result in done.values()], scale=100),
+                    spread([gain_at_end(result) for result in done.values()], "{:+.1f}", 100),
+                    spread(
+                        [
+                            best_accuracy(result) - best_accuracy(grpo[seed])
+                            for seed, result in done.items()
+                            if seed in grpo
+                        ],
+                        "{:+.1f}",
+                        100,
+                    ),
+                ]
+            )
+    return rows
 
-    def best(arm: str) -> str:
-        tokens = fmean(result["generated_tokens"] for result in found[arm])
-        return f"{100 * fmean(map(best_accuracy, found[arm])):.1f} % within {tokens:,.0f} tokens"
 
-    others = [
-        f"{best(arm)} ({title})"
-        for arm, title in (("opsd_short", "half the steps"), ("opsd_long", "5 times the steps"))
-        if found[arm]
+def gain_at_end(result: Result) -> float:
+    """Accuracy that the last three points of a learning curve are above the three before, on average."""
+    curve = [point["accuracy"] for point in result["curve"]]
+    return fmean(curve[-3:]) - fmean(curve[-6:-3] or curve[:1])
+
+
+def within_opsds_tokens(base: str, lookup: Lookup) -> str | None:
+    """GRPO's best accuracy within the tokens that OPSD generates in all. `None` if one of the arms is missing."""
+    grpo, opsd = lookup("grpo", base), lookup("opsd", base)
+    bests = [
+        max(
+            point["accuracy"]
+            for point in grpo[seed]["curve"]
+            if point["generated_tokens"] <= opsd[seed]["generated_tokens"]
+        )
+        for seed in grpo.keys() & opsd.keys()
     ]
-    told = 100 * found["base"][0]["told"]["solution"]["test"]["accuracy"]
-    return (
-        f"From the {BASES[base].title}, the best point of GRPO's learning curves is {best('grpo')}, of OPSD's "
-        f"{', '.join([best('opsd'), *others])}. OPSD's teacher, reading the solution, is right on {told:.1f} %."
-    )
+    return spread(bests, scale=100) if bests else None
 
 
 def group_rows(base: str, lookup: Lookup) -> list[list[str]]:
@@ -111,13 +139,14 @@ def arm_table(base: str, plan: Plan, results: Results, lookup: Lookup) -> dict[s
     rows = [[f"the {BASES[base].title} itself", "–", "–", *figures(itself), *["–"] * len(_BUDGETS)]]
     for arm in [arm for arm, its in plan.pairs() if its == base]:
         done = lookup(arm, base)
+        wanted = len(plan.reported_runs(arm, base, None))
         rate = results.learning_rate(plan, arm, base) if results.is_tuned(plan, arm, base) else None
         at_end = len(plan.learning_rates) > 1 and rate in (min(plan.learning_rates), max(plan.learning_rates))
         failed = any(results.complete(run) is None for run in plan.tuning_runs(arm, base))
         rows.append(
             [
                 ARMS[arm].title,
-                f"{len(done)} of {len(plan.seeds)}",
+                f"{len(done)} of {wanted}",
                 "–" if rate is None else f"{rate:g}{'*' if at_end else ''}{'†' if failed else ''}",
                 *figures(done),
                 *(spread([result[name] for result in done.values()], "{:,.0f}") for name in _BUDGETS),
