@@ -152,6 +152,10 @@ def test_samples_of_unknown_settings_are_refused(tmp_path):
 
     with pytest.raises(ValueError, match=r"has samples, but no run\.json"):
         open_run(tmp_path, {"seed": 0}, {})
+    for record in ("", "[]", "{}", '{"settings": 5}'):
+        (tmp_path / "run.json").write_text(record)
+        with pytest.raises(ValueError, match=r"run\.json does not say how the samples beside it were made"):
+            open_run(tmp_path, {"seed": 0}, {})
     open_run(tmp_path, {"seed": 0}, {}, overwrite=True)
     assert not list((tmp_path / "mine").iterdir())
 

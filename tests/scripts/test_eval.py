@@ -184,6 +184,17 @@ def test_other_problems_are_refused(run, tmp_path, capsys):
     assert "`prompt` was " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("dataset_name", "name"),
+    [("org/data-v1.5", "data-v1.5"), ("a/rows.v2.jsonl", "rows.v2"), (".", "here"), ("..", "above")],
+)
+def test_problems_of_your_own_are_called_like_their_source(dataset_name, name, tmp_path, monkeypatch):
+    (tmp_path / "above/here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above/here")
+    (benchmark,) = command._benchmarks(EvalArguments(model_name_or_path="m", dataset_name=dataset_name))
+    assert benchmark.name == name
+
+
 def test_references_that_cannot_be_read_are_listed(run, tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"question": "1+1?", "answer": "2"}\n{"question": "What?", "answer": "@@ ??"}\n')

@@ -32,7 +32,7 @@ def open_run(folder: Path, settings: Mapping[str, Any], details: Mapping[str, An
             Whether to delete an earlier run first.
 
     Raises:
-        ValueError: If the folder holds a run with other settings.
+        ValueError: If the folder holds a run with other settings, or with unknown ones.
     """
     record = folder / "run.json"
     samples = [file for file in folder.glob("*/samples.jsonl") if file.stat().st_size > 0]
@@ -46,7 +46,13 @@ def open_run(folder: Path, settings: Mapping[str, Any], details: Mapping[str, An
         record.unlink(missing_ok=True)
     settings = json.loads(json.dumps(settings))
     if record.exists():
-        earlier = json.loads(record.read_text(encoding="utf-8"))["settings"]
+        try:
+            earlier = dict(json.loads(record.read_text(encoding="utf-8"))["settings"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{record} does not say how the samples beside it were made ({error!r}). Choose another `output_dir`, "
+                "or set `overwrite` to delete that run."
+            ) from error
         different = [
             f"{name} was {earlier.get(name)!r} and is {settings.get(name)!r}"
             for name in dict.fromkeys([*earlier, *settings])

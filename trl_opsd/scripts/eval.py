@@ -1,5 +1,7 @@
 """`trl-opsd eval`: sample answers to benchmarks, grade them and sum them up."""
 
+import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -164,9 +166,10 @@ def _benchmarks(arguments: EvalArguments) -> "list[Benchmark]":
         template: dict[str, Any] = (
             {} if arguments.prompt_template is None else {"prompt_template": arguments.prompt_template}
         )
+        folder_or_file = os.path.basename(os.path.abspath(arguments.dataset_name))
         return [
             Benchmark(
-                name=Path(arguments.dataset_name).stem,
+                name=re.sub(r"\.(jsonl?|csv|parquet)$", "", folder_or_file),
                 dataset_name=arguments.dataset_name,
                 dataset_config=arguments.dataset_config,
                 dataset_split=arguments.dataset_split,
