@@ -2,6 +2,7 @@ import json
 import resource
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pyarrow.parquet
 import pytest
@@ -11,11 +12,13 @@ from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from trl_opsd import cli
+from trl_opsd.eval import run_folder, scorer
 from trl_opsd.eval.arguments import EvalArguments
 from trl_opsd.eval.backends import loading
 from trl_opsd.eval.backends.transformers import TransformersBackend
 from trl_opsd.eval.run_folder import read_samples
 from trl_opsd.eval.samples import Sample
+from trl_opsd.eval.scorer import Verdict
 from trl_opsd.scripts import eval as command
 
 
@@ -92,6 +95,50 @@ def test_a_finished_run_is_only_summed_up_and_a_larger_one_goes_on(run, tmp_path
     after = samples(tmp_path / "run")
     assert len(after) == 12
     assert set(before) < set(after)
+
+
+def test_another_version_of_the_scorer_grades_anew_and_generates_nothing(run, tmp_path, monkeypatch, capsys):
+    assert run() == 0
+    assert run(benchmark="playground_opsd") == 0  # one that the next command does not name
+    folder, names = tmp_path / "run", ("playground_opsd", "playground_opsdc")
+    files = [folder / "run.json", *(folder / name / "samples.jsonl" for name in names)]
+    before, old = [file.read_bytes() for file in files], {name: samples(folder, name) for name in names}
+    graded = []
+
+    def score(completion, reference, answer_type):
+        graded.append(completion)
+        if len(graded) == 10:  # of 12
+            raise KeyboardInterrupt
+        return Verdict(True, f"{answer_type} {reference}", "bare", None)
+
+    monkeypatch.setattr(run_folder, "score", score)
+    monkeypatch.setattr(scorer, "SCORER_VERSION", "next")
+    monkeypatch.setattr(loading, "load_backend", None)  # nothing is loaded
+    assert run() == 130
+    assert [file.read_bytes() for file in files] == before
+
+    assert run() == 0
+    assert "playground_opsdc: the scorer has changed" in capsys.readouterr().out
+    assert len(graded) == 10 + 12
+    for name in names:
+        assert samples(folder, name) == [
+            replace(sample, correct=True, answer=f"math {sample.reference}", answer_format="bare", error=None)
+            for sample in old[name]
+        ]
+    assert json.loads(files[0].read_text())["settings"]["scorer_version"] == "next"
+    assert json.loads((folder / "playground_opsdc/metrics.json").read_text())["summary"]["avg_at_k"]["value"] == 1
+    assert not (folder / "playground_opsd/metrics.json").exists()  # it would tell the old verdicts
+
+    assert run() == 0
+    assert len(graded) == 10 + 12
+    assert run("--seed", "1") == 2
+
+
+def test_another_run_in_the_same_folder_is_refused(run, tmp_path, capsys):
+    with run_folder.locked(tmp_path / "run"):
+        assert run("--overwrite") == 2
+    assert f"Another evaluation runs in {tmp_path / 'run'}" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
 
 
 def test_an_interrupted_run_goes_on(run, tmp_path, monkeypatch, capsys):

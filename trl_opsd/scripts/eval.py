@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from datetime import timedelta
 from importlib.util import find_spec
@@ -101,7 +102,7 @@ def run(arguments: EvalArguments) -> "list[Summary]":
     from trl_opsd.eval.backends.loading import load_backend
     from trl_opsd.eval.chat import ChatFormat
     from trl_opsd.eval.evaluate import evaluate
-    from trl_opsd.eval.run_folder import SampleFile
+    from trl_opsd.eval.run_folder import SampleFile, locked
 
     if find_spec("matplotlib") is None:
         raise ValueError("The plots need matplotlib: pip install 'trl-opsd[eval]'.")
@@ -123,9 +124,9 @@ def run(arguments: EvalArguments) -> "list[Summary]":
     backend = None
     if arguments.backend == "vllm_server":
         backend = load_backend(arguments, tokenizer)  # its weights are among the settings
-    _prepare(folder, arguments, problems, chat, getattr(backend, "root", None))
-    files = {name: SampleFile(folder / name / "samples.jsonl") for name in problems}
-    try:
+    with locked(folder), ExitStack() as stack:
+        _prepare(folder, arguments, problems, chat, getattr(backend, "root", None))
+        files = {name: stack.enter_context(closing(SampleFile(folder / name / "samples.jsonl"))) for name in problems}
         done = {(name, sample.problem_id, sample.sample_index) for name in files for sample in files[name].samples}
         num_samples = cast(int, arguments.num_samples)
         wanted = {
@@ -154,9 +155,6 @@ def run(arguments: EvalArguments) -> "list[Summary]":
                 for name, file in files.items()
             },
         )
-    finally:
-        for file in files.values():
-            file.close()
 
 
 def _benchmarks(arguments: EvalArguments) -> "list[Benchmark]":
