@@ -311,6 +311,10 @@ def test_what_is_too_long_is_refused_before_anything_is_generated(run, tmp_path,
         (["--temprature", "1"], "Did you mean `--temperature`?"),
         (["--chat_template_path", "nowhere.jinja"], "nowhere.jinja"),
         (["--backend", "vllm_server", "--base_url", "http://127.0.0.1:9", "--adapter", "a"], "`--lora-modules`"),
+        (
+            ["--backend", "vllm_server", "--tokenizer", "/nowhere"],
+            "the tokenizer is elsewhere, set `tokenizer`",
+        ),
     ],
 )
 def test_errors_are_one_line(args, message, run, capsys):
@@ -363,6 +367,7 @@ def test_a_server_with_other_weights_of_the_same_name_is_refused(run, tmp_path, 
     monkeypatch.setattr(loading, "load_backend", load)
     server = ["--backend", "vllm_server", "--model_name_or_path", "policy", "--tokenizer", model_path]
     assert run(*server) == 0
+    assert "The server loaded policy from runs/checkpoint-100." in capsys.readouterr().out
     Served.root = "runs/checkpoint-200"
     assert run(*server) == 2
     assert "weights was 'runs/checkpoint-100' and is 'runs/checkpoint-200'" in capsys.readouterr().err

@@ -265,7 +265,8 @@ class EvalArguments:
         if self.backend == "vllm_server" and (self.adapter or self.model_init_kwargs):
             raise ValueError(
                 "A server has loaded its model already: with `backend` vllm_server, `adapter` and `model_init_kwargs` "
-                "have no effect. Serve the adapter with `--lora-modules`, and name it in `model_name_or_path`."
+                "have no effect. Serve the adapter with `--lora-modules`, name it in `model_name_or_path`, and its "
+                "base model in `tokenizer`."
             )
         folder = Path(self.model_name_or_path)
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():

@@ -107,11 +107,18 @@ def run(arguments: EvalArguments) -> "list[Summary]":
     if find_spec("matplotlib") is None:
         raise ValueError("The plots need matplotlib: pip install 'trl-opsd[eval]'.")
     problems = {benchmark.name: benchmark.problems(arguments.limit) for benchmark in _benchmarks(arguments)}
-    tokenizer = AutoTokenizer.from_pretrained(
-        arguments.tokenizer or arguments.model_name_or_path,
-        revision=None if arguments.tokenizer else arguments.revision,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    name = arguments.tokenizer or str(arguments.model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=None if arguments.tokenizer else arguments.revision,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Cannot load the tokenizer of {name}: {' '.join(str(error).split())} If only a server knows that name, or "
+            "the tokenizer is elsewhere, set `tokenizer` to a folder or Hub id."
+        ) from error
     template = arguments.chat_template_path
     chat = ChatFormat(
         tokenizer,
@@ -124,8 +131,11 @@ def run(arguments: EvalArguments) -> "list[Summary]":
     backend = None
     if arguments.backend == "vllm_server":
         backend = load_backend(arguments, tokenizer)  # its weights are among the settings
+    served = getattr(backend, "root", None)
+    if served not in (None, arguments.model_name_or_path):
+        print(f"The server loaded {arguments.model_name_or_path} from {served}.")
     with locked(folder), ExitStack() as stack:
-        _prepare(folder, arguments, problems, chat, getattr(backend, "root", None))
+        _prepare(folder, arguments, problems, chat, served)
         files = {name: stack.enter_context(closing(SampleFile(folder / name / "samples.jsonl"))) for name in problems}
         done = {(name, sample.problem_id, sample.sample_index) for name in files for sample in files[name].samples}
         num_samples = cast(int, arguments.num_samples)
