@@ -1,12 +1,16 @@
 import json
 import resource
 import shutil
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
+from eval.made import make_sample
 from peft import LoraConfig, get_peft_model
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
@@ -197,6 +201,13 @@ def test_other_settings_and_other_weights_are_refused(run, tmp_path, model_path,
 
     assert run("--temperature", "0.5", model=str(model)) == 2
     assert "temperature was 1.0 and is 0.5" in capsys.readouterr().err
+    # What does not change a completion does not count
+    (model / "README.md").write_text("A model.")
+    assert run("--model_init_kwargs", "{gpu_memory_utilization: 0.5}", model=str(model)) == 0
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["other_fields"]["model_init_kwargs"] == {"gpu_memory_utilization": 0.5}
+    assert run("--model_init_kwargs", "{max_model_len: 99}", model=str(model)) == 2
+    assert "model_init_kwargs was None and is {'max_model_len': 99}" in capsys.readouterr().err
     make_model(make_tokenizer(), seed=1).save_pretrained(model)
     assert run(model=str(model)) == 2
     assert "weights was " in capsys.readouterr().err
@@ -309,6 +320,7 @@ def test_what_is_too_long_is_refused_before_anything_is_generated(run, tmp_path,
         (["--benchmarks", "playground_opsd", "playground_opsd"], "`benchmarks` names one twice"),
         (["--dataset_name", "rows.jsonl"], "either `benchmarks`"),
         (["--temprature", "1"], "Did you mean `--temperature`?"),
+        (["--num_processes", "8"], "`accelerate launch`. It has no meaning here: transformers runs in one process"),
         (["--chat_template_path", "nowhere.jinja"], "nowhere.jinja"),
         (["--backend", "vllm_server", "--base_url", "http://127.0.0.1:9", "--adapter", "a"], "`--lora-modules`"),
         (
@@ -380,8 +392,58 @@ def test_matplotlib_that_is_not_there(run, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_engine_that_fails_is_one_line(run, monkeypatch, capsys):
+    def fail(*args):
+        raise torch.OutOfMemoryError(f"CUDA out of memory.\n{'Tried to allocate. ' * 99}")
+
+    monkeypatch.setattr(loading, "load_backend", fail)
+    assert run() == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("trl-opsd eval: error: OutOfMemoryError: CUDA out of memory. Tried to")
+    assert "All finished samples are kept" in line
+    assert len(line) < 700
+
+
+def test_the_time_left_is_by_the_pace_so_far(monkeypatch):
+    shown = []
+    clock = iter([0, 60, 120, 480])
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("rich.progress.Progress.update", lambda progress, task, advance, left: shown.append(left))
+    file = SimpleNamespace(append=lambda sample: None)
+    command._write([make_sample()] * 3, {"made-up": file}, num_wanted=10, num_done=4)
+    assert shown == ["0:05:00", "0:04:00", "0:08:00"]
+
+
+def test_an_adapter_is_handed_to_vllm(tmp_path, model_path, monkeypatch):
+    given = {}
+
+    class LLM:
+        llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=99))
+
+        def __init__(self, **kwargs):
+            given.update(kwargs)
+
+    for name, module in {
+        "vllm": SimpleNamespace(LLM=LLM),
+        "vllm.lora": SimpleNamespace(),
+        "vllm.lora.request": SimpleNamespace(LoRARequest=lambda *args: args),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    adapter = str(tmp_path / "adapter")
+    LoraConfig(r=20).save_pretrained(adapter)
+    arguments = EvalArguments(
+        model_path, adapter, benchmarks=["playground_opsd"], model_init_kwargs="{tensor_parallel_size: 2}"
+    )
+
+    backend = loading.load_backend(arguments, make_tokenizer())
+
+    assert (given["model"], given["dtype"], given["tensor_parallel_size"]) == (model_path, torch.float32, 2)
+    assert (given["enable_lora"], given["max_lora_rank"]) == (True, 32)
+    assert backend._lora_request == ("adapter", 1, adapter)
+
+
 def test_vllm_that_is_not_there(run, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
 
     assert run("--backend", "vllm") == 2
     assert "vLLM cannot be imported" in capsys.readouterr().err
@@ -405,3 +467,6 @@ def test_help_explains_every_field(capsys):
     assert output.startswith("usage: trl-opsd eval --model_name_or_path")
     for action in command.make_parser()._actions:
         assert action.help, action.dest
+    text = " ".join(output.split())
+    assert "Sets `apply_chat_template` to false. --system_prompt" in text
+    assert "goes on where it stopped when it is started again with the same flags" in text
