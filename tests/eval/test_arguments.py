@@ -2,6 +2,7 @@ import pytest
 
 from trl_opsd.eval.arguments import EvalArguments
 from trl_opsd.eval.backends import Sampling
+from trl_opsd.scripts.eval import make_parser
 
 
 def arguments(**fields):
@@ -63,6 +64,35 @@ def test_output_dir():
 def test_bad_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         arguments(**fields)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("preset: opsdd", "`preset` must be one of opsd, opsdc, got 'opsdd'"),
+        ("backend: hf", "`backend` must be one of vllm, transformers, vllm_server, got 'hf'"),
+        ("temperature: [1]", r"`temperature` must be of type float \| None, got \[1\]"),
+        ("limit: 2.5", r"`limit` must be of type int \| None, got 2.5"),
+        ("top_k: 2.5", r"`top_k` must be of type int \| None, got 2.5"),
+        ("batch_size: true", "`batch_size` must be of type int, got True"),
+        ("benchmarks: [1]", r"`benchmarks` must be names or files, got \[1\]"),
+        ("benchmarks: []", "either `benchmarks`"),
+        ("limit: {", "The file of `--config` is not YAML: .*line 4"),
+    ],
+)
+def test_wrong_values_in_a_file(line, message, tmp_path):
+    path = tmp_path / "eval.yaml"
+    path.write_text(f"model_name_or_path: m\nbenchmarks: aime24\n{line}\n")
+    with pytest.raises(ValueError, match=message):
+        make_parser().parse_args_and_config(["--config", str(path)])
+
+
+def test_a_file_may_name_one_benchmark_and_whole_numbers(tmp_path):
+    path = tmp_path / "eval.yaml"
+    path.write_text("model_name_or_path: m\nbenchmarks: aime24\ntemperature: 1\n")
+    (given,) = make_parser().parse_args_and_config(["--config", str(path)])
+    assert given.benchmarks == ["aime24"]
+    assert given.temperature == 1
 
 
 def test_an_adapter_is_no_model(tmp_path):

@@ -165,11 +165,16 @@ def test_bad_rows(rows, changes, message, data):
         ({"wrong_choice_columns": ["b"]}, "`answer_type` must be choice"),
         ({"prompt_template": "{{ question"}, "`prompt_template` is malformed"),
         ({"prompt_template": "Say something."}, "never shows the question"),
+        ({"prompt_template": 5}, "Benchmark mine: `prompt_template` must be text, got 5"),
+        ({"dataset_revision": 1234567}, "`dataset_revision` must be text, got 1234567. Put it in quotes"),
+        ({"wrong_choice_columns": 3}, "`wrong_choice_columns` must be a list of columns, got 3"),
+        ({"wrong_choice_columns": "wrong", "answer_type": "choice"}, "must be a list of columns, got 'wrong'"),
+        *(({"name": name}, "cannot be a folder of its own") for name in ("", ".", "..", "a/b", "a/", "/a")),
     ],
 )
 def test_bad_descriptions(changes, message):
     with pytest.raises(ValueError, match=message):
-        Benchmark("mine", "rows.jsonl", **changes)
+        Benchmark(**{"name": "mine", "dataset_name": "rows.jsonl", **changes})
 
 
 def test_description_in_a_file(tmp_path):

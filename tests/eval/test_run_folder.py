@@ -8,7 +8,7 @@ from eval.made import make_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_opsd.eval.run_folder import SampleFile, keep_problems, open_run, read_samples, write_json
+from trl_opsd.eval.run_folder import SampleFile, keep_problems, locked, open_run, read_samples, write_json
 from trl_opsd.eval.samples import Sample
 
 
@@ -105,6 +105,15 @@ def test_a_file_is_replaced_in_one_piece(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
 
 
+def test_a_drive_without_locks(tmp_path, monkeypatch, caplog):
+    def flock(file, operation):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(tmp_path / "run"):
+        assert "cannot be locked" in caplog.text
+
+
 def test_the_same_settings_go_on(tmp_path):
     open_run(tmp_path, {"temperature": 1.0, "kwargs": {"a": (1, 2)}}, {"versions": {"torch": "1"}})
     open_run(tmp_path, {"temperature": 1.0, "kwargs": {"a": (1, 2)}}, {"versions": {"torch": "2"}})
@@ -152,6 +161,10 @@ def test_samples_of_unknown_settings_are_refused(tmp_path):
 
     with pytest.raises(ValueError, match=r"has samples, but no run\.json"):
         open_run(tmp_path, {"seed": 0}, {})
+    for record in ("", "[]", "{}", '{"settings": 5}'):
+        (tmp_path / "run.json").write_text(record)
+        with pytest.raises(ValueError, match=r"run\.json does not say how the samples beside it were made"):
+            open_run(tmp_path, {"seed": 0}, {})
     open_run(tmp_path, {"seed": 0}, {}, overwrite=True)
     assert not list((tmp_path / "mine").iterdir())
 

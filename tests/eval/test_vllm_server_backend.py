@@ -40,10 +40,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def complete(self, body):
-        choice = {
-            "token_ids": [body["seed"], *body["prompt"]],
-            "finish_reason": "stop" if body["seed"] % 2 else "length",
-        }
+        ids = [body["seed"], *body["prompt"]]
+        choice = {"token_ids": ids, "finish_reason": "stop"}
+        if body["seed"] % 2 == 0:
+            choice = {"token_ids": (ids * 9)[: body["max_tokens"]], "finish_reason": "length"}
         self.answer(200, {"choices": [choice]})
 
     def log_message(self, *args):
@@ -71,7 +71,11 @@ def test_requests_hold_everything_that_matters(server):
 
     completions = dict(backend(server).generate(requests, SAMPLING))
 
-    assert completions == {seed: Completion([seed, 10, 11], terminated=seed % 2 == 1) for seed in range(9)}
+    ids = {seed: [seed, 10, 11] for seed in range(9)}
+    assert completions == {
+        seed: Completion(ids[seed], terminated=True) if seed % 2 else Completion(ids[seed] * 3, terminated=False)
+        for seed in range(9)
+    }
     body = min(server.bodies, key=lambda body: body["seed"])
     assert body == {
         "model": "math",
@@ -149,6 +153,15 @@ def test_a_completion_that_was_given_up_is_none(server):
         list(backend(server).generate([Request([1], 0)], SAMPLING))
 
 
+def test_a_server_that_cuts_completions_short(server):
+    def cut(handler, body, call):
+        handler.answer(200, {"choices": [{"token_ids": [1] * 8, "finish_reason": "length"}]})
+
+    server.reply = cut
+    with pytest.raises(ValueError, match=r"cut a completion off at 8 tokens, and `max_new_tokens` is 9\..*generation"):
+        list(backend(server).generate([Request([1], 0)], SAMPLING))
+
+
 def test_refusals_are_not_repeated(server):
     server.reply = lambda handler, body, call: handler.answer(400, {"error": "prompt too long"})
 
@@ -169,6 +182,15 @@ def test_models_by_name_and_by_path(model, name, server):
 def test_another_model(server):
     with pytest.raises(ValueError, match="answers for math, math-lora, not for physics"):
         backend(server, "physics")
+
+
+def test_another_folder(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "math").mkdir()
+    with pytest.raises(ValueError, match="loaded what it calls math from org/math-1b, not from the folder math"):
+        backend(server)
+    server.models = [{"id": "math", "root": str(tmp_path / "math")}]
+    assert backend(server).root == str(tmp_path / "math")
 
 
 def test_no_server():

@@ -65,6 +65,7 @@ def test_what_is_missing_is_said():
     samples = [*make_run([True] * 3, [True]), make_sample("q", correct=None)]
     notes = summary_rows("run", [summarize(samples)]).notes
     assert "made-up is unfinished: 1 to 3 completions per problem" in notes[1]
+    assert "the shortest completions finish first" in notes[1]
     assert "1 of 5 completions have no verdict" in notes[2]
     rows = comparison_rows("a", "b", compare(samples, samples))
     assert [note[:18] for note in rows.notes[3:]] == [

@@ -78,7 +78,9 @@ def test_no_warning_when_sampled_alike(tmp_path, capsys):
 def test_other_versions_of_the_scorer(tmp_path, capsys):
     runs = [write_run(tmp_path / one, {"scorer_version": one}, aime=make_run([True])) for one in "12"]
     assert main(runs) == 2
-    assert "different versions of the scorer (1, 2)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "different versions of the scorer (1, 2)" in error
+    assert "Run the older one's `trl-opsd eval` again" in error
 
 
 def test_files(folders, tmp_path, capsys):

@@ -1,21 +1,28 @@
 import json
 import resource
 import shutil
+import sys
 from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
+from eval.made import make_sample
 from peft import LoraConfig, get_peft_model
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from trl_opsd import cli
+from trl_opsd.eval import run_folder, scorer
 from trl_opsd.eval.arguments import EvalArguments
 from trl_opsd.eval.backends import loading
 from trl_opsd.eval.backends.transformers import TransformersBackend
 from trl_opsd.eval.run_folder import read_samples
 from trl_opsd.eval.samples import Sample
+from trl_opsd.eval.scorer import Verdict
 from trl_opsd.scripts import eval as command
 
 
@@ -94,6 +101,50 @@ def test_a_finished_run_is_only_summed_up_and_a_larger_one_goes_on(run, tmp_path
     assert set(before) < set(after)
 
 
+def test_another_version_of_the_scorer_grades_anew_and_generates_nothing(run, tmp_path, monkeypatch, capsys):
+    assert run() == 0
+    assert run(benchmark="playground_opsd") == 0  # one that the next command does not name
+    folder, names = tmp_path / "run", ("playground_opsd", "playground_opsdc")
+    files = [folder / "run.json", *(folder / name / "samples.jsonl" for name in names)]
+    before, old = [file.read_bytes() for file in files], {name: samples(folder, name) for name in names}
+    graded = []
+
+    def score(completion, reference, answer_type):
+        graded.append(completion)
+        if len(graded) == 10:  # of 12
+            raise KeyboardInterrupt
+        return Verdict(True, f"{answer_type} {reference}", "bare", None)
+
+    monkeypatch.setattr(run_folder, "score", score)
+    monkeypatch.setattr(scorer, "SCORER_VERSION", "next")
+    monkeypatch.setattr(loading, "load_backend", None)  # nothing is loaded
+    assert run() == 130
+    assert [file.read_bytes() for file in files] == before
+
+    assert run() == 0
+    assert "playground_opsdc: the scorer has changed" in capsys.readouterr().out
+    assert len(graded) == 10 + 12
+    for name in names:
+        assert samples(folder, name) == [
+            replace(sample, correct=True, answer=f"math {sample.reference}", answer_format="bare", error=None)
+            for sample in old[name]
+        ]
+    assert json.loads(files[0].read_text())["settings"]["scorer_version"] == "next"
+    assert json.loads((folder / "playground_opsdc/metrics.json").read_text())["summary"]["avg_at_k"]["value"] == 1
+    assert not (folder / "playground_opsd/metrics.json").exists()  # it would tell the old verdicts
+
+    assert run() == 0
+    assert len(graded) == 10 + 12
+    assert run("--seed", "1") == 2
+
+
+def test_another_run_in_the_same_folder_is_refused(run, tmp_path, capsys):
+    with run_folder.locked(tmp_path / "run"):
+        assert run("--overwrite") == 2
+    assert f"Another evaluation runs in {tmp_path / 'run'}" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
+
+
 def test_an_interrupted_run_goes_on(run, tmp_path, monkeypatch, capsys):
     assert run(output_dir=tmp_path / "whole") == 0
     load = loading.load_backend
@@ -150,6 +201,13 @@ def test_other_settings_and_other_weights_are_refused(run, tmp_path, model_path,
 
     assert run("--temperature", "0.5", model=str(model)) == 2
     assert "temperature was 1.0 and is 0.5" in capsys.readouterr().err
+    # What does not change a completion does not count
+    (model / "README.md").write_text("A model.")
+    assert run("--model_init_kwargs", "{gpu_memory_utilization: 0.5}", model=str(model)) == 0
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["other_fields"]["model_init_kwargs"] == {"gpu_memory_utilization": 0.5}
+    assert run("--model_init_kwargs", "{max_model_len: 99}", model=str(model)) == 2
+    assert "model_init_kwargs was None and is {'max_model_len': 99}" in capsys.readouterr().err
     make_model(make_tokenizer(), seed=1).save_pretrained(model)
     assert run(model=str(model)) == 2
     assert "weights was " in capsys.readouterr().err
@@ -182,6 +240,17 @@ def test_other_problems_are_refused(run, tmp_path, capsys):
     (tmp_path / "template.jinja").write_text("{{ messages[0]['content'] }}!")
     assert run(*own, "--chat_template_path", str(tmp_path / "template.jinja"), benchmark=None) == 2
     assert "`prompt` was " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dataset_name", "name"),
+    [("org/data-v1.5", "data-v1.5"), ("a/rows.v2.jsonl", "rows.v2"), (".", "here"), ("..", "above")],
+)
+def test_problems_of_your_own_are_called_like_their_source(dataset_name, name, tmp_path, monkeypatch):
+    (tmp_path / "above/here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above/here")
+    (benchmark,) = command._benchmarks(EvalArguments(model_name_or_path="m", dataset_name=dataset_name))
+    assert benchmark.name == name
 
 
 def test_references_that_cannot_be_read_are_listed(run, tmp_path, capsys):
@@ -251,8 +320,13 @@ def test_what_is_too_long_is_refused_before_anything_is_generated(run, tmp_path,
         (["--benchmarks", "playground_opsd", "playground_opsd"], "`benchmarks` names one twice"),
         (["--dataset_name", "rows.jsonl"], "either `benchmarks`"),
         (["--temprature", "1"], "Did you mean `--temperature`?"),
+        (["--num_processes", "8"], "`accelerate launch`. It has no meaning here: transformers runs in one process"),
         (["--chat_template_path", "nowhere.jinja"], "nowhere.jinja"),
         (["--backend", "vllm_server", "--base_url", "http://127.0.0.1:9", "--adapter", "a"], "`--lora-modules`"),
+        (
+            ["--backend", "vllm_server", "--tokenizer", "/nowhere"],
+            "the tokenizer is elsewhere, set `tokenizer`",
+        ),
     ],
 )
 def test_errors_are_one_line(args, message, run, capsys):
@@ -305,6 +379,7 @@ def test_a_server_with_other_weights_of_the_same_name_is_refused(run, tmp_path, 
     monkeypatch.setattr(loading, "load_backend", load)
     server = ["--backend", "vllm_server", "--model_name_or_path", "policy", "--tokenizer", model_path]
     assert run(*server) == 0
+    assert "The server loaded policy from runs/checkpoint-100." in capsys.readouterr().out
     Served.root = "runs/checkpoint-200"
     assert run(*server) == 2
     assert "weights was 'runs/checkpoint-100' and is 'runs/checkpoint-200'" in capsys.readouterr().err
@@ -317,8 +392,58 @@ def test_matplotlib_that_is_not_there(run, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_engine_that_fails_is_one_line(run, monkeypatch, capsys):
+    def fail(*args):
+        raise torch.OutOfMemoryError(f"CUDA out of memory.\n{'Tried to allocate. ' * 99}")
+
+    monkeypatch.setattr(loading, "load_backend", fail)
+    assert run() == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("trl-opsd eval: error: OutOfMemoryError: CUDA out of memory. Tried to")
+    assert "All finished samples are kept" in line
+    assert len(line) < 700
+
+
+def test_the_time_left_is_by_the_pace_so_far(monkeypatch):
+    shown = []
+    clock = iter([0, 60, 120, 480])
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("rich.progress.Progress.update", lambda progress, task, advance, left: shown.append(left))
+    file = SimpleNamespace(append=lambda sample: None)
+    command._write([make_sample()] * 3, {"made-up": file}, num_wanted=10, num_done=4)
+    assert shown == ["0:05:00", "0:04:00", "0:08:00"]
+
+
+def test_an_adapter_is_handed_to_vllm(tmp_path, model_path, monkeypatch):
+    given = {}
+
+    class LLM:
+        llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=99))
+
+        def __init__(self, **kwargs):
+            given.update(kwargs)
+
+    for name, module in {
+        "vllm": SimpleNamespace(LLM=LLM),
+        "vllm.lora": SimpleNamespace(),
+        "vllm.lora.request": SimpleNamespace(LoRARequest=lambda *args: args),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    adapter = str(tmp_path / "adapter")
+    LoraConfig(r=20).save_pretrained(adapter)
+    arguments = EvalArguments(
+        model_path, adapter, benchmarks=["playground_opsd"], model_init_kwargs="{tensor_parallel_size: 2}"
+    )
+
+    backend = loading.load_backend(arguments, make_tokenizer())
+
+    assert (given["model"], given["dtype"], given["tensor_parallel_size"]) == (model_path, torch.float32, 2)
+    assert (given["enable_lora"], given["max_lora_rank"]) == (True, 32)
+    assert backend._lora_request == ("adapter", 1, adapter)
+
+
 def test_vllm_that_is_not_there(run, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
 
     assert run("--backend", "vllm") == 2
     assert "vLLM cannot be imported" in capsys.readouterr().err
@@ -342,3 +467,6 @@ def test_help_explains_every_field(capsys):
     assert output.startswith("usage: trl-opsd eval --model_name_or_path")
     for action in command.make_parser()._actions:
         assert action.help, action.dest
+    text = " ".join(output.split())
+    assert "Sets `apply_chat_template` to false. --system_prompt" in text
+    assert "goes on where it stopped when it is started again with the same flags" in text

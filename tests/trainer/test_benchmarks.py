@@ -14,7 +14,7 @@ from trl_opsd.eval.backends import Request, Sampling
 from trl_opsd.eval.run_folder import read_samples
 from trl_opsd.serving import ServerError
 from trl_opsd.trainer import benchmarks
-from trl_opsd.trainer.benchmarks import RolloutBackend
+from trl_opsd.trainer.benchmarks import BenchmarkCallback, RolloutBackend
 
 
 @pytest.fixture
@@ -163,6 +163,24 @@ def test_an_evaluation_that_failed_at_the_end_is_made_up_for(make_trainer, bench
     resumed = make_trainer(**settings)
     resumed.train(resume_from_checkpoint=True)
     assert list(evaluations(resumed)) == [0, 2, 4, 5]
+
+
+def test_samples_that_cannot_be_kept_end_all_processes(tmp_path, monkeypatch):
+    (tmp_path / "eval").touch()  # no folder can be made there
+    sent = []
+    monkeypatch.setattr(
+        benchmarks, "broadcast_object_list", lambda objects: sent or sent.extend(objects) or list(objects)
+    )
+    backend = SimpleNamespace(generate=lambda requests, sampling: iter(()))
+    callback = BenchmarkCallback(
+        {}, backend, None, Sampling(1.0, 1.0, 0, 4), 1, every=1, stream=0, log=pytest.fail, on_failure=pytest.fail
+    )
+    args = SimpleNamespace(device=torch.device("cpu"), seed=0, output_dir=str(tmp_path), disable_tqdm=True)
+    args.eval_benchmarks_system_prompt = args.chat_template_kwargs = None
+    for is_first in (True, False):
+        state = SimpleNamespace(global_step=2, is_world_process_zero=is_first, is_local_process_zero=True)
+        with pytest.raises(ValueError, match=r"`eval_benchmarks` cannot be kept in .*step-2: .*Not a directory"):
+            callback._evaluate(args, state, None)
 
 
 def test_training_that_is_stopped_is_evaluated_at_its_end(make_trainer, benchmark):

@@ -3,7 +3,7 @@
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -207,20 +207,27 @@ class EvalArguments:
             "tokens, thinking) or 'opsdc' (8 samples, temperature 0.6, top-p 0.95, top-k 20, 30,000 tokens, thinking)."
         },
     )
-    num_samples: int | None = field(default=None, metadata={"help": "Completions of each problem."})
+    num_samples: int | None = field(
+        default=None, metadata={"help": "Completions of each problem. By default the preset's."}
+    )
     temperature: float | None = field(
-        default=None, metadata={"help": "Sampling temperature. 0 always takes the likeliest token."}
+        default=None,
+        metadata={"help": "Sampling temperature. 0 always takes the likeliest token. By default the preset's."},
     )
     top_p: float | None = field(
         default=None,
         metadata={
-            "help": "Probability that the likeliest tokens to sample from must reach together. 1 samples from all."
+            "help": "Probability that the likeliest tokens to sample from must reach together. 1 samples from all. By "
+            "default the preset's."
         },
     )
     top_k: int | None = field(
-        default=None, metadata={"help": "Number of likeliest tokens to sample from. 0 samples from all."}
+        default=None,
+        metadata={"help": "Number of likeliest tokens to sample from. 0 samples from all. By default the preset's."},
     )
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Longest completion in tokens."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest completion in tokens. By default the preset's."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed that those of all completions come from."})
 
     chat_template_kwargs: dict[str, Any] | str | None = field(
@@ -250,6 +257,9 @@ class EvalArguments:
     overwrite: bool = field(default=False, metadata={"help": "Whether to delete an earlier run in that folder."})
 
     def __post_init__(self) -> None:
+        if isinstance(self.benchmarks, str):  # as a file may name a single one
+            self.benchmarks = [self.benchmarks]
+        self._check_types()
         if not self.model_name_or_path:
             raise ValueError("No model to evaluate: set `model_name_or_path` to a Hub id or a local folder.")
         for name in ("chat_template_kwargs", "model_init_kwargs"):
@@ -257,7 +267,7 @@ class EvalArguments:
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if (self.benchmarks is None) == (self.dataset_name is None):
+        if (not self.benchmarks) == (self.dataset_name is None):
             raise ValueError(
                 "Name the problems: either `benchmarks` (`trl-opsd eval --list` shows them) or `dataset_name`."
             )
@@ -265,7 +275,8 @@ class EvalArguments:
         if self.backend == "vllm_server" and (self.adapter or self.model_init_kwargs):
             raise ValueError(
                 "A server has loaded its model already: with `backend` vllm_server, `adapter` and `model_init_kwargs` "
-                "have no effect. Serve the adapter with `--lora-modules`, and name it in `model_name_or_path`."
+                "have no effect. Serve the adapter with `--lora-modules`, name it in `model_name_or_path`, and its "
+                "base model in `tokenizer`."
             )
         folder = Path(self.model_name_or_path)
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
@@ -285,6 +296,20 @@ class EvalArguments:
             top_k=cast(int, self.top_k),
             max_new_tokens=cast(int, self.max_new_tokens),
         )
+
+    def _check_types(self) -> None:
+        # Argparse checks flags, and not what comes from a file
+        for name, hint in get_type_hints(EvalArguments).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal:
+                if value not in get_args(hint):
+                    raise ValueError(f"`{name}` must be one of {', '.join(get_args(hint))}, got {value!r}.")
+                continue
+            types = {get_origin(one) or one for one in get_args(hint) or [hint]}
+            if type(value) not in types | ({int} if float in types else set()):
+                raise ValueError(f"`{name}` must be of type {getattr(hint, '__name__', hint)}, got {value!r}.")
+        if not all(isinstance(benchmark, str) for benchmark in self.benchmarks or []):
+            raise ValueError(f"`benchmarks` must be names or files, got {self.benchmarks!r}.")
 
     def _check_numbers(self) -> None:
         self.sampling()

@@ -86,7 +86,8 @@ class Benchmark:
             What it is, in one line.
 
     Raises:
-        ValueError: If the template is malformed or never shows the question.
+        ValueError: If a field is not text, if the name is none for a folder, or if the template is malformed or never
+            shows the question.
     """
 
     name: str
@@ -105,6 +106,20 @@ class Benchmark:
     description: str = ""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "wrong_choice_columns":
+                if not isinstance(value, list | tuple) or not all(isinstance(column, str) for column in value):
+                    raise ValueError(
+                        f"Benchmark {self.name}: `{field.name}` must be a list of columns, got {value!r}."
+                    )
+            elif not isinstance(value, str) and (value is not None or field.default is not None):
+                raise ValueError(
+                    f"Benchmark {self.name}: `{field.name}` must be text, got {value!r}. Put it in quotes."
+                )
+        # Runs are found by <run>/<name>/samples.jsonl
+        if self.name in ("", "..") or Path(self.name).name != self.name:
+            raise ValueError(f"`name` is {self.name!r}, which cannot be a folder of its own. Choose a plain name.")
         object.__setattr__(self, "wrong_choice_columns", tuple(self.wrong_choice_columns))
         if self.answer_type not in ("math", "choice", "text"):
             raise ValueError(

@@ -1,14 +1,17 @@
 """The folder of a run: what was asked, every sample as soon as it is graded, and how far an earlier run came."""
 
+import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .samples import Sample
+from .scorer import score
 
 
 logger = logging.getLogger(__name__)
@@ -17,22 +20,48 @@ _MISSING = object()
 _FIELDS = {field.name for field in fields(Sample)}
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """
+    Keeps other evaluations out of a folder.
+
+    Args:
+        folder (`Path`):
+            Folder of a run.
+
+    Raises:
+        ValueError: If another evaluation runs in the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Another evaluation runs in {folder}. Wait for its end, or choose another `output_dir`."
+            ) from error
+        except OSError as error:  # some network drives know no locks
+            logger.warning(f"{folder} cannot be locked ({error}). See to it that no other evaluation writes there.")
+        yield
+
+
 def open_run(folder: Path, settings: Mapping[str, Any], details: Mapping[str, Any], overwrite: bool = False) -> None:
     """
-    Begins a run in a folder, or takes up the one that is there.
+    Begins a run in a folder, or takes up the one that is there. If only the version of the scorer has changed since,
+    its samples are graded anew.
 
     Args:
         folder (`Path`):
             Folder of the run.
         settings (`Mapping[str, Any]`):
-            What samples depend on. A run is only taken up with the same.
+            What samples depend on. A run is only taken up with the same, but for `scorer_version`.
         details (`Mapping[str, Any]`):
             What else `run.json` says, e.g. versions.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to delete an earlier run first.
 
     Raises:
-        ValueError: If the folder holds a run with other settings.
+        ValueError: If the folder holds a run with other settings, or with unknown ones.
     """
     record = folder / "run.json"
     samples = [file for file in folder.glob("*/samples.jsonl") if file.stat().st_size > 0]
@@ -46,16 +75,28 @@ def open_run(folder: Path, settings: Mapping[str, Any], details: Mapping[str, An
         record.unlink(missing_ok=True)
     settings = json.loads(json.dumps(settings))
     if record.exists():
-        earlier = json.loads(record.read_text(encoding="utf-8"))["settings"]
-        different = [
-            f"{name} was {earlier.get(name)!r} and is {settings.get(name)!r}"
+        try:
+            earlier = dict(json.loads(record.read_text(encoding="utf-8"))["settings"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{record} does not say how the samples beside it were made ({error!r}). Choose another `output_dir`, "
+                "or set `overwrite` to delete that run."
+            ) from error
+        different = {
+            name: f"{name} was {earlier.get(name)!r} and is {settings.get(name)!r}"
             for name in dict.fromkeys([*earlier, *settings])
             if earlier.get(name, _MISSING) != settings.get(name, _MISSING)
-        ]
-        if different:
+        }
+        if different.keys() == {"scorer_version"}:
+            # All before the first is written, or one that is stopped meanwhile would leave verdicts of two versions
+            for file, rows in [(file, _graded_anew(file)) for file in samples]:
+                for name in ("samples.parquet", "metrics.json", "accuracy.png"):
+                    (file.parent / name).unlink(missing_ok=True)
+                _replace(file, "".join(_line(asdict(row)) for row in rows))
+        elif different:
             raise ValueError(
-                f"{folder} holds a run with other settings: {'; '.join(different)}. Choose another `output_dir`, or "
-                "set `overwrite` to delete that run."
+                f"{folder} holds a run with other settings: {'; '.join(different.values())}. Choose another "
+                "`output_dir`, or set `overwrite` to delete that run."
             )
     elif samples:
         raise ValueError(
@@ -63,6 +104,19 @@ def open_run(folder: Path, settings: Mapping[str, Any], details: Mapping[str, An
             "`overwrite` to delete them."
         )
     write_json(record, {"settings": settings, **details})
+
+
+def _graded_anew(file: Path) -> list[Sample]:
+    from rich.progress import track
+
+    problems = map(json.loads, (file.parent / "problems.jsonl").read_bytes().splitlines())
+    types = {problem["problem_id"]: problem["answer_type"] for problem in problems}
+    samples = read_samples(file)
+    description = f"{file.parent.name}: the scorer has changed, grading {len(samples):,} completions anew"
+    return [
+        replace(sample, **asdict(score(sample.completion, sample.reference, types[sample.problem_id])))
+        for sample in track(samples, description)
+    ]
 
 
 def keep_problems(file: Path, problems: Iterable[Mapping[str, Any]]) -> None:

@@ -222,7 +222,7 @@ def _notes(summary: Summary) -> list[str]:
     if fewest != most:
         notes.append(
             f"{summary.benchmark} is unfinished: {fewest} to {most} completions per problem. pass@k goes up to the "
-            "fewest."
+            "fewest, and lengths may be too short, since the shortest completions finish first."
         )
     if summary.num_ungraded:
         notes.append(

@@ -84,7 +84,9 @@ def _compare(base: Path, new: Path, output_dir: Path | None, common_only: bool) 
     if len(versions) > 1:
         raise ValueError(
             f"The runs were graded by different versions of the scorer ({', '.join(sorted(versions))}), which do not "
-            "agree on every answer. Evaluate the older one again, into another `--output_dir`."
+            "agree on every answer. Run the older one's `trl-opsd eval` again, as it was: it grades the completions "
+            "that are there anew, and generates none. Samples taken while training keep their version: evaluate the "
+            "checkpoint instead."
         )
     benchmarks, left_out = _shared_benchmarks(base, new, common_only)
 

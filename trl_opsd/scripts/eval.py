@@ -1,12 +1,16 @@
 """`trl-opsd eval`: sample answers to benchmarks, grade them and sum them up."""
 
+import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, cast
 
 from trl_opsd.eval.arguments import EvalArguments
@@ -26,6 +30,15 @@ _NOT_SETTINGS = {
     "dataset_split", "question_column", "answer_column", "answer_type", "prompt_template", "chat_template_path",
     "output_dir", "overwrite",
 }  # fmt: skip
+# Of `model_init_kwargs`: where a model lies and how much of it is computed at once
+_MEMORY = {
+    "cpu_offload_gb", "data_parallel_size", "device_map", "enforce_eager", "gpu_memory_utilization",
+    "max_num_batched_tokens", "max_num_seqs", "pipeline_parallel_size", "swap_space", "tensor_parallel_size",
+}  # fmt: skip
+_MODEL_FILES = (
+    "*config.json", "*.safetensors*", "*.bin*", "*.gguf", "*token*", "vocab*", "merges*", "*.model", "chat_template*",
+    "*.py",
+)  # fmt: skip
 _LISTED_UNGRADABLE = 10
 
 
@@ -45,9 +58,12 @@ def make_parser(prog: str | None = None) -> RecipeParser:
         [EvalArguments],
         prog=prog,
         usage="%(prog)s --model_name_or_path model --benchmarks name [name ...] [--any_field value] | --list",
+        launch_hint="It has no meaning here: transformers runs in one process, and vLLM takes several GPUs with "
+        "`--model_init_kwargs '{tensor_parallel_size: 8}'`.",
         description="Samples answers to benchmarks, grades them and sums them up. A run that was interrupted goes on "
-        "where it stopped when it is started again. `--config file.yaml` reads any of the fields below from a file; "
-        "flags take precedence. `--list` shows the benchmarks.",
+        "where it stopped when it is started again with the same flags. So does a finished one with more samples "
+        "(`--num_samples`), problems (`--limit`) or benchmarks. `--config file.yaml` reads any of the fields below "
+        "from a file; flags take precedence. `--list` shows the benchmarks.",
     )
 
 
@@ -63,7 +79,8 @@ def main(argv: Sequence[str], prog: str = "trl-opsd eval") -> int:
 
     Returns:
         `int`:
-            Exit status: 0, 2 if something is wrong with the arguments, the data or the disk, 130 if interrupted.
+            Exit status: 0, 2 if something is wrong with the arguments, the data, the disk or the engine, 130 if
+            interrupted.
     """
     try:
         if "--list" in argv:
@@ -73,6 +90,14 @@ def main(argv: Sequence[str], prog: str = "trl-opsd eval") -> int:
         run(arguments)
     except (ValueError, OSError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # of the engine, the device, an adapter or the scorer's process
+        message = shorten(f"{type(error).__name__}: {error}", 500, placeholder=" ...")
+        print(
+            f"{prog}: error: {message} All finished samples are kept: the same command goes on from here, also with "
+            "another `batch_size` or `gpu_memory_utilization`.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(
@@ -99,16 +124,23 @@ def run(arguments: EvalArguments) -> "list[Summary]":
     from trl_opsd.eval.backends.loading import load_backend
     from trl_opsd.eval.chat import ChatFormat
     from trl_opsd.eval.evaluate import evaluate
-    from trl_opsd.eval.run_folder import SampleFile
+    from trl_opsd.eval.run_folder import SampleFile, locked
 
     if find_spec("matplotlib") is None:
         raise ValueError("The plots need matplotlib: pip install 'trl-opsd[eval]'.")
     problems = {benchmark.name: benchmark.problems(arguments.limit) for benchmark in _benchmarks(arguments)}
-    tokenizer = AutoTokenizer.from_pretrained(
-        arguments.tokenizer or arguments.model_name_or_path,
-        revision=None if arguments.tokenizer else arguments.revision,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    name = arguments.tokenizer or str(arguments.model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=None if arguments.tokenizer else arguments.revision,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Cannot load the tokenizer of {name}: {' '.join(str(error).split())} If only a server knows that name, "
+            "or the tokenizer is elsewhere, set `tokenizer` to a folder or Hub id."
+        ) from error
     template = arguments.chat_template_path
     chat = ChatFormat(
         tokenizer,
@@ -121,9 +153,12 @@ def run(arguments: EvalArguments) -> "list[Summary]":
     backend = None
     if arguments.backend == "vllm_server":
         backend = load_backend(arguments, tokenizer)  # its weights are among the settings
-    _prepare(folder, arguments, problems, chat, getattr(backend, "root", None))
-    files = {name: SampleFile(folder / name / "samples.jsonl") for name in problems}
-    try:
+    served = getattr(backend, "root", None)
+    if served not in (None, arguments.model_name_or_path):
+        print(f"The server loaded {arguments.model_name_or_path} from {served}.")
+    with locked(folder), ExitStack() as stack:
+        _prepare(folder, arguments, problems, chat, served)
+        files = {name: stack.enter_context(closing(SampleFile(folder / name / "samples.jsonl"))) for name in problems}
         done = {(name, sample.problem_id, sample.sample_index) for name in files for sample in files[name].samples}
         num_samples = cast(int, arguments.num_samples)
         wanted = {
@@ -152,9 +187,6 @@ def run(arguments: EvalArguments) -> "list[Summary]":
                 for name, file in files.items()
             },
         )
-    finally:
-        for file in files.values():
-            file.close()
 
 
 def _benchmarks(arguments: EvalArguments) -> "list[Benchmark]":
@@ -164,9 +196,10 @@ def _benchmarks(arguments: EvalArguments) -> "list[Benchmark]":
         template: dict[str, Any] = (
             {} if arguments.prompt_template is None else {"prompt_template": arguments.prompt_template}
         )
+        folder_or_file = os.path.basename(os.path.abspath(arguments.dataset_name))
         return [
             Benchmark(
-                name=Path(arguments.dataset_name).stem,
+                name=re.sub(r"\.(jsonl?|csv|parquet)$", "", folder_or_file),
                 dataset_name=arguments.dataset_name,
                 dataset_config=arguments.dataset_config,
                 dataset_split=arguments.dataset_split,
@@ -211,6 +244,8 @@ def _prepare(
 
     fields = asdict(arguments)
     settings = {name: value for name, value in fields.items() if name not in _NOT_SETTINGS}
+    given = fields["model_init_kwargs"] or {}
+    settings["model_init_kwargs"] = {name: value for name, value in given.items() if name not in _MEMORY} or None
     if arguments.backend == "vllm_server":
         is_here = served is not None and Path(served).is_dir()
         settings["weights"] = _fingerprint(str(served), arguments) if is_here else served
@@ -218,20 +253,23 @@ def _prepare(
         settings["weights"] = _fingerprint(str(arguments.model_name_or_path), arguments)
         settings["adapter_weights"] = _fingerprint(arguments.adapter, arguments) if arguments.adapter else None
     settings["scorer_version"] = SCORER_VERSION
-    others = {name: fields[name] for name in sorted(_NOT_SETTINGS - {"output_dir", "overwrite"})}
+    others = {
+        name: fields[name] for name in sorted(_NOT_SETTINGS - {"output_dir", "overwrite"} | {"model_init_kwargs"})
+    }
     open_run(folder, settings, {"other_fields": others, "versions": _versions()}, arguments.overwrite)
     for name, rows in problems.items():
         keep_problems(folder / name / "problems.jsonl", map(chat.rendered, rows))
 
 
 def _fingerprint(name: str, arguments: EvalArguments) -> str:
-    """What changes when the weights do: names, sizes and times of local files, the commit on the Hub."""
+    """What changes when the weights do: names, sizes and times of a local model's files, the commit on the Hub."""
     import hashlib
 
     from huggingface_hub import hf_hub_download
 
     if Path(name).is_dir():
-        stats = {file.name: file.stat() for file in sorted(Path(name).iterdir()) if file.is_file()}
+        files = {file for pattern in _MODEL_FILES for file in Path(name).glob(pattern) if file.is_file()}
+        stats = {file.name: file.stat() for file in sorted(files)}
         text = str([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
     is_adapter = name == arguments.adapter

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -87,13 +88,25 @@ class RecipeParser(TrlParser):
     Args:
         dataclass_types (`Iterable[type]`, *optional*):
             Dataclasses to parse into.
+        launch_hint (`str`, *optional*):
+            What to do with a flag of `accelerate launch`. By default for commands that are launched.
         **kwargs:
             Keyword arguments of [`~argparse.ArgumentParser`].
     """
 
-    def __init__(self, dataclass_types: Any = None, **kwargs: Any):
+    def __init__(
+        self,
+        dataclass_types: Any = None,
+        launch_hint: str = "Give it on the command line of `trl-opsd`, or to `accelerate launch` before `-m`.",
+        **kwargs: Any,
+    ):
         # Abbreviations would let a misspelt flag through, and take launch flags for ours.
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self._launch_hint = launch_hint
+        for action in self._actions:
+            if f"--no_{action.dest}" in action.option_strings:
+                action.help = f"Sets `{action.dest}` to false."
+                action.default = SUPPRESS  # the default is that of the flag it negates
 
     def error(self, message: str) -> NoReturn:
         # Argparse would print the usage first, some two hundred flags.
@@ -138,9 +151,12 @@ class RecipeParser(TrlParser):
         ours, others = self.split_args(list(sys.argv[1:] if args is None else args))
         if others:
             raise ValueError(self.explain_unknown(others[0]))
-        return super().parse_args_and_config(
-            ours, return_remaining_strings, fail_with_unknown_args, separate_remaining_strings
-        )
+        try:
+            return super().parse_args_and_config(
+                ours, return_remaining_strings, fail_with_unknown_args, separate_remaining_strings
+            )
+        except yaml.YAMLError as error:
+            raise ValueError(f"The file of `--config` is not YAML: {' '.join(str(error).split())}") from error
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         known = [action.dest for action in self._actions]
@@ -172,10 +188,7 @@ class RecipeParser(TrlParser):
         what = f"the flag `{name}`" if is_flag else f"`{name}`"
         launch_fields = {action.dest for action in launch_command_parser()._actions} | {"accelerate_config"}
         if key in launch_fields:
-            return (
-                f"Unknown field: {what} belongs to `accelerate launch`. Give it on the command line of `trl-opsd`, or "
-                "to `accelerate launch` before `-m`."
-            )
+            return f"Unknown field: {what} belongs to `accelerate launch`. {self._launch_hint}"
         if not is_flag and Path(name).suffix in (".yaml", ".yml"):
             return f"Unknown field: {what}. Did you mean `--config {name}`?"
         fields = [action.dest for action in self._actions]

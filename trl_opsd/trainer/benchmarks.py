@@ -192,15 +192,24 @@ class BenchmarkCallback(TrainerCallback):
         except ServerError as error:
             raise self._on_failure(error) from error
         logs: dict[str, float] = {}
+        failure = None
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / "eval" / f"step-{step}"
             by_benchmark = {name: [row for row in samples if row.benchmark == name] for name in self._problems}
-            self._keep(folder, args, by_benchmark)
-            for name, rows in by_benchmark.items():
-                summary = summarize(rows)
-                write_json(folder / name / "metrics.json", {"summary": summary})
-                logs |= {f"eval_{name}/{metric}": value for metric, value in _metrics(summary).items()}
-        (logs,) = broadcast_object_list([logs])
+            try:
+                self._keep(folder, args, by_benchmark)
+                for name, rows in by_benchmark.items():
+                    summary = summarize(rows)
+                    write_json(folder / name / "metrics.json", {"summary": summary})
+                    logs |= {f"eval_{name}/{metric}": value for metric, value in _metrics(summary).items()}
+            except (OSError, ValueError) as error:
+                failure = (
+                    f"The samples of `eval_benchmarks` cannot be kept in {folder}: {error}. Once they can, resume."
+                )
+        # A failure too, or the other processes would wait for ever
+        logs, failure = broadcast_object_list([logs, failure])
+        if failure is not None:
+            raise ValueError(failure)
         should_log = control.should_log
         self._log(logs)
         control.should_log = should_log  # the step has yet to be logged

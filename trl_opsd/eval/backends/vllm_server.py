@@ -1,6 +1,7 @@
 """Completions by a running vLLM server, `vllm serve`."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
@@ -33,7 +34,8 @@ class VLLMServerBackend:
             Seconds that the pauses start from; each is twice the one before.
 
     Raises:
-        ValueError: If the server cannot be reached or answers for another model.
+        ValueError: If the server cannot be reached, answers for another model, or loaded it from another folder than
+            the one asked for.
     """
 
     def __init__(
@@ -68,6 +70,11 @@ class VLLMServerBackend:
         self._model = found[0]["id"]
         self.root: str | None = found[0].get("root")
         """Where the server loaded the model from, as it says."""
+        if self.root and Path(model).is_dir() and Path(model).resolve() != Path(self.root).resolve():
+            raise ValueError(
+                f"The server at {base_url} loaded what it calls {self._model} from {self.root}, not from the folder "
+                f"{model}. Start it with that folder, or give its model a name that is no folder here."
+            )
         # The entry of an adapter has no length: its base model's counts
         self.max_length: int | None = next(
             (entry["max_model_len"] for entry in [*found, *served] if entry.get("max_model_len")), None
@@ -127,7 +134,14 @@ class VLLMServerBackend:
             raise ValueError(
                 f"The server at {self._url} returns no token ids. Serve the model with vLLM 0.11 or newer."
             )
-        return finished_completion(choice["token_ids"], choice["finish_reason"])
+        completion = finished_completion(choice["token_ids"], choice["finish_reason"])
+        if not completion.terminated and len(completion.token_ids) < sampling.max_new_tokens:
+            raise ValueError(
+                f"The server at {self._url} cut a completion off at {len(completion.token_ids)} tokens, and "
+                f"`max_new_tokens` is {sampling.max_new_tokens}. Start it with `--generation-config vllm` and without "
+                "`max_new_tokens` in `--override-generation-config`."
+            )
+        return completion
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         try:
