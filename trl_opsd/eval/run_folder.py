@@ -69,7 +69,14 @@ def open_run(folder: Path, settings: Mapping[str, Any], details: Mapping[str, An
     if overwrite or (record.exists() and not samples):
         begun = folder.glob("*/problems.jsonl") if record.exists() else ()
         for benchmark in {file.parent for file in (*samples, *begun)}:
-            for name in ("problems.jsonl", "samples.jsonl", "samples.parquet", "metrics.json"):
+            for name in (
+                "problems.jsonl",
+                "samples.jsonl",
+                "samples.parquet",
+                "metrics.json",
+                "accuracy.png",
+                "lengths.png",
+            ):
                 (benchmark / name).unlink(missing_ok=True)
         samples = []
         record.unlink(missing_ok=True)
