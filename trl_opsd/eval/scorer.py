@@ -23,7 +23,7 @@ AnswerType = Literal["math", "choice", "text"]
 _WORDS = 5
 
 # "The naive answer" and "the wrong option" are not given as the answer.
-_ADJECTIVE = r"(?:(?:final|correct|right|best|only) )?"
+_ADJECTIVE = r"(?:(?:final|correct|right|best|only|exact|numerical|required) )?"
 _START = r"(?:^|[.,:] |\b(?:so|thus|therefore|hence),? )[*_]{0,2}"
 
 # A line or a title: "**Final Answer:** 5", "### Answer" with the answer on the next line.
@@ -50,7 +50,7 @@ _HASHES = re.compile(r"^####[ \t]*(?P<rest>[^#\s][^\n]{0,300})$", re.MULTILINE)
 # Before "the answer is", in its sentence or its clause: then it is not given as the answer.
 _CONCLUSION = re.compile(r"[.!?](?=\s)|\n|(?<!if )\b(?:so|thus|therefore|hence)\b", re.I)
 _SUPPOSED = re.compile(
-    r"\b(?:if|whether|suppos\w+|assum\w+|unless|might|may|could|mistake\w*|tempt\w+|naive\w*|glance)\b"
+    r"\b(?:if|whether|suppos\w+|assum\w+|unless|might|could|mistake\w*|tempt\w+|naive\w*|glance)\b"
     r"|(?:n't|n’t|\b(?:not|cannot|never|unlikely|doubt\w*|wrong\w*|claim\w*|sa(?:ys?|id)))\b[^,;:]*$",
     re.I,
 )
@@ -69,7 +69,7 @@ _LEADING = re.compile(
     r"^(?:(?:so|thus|hence|therefore)\b,?\s*|(?:[=∴⇒→]|=>|->)+\s*|\\(?:therefore|Rightarrow|implies)\b\s*)+", re.I
 )
 _AFTERWARDS = re.compile(
-    r",?\s+(?:because|since|as|which|where|so)\b|,\s+not\b|(?<=[\w)}$*])[.!][*_]{0,2}\s+(?=[A-Z*(\\$])"
+    r",?\s+\(?(?:because|since|as|which|where|so)\b|,\s+not\b|(?<=[\w)}$*])[.!][*_]{0,2}\s+(?=[A-Z*(\\$])"
 )
 # A full stop in front of a digit is a decimal point.
 _EDGE = re.compile(r"^(?:[ ,;:•*]|\.{2,}|\.(?!\d))+")
@@ -78,15 +78,19 @@ _WRAPPER = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox)\s*\{(
 # A sentence with one of these does not state the one number in it: "less than 10", "see (5)", "x + 5", "5 million".
 _NO_STATEMENT = re.compile(
     r"n['’]t\b|[<>≤≥≠+^×]|\\[A-Za-z]|\(\d| - \d|\b(?:no|not|none|never|cannot|neither|nor|either|or|between|depends"
-    r"|maybe|perhaps|unknown|than|least|most|over|above|below|under|up to|almost|nearly|but|half|twice|double|times"
+    r"|maybe|perhaps|unknown|than|least|most|over|above|below|under|up to|almost|nearly|but|half|twice|double"
     r"|hundred|thousand|[mbtr]+illion|dozen|see|such|step|equation|problem|case|part)\b",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"(?<![\w./])-?\$?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?%?(?![\w/])")
 _UNIT = re.compile(
-    r"(?<=[\d%)}]) ?(?!or\b|and\b|is\b)[A-Za-zµ°Ω]+(?:[/^·-]+[A-Za-z\d]+)*(?: (?!or\b|and\b|is\b)[A-Za-z/^\d-]+){0,2}$"
+    r"(?<=[\d%)}π]) ?(?!or\b|and\b|is\b)[A-Za-zµ°Ω]+[²³]?(?:[/^·-]+[A-Za-z\d]+)*"
+    r"(?: (?!or\b|and\b|is\b)[A-Za-z/^\d-]+){0,2}$"
 )
 _MATH_WORDS = {"sqrt", "pi", "sin", "cos", "tan", "log", "ln", "exp", "or", "and", "infinity", "mod"}
+
+# "July 4", "2 hours and 30 minutes", "3:30 p.m."
+_DATE = re.compile(r"\d|(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b|[a-z]+day\b")
 
 _LETTER = re.compile(
     r"(?:(?:option|choice|answer) )?(?P<open>[(\[])?(?P<letter>[A-J])(?P<close>[)\]])?(?P<rest>.*)",
@@ -179,7 +183,12 @@ def check_reference(reference: str, answer_type: AnswerType = "math") -> None:
 def _reference(reference: str, answer_type: AnswerType) -> tuple[str, AnswerType]:
     if answer_type not in get_args(AnswerType):
         raise ValueError(f"`answer_type` must be 'math', 'choice' or 'text', not {answer_type!r}.")
-    gold = _clean(_EMOJI.sub("", reference))
+    source = _EMOJI.sub("", reference)
+    if answer_type != "text":
+        # Of a worked solution, what it gives as its answer.
+        given = [content for _, _, content in _boxes(source)] or _HASHES.findall(source)
+        source = given[-1] if given else source
+    gold = _clean(source)
     plain = _words(gold)
     if not plain:
         raise ValueError("The reference answer is empty.")
@@ -190,11 +199,15 @@ def _reference(reference: str, answer_type: AnswerType) -> tuple[str, AnswerType
         return letter, "choice"
     if answer_type == "text":
         return gold, "text"
-    if re.search(r"[a-z]{3}", plain) and not _is_value(gold, reference):
-        if len(plain.split()) > _WORDS or "\\" in plain:
+    # "xy" is a product, but neither "no" nor \text{up} is.
+    words = _WRAPPER.fullmatch(gold)
+    inner, source = (words[1], words[1]) if words else (gold, source)
+    shortest = 2 if words or plain == "no" else 3
+    if re.search(rf"[a-z]{{{shortest}}}", plain) and not _is_value(inner, source):
+        if len(plain.split()) > _WORDS or "\\" in plain or (re.search(r"\d", plain) and not _DATE.match(plain)):
             raise ValueError(
-                f"The reference answer {reference!r} is neither a formula nor at most {_WORDS} words. Give the final "
-                "answer alone, or set `answer_type` to 'text'."
+                f"The reference answer {reference!r} is neither a formula nor at most {_WORDS} words and no number. "
+                "Give the final answer alone, or set `answer_type` to 'text'."
             )
         return gold, "text"
     _, error = compare(gold, None)
@@ -318,6 +331,7 @@ def _clean(text: str) -> str:
     text = " ".join(text.split())
     if match := _MATH_AND_UNIT.fullmatch(text.strip("*. ")):
         text = rf"{match[1] or match[2]}\text{{ {match[3]}}}"
+    text = re.sub(r",\s*(?:\.{3}|…)\W{0,8}$", r", \\ldots", text)
     text = _EDGE.sub("", _MARKUP.sub("", text).rstrip(" .,;:"))
     return _REMARK.sub("", _LEADING.sub("", text)).strip()
 
