@@ -361,9 +361,10 @@ def _letter(text: str) -> str | None:
 
 def _is_value(text: str, source: str) -> bool:
     """Whether a text is a value or formula and nothing else; `source` is the text before it was cleaned."""
-    if not _CONTENT.search(text) or "?" in text:
+    if not _CONTENT.search(text) or text.count("{") != text.count("}"):
         return False
-    if text.count("{") != text.count("}") or len(re.findall(r"[(\[]", text)) != len(re.findall(r"[)\]]", text)):
+    # A question, and the title "2) Check".
+    if "?" in text or re.match(r"\d+\) ", text):
         return False
     symbols = re.sub(r"\\(?:begin|end)\s*\{\w+\}|\\[A-Za-z]+\s*\{[A-Za-z /^.,~-]*\}|\\[A-Za-z]+", " ", text)
     words = re.findall(r"[A-Za-z]+", _UNIT.sub("", symbols.strip()))
