@@ -143,6 +143,7 @@ def test_every_question_reaches_its_prompt_unchanged(questions):
         ([{"question": "q", "answer": "1"}, {"question": " ", "answer": "1"}], {}, "row 1 of .*`question` is empty"),
         ([{"question": "q", "answer": ""}], {}, "row 0 of .*`answer` is empty"),
         ([{"question": "q", "answer": None}, {"question": "q", "answer": "1"}], {}, "`answer` holds nothing"),
+        ([{"question": "q", "answer": float("nan")}], {}, "`answer` holds nothing"),
         ([{"question": "q", "answer": ["1"]}], {}, "`answer` holds list"),
         (
             [{"question": "q", "answer": "1", "key": "a"}] * 2,

@@ -270,6 +270,8 @@ def test_a_forked_process_has_its_own():
         (r"\frac{1}{)}", "math", "cannot be parsed"),
         (r"\frac{1}{", "math", "neither a formula nor at most 5 words"),
         ("The area is twelve, since each side has length three", "math", "neither a formula nor at most 5 words"),
+        ("So the total is $72$.", "math", "at most 5 words and no number"),
+        ("over 100", "math", "at most 5 words and no number"),
         ("K", "choice", "not a letter from A to J"),
         ("12", "choice", "not a letter from A to J"),
     ],

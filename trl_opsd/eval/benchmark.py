@@ -1,6 +1,7 @@
 """Benchmarks: where the problems come from, how they are asked and how they are graded."""
 
 import hashlib
+import math
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -275,6 +276,8 @@ def _question(value: Any, column: str) -> str:
 def _text(value: Any, column: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    if isinstance(value, float) and math.isnan(value):
+        value = None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"`{column}` holds {'nothing' if value is None else type(value).__name__} instead of text.")
     text = str(value).strip()

@@ -39,16 +39,40 @@ _SYMBOLS = str.maketrans(
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 
 _NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)"
-_POWER = r"(?:\s*(?:\*|\\times|\\cdot)\s*10\s*\^\s*(?:\{[-+]?\d+\}|\([-+]?\d+\)|[-+]?\d+)|[eE][-+]?\d+)?"
 _TEXT = r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*"
-_LATEX_UNIT = re.compile(
-    rf"(?<=[\d)}}])(?:\s|~|\\[,;:! ])*(?:{_TEXT}\{{[^{{}}]*\}}(?:\^\{{?-?\d\}}?)?(?:\s|~|/|\\cdot|\\[,;:! ])*)+$"
+_SPACE = r"(?:\s|~|\\[,;:! ])*"
+_MAGNITUDES = {
+    "dozen": "12", "hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}",
+    "trillion": "10^{12}",
+}  # fmt: skip
+_MAGNITUDE = re.compile(rf"(?<=\d){_SPACE}({_TEXT}\{{)?\s*({'|'.join(_MAGNITUDES)})\b")
+# Other single letters, "i" and "r^2" among them, are variables, and these words are part of what is said.
+_LETTER_UNIT = r"[mgsLVAJNWKCFΩÅ]"
+_SHORT_UNIT = r"(?:[mck]m|nm|mg|kg|ms|ns|m[lL]|[kM]?Hz|[kMG]?eV|kJ|kW|k?Pa|mph|km/h|m/s|min|hrs?)"
+_NO_UNIT = (
+    r"\b(?:or|and|to|if|when|where|for|mod|more|less|sqrt|infinity|sin|cos|tan|log|exp"
+    r"|(?:hundred|thousand|[mbtr]+illion|dozen|tenth)\w*)\b"
 )
-_UNIT_WORD = r"[A-Za-zµμΩÅ]+(?:-[A-Za-z]+)?\.?(?:\s?\^?\{?-?\d\}?)?"
-_UNIT_SYMBOL = r"(?:[mck]m|nm|mg|kg|ms|ns|m[lL]|[kM]?Hz|[kMG]?eV|kJ|kW|k?Pa|mph|km/h|m/s|min|hrs?)(?:\^?\d)?"
-_PLAIN_UNIT = re.compile(
-    rf"^((?:.*=\s*)?{_NUMBER}(?:\s+\d+)?(?:\s*/\s*\d+)?{_POWER})"
-    rf"(?:\s*{_UNIT_SYMBOL}|\s+(?!(?:or|and|to|pi|sqrt|x|y|z)\b){_UNIT_WORD}(?:(?:\s*[/*]\s*|\s+){_UNIT_WORD}){{0,4}})$"
+_EXPONENT = r"(?:\^?\{?-?\d\}?)?"
+_LETTER_WORD = rf"{_LETTER_UNIT}{_EXPONENT}(?![A-Za-z])"
+_UNIT_WORD = (
+    rf"(?!{_NO_UNIT})(?:{_SHORT_UNIT}\b|[µμ][A-Za-z]|(?:ft|in|lb|oz|mi|mA|kN|kV|MW)\b|[A-Za-z]{{3,}}(?:-[A-Za-z]+)*\.?)"
+    rf"{_EXPONENT}"
+)
+_ANY_UNIT = rf"(?:{_UNIT_WORD}|{_LETTER_WORD})"
+_UNIT_TEXT = (
+    rf"{_TEXT}\{{(?!\s*(?!{_LETTER_UNIT})[A-Za-z]\s*\}})(?![^{{}}]*(?:{_NO_UNIT}|\s\d))(?:[^{{}}]|\{{-?\d\}})*\}}"
+    r"(?:\^\{?-?\d\}?)?"
+)
+_UNIT = re.compile(
+    # \text{ cm}^2
+    rf"(?:(?<=[\d)}}])|(?<=\\pi)|(?<=\\pi )|(?<=[\d)}}][A-Za-z]))"
+    rf"(?:{_SPACE}{_UNIT_TEXT}(?:{_SPACE}(?:/|\\cdot))?)+{_SPACE}$"
+    # 5km
+    rf"|(?<=\d){_SHORT_UNIT}(?:\^?\d)?$"
+    # 5 kg, 5 m/s, 5 m s^-2, 5 cups of flour
+    rf"|(?:(?<=[\d)}}])|(?<=\\pi)|(?<=\\pi ))\s+{_ANY_UNIT}(?:\s*[/*·]\s*{_ANY_UNIT}"
+    rf"|\s+(?:{_UNIT_WORD}|(?:of|in|an?)\b|(?<=[A-Za-z]{{2}}\s){_LETTER_WORD}|{_LETTER_UNIT}\^?\{{?-\d\}}?))*$"
 )
 _NAME = (
     r"(?:[A-Zfgh]\([^()]*\)|\|[A-Z]{1,2}\||[A-Za-z](?:\s*\+\s*[A-Za-z])+|[A-Za-z]|\\[A-Za-z]+\b)"
@@ -57,6 +81,7 @@ _NAME = (
 _OPERATOR = r"\\(?:cdot|times|div|[dt]?frac|sqrt|pi|pm|binom|sin|cos|tan|log|ln)(?![A-Za-z])"
 # What it stands in front of is computed, so an equation with it states a value
 _COMPUTED = re.compile(r"\\(?:lim|int|sum|prod|max|min|gcd)(?![A-Za-z])")
+_GOES_ON = re.compile(r",\s*\\[lc]?dots$")
 _BASE = re.compile(r"\d_\{?(\d+)\}?$")
 _ASSIGNMENT = re.compile(rf"(^|,|;|\b(?:or|and)\b\}}?)(\s*)({_NAME}|\([A-Za-z, ]+\))\s*(?:=|\\approx|\\in\b)\s*(?=\S)")
 
@@ -82,11 +107,13 @@ def normalise(text: str) -> str:
     text = re.sub(r"(?:\s|\\[ ,;])*(?:\bper ?cent\b|\\text\{\s*(?:per ?cent|\\?%)\s*\}|(?<!\\)%|\\%)", r"\\%", text)
     text = re.sub(r"\s*\^\s*\{?\s*\\circ\s*\}?(?:\s*[CF]\b)?|\\degree", "", text)
     text = re.sub(r"(?<=\d)\s?(?:\\[,!]|\{,\})\s?(?=\d{3}(?!\d))", "", text)
-    text = _PLAIN_UNIT.sub(r"\1", _LATEX_UNIT.sub("", text)).strip()
+    text = re.sub(rf"^{_TEXT}\{{([^{{}}]*)\}}$", r"\1", text)
+    text = _MAGNITUDE.sub(lambda match: rf" \times {_MAGNITUDES[match[2]]}{match[1] or ''}", text)
+    text = _UNIT.sub("", text).strip()
     if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?:\\%)?", text):
         text = text.replace(",", "")
     text = re.sub(rf"(?<![\w.])({_NUMBER})[eE]([-+]?\d+)(?!\w)", r"\1 \\times 10^{\2}", text)
-    text = re.sub(r"(?<=\d)\s*\*\s*10\b", r" \\times 10", text)
+    text = re.sub(r"(?<=\d)\s*(?:\*|x(?=\s*10\s*\^))\s*10\b", r" \\times 10", text)
     text = re.sub(r"\^\s*\(([^()]*)\)|\^\s*([-+]?\d+)", lambda match: f"^{{{match[1] or match[2]}}}", text)
     text = re.sub(r"^([-+]?)(\d+)(?:\s|\\ )+(?:(\d+)/(\d+)|\\[dt]?frac\{(\d+)\}\{(\d+)\})$", _mixed_number, text)
     text = re.sub(r"(?<![\\A-Za-z])(pi|infinity|sqrt|sin|cos|tan|ln|log|exp)(?![A-Za-z])", r"\\\1", text)
@@ -102,7 +129,7 @@ def _mixed_number(match: re.Match[str]) -> str:
 
 
 def _without_names(answer: str, reference: str) -> str:
-    if "=" in reference:
+    if "=" in reference or re.search(r"\b(?:no|not|never|cannot)\b", answer):
         return answer
     named = list(_ASSIGNMENT.finditer(answer))
     if named and named[0].start() == 0:
@@ -245,7 +272,9 @@ def _main() -> None:
         gold, given = read(reference), read(answer)
         if isinstance(given, Eq) and "=" not in reference:
             return False
-        # math-verify drops the base of a number.
+        # math-verify drops the dots of a list that goes on, and the base of a number.
+        if bool(_GOES_ON.search(reference)) != bool(_GOES_ON.search(answer)):
+            return False
         bases = {match[1] for match in map(_BASE.search, (reference, answer)) if match}
         if len(bases) > 1:
             return False

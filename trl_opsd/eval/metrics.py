@@ -10,6 +10,7 @@ from math import comb
 import numpy as np
 import numpy.typing as npt
 
+from .equivalence import normalise
 from .markers import count_marker_substrings, count_marker_words, is_repetitive
 from .samples import Sample
 from .statistics import Array, Estimate, bootstrap, proportion
@@ -254,13 +255,16 @@ def answer_key(answer: str) -> str:
 
     Returns:
         `str`:
-            The answer without spaces, dollar signs, sizes of brackets, a final full stop and distinctions of case;
-            numbers and fractions of numbers in lowest terms, so that `\\frac{1}{2}`, `1/2` and `0.5` are one vote.
-            Other answers that are equal only by algebra stay apart.
+            The answer without unit, currency, spaces, sizes of brackets, a name in front of its value and distinctions
+            of case; numbers and fractions of numbers in lowest terms, so that `\\frac{1}{2}`, `1/2` and `0.5` are one
+            vote. Other answers that are equal only by algebra stay apart.
     """
-    text = re.sub(r"\\(?:left|right|displaystyle|[,;:! ])|[\s$]", "", answer).rstrip(".").lower()
+    text = normalise(answer.replace("$", " ")) if len(answer) <= 1000 else answer
+    text = re.sub(r"\\[,;:! ]|\s", "", text).rstrip(".").lower()
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"^[a-z]=(?=[^=]+$)", "", text)
+    text = re.sub(r"\\[dt]?frac(?:\{([^{}]*)\}\{([^{}]*)\}|(\d)(\d))", r"\\frac{\1\3}{\2\4}", text)
+    text = re.sub(r"\\sqrt(\d)", r"\\sqrt{\1}", text)
     number = re.sub(r"\\frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
     if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", number):
         number = number.replace(",", "")

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from .equivalence import compare
 
 
-SCORER_VERSION = "2"
+SCORER_VERSION = "3"
 """Recorded with the results, which compare within one version alone. Raise it with every change of a verdict."""
 
 AnswerType = Literal["math", "choice", "text"]
@@ -22,28 +22,41 @@ AnswerType = Literal["math", "choice", "text"]
 # The few words that a text answer may have; prose has more.
 _WORDS = 5
 
+# "The naive answer" and "the wrong option" are not given as the answer.
+_ADJECTIVE = r"(?:(?:final|correct|right|best|only|exact|numerical|required) )?"
+_START = r"(?:^|[.,:] |\b(?:so|thus|therefore|hence),? )[*_]{0,2}"
+
 # A line or a title: "**Final Answer:** 5", "### Answer" with the answer on the next line.
 _LABEL = re.compile(
-    r"^[ \t>#*_•-]{0,12}(?:the )?(?:(?:final|correct|my) )?(?P<noun>answer|ans|option|choice)\b"
+    rf"^[ \t>#*_•-]{{0,12}}(?:(?:the|my|our) )?{_ADJECTIVE}(?P<noun>answer|ans|option|choice)\b"
     r"[*_ \t]{0,4}(?:[:：=]|(?=\n|\Z))[*_ \t]{0,8}(?P<rest>[^\n]{0,300})",
     re.IGNORECASE | re.MULTILINE,
 )
 # "So the answer is 5."
 _SENTENCE = re.compile(
-    r"\b(?P<noun>answer|option|choice)[*_]{0,2}(?: (?:to|for|of) [^.:\n]{1,80}? is| (?:is|are|must be|should be))\b"
-    r"[*_: \t]{0,8}(?=(?P<rest>[^\n]{0,300}))",
+    rf"(?:{_START}|\b(?:the|my|our) )[*_]{{0,2}}{_ADJECTIVE}(?P<noun>answer|option|choice)(?: choice)?[*_]{{0,2}}"
+    r"(?: (?:to|for|of) [^.:\n]{1,80}? is| (?:is|are|(?:must|should|would|will) be))\b"
+    r"(?: (?:approximately|about|exactly|simply|just|then|indeed)\b)?[*_: \t]{0,8}(?=(?P<rest>[^\n]{0,300}))",
     re.IGNORECASE,
 )
 # "Option B is correct."
 _CHOSEN = re.compile(
-    r"(?:^|[.,:] |\b(?:so|thus|therefore|hence),? )[*_]{0,2}(?:(?:option|choice|answer) )?[*_]{0,2}"
-    r"(?P<rest>\(?[A-J]\)?)[*_]{0,2} is (?:the )?(?:correct|right|best)(?: (?:answer|option|choice))?[*_.! \t]{0,8}$",
+    rf"{_START}(?:(?:option|choice|answer) )?[*_]{{0,2}}"
+    r"(?P<rest>\(?[A-J]\)?)[*_]{0,2} is (?:the )?(?:correct|right|best)(?: (?:answer|option|choice))?"
+    r"(?:[*_.! \t]{0,8}$|,? (?:because|since)\b)",
     re.IGNORECASE | re.MULTILINE,
 )
 _HASHES = re.compile(r"^####[ \t]*(?P<rest>[^#\s][^\n]{0,300})$", re.MULTILINE)
-# In the sentence before "the answer is": then it is not given as the answer.
-_SUPPOSED = re.compile(r"\b(?:if|whether|suppos\w+|assum\w+|unless|claim\w*|sa(?:ys?|id)|wrong|not)\b[^.!?\n]*$", re.I)
+# Before "the answer is", in its sentence or its clause: then it is not given as the answer.
+_CONCLUSION = re.compile(r"[.!?](?=\s)|\n|(?<!if )\b(?:so|thus|therefore|hence)\b", re.I)
+_SUPPOSED = re.compile(
+    r"\b(?:if|whether|suppos\w+|assum\w+|unless|might|could|mistake\w*|tempt\w+|naive\w*|glance)\b"
+    r"|(?:n't|n’t|\b(?:not|cannot|never|unlikely|doubt\w*|wrong\w*|claim\w*|sa(?:ys?|id)))\b[^,;:]*$",
+    re.I,
+)
 
+_EMOJI = re.compile("[\u2600-\u27bf\u2b00-\u2bff\ufe0f\u200d\U0001f000-\U0001faff]")
+_CONTENT = re.compile(r"[\w∞∅]")
 _DISPLAY = re.compile(r"\$\$[^$]{1,2000}\$\$|\\\[(?:(?!\\\[).){1,2000}?\\\]", re.DOTALL)
 _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*)?(?P<open>\{)|\}|\\.", re.DOTALL)
 # "$x = \boxed{1}$ and $y = \boxed{2}$" is one answer.
@@ -53,26 +66,37 @@ _MATH_AND_UNIT = re.compile(r"(?:\$([^$]+)\$|\\\((.+?)\\\))\s+((?!or\b|and\b)[A-
 _FORMULA = re.compile(r"\$\$?[^$]+\$\$?|\\\((?:(?!\\\)).)+\\\)|\\\[(?:(?!\\\]).)+\\\]")
 _MARKUP = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])|\*\*|`|__")
 _LEADING = re.compile(
-    r"^(?:(?:so|thus|hence|therefore)\b,?\s*|[=∴⇒→>]+\s*|\\(?:therefore|Rightarrow|implies)\b\s*)+", re.I
+    r"^(?:(?:so|thus|hence|therefore)\b,?\s*|(?:[=∴⇒→]|=>|->)+\s*|\\(?:therefore|Rightarrow|implies)\b\s*)+", re.I
 )
 _AFTERWARDS = re.compile(
-    r",?\s+(?:because|since|as|which|where|so)\b|,\s+not\b|(?<=[\w)}$*])[.!][*_]{0,2}\s+(?=[A-Z*(\\$])"
+    r",?\s+\(?(?:because|since|as|which|where|so)\b|,\s+not\b|(?<=[\w)}$*])[.!][*_]{0,2}\s+(?=[A-Z*(\\$])"
 )
+# A full stop in front of a digit is a decimal point.
+_EDGE = re.compile(r"^(?:[ ,;:•*]|\.{2,}|\.(?!\d))+")
 _REMARK = re.compile(r"\s+\([A-Za-z]{3,}[^()\d]*\)$")
 _WRAPPER = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+# A sentence with one of these does not state the one number in it: "less than 10", "see (5)", "x + 5", "5 million".
 _NO_STATEMENT = re.compile(
-    r"n't\b|\b(?:not|never|neither|nor|either|or|between|depends|maybe|perhaps)\b", re.IGNORECASE
+    r"n['’]t\b|[<>≤≥≠+^×]|\\[A-Za-z]|\(\d| - \d|\b(?:no|not|none|never|cannot|neither|nor|either|or|between|depends"
+    r"|maybe|perhaps|unknown|than|least|most|over|above|below|under|up to|almost|nearly|but|half|twice|double"
+    r"|hundred|thousand|[mbtr]+illion|dozen|see|such|step|equation|problem|case|part)\b",
+    re.IGNORECASE,
 )
-_NUMBER = re.compile(r"(?<![\w.])-?\$?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?%?(?![\w/])")
+_NUMBER = re.compile(r"(?<![\w./])-?\$?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?%?(?![\w/])")
 _UNIT = re.compile(
-    r"(?<=[\d%)}]) ?(?!or\b|and\b|is\b)[A-Za-zµ°Ω]+(?:[/^·-]+[A-Za-z\d]+)*(?: (?!or\b|and\b|is\b)[A-Za-z/^\d-]+){0,2}$"
+    r"(?<=[\d%)}π]) ?(?!or\b|and\b|is\b)[A-Za-zµ°Ω]+[²³]?(?:[/^·-]+[A-Za-z\d]+)*"
+    r"(?: (?!or\b|and\b|is\b)[A-Za-z/^\d-]+){0,2}$"
 )
 _MATH_WORDS = {"sqrt", "pi", "sin", "cos", "tan", "log", "ln", "exp", "or", "and", "infinity", "mod"}
+
+# "July 4", "2 hours and 30 minutes", "3:30 p.m."
+_DATE = re.compile(r"\d|(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b|[a-z]+day\b")
 
 _LETTER = re.compile(
     r"(?:(?:option|choice|answer) )?(?P<open>[(\[])?(?P<letter>[A-J])(?P<close>[)\]])?(?P<rest>.*)",
     re.I | re.DOTALL,
 )
+_LETTER_ALONE = re.compile(r"\W*[A-J]\W*", re.I)
 _SECOND_LETTER = re.compile(r"[\s.,(]*(?:or|and|/|&|,)[\s(]*(?:possibly |maybe |option )?[A-J]\b(?!')")
 
 
@@ -125,8 +149,7 @@ def score(completion: str, reference: str, answer_type: AnswerType = "math") -> 
         if answer_type not in get_args(AnswerType):
             raise
         gold, kind = None, answer_type
-    limit = max(_WORDS, len((gold or "").split()))
-    answer, answer_format = _find_answer(_without_thinking(completion), kind, limit)
+    answer, answer_format = _find_answer(_without_thinking(completion), kind, gold or "")
     if gold is None:
         return Verdict(None, answer, answer_format)
     if answer is None:
@@ -160,7 +183,12 @@ def check_reference(reference: str, answer_type: AnswerType = "math") -> None:
 def _reference(reference: str, answer_type: AnswerType) -> tuple[str, AnswerType]:
     if answer_type not in get_args(AnswerType):
         raise ValueError(f"`answer_type` must be 'math', 'choice' or 'text', not {answer_type!r}.")
-    gold = _clean(reference)
+    source = _EMOJI.sub("", reference)
+    if answer_type != "text":
+        # Of a worked solution, what it gives as its answer.
+        given = [content for _, _, content in _boxes(source)] or _HASHES.findall(source)
+        source = given[-1] if given else source
+    gold = _clean(source)
     plain = _words(gold)
     if not plain:
         raise ValueError("The reference answer is empty.")
@@ -171,11 +199,15 @@ def _reference(reference: str, answer_type: AnswerType) -> tuple[str, AnswerType
         return letter, "choice"
     if answer_type == "text":
         return gold, "text"
-    if re.search(r"[a-z]{3}", plain) and not _is_value(gold, reference):
-        if len(plain.split()) > _WORDS or "\\" in plain:
+    # "xy" is a product, but neither "no" nor \text{up} is.
+    words = _WRAPPER.fullmatch(gold)
+    inner, source = (words[1], words[1]) if words else (gold, source)
+    shortest = 2 if words or plain == "no" else 3
+    if re.search(rf"[a-z]{{{shortest}}}", plain) and not _is_value(inner, source):
+        if len(plain.split()) > _WORDS or "\\" in plain or (re.search(r"\d", plain) and not _DATE.match(plain)):
             raise ValueError(
-                f"The reference answer {reference!r} is neither a formula nor at most {_WORDS} words. Give the final "
-                "answer alone, or set `answer_type` to 'text'."
+                f"The reference answer {reference!r} is neither a formula nor at most {_WORDS} words and no number. "
+                "Give the final answer alone, or set `answer_type` to 'text'."
             )
         return gold, "text"
     _, error = compare(gold, None)
@@ -189,13 +221,17 @@ def _without_thinking(completion: str) -> str:
     return answer.partition("<think>")[0]
 
 
-def _find_answer(text: str, kind: AnswerType, limit: int) -> tuple[str | None, str | None]:
-    text = _DISPLAY.sub(lambda match: " ".join(match[0].split()), text)
+def _find_answer(text: str, kind: AnswerType, gold: str) -> tuple[str | None, str | None]:
+    limit = max(_WORDS, len(gold.split()))
+    text = _DISPLAY.sub(lambda match: " ".join(match[0].split()), _EMOJI.sub("", text))
+    if "!" not in gold:
+        # "The answer is 5!" is no factorial.
+        text = re.sub(r"!+(?=[*_ \t]*$)", "", text, flags=re.MULTILINE)
     sentences = [
         (match.start(), "sentence", match["rest"])
         for match in _SENTENCE.finditer(text)
         if _noun_fits(match, kind)
-        and not _SUPPOSED.search(text, max(0, match.start() - 200), match.start())
+        and not _SUPPOSED.search(_CONCLUSION.split(text[max(0, match.start() - 200) : match.start("noun")])[-1])
         and _read(match["rest"], "sentence", kind, limit)[1]
     ]
     statements = [*_boxes(text), *_labels(text, kind)]
@@ -211,7 +247,7 @@ def _find_answer(text: str, kind: AnswerType, limit: int) -> tuple[str | None, s
                 return answer, "answer_line" if answer_format == "sentence" else answer_format
             if answer and unreadable is None and answer_format in ("boxed", "answer_line"):
                 unreadable = answer, answer_format
-    lines = [line for line in text.split("\n") if re.search(r"\w", line)]
+    lines = [line for line in text.split("\n") if _CONTENT.search(line)]
     bare = _bare(lines, kind, limit) if lines else None
     if bare is not None:
         return bare, "choice" if kind == "choice" else "bare"
@@ -240,7 +276,7 @@ def _boxes(text: str) -> list[tuple[int, str, str]]:
 def _labels(text: str, kind: AnswerType) -> Iterator[tuple[int, str, str]]:
     for match in _LABEL.finditer(text):
         rest = match["rest"]
-        if not re.search(r"\w", rest):
+        if not _CONTENT.search(rest):
             below = re.compile(r"\s*([^\n]{0,300})").match(text, match.end())
             rest = below[1] if below else ""
         if _noun_fits(match, kind) and rest:
@@ -255,11 +291,12 @@ def _read(content: str, answer_format: str, kind: AnswerType, limit: int) -> tup
     if answer_format != "boxed" and re.search(r"\\f?box", content):
         return "", False
     if kind == "choice":
-        letter = _letter(content)
+        # "#### A. Solve" and "#### Option A" are titles.
+        letter = _letter(content) if answer_format != "hashes" or _LETTER_ALONE.fullmatch(_plain(content)) else None
         return letter or _clean(content), letter is not None
     if answer_format == "boxed":
         return _clean(content), True
-    if kind == "math" or answer_format == "sentence":
+    if answer_format == "sentence" or (kind == "math" and answer_format == "answer_line"):
         content = _AFTERWARDS.split(content)[0]
     answer = _clean(content)
     if kind == "text":
@@ -283,7 +320,7 @@ def _bare(lines: list[str], kind: AnswerType, limit: int) -> str | None:
     if kind == "math":
         return answer if _is_value(answer, line) else None
     letter = _letter(answer)
-    is_alone = re.fullmatch(r"(?:option |choice )?\W*[A-J]\W*", _WRAPPER.sub(r"\1", answer), re.IGNORECASE)
+    is_alone = _LETTER_ALONE.fullmatch(re.sub(r"^(?:option|choice) ", "", _plain(answer), flags=re.I))
     is_list = len(lines) > 1 and re.match(r"\W*[A-J]\W*[).:]", lines[-2])
     if letter and (is_alone or (re.match(r"\W*[A-J][).:]", answer) and not is_list)):
         return letter
@@ -294,17 +331,22 @@ def _clean(text: str) -> str:
     text = " ".join(text.split())
     if match := _MATH_AND_UNIT.fullmatch(text.strip("*. ")):
         text = rf"{match[1] or match[2]}\text{{ {match[3]}}}"
-    text = _MARKUP.sub("", text).strip(" \t\n.,;:✓✅")
+    text = re.sub(r",\s*(?:\.{3}|…)\W{0,8}$", r", \\ldots", text)
+    text = _EDGE.sub("", _MARKUP.sub("", text).rstrip(" .,;:"))
     return _REMARK.sub("", _LEADING.sub("", text)).strip()
 
 
+def _plain(text: str) -> str:
+    return _WRAPPER.sub(r"\1", text)
+
+
 def _words(text: str) -> str:
-    plain = _WRAPPER.sub(r"\1", text).strip().strip("\"'“”.")
+    plain = _plain(text).strip(" \"'“”").rstrip(" \"'“”.")
     return " ".join(plain.casefold().split())
 
 
 def _letter(text: str) -> str | None:
-    text = _WRAPPER.sub(r"\1", _clean(text)).strip(" .~\"'")
+    text = _plain(_clean(text)).strip(" .~\"'")
     match = _LETTER.fullmatch(text)
     if not match:
         return None
@@ -319,7 +361,10 @@ def _letter(text: str) -> str | None:
 
 def _is_value(text: str, source: str) -> bool:
     """Whether a text is a value or formula and nothing else; `source` is the text before it was cleaned."""
-    if not re.search(r"[\dA-Za-z]", text) or text.count("{") != text.count("}"):
+    if not _CONTENT.search(text) or text.count("{") != text.count("}"):
+        return False
+    # A question, and the title "2) Check".
+    if "?" in text or re.match(r"\d+\) ", text):
         return False
     symbols = re.sub(r"\\(?:begin|end)\s*\{\w+\}|\\[A-Za-z]+\s*\{[A-Za-z /^.,~-]*\}|\\[A-Za-z]+", " ", text)
     words = re.findall(r"[A-Za-z]+", _UNIT.sub("", symbols.strip()))
