@@ -177,6 +177,8 @@ def test_nothing_a_completion_says_raises(completion, answer_type):
         "x" * 600_000,
         "a = " * 100_000,
         "wait, " * 100_000,
+        "!" * 100_000 + "x",
+        "the answer is " * 5_000,
     ],
     ids=lambda text: repr(text[:12]),
 )

@@ -115,6 +115,12 @@ def test_groups_that_never_had_spread_did_not_lose_it():
     [
         ({"accuracy": 0.8, "curve": (0.1, *3 * (0.8,))}, {"accuracy": 0.8, "curve": (0.1, *3 * (0.8,))}, UNSEEN),
         ({"accuracy": 0.5, "curve": (0.1, *3 * (0.9,), *3 * (0.5,))}, {"accuracy": 0.1, "curve": (0.1,) * 6}, UNSEEN),
+        # It loses what the base knew, before it learns anything
+        (
+            {"accuracy": 0.9, "curve": (0.5, *3 * (0.9,))},
+            {"accuracy": 0.0, "curve": (0.5, 0.5, 0.2, *3 * (0.0,))},
+            HOLDS,
+        ),
         # It loses more and yet ends better
         (
             {"accuracy": 0.5, "curve": (0.1, *3 * (0.5,))},
@@ -122,7 +128,7 @@ def test_groups_that_never_had_spread_did_not_lose_it():
             FAILS,
         ),
     ],
-    ids=["nothing lost", "nothing learnt", "better in the end"],
+    ids=["nothing lost", "nothing learnt", "everything lost", "better in the end"],
 )
 def test_a_fixed_teacher_has_to_keep_more_and_to_end_better(fixed, live, outcome):
     made = {"opsd_long": fixed, "opsd_live_long": live}

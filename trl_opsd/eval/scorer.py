@@ -226,7 +226,7 @@ def _find_answer(text: str, kind: AnswerType, gold: str) -> tuple[str | None, st
     text = _DISPLAY.sub(lambda match: " ".join(match[0].split()), _EMOJI.sub("", text))
     if "!" not in gold:
         # "The answer is 5!" is no factorial.
-        text = re.sub(r"!+(?=[*_ \t]*$)", "", text, flags=re.MULTILINE)
+        text = re.sub(r"(?<!!)!+(?=[*_ \t]*$)", "", text, flags=re.MULTILINE)
     sentences = [
         (match.start(), "sentence", match["rest"])
         for match in _SENTENCE.finditer(text)

@@ -301,7 +301,7 @@ def _fixed_is_more_stable(lookup: Lookup, base: str) -> list[Condition]:
     if max(_mean_drop(lookup, base, arm) for arm in ("opsd_long", "opsd_live_long")) < _SOMETHING:
         obstacle = "neither loses 10 points"
     elif any(
-        best_accuracy(result) - result["curve"][0]["accuracy"] < 0.05
+        best_accuracy(result) - result["curve"][0]["accuracy"] < 0.05 and drop(result) < _SOMETHING
         for result in lookup("opsd_live_long", base).values()
     ):
         obstacle = "with a live teacher nothing was learnt that could be lost"

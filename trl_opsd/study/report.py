@@ -44,10 +44,10 @@ tokens; 5 points of groups that lose their spread; anything above zero where a t
 condition is met if its interval is above zero and its mean reaches the margin. It is refuted if the interval is
 below the margin. It is open otherwise, and where nothing could show: both arms above 97 % or below 3 %, a GRPO that
 gained less than 5 points with some seed, less than 10 points lost on average by the arms that are said to lose them,
-a live teacher that taught less than 5 points with some seed, or answers that became less than 10 % shorter. A
-condition can be refuted, but not met, where some seed never reaches GRPO's best, and where an arm at its best rate
-is said to collapse while that is the lowest rate of the grid. A claim holds here if all its conditions are met, does
-not hold here if one is refuted, and cannot be seen here otherwise.
+a live teacher that neither taught 5 points nor lost 10 with some seed, or answers that became less than 10 %
+shorter. A condition can be refuted, but not met, where some seed never reaches GRPO's best, and where an arm at its
+best rate is said to collapse while that is the lowest rate of the grid. A claim holds here if all its conditions are
+met, does not hold here if one is refuted, and cannot be seen here otherwise.
 
 The interval is a t interval over the seeds. Seeds share the test problems, so that of an accuracy is widened by the
 binomial error of both sides, as if each had problems of its own, which is too wide rather than too narrow: two arms
