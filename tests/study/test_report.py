@@ -1,5 +1,6 @@
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from study.made import FALSE, TRUE, result
@@ -141,3 +142,11 @@ def test_the_command_runs_what_it_is_told_and_reports_all(tmp_path, monkeypatch,
     ran.clear()
     command.main(["--quick", "--report", "--output_dir", str(tmp_path), "--page", str(page)])
     assert ran == []
+
+
+def test_the_readmes_figures_are_those_of_the_study():
+    root = Path(__file__).parents[2]
+    section = re.search(r"## What the study says\n(.*?)\n## ", (root / "README.md").read_text(), re.DOTALL)
+    figures = set(re.findall(r"\d+\.\d+", section[1]))
+    assert len(figures) > 10
+    assert figures <= set(re.findall(r"\d+\.\d+", (root / "docs/study.md").read_text()))

@@ -240,6 +240,8 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[Verdict]:
     plots = []
     for base in plan.bases:
         arms = [arm for arm, its in pairs if its == base and lookup(arm, base)]
+        # An arm whose runs are those of another would hide its curve
+        arms = [arm for arm in arms if lookup(arm, base) != lookup(ARMS[arm].trained_as or "", base)]
         for name, title, draw in PLOTS[BASES[base].family.name]:
             figure = draw({arm: lookup(arm, base) for arm in arms}, f"{title}, {BASES[base].title}")
             if figure is not None:
