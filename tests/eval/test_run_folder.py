@@ -8,7 +8,7 @@ from eval.made import make_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_opsd.eval.run_folder import SampleFile, keep_problems, locked, open_run, read_samples, write_json
+from trl_opsd.eval.run_folder import SampleFile, keep_problems, open_run, read_samples, write_json
 from trl_opsd.eval.samples import Sample
 
 
@@ -103,15 +103,6 @@ def test_a_file_is_replaced_in_one_piece(tmp_path):
 
     assert json.loads((tmp_path / "run.json").read_text())["a"]["problem_id"] == "p"
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
-
-
-def test_a_drive_without_locks(tmp_path, monkeypatch, caplog):
-    def flock(file, operation):
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    with locked(tmp_path / "run"):
-        assert "cannot be locked" in caplog.text
 
 
 def test_the_same_settings_go_on(tmp_path):

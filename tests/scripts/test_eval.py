@@ -141,7 +141,7 @@ def test_another_version_of_the_scorer_grades_anew_and_generates_nothing(run, tm
 def test_another_run_in_the_same_folder_is_refused(run, tmp_path, capsys):
     with run_folder.locked(tmp_path / "run"):
         assert run("--overwrite") == 2
-    assert f"Another evaluation runs in {tmp_path / 'run'}" in capsys.readouterr().err
+    assert f"Another run works in {tmp_path / 'run'}" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
 
 

@@ -119,7 +119,7 @@ def test_weights_of_a_base_that_are_gone(tmp_path):
 def test_one_study_at_a_time(tmp_path):
     class Second(Execute):
         def __call__(self, run, path):
-            with pytest.raises(ValueError, match="Another study runs in"):
+            with pytest.raises(ValueError, match="Another run works in"):
                 study(tmp_path, None)
             super().__call__(run, path)
 

@@ -1,6 +1,5 @@
 """The folder of a run: what was asked, every sample as soon as it is graded, and how far an earlier run came."""
 
-import fcntl
 import json
 import logging
 import os
@@ -9,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .samples import Sample
 from .scorer import score
@@ -23,25 +24,23 @@ _FIELDS = {field.name for field in fields(Sample)}
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """
-    Keeps other evaluations out of a folder.
+    Keeps other runs out of a folder.
 
     Args:
         folder (`Path`):
             Folder of a run.
 
     Raises:
-        ValueError: If another evaluation runs in the folder.
+        ValueError: If another run works in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"Another evaluation runs in {folder}. Wait for its end, or choose another `output_dir`."
-            ) from error
-        except OSError as error:  # some network drives know no locks
-            logger.warning(f"{folder} cannot be locked ({error}). See to it that no other evaluation writes there.")
+    try:
+        lock = FileLock(folder / "lock").acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"Another run works in {folder}. Wait for its end, or choose another `output_dir`."
+        ) from error
+    with lock:
         yield
 
 

@@ -1,6 +1,5 @@
 """Which runs there are, and running what is left of them: two at a time, each in a process with one thread."""
 
-import fcntl
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..eval.run_folder import locked
 from .arms import ARMS, BASES, LEARNING_RATES, SEEDS, TUNING_SEED
 from .train import Run, write_result
 
@@ -235,12 +235,7 @@ def run_study(
     Raises:
         ValueError: If another study runs in the folder, or the weights of a base are gone.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"Another study runs in {folder}. Wait for its end, or choose another folder.") from error
+    with locked(folder):
         return _run_study(plan, Results(folder), max_hours, console or Console(), execute or execute_in_process)
 
 
