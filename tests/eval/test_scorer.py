@@ -178,6 +178,8 @@ def test_nothing_a_completion_says_raises(completion, answer_type):
         "a = " * 100_000,
         "wait, " * 100_000,
         "!" * 100_000 + "x",
+        "\\boxed{5 " + "m/s/" * 200 + "!}",
+        "\\boxed{5 " + "min " * 200 + "!}",
         "the answer is " * 5_000,
     ],
     ids=lambda text: repr(text[:12]),

@@ -64,15 +64,16 @@ _UNIT_TEXT = (
     rf"{_TEXT}\{{(?!\s*(?!{_LETTER_UNIT})[A-Za-z]\s*\}})(?![^{{}}]*(?:{_NO_UNIT}|\s\d))(?:[^{{}}]|\{{-?\d\}})*\}}"
     r"(?:\^\{?-?\d\}?)?"
 )
+# The repetitions are possessive: "m/s" is one unit or two, and all ways to read a row of them would be tried.
 _UNIT = re.compile(
     # \text{ cm}^2
     rf"(?:(?<=[\d)}}])|(?<=\\pi)|(?<=\\pi )|(?<=[\d)}}][A-Za-z]))"
-    rf"(?:{_SPACE}{_UNIT_TEXT}(?:{_SPACE}(?:/|\\cdot))?)+{_SPACE}$"
+    rf"(?:{_SPACE}{_UNIT_TEXT}(?:{_SPACE}(?:/|\\cdot))?)++{_SPACE}$"
     # 5km
     rf"|(?<=\d){_SHORT_UNIT}(?:\^?\d)?$"
     # 5 kg, 5 m/s, 5 m s^-2, 5 cups of flour
     rf"|(?:(?<=[\d)}}])|(?<=\\pi)|(?<=\\pi ))\s+{_ANY_UNIT}(?:\s*[/*·]\s*{_ANY_UNIT}"
-    rf"|\s+(?:{_UNIT_WORD}|(?:of|in|an?)\b|(?<=[A-Za-z]{{2}}\s){_LETTER_WORD}|{_LETTER_UNIT}\^?\{{?-\d\}}?))*$"
+    rf"|\s+(?:{_UNIT_WORD}|(?:of|in|an?)\b|(?<=[A-Za-z]{{2}}\s){_LETTER_WORD}|{_LETTER_UNIT}\^?\{{?-\d\}}?))*+$"
 )
 _NAME = (
     r"(?:[A-Zfgh]\([^()]*\)|\|[A-Z]{1,2}\||[A-Za-z](?:\s*\+\s*[A-Za-z])+|[A-Za-z]|\\[A-Za-z]+\b)"
