@@ -142,7 +142,7 @@ def test_another_run_in_the_same_folder_is_refused(run, tmp_path, capsys):
     with run_folder.locked(tmp_path / "run"):
         assert run("--overwrite") == 2
     assert f"Another run works in {tmp_path / 'run'}" in capsys.readouterr().err
-    assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_an_interrupted_run_goes_on(run, tmp_path, monkeypatch, capsys):

@@ -35,7 +35,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(folder / "lock").acquire(timeout=0)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise ValueError(
             f"Another run works in {folder}. Wait for its end, or choose another `output_dir`."
