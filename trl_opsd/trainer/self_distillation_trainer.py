@@ -1009,7 +1009,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 weights,
                 self._objective,
                 memory_budget=self.args.divergence_memory,
-                compile=self.args.compile_divergence,
+                kernel=self.args.divergence_kernel,
             )
 
     def _completion_states(
