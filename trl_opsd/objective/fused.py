@@ -23,7 +23,7 @@ from .memory import empty_block, reuse_freed_memory
 from .objective import Objective
 from .products import add_outer, project, project_back
 from .support import top_k_agreement
-from .top_log_probs import TopLogProbs
+from .top_log_probs import TopLogProbs, finite_rows
 
 
 # Rows whose top k are compared, out of all of a call. It feeds the log alone
@@ -289,20 +289,29 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         weights = weights.to(wide)
         if likelihood_weights is not None:
             likelihood_weights = likelihood_weights.to(wide)
-        peak = _peak(dtype, weights, likelihood_weights)
+        # Kept relative to their peak, or fp16 would round small gradients to 0 before a loss scale reaches them
+        peak = None
+        if dtype == torch.float16 and num_rows:
+            both = weights if likelihood_weights is None else torch.cat([weights, likelihood_weights])
+            peak = both.abs().max().clamp(min=torch.finfo(wide).tiny)
 
         student_block, teacher_block = (empty_block(block_rows, vocabulary, wide, device) for _ in range(2))
         grad_block = student_block
         if device.type == "cuda" and dtype != wide:  # the first half of each row's memory
             grad_block = student_block.view(dtype)[:, :vocabulary]
         fixed = kernel == "compiled"
-        padding = (0, slice_rows if fixed else 0)  # rows past the last token are computed with the others, and ignored
-        token_ids = pad(token_ids, padding)
-        factors = pad(weights / peak / objective.temperature, padding)
-        likelihood_factors = None
-        if likelihood_weights is not None:
-            likelihood_factors = pad(likelihood_weights / peak / objective.temperature, padding)
-        statistics = torch.zeros(len(STATISTICS), num_rows + padding[1], dtype=wide, device=device)
+        # A compiled kernel computes some rows past the last token with the others; they are ignored
+        num_ignored = slice_rows if fixed else 0
+
+        def padded(rows: torch.Tensor) -> torch.Tensor:
+            return pad(rows, (0, num_ignored)) if num_ignored else rows
+
+        def as_factors(weights: torch.Tensor) -> torch.Tensor:
+            return padded((weights if peak is None else weights / peak) / objective.temperature)
+
+        token_ids, factors = padded(token_ids), as_factors(weights)
+        likelihood_factors = None if likelihood_weights is None else as_factors(likelihood_weights)
+        statistics = torch.empty(len(STATISTICS), num_rows + num_ignored, dtype=wide, device=device)
         top_k = min(objective.top_k, vocabulary)
         search_every = max(1, math.ceil(num_rows / NUM_SEARCHED))
         num_searched = math.ceil(num_rows / search_every)
@@ -330,7 +339,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                     teacher_rows = teacher_states[rows]
                     project(teacher_rows.to(dtype), teacher_head.weight, teacher_block[:size], dtype)
                 # Checked here, because a softcap hides infinite ones
-                valid = pad(hidden[rows].isfinite().all(dim=-1) & teacher_rows.isfinite().all(dim=-1), padding)
+                valid = padded(finite_rows(hidden[rows]) & finite_rows(teacher_rows))
                 for part in _slices(size, slice_rows):
                     first = part.start + -(start + part.start) % search_every
                     if first < part.stop:
@@ -391,23 +400,13 @@ class _FusedDivergenceFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         peak, *grads = ctx.saved_tensors
-        factor = grad_loss * peak
+        factor = grad_loss if peak is None else grad_loss * peak
         needed_again = torch._C._autograd._get_current_graph_task_keep_graph()
         grads = [
             None if grad is None else _scaled(grad, factor, dtype, ctx.by_triton, needed_again)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
         return *grads, *[None] * 9
-
-
-def _peak(dtype: torch.dtype, weights: torch.Tensor, likelihood_weights: torch.Tensor | None) -> torch.Tensor:
-    """What the gradients are kept relative to: fp16 would round small ones to 0 before a loss scale reaches them."""
-    if dtype != torch.float16 or not weights.numel():
-        return weights.new_ones(())
-    peak = weights.abs().max()
-    if likelihood_weights is not None:
-        peak = torch.maximum(peak, likelihood_weights.abs().max())
-    return peak.clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def _scaled(
