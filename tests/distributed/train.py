@@ -115,7 +115,7 @@ def deal(batch: dict[str, Any], num_micro_batches: int) -> dict[str, Any]:
 
 def count_passes(trainer, num_passes: list[int], output_dir: Path) -> None:
     """Append how often the student is run for each micro-batch, and write down after which step the first came."""
-    passes = trainer._passes
+    passes = trainer.loss.passes
 
     def counting(inputs):
         if not num_passes:
@@ -124,7 +124,7 @@ def count_passes(trainer, num_passes: list[int], output_dir: Path) -> None:
         num_passes.append(len(cut))
         return cut
 
-    trainer._passes = counting
+    trainer.loss.passes = counting
 
 
 def follow_average(trainer) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """Which rows go through the network together changes the cost of a step, never its result."""
 
-import random
 from itertools import chain
 
 import pytest
@@ -11,7 +10,6 @@ from tiny import make_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from trl_opsd import OPSDConfig, OPSDTrainer
-from trl_opsd.trainer.microbatches import cut_by_tokens, cut_into, keep_groups_together
 
 
 LORA = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -63,33 +61,6 @@ def assert_same_training(one, other):
     for name, value in one.model.state_dict().items():
         torch.testing.assert_close(weights[name], value, rtol=1e-6, atol=1e-6)
     assert any((start[name] - value).abs().max() > 1e-4 for name, value in weights.items())
-
-
-class TestCutByTokens:
-    def test_every_row_once_and_no_pass_over_the_budget(self):
-        generator = random.Random(0)
-        for _ in range(200):
-            num_rows = generator.randint(1, 12)
-            prompts = [generator.randint(1, 60) for _ in range(num_rows)]
-            completions = [generator.randint(1, 60) for _ in range(num_rows)]
-            groups = [generator.randint(0, 3) for _ in range(num_rows)]
-            budget = generator.randint(1, 400)
-            passes = cut_by_tokens(prompts, completions, groups, budget)
-            assert sorted(row for rows in passes for row in rows) == list(range(num_rows))
-            for rows in passes:
-                width = max(prompts[r] for r in rows) + max(completions[r] for r in rows)
-                assert len(rows) == 1 or len(rows) * width <= budget
-            number = generator.randint(1, num_rows)
-            further = cut_into(passes, number)
-            assert len(further) == max(number, len(passes))
-            assert sorted(row for rows in further for row in rows) == list(range(num_rows))
-
-    def test_long_row_is_alone_and_short_ones_stay_together(self):
-        assert cut_by_tokens([10, 500, 12, 11], [5, 900, 5, 5], [0, 1, 2, 3], 60) == [[1], [2, 3, 0]]
-
-    def test_rows_of_one_prompt_stay_together(self):
-        passes = cut_by_tokens([50] * 6, [40, 30, 30, 5, 10, 9], [0, 1, 0, 1, 0, 1], 280)
-        assert [sorted(rows) for rows in passes] == [[0, 2, 4], [1, 3, 5]]
 
 
 class TestTokenBudget:
@@ -174,20 +145,10 @@ class TestTokenBudget:
 
 
 class TestGroups:
-    def test_rows_are_reordered_within_a_window_only(self):
-        batches = [
-            {"row": torch.tensor([2 * i, 2 * i + 1]), "group": torch.tensor(group), "scalar": torch.tensor(7)}
-            for i, group in enumerate([[4, 1], [1, 4], [3, 1], [4, 3]])
-        ]
-        regrouped = keep_groups_together(batches, 2, "group")
-        assert [batch["group"].tolist() for batch in regrouped] == [[4, 4], [1, 1], [3, 3], [1, 4]]
-        assert [batch["row"].tolist() for batch in regrouped] == [[0, 3], [1, 2], [4, 7], [5, 6]]
-        assert all(batch["scalar"] == 7 for batch in regrouped)
-
     @staticmethod
     def buffered(trainer, rows, keep_groups):
         """The rows of each buffered micro-batch, as pairs of teacher prompt and completion."""
-        trainer._can_share_prompts = keep_groups
+        trainer.loss.can_share_prompts = keep_groups
         trainer._buffered_inputs = None
         trainer._step = 0
         trainer.model.train()
@@ -230,7 +191,7 @@ class TestGroups:
         """All that the shuffle decides, which rows an optimizer step has, stays."""
         settings = {"loss_type": loss_type, "num_generations": 2, "per_device_train_batch_size": 2}
         trainers = [make_trainer(**settings, gradient_accumulation_steps=4) for _ in range(2)]
-        trainers[1]._can_share_prompts = False
+        trainers[1].loss.can_share_prompts = False
         weights = []
         for trainer in trainers:
             torch.manual_seed(0)

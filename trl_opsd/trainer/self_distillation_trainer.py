@@ -32,8 +32,7 @@ import json
 import math
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -43,7 +42,6 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
@@ -52,12 +50,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
-from trl.models.utils import _ForwardRedirection
-from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx, pad
+from trl.trainer.utils import get_config_model_id, pad
 
 from ..context import Rollouts, TeacherPrompt, make_context, thinking_prefix
 from ..data import validate_rows
@@ -68,17 +64,13 @@ from ..guard import SkipNonFiniteSteps
 from ..objective import (
     Divergence,
     FusedDivergence,
-    Head,
     Objective,
     Support,
     Tail,
-    TopLogProbs,
-    aggregation_weights,
-    fused_divergence,
     generalized_jsd_loss,
 )
+from ..scoring import can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
-    Scores,
     ServerError,
     TeacherServer,
     check_holds_policy,
@@ -93,30 +85,10 @@ from ..serving import (
 from ..teacher import ServedTeacher, Teacher, fingerprint
 from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
 from .checkpoints import begin, finish, is_complete, newest_complete, read_state
-from .heads import causal_lm, head_of, unsharded
+from .loss import SelfDistillationLoss
 from .merged_weights import check_mergeable, merged_weights
-from .microbatches import cut_by_tokens, cut_into, keep_groups_together, padded_length, used_width
 from .self_distillation_config import SelfDistillationConfig
-from .shared_prefix import can_share_prompts, pays_off, positions, states_with_shared_prompts
 from .teachers import check_external_teacher, check_world, make_teacher
-
-
-# What a pass over some rows of a micro-batch needs
-_ROW_INPUTS = (
-    "prompt_ids",
-    "prompt_mask",
-    "teacher_prompt_ids",
-    "teacher_prompt_mask",
-    "teacher_prompt_groups",
-    "completion_ids",
-    "completion_mask",
-    "loss_mask",
-    "loss_weights",
-    "sampling_per_token_logps",
-    "teacher_top_tokens",
-    "teacher_top_log_probs",
-    "teacher_log_probs",
-)
 
 
 def _no_reward(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -341,7 +313,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "`max_tokens_per_microbatch` unset."
             )
         self.teacher_prompt.chat_template = self.chat_template
-        self._objective = Objective(
+        objective = Objective(
             divergence=cast(Divergence, args.divergence),
             jsd_weight=args.jsd_weight,
             support=cast(Support, args.divergence_support),
@@ -359,7 +331,6 @@ class SelfDistillationTrainer(GRPOTrainer):
             and args.distillation_temperature == self.temperature
             and self.repetition_penalty == 1.0
         )
-        self._forward_redirection = _ForwardRedirection()
         starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
         check_world(args, self.accelerator, self.model)
         if self.use_vllm and isinstance(self.model, PeftModel):
@@ -378,10 +349,18 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.teacher, external = ServedTeacher(), self._teacher_server.name
         if args.teacher == "external":
             self._fingerprints["teacher_model_name_or_path"] = external
-        self._can_share_prompts = False
+        shares_prompts = False
         if self._teacher_server is None:
             with self.teacher.weights(self.model) as module:
-                self._can_share_prompts = can_share_prompts(causal_lm(self.accelerator.unwrap_model(module)))
+                shares_prompts = can_share_prompts(causal_lm(self.accelerator.unwrap_model(module)))
+        self.loss = SelfDistillationLoss(
+            args,
+            self.accelerator,
+            self.teacher if self._teacher_server is None else None,
+            objective,
+            shares_prompts,
+            self.pad_to_multiple_of,
+        )
         (self._fingerprints,) = broadcast_object_list([self._fingerprints])
         self._dataset_summary = self._summarize(self.train_dataset)
         self._guard = SkipNonFiniteSteps()
@@ -628,7 +607,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         own_configs = [model.generation_config for model in models]
         for model in models:
             model.generation_config = GenerationConfig()
-        with _evaluation_mode(self.model):
+        with evaluation_mode(self.model):
             try:
                 return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]
             finally:
@@ -641,7 +620,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                         module.reshard()
 
     def _log_evaluation(self, logs: dict[str, float]) -> None:
-        with _evaluation_mode(self.model):  # or GRPOTrainer would log the metrics of the training step as well
+        with evaluation_mode(self.model):  # or GRPOTrainer would log the metrics of the training step as well
             self.log(logs)
 
     def _get_train_sampler(self, dataset=None):
@@ -726,7 +705,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         fresh = self._buffered_inputs is not buffered
-        if fresh and self.num_generations > 1 and self._can_share_prompts:
+        if fresh and self.num_generations > 1 and self.loss.can_share_prompts:
             # GRPO's shuffle scatters the rollouts of a prompt over micro-batches, where each would pay for the
             # teacher's prompt again. Rows change places among the micro-batches of one optimizer step only, so that
             # every step keeps the rows the shuffle gave it: the greatest common divisor never straddles two steps.
@@ -835,22 +814,9 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         mode = "train" if self.model.training else "eval"
         num_micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
-        _, weights = self._loss_weights(inputs, mode)
-        # Weights are those of the whole micro-batch, so the gradients of its passes add up to its gradient. The last
-        # pass is left to the caller, who runs the backward pass that synchronises.
-        passes = self._passes({**inputs, "loss_weights": weights})
-        *early, last = passes
-        outputs = []
-        for rows in early:
-            with self._postponed_synchronisation(model):
-                output = self._divergence(model, rows)
-                if mode == "train":
-                    kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-                    self.accelerator.backward(output.loss / num_micro_batches, **kwargs)
-            outputs.append(output._replace(loss=output.loss.detach()))
-        outputs.append(self._divergence(model, last))
-        loss = torch.stack([output.loss for output in outputs]).sum() / num_micro_batches
-        output = FusedDivergence(loss, *map(torch.cat, list(zip(*outputs, strict=True))[1:]))
+        num_generation_batches = self.args.steps_per_generation if mode == "train" else 1
+        output, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches)
+        loss = output.loss
         self._log_divergence(output, mode)
         fresh = mode == "eval" or self.state.global_step == self._generation_step
         if self._compares_with_sampler and fresh and "sampling_per_token_logps" in inputs:
@@ -861,181 +827,6 @@ class SelfDistillationTrainer(GRPOTrainer):
             advantages = inputs["advantages"] * self.args.policy_loss_coef
             loss = loss + super()._compute_loss(model, {**inputs, "advantages": advantages})
         return loss
-
-    def _passes(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """The rows of a micro-batch, cut into what goes through the network at once."""
-        max_tokens = self.args.max_tokens_per_microbatch
-        if max_tokens is None:
-            return [inputs]
-        prompts = torch.maximum(inputs["prompt_mask"].sum(1), inputs["teacher_prompt_mask"].sum(1)).tolist()
-        completions = inputs["completion_mask"].sum(1).tolist()
-        multiple_of = self.pad_to_multiple_of
-        passes = cut_by_tokens(
-            [padded_length(length, multiple_of) for length in prompts],
-            [padded_length(length, multiple_of) for length in completions],
-            inputs["teacher_prompt_groups"].tolist(),
-            max_tokens,
-        )
-        if self.accelerator.num_processes > 1:  # whose forward and backward passes meet in collective operations
-            number = torch.tensor(len(passes), device=self.accelerator.device)
-            passes = cut_into(passes, int(self.accelerator.gather(number).max()))
-        return [{name: inputs[name][rows] for name in _ROW_INPUTS if name in inputs} for rows in passes]
-
-    @contextmanager
-    def _postponed_synchronisation(self, model: nn.Module) -> Iterator[None]:
-        """Inside, gradients are accumulated as they are in all but the last micro-batch of an optimizer step."""
-        accelerator = self.accelerator
-        if not accelerator.sync_gradients:
-            yield
-            return
-        # As `Trainer` decides for its micro-batches. `backward` reads the flag and has DeepSpeed's engine step by it.
-        synchronises = self.is_deepspeed_enabled or accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
-        accelerator.sync_gradients = False
-        try:
-            with nullcontext() if synchronises else accelerator.no_sync(model):
-                yield
-        finally:
-            accelerator.sync_gradients = True
-
-    def _divergence(self, model: nn.Module, inputs: dict[str, Any]) -> FusedDivergence:
-        num_completion_tokens = used_width(inputs["completion_mask"], "right", self.pad_to_multiple_of)
-        completion_ids = inputs["completion_ids"][:, :num_completion_tokens]
-        completion_mask = inputs["completion_mask"][:, :num_completion_tokens]
-        selected = inputs["loss_mask"][:, :num_completion_tokens].bool()
-
-        def with_prompt(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            width = used_width(prompt_mask, "left", self.pad_to_multiple_of)
-            ids = torch.cat([prompt_ids[:, -width:], completion_ids], dim=1)
-            return ids, torch.cat([prompt_mask[:, -width:], completion_mask], dim=1)
-
-        token_ids = completion_ids[selected]
-        teacher_states: torch.Tensor | TopLogProbs
-        teacher_head: Head | None
-        if self._teacher_server is None:
-            teacher_states, teacher_head = self._teacher_states(
-                model,
-                *with_prompt(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"]),
-                selected,
-                inputs["teacher_prompt_groups"],
-            )
-        else:
-            top_tokens, top_log_probs, log_probs = (
-                inputs[f"teacher_{name}"][:, :num_completion_tokens][selected] for name in Scores._fields
-            )
-            teacher_states, teacher_head = TopLogProbs(top_tokens.long(), top_log_probs, token_ids, log_probs), None
-        student = self.accelerator.unwrap_model(model)
-        # The whole computation runs inside the wrapped model's forward, so that DDP, FSDP2 and ZeRO-3 see it
-        return self._forward_redirection(
-            model,
-            student,
-            self._student_divergence,
-            student,
-            *with_prompt(inputs["prompt_ids"], inputs["prompt_mask"]),
-            selected,
-            teacher_states,
-            teacher_head,
-            token_ids,
-            inputs["loss_weights"][:, :num_completion_tokens][selected],
-        )
-
-    def _loss_weights(self, inputs: dict[str, Any], mode: str) -> tuple[torch.Tensor, torch.Tensor]:
-        loss_mask = inputs["loss_mask"]
-        num_batches = self.args.steps_per_generation if mode == "train" else 1
-        num_tokens = inputs["num_loss_tokens"].clamp(min=1.0) / self.accelerator.num_processes / num_batches
-        weights = aggregation_weights(loss_mask, self.loss_type, num_tokens, self.max_completion_length)
-        if "importance_sampling_ratio" in inputs:  # the sampler's policy differs a little from the trainer's
-            weights = weights * inputs["importance_sampling_ratio"]
-        return loss_mask, weights
-
-    def _teacher_states(
-        self,
-        model: nn.Module,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        selected: torch.Tensor,
-        groups: torch.Tensor,
-    ) -> tuple[torch.Tensor, Head]:
-        shared_groups = groups if self._should_share_prompts(input_ids, selected.size(1), groups) else None
-        with torch.no_grad(), self.teacher.weights(model) as module:
-            teacher = self.accelerator.unwrap_model(module)
-            with _evaluation_mode(teacher):
-                hidden = self._forward_redirection(
-                    module,
-                    teacher,
-                    self._completion_states,
-                    teacher,
-                    input_ids,
-                    attention_mask,
-                    selected,
-                    shared_groups,
-                )
-            return hidden, head_of(teacher)
-
-    def _should_share_prompts(self, input_ids: torch.Tensor, completion_width: int, groups: torch.Tensor) -> bool:
-        if not self._can_share_prompts:
-            return False
-        prompt_width = input_ids.size(1) - completion_width
-        num_shared = len(groups.unique()) * prompt_width + len(groups) * completion_width
-        counts = torch.tensor([[input_ids.numel(), num_shared]], device=self.accelerator.device)
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            # Where parameters are gathered, every process has to run as many forward passes; all wait for the slowest
-            counts = self.accelerator.gather(counts)
-        return pays_off(*counts.amax(dim=0).tolist())
-
-    def _student_divergence(
-        self,
-        student: nn.Module,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        selected: torch.Tensor,
-        teacher_states: torch.Tensor | TopLogProbs,
-        teacher_head: Head | None,
-        token_ids: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> FusedDivergence:
-        student_hidden = self._completion_states(student, input_ids, attention_mask, selected)
-        student_head = head_of(student)
-        heads = [student_head.weight, student_head.bias]
-        if teacher_head is not None:
-            heads += [teacher_head.weight, teacher_head.bias]
-        with maybe_gather_lm_head_ctx(*heads), self.accelerator.autocast():
-            student_head = unsharded(student_head)
-            return fused_divergence(
-                student_hidden.to(student_head.weight.device),
-                teacher_states.to(student_head.weight.device),
-                student_head,
-                None if teacher_head is None else unsharded(teacher_head),
-                token_ids,
-                weights,
-                self._objective,
-                memory_budget=self.args.divergence_memory,
-                compile=self.args.compile_divergence,
-            )
-
-    def _completion_states(
-        self,
-        model: nn.Module,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        selected: torch.Tensor,
-        shared_groups: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """
-        Hidden states that predict the selected completion tokens, of shape (number of them, H). Rows with the same
-        number in `shared_groups` have the same prompt, which is then read once.
-        """
-        backbone = causal_lm(model).base_model
-        width = selected.size(1)
-        with self.accelerator.autocast():
-            if shared_groups is not None:
-                return states_with_shared_prompts(backbone, input_ids, attention_mask, width, shared_groups)[selected]
-            states = backbone(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=positions(attention_mask),
-                use_cache=False,
-            ).last_hidden_state
-        return states[:, -width - 1 : -1][selected]
 
     def _log_divergence(self, output: FusedDivergence, mode: str) -> None:
         finite = output.finite.bool()
@@ -1247,13 +1038,3 @@ class _StepCallback(TrainerCallback):
         trainer = self._trainer
         trainer.teacher.on_step_end(state.global_step)
         trainer._first_micro_batch = trainer._step  # of the next step
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module):
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
