@@ -13,7 +13,15 @@ from trl_opsd import OPSDConfig, OPSDTrainer
 
 
 LORA = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
-LOGGED = ("loss", "distillation_loss", "entropy", "teacher_entropy", "log_ratio", "clipped_share", "skipped_tokens")
+LOGGED = (
+    "loss",
+    "distillation_loss",
+    "entropy",
+    "teacher_entropy",
+    "teacher_advantage",
+    "clipped_share",
+    "skipped_token_rate",
+)
 
 
 def rollout(prompts, trainer):

@@ -32,6 +32,7 @@ import json
 import math
 import textwrap
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,6 @@ from ..eval.chat import ChatFormat
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
     Divergence,
-    FusedDivergence,
     Objective,
     Support,
     Tail,
@@ -87,6 +87,7 @@ from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
 from .checkpoints import begin, finish, is_complete, newest_complete, read_state
 from .loss import SelfDistillationLoss
 from .merged_weights import check_mergeable, merged_weights
+from .metrics import Metrics, add_divergence, add_policy, add_sampler_difference
 from .self_distillation_config import SelfDistillationConfig
 from .teachers import check_external_teacher, check_world, make_teacher
 
@@ -273,6 +274,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._empty_rollouts: set[int] = set()
         self._dataset_tokens = 0
         self._rollouts: dict[str, Any] = {}
+        self.statistics = {"train": Metrics(), "eval": Metrics()}
         self._num_generated_tokens = 0
 
         super().__init__(
@@ -763,28 +765,21 @@ class SelfDistillationTrainer(GRPOTrainer):
         model_tokens = batch.get("tool_mask", 1) * batch["completion_mask"]
         loss_mask = model_tokens * torch.tensor(has_context, device=device).unsqueeze(1)
         batch["loss_mask"] = loss_mask
-        lengths = batch["teacher_prompt_mask"].sum(1)
-        counts = torch.stack(
-            [
-                loss_mask.sum(),
-                model_tokens.sum() - self._dataset_tokens - len(self._empty_rollouts),
-                torch.tensor(len(has_context) - sum(has_context) - len(self._empty_rollouts), device=device),
-                torch.tensor(len(self._empty_rollouts), device=device),
-                lengths.sum(),
-            ]
-        ).float()
-        num_tokens, num_generated, without_context, num_empty, length_sum = self.accelerator.reduce(counts, "sum")
-        batch["num_loss_tokens"] = num_tokens
-
-        metrics = self._metrics[mode]
+        with_context = torch.tensor(has_context, device=device)
+        num_rows, num_empty = torch.tensor([len(has_context), len(self._empty_rollouts)], device=device)
+        num_generated = model_tokens.sum() - self._dataset_tokens - num_empty
+        counts = torch.stack([loss_mask.sum(), num_generated]).float()
+        batch["num_loss_tokens"], num_generated = self.accelerator.reduce(counts, "sum")
         if mode == "train":
             self._num_generated_tokens += int(num_generated)
-        metrics["num_generated_tokens"] = [self._num_generated_tokens]
-        metrics["samples_without_context"].append(without_context.item())
-        metrics["empty_completions"].append(num_empty.item())
-        num_rows = len(teacher_ids) * self.accelerator.num_processes
-        metrics["teacher_prompts/mean_length"].append((length_sum / num_rows).item())
-        metrics["teacher_prompts/max_length"].append(self.accelerator.gather(lengths.max()).max().item())
+        self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
+
+        lengths = batch["teacher_prompt_mask"].sum(1)[with_context]
+        metrics = self.statistics[mode]
+        metrics.add_rate("context_rate", with_context.sum(), num_rows - num_empty)
+        metrics.add_rate("empty_completion_rate", num_empty, num_rows)
+        metrics.add_rate("teacher_prompts/mean_length", lengths.sum(), with_context.sum())
+        metrics.add_maximum("teacher_prompts/max_length", lengths)
         return batch
 
     def _groups(self, mode: str) -> list[Rollouts]:
@@ -817,69 +812,53 @@ class SelfDistillationTrainer(GRPOTrainer):
         num_generation_batches = self.args.steps_per_generation if mode == "train" else 1
         output, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches)
         loss = output.loss
-        self._log_divergence(output, mode)
+        metrics = self.statistics[mode]
+        add_divergence(metrics, output, self._teacher_server is None, self.args.divergence_clip is not None)
         fresh = mode == "eval" or self.state.global_step == self._generation_step
         if self._compares_with_sampler and fresh and "sampling_per_token_logps" in inputs:
             sampled = [rows["sampling_per_token_logps"][rows["loss_mask"].bool()] for rows in passes]
-            self._log_sampler_difference(output.student_log_prob, torch.cat(sampled), mode)
+            add_sampler_difference(metrics, output.student_log_prob, torch.cat(sampled))
 
         if self._uses_policy_loss:
-            advantages = inputs["advantages"] * self.args.policy_loss_coef
-            loss = loss + super()._compute_loss(model, {**inputs, "advantages": advantages})
+            loss = loss + self._policy_loss(model, inputs, mode)
+        if mode == "eval" or self.accelerator.sync_gradients:
+            metrics.reduce(self.accelerator.gather)
         return loss
 
-    def _log_divergence(self, output: FusedDivergence, mode: str) -> None:
-        finite = output.finite.bool()
-        values = torch.stack(
-            [
-                output.divergence,
-                output.student_entropy,
-                output.teacher_entropy,
-                output.teacher_log_prob - output.student_log_prob,
-                output.top_k_overlap,
-                output.top_k_mass,
-                output.clipped,
-                output.clipped_mass,
-            ]
+    def _policy_loss(self, model, inputs, mode):
+        """GRPO's own loss. What it logs becomes sums and counts."""
+        kept, self._metrics[mode] = self._metrics[mode], defaultdict(list)
+        advantages = inputs["advantages"] * self.args.policy_loss_coef
+        try:
+            loss = super()._compute_loss(model, {**inputs, "advantages": advantages})
+        finally:
+            logged, self._metrics[mode] = self._metrics[mode], kept
+        tokens = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        by_sequence = self.importance_sampling_level == "sequence" and advantages.dim() == 1
+        for name, values in add_policy(self.statistics[mode], logged, tokens, by_sequence).items():
+            kept[name] += values
+        return loss
+
+    def log(self, logs, start_time=None):
+        mode = "train" if self.model.training else "eval"
+        values = self.statistics[mode].take()
+        if values and mode == "train":
+            values["skipped_steps/total"] = self._guard.skipped_steps
+        self._metrics[mode].update({name: [value] for name, value in values.items()})
+        if values.get("distillation_loss", 0.0) < 0.0:
+            self._warn_of_clip(values["distillation_loss"])
+        super().log(logs, start_time)
+
+    def _warn_of_clip(self, divergence: float) -> None:
+        if self._warned_about_clip:
+            return
+        self._warned_about_clip = True
+        warnings.warn(
+            f"With `divergence_clip={self.args.divergence_clip}` the mean loss of a step is negative "
+            f"({divergence:.4g}): the clip cuts so much of the positive entries that the sum is no divergence any "
+            "more, and making it smaller need not bring the student closer to the teacher. Raise the clip.",
+            stacklevel=2,
         )
-        sums = torch.where(finite & values.isfinite(), values, 0.0).sum(dim=1)
-        counts = torch.stack([finite.sum(), (~finite).sum()]).to(sums)
-        *totals, num_tokens, num_skipped = self.accelerator.reduce(torch.cat([sums, counts]), "sum").tolist()
-        means = (total / max(num_tokens, 1) for total in totals)
-        divergence, entropy, teacher_entropy, log_ratio, overlap, mass, clipped, clipped_mass = means
-
-        metrics = self._metrics[mode]
-        metrics["distillation_loss"].append(divergence)
-        metrics["entropy"].append(entropy)
-        if self._teacher_server is None:
-            metrics["teacher_entropy"].append(teacher_entropy)
-            metrics["entropy_gap"].append(entropy - teacher_entropy)
-        metrics["log_ratio"].append(log_ratio)
-        metrics["top_k_overlap"].append(overlap)
-        metrics["top_k_mass"].append(mass)
-        if self.args.divergence_clip is not None:
-            metrics["clipped_share"].append(clipped)
-            metrics["clipped_mass"].append(clipped_mass)
-            if divergence < 0.0 and not self._warned_about_clip:
-                self._warned_about_clip = True
-                warnings.warn(
-                    f"With `divergence_clip={self.args.divergence_clip}` the mean loss of a batch is negative "
-                    f"({divergence:.4g}): the clip cuts so much of the positive entries that the sum is no divergence "
-                    "any more, and making it smaller need not bring the student closer to the teacher. Raise the "
-                    "clip.",
-                    stacklevel=2,
-                )
-        metrics["skipped_tokens"].append(num_skipped)
-        metrics["skipped_steps"] = [self._guard.skipped_steps]
-
-    def _log_sampler_difference(self, log_prob: torch.Tensor, sampled: torch.Tensor, mode: str) -> None:
-        difference = (log_prob - sampled).abs()
-        difference = difference[difference.isfinite()]  # vLLM leaves some tokens without a log-probability
-        total, count = self.accelerator.reduce(torch.stack([difference.sum(), difference.new_tensor(len(difference))]))
-        most = difference.max() if len(difference) else difference.new_zeros(())
-        name = "sampling/sampling_logp_difference"
-        self._metrics[mode][f"{name}/mean"].append((total / count.clamp(min=1)).item())
-        self._metrics[mode][f"{name}/max"].append(self.accelerator.gather(most).max().item())
 
     # Checkpoints
 
