@@ -39,14 +39,14 @@ class Inputs:
         tensors = (self.student_hidden, self.student_head.weight, self.student_head.bias)
         return [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
 
-    def fused(self, divergence="forward_kl", jsd_weight=0.5, block_rows=None, compile=False, **options):
+    def fused(self, divergence="forward_kl", jsd_weight=0.5, block_rows=None, kernel="eager", **options):
         budget = {}
         if block_rows is not None:
             itemsize = 8 if self.student_hidden.dtype == torch.float64 else 4
             row_bytes = 2 * itemsize * self.student_head.weight.size(0)
             budget = {"memory_budget": (block_rows + 0.1) * row_bytes * 8 / 7 / 2**20}
         objective = Objective(divergence, jsd_weight, top_k=options.pop("top_k", 2), **options)
-        return fused_divergence(*self.tensors, objective, compile=compile, **budget)
+        return fused_divergence(*self.tensors, objective, kernel=kernel, **budget)
 
     @property
     def tensors(self):

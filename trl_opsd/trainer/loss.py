@@ -300,7 +300,7 @@ class SelfDistillationLoss:
                 weights,
                 self._objective,
                 memory_budget=self._args.divergence_memory,
-                compile=self._args.compile_divergence,
+                kernel=self._args.divergence_kernel,
             )
 
 
