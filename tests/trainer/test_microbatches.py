@@ -13,6 +13,7 @@ from trl_opsd import OPSDConfig, OPSDTrainer
 
 
 LORA = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
+SKIP_OVERLONG = {"max_teacher_prompt_length": 600, "overlong_teacher_prompt": "skip", "shuffle_dataset": False}
 LOGGED = (
     "loss",
     "distillation_loss",
@@ -207,3 +208,42 @@ class TestGroups:
             weights.append(trainer.model.state_dict())
         for name, value in weights[0].items():
             torch.testing.assert_close(weights[1][name], value, rtol=1e-6, atol=1e-6)
+
+
+class TestRowsWithoutAContext:
+    @pytest.fixture
+    def rows(self, dataset):
+        """Of eight rows, the second half of each four is too long for its teacher."""
+        return Dataset.from_list(
+            [{**dataset[i], "solution": "far too long " * 60 if i % 4 > 1 else "5"} for i in range(8)]
+        )
+
+    @pytest.mark.parametrize("settings", [{}, {"max_tokens_per_microbatch": 600}], ids=str)
+    @pytest.mark.parametrize("peft_config", [None, LORA])
+    def test_go_through_no_backbone_and_change_nothing(self, make_trainer, rows, peft_config, settings, monkeypatch):
+        settings = {"per_device_train_batch_size": 8, "teacher": "live", "loss_type": "grpo", **settings}
+        trainers = [make_trainer(None, peft_config, rows, **SKIP_OVERLONG, **settings) for _ in range(2)]
+        monkeypatch.setattr(trainers[1].loss, "passes", lambda inputs: [inputs])
+        num_rows = []
+        for trainer in trainers:
+            num_rows.append([])
+            trainer.model.get_input_embeddings().register_forward_pre_hook(
+                lambda module, args, counts=num_rows[-1]: counts.append(len(args[0]))
+            )
+        assert_same_training(*trainers)
+        steps = 2
+        assert [sum(counts) for counts in num_rows] == [steps * 2 * 4, steps * 2 * 8]
+
+    def test_process_without_rows_runs_as_many_passes(self, make_trainer, rows, monkeypatch):
+        """Here one process has two rows and the other none, and each row is a pass."""
+        settings = {"per_device_train_batch_size": 2, "num_generations": 1, "max_tokens_per_microbatch": 1}
+        trainer = make_trainer(None, None, rows, **SKIP_OVERLONG, **settings)
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        batches = [trainer._generate_and_score_completions([rows[i] for i in part]) for part in ((0, 1), (2, 3))]
+        monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+        monkeypatch.setattr(trainer.accelerator, "gather", lambda number: torch.tensor([1, 2]))
+        with_rows, without = (trainer.loss.passes(batch) for batch in batches)
+        assert [len(rows["loss_mask"]) for rows in with_rows] == [len(rows["loss_mask"]) for rows in without] == [1, 1]
+        assert all(rows["loss_mask"].any() for rows in with_rows)
+        assert not any(rows["loss_mask"].any() for rows in without)

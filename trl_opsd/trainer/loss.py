@@ -127,7 +127,7 @@ class SelfDistillationLoss:
 
     def passes(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         """
-        The rows of a micro-batch, cut into what goes through the network at once.
+        The rows of a micro-batch with a token in the loss, cut into what goes through the network at once.
 
         Args:
             inputs (`dict[str, Any]`):
@@ -137,20 +137,27 @@ class SelfDistillationLoss:
             `list[dict[str, Any]]`: as many on every process.
         """
         max_tokens = self._args.max_tokens_per_microbatch
-        if max_tokens is None:
-            return [inputs]
-        prompts = torch.maximum(inputs["prompt_mask"].sum(1), inputs["teacher_prompt_mask"].sum(1)).tolist()
-        completions = inputs["completion_mask"].sum(1).tolist()
-        passes = cut_by_tokens(
-            [padded_length(length, self._pad_to_multiple_of) for length in prompts],
-            [padded_length(length, self._pad_to_multiple_of) for length in completions],
-            inputs["teacher_prompt_groups"].tolist(),
-            max_tokens,
-        )
-        if self._accelerator.num_processes > 1:  # whose forward and backward passes meet in collective operations
-            number = torch.tensor(len(passes), device=self._accelerator.device)
-            passes = cut_into(passes, int(self._accelerator.gather(number).max()))
-        return [_rows_of(inputs, rows) for rows in passes]
+        kept = _rows_of(inputs, inputs["loss_mask"].any(dim=1).nonzero().flatten().tolist())
+        num_rows = len(kept["loss_mask"])
+        passes = [list(range(num_rows))] if num_rows else []
+        number = 1
+        if max_tokens is not None:
+            prompts = torch.maximum(kept["prompt_mask"].sum(1), kept["teacher_prompt_mask"].sum(1)).tolist()
+            completions = kept["completion_mask"].sum(1).tolist()
+            passes = cut_by_tokens(
+                [padded_length(length, self._pad_to_multiple_of) for length in prompts],
+                [padded_length(length, self._pad_to_multiple_of) for length in completions],
+                kept["teacher_prompt_groups"].tolist(),
+                max_tokens,
+            )
+            number = max(number, len(passes))
+            if self._accelerator.num_processes > 1:
+                numbers = torch.tensor(number, device=self._accelerator.device)
+                number = int(self._accelerator.gather(numbers).max())
+                passes = cut_into(passes, number)
+        # Forward and backward passes meet in collective operations: a process without as many runs idle ones
+        idle = [_idle_row(inputs)] * (number - len(passes))
+        return [_rows_of(kept, rows) for rows in passes] + idle
 
     @contextmanager
     def _postponed_synchronisation(self, model: nn.Module) -> Iterator[None]:
@@ -310,3 +317,10 @@ def _rows_of(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
         name: value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
         for name, value in inputs.items()
     }
+
+
+def _idle_row(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The shortest row of a micro-batch, with no token of it in the loss."""
+    lengths = inputs["prompt_mask"].sum(1) + inputs["completion_mask"].sum(1)
+    row = _rows_of(inputs, [int(lengths.argmin())])
+    return {**row, "loss_mask": torch.zeros_like(row["loss_mask"])}

@@ -736,7 +736,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             tools = self._env_tools[self._batch_environments[index]] if self.environment_factories else self.tools
             ids = None if index in self._empty_rollouts else self.teacher_prompt.token_ids(row, rollouts, tools)
             has_context.append(ids is not None)
-            if ids is None:  # masked from the loss: any prompt will do
+            if ids is None:  # masked from the loss, and not read
                 ids = batch["prompt_ids"][index][batch["prompt_mask"][index].bool()].tolist()
             teacher_ids.append(torch.tensor(ids))
         # The same number for rows with the same teacher prompt
