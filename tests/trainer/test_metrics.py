@@ -70,11 +70,17 @@ def test_each_statistic_is_averaged_over_the_tokens_it_is_known_for():
 def test_means_of_grpo_become_sums():
     metrics = Metrics()
     for kl, clipped, num_tokens in ((1.0, 0.5, 1), (3.0, 0.0, 3)):
-        logged = {"kl": [kl], "clip_ratio/low_mean": [clipped], "clip_ratio/low_min": [0.0], "entropy": [7.0]}
+        logged = {"kl": [kl], "clip_ratio/low_mean": [clipped], "entropy": [7.0], "policy_loss": [0.2]}
+        logged |= {"clip_ratio/low_min": [clipped], "clip_ratio/high_max": [clipped]}
         tokens = torch.tensor([[1] * num_tokens + [0] * (4 - num_tokens)])
-        assert add_policy(metrics, logged, tokens, by_sequence=True) == {"clip_ratio/low_min": [0.0]}
+        assert add_policy(metrics, logged, tokens, by_sequence=True) == {"policy_loss": [0.2]}
     metrics.reduce(alone)
-    assert metrics.take() == {"kl": 2.5, "clip_ratio/low_mean": 0.25}
+    assert metrics.take() == {
+        "kl": 2.5,
+        "clip_ratio/low_mean": 0.25,
+        "clip_ratio/low_min": 0.0,
+        "clip_ratio/high_max": 0.5,
+    }
 
 
 def word_rollouts(prompts, trainer):

@@ -313,7 +313,7 @@ def test_policy_loss_is_added_with_its_weight(make_trainer, dataset):
     for coefficient in (0.0, 0.5, 1.0):
         trainer.args.policy_loss_coef = coefficient
         gradients[coefficient] = gradient(trainer._compute_loss)
-    trainer._uses_policy_loss = False
+    trainer._shares_student_pass = trainer._has_grpo_terms = False
     divergence = gradient(trainer._compute_loss)
     # Without advantages, GRPO's loss is its penalty on the distance to the reference model
     penalty = gradient(policy_loss, {**batch, "advantages": 0 * batch["advantages"]})

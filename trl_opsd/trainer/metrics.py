@@ -20,6 +20,7 @@ class Metrics:
         # Of this process since the last reduction, and of all processes before
         self._rates: dict[str, torch.Tensor] = {}
         self._maxima: dict[str, torch.Tensor] = {}
+        self._minima: set[str] = set()  # of the maxima, those of values with the sign turned
         self._reduced_rates: dict[str, tuple[float, float]] = {}
         self._reduced_maxima: dict[str, float] = {}
 
@@ -51,6 +52,11 @@ class Metrics:
         value = values.float().max() if len(values) else torch.tensor(-math.inf, device=values.device)
         self._maxima[name] = torch.maximum(self._maxima[name], value) if name in self._maxima else value
 
+    def add_minimum(self, name: str, values: torch.Tensor) -> None:
+        """As [`add_maximum`], of a minimum."""
+        self._minima.add(name)
+        self.add_maximum(name, -values)
+
     def reduce(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """
         Reduce what was added over processes. All of them call this.
@@ -73,7 +79,9 @@ class Metrics:
     def take(self) -> dict[str, float]:
         """What has been reduced, by name, which then begins anew."""
         values = {name: total / count for name, (total, count) in self._reduced_rates.items() if count}
-        values |= {name: value for name, value in self._reduced_maxima.items() if value != -math.inf}
+        for name, value in self._reduced_maxima.items():
+            if value != -math.inf:
+                values[name] = -value if name in self._minima else value
         self._reduced_rates, self._reduced_maxima = {}, {}
         return values
 
@@ -140,7 +148,8 @@ def add_policy(
 
     Args:
         metrics ([`Metrics`]):
-            Where its means go. Its `entropy` goes nowhere: it is that of other tokens, at another temperature.
+            Where its means and extremes go. Its `entropy` goes nowhere: it is that of other tokens, at another
+            temperature.
         logged (`Mapping[str, list[float]]`):
             One value by name, the same on every process.
         tokens (`torch.Tensor` of shape `(B, T)`):
@@ -149,7 +158,7 @@ def add_policy(
             Whether importance ratios, and so what is clipped of them, are one of a row.
 
     Returns:
-        `dict[str, list[float]]`: the rest, which are no means over tokens or rows.
+        `dict[str, list[float]]`: the rest.
     """
     num_tokens, num_rows = tokens.sum(), tokens.new_tensor(len(tokens))
     ratio_count = num_rows if by_sequence else num_tokens
@@ -164,4 +173,12 @@ def add_policy(
     for name, count in counts.items():
         for mean in logged.get(name, ()):
             metrics.add_rate(name, mean * count, count)
-    return {name: values for name, values in logged.items() if name not in counts and name != "entropy"}
+    for name, add in (
+        ("clip_ratio/low_min", metrics.add_minimum),
+        ("clip_ratio/high_max", metrics.add_maximum),
+    ):
+        if name in logged:
+            values = torch.tensor(logged[name], device=tokens.device)
+            add(name, values[~values.isnan()])
+    known = {*counts, "clip_ratio/low_min", "clip_ratio/high_max", "entropy"}
+    return {name: values for name, values in logged.items() if name not in known}

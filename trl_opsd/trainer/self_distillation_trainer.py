@@ -12,6 +12,9 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
 - `_compute_loss(model, inputs)` returns the loss of a micro-batch, already divided by the number of accumulated
   micro-batches, linear in `advantages` up to the terms of `beta` and `entropy_coef`. `training_step` hands that
   loss to `accelerator.backward` as it is (`loss_is_scaled_for_ga`).
+- Of the student, that loss depends on what `_get_per_token_logps_and_entropies(model, input_ids, attention_mask,
+  logits_to_keep, batch_size, ...)` returns, and on nothing else. `_generate_and_score_completions` gets the
+  log-probabilities of the sampling and the reference policy from it too.
 - `_prepare_inputs(generation_batch)` returns, in training, `_buffered_inputs[_step % steps_per_generation]`, and makes
   that list anew, shuffled, whenever it generates: when `_step`, which counts micro-batches, is a multiple of
   `steps_per_generation * num_iterations`.
@@ -276,6 +279,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._rollouts: dict[str, Any] = {}
         self.statistics = {"train": Metrics(), "eval": Metrics()}
         self._num_generated_tokens = 0
+        self._given_log_probs: tuple[torch.Tensor, torch.Tensor, None] | None = None
 
         super().__init__(
             model=model,
@@ -301,11 +305,18 @@ class SelfDistillationTrainer(GRPOTrainer):
             raise ValueError(
                 f"`policy_loss_coef={self.args.policy_loss_coef}` needs `reward_funcs`. Pass some, or set it to 0."
             )
-        self._uses_policy_loss = (
+        self._has_grpo_terms = (
             self.beta != 0.0
             or self.args.policy_loss_coef > 0.0
             or self._entropy_bonus_enabled
             or self.aux_loss_enabled
+        )
+        # What follows from the log-probabilities at the divergence's temperature comes from its forward pass
+        self._shares_student_pass = (
+            self._has_grpo_terms
+            and not self._entropy_bonus_enabled
+            and not self.aux_loss_enabled
+            and args.distillation_temperature == self.temperature
         )
         if self.args.max_tokens_per_microbatch is not None and self.aux_loss_enabled:
             raise ValueError(
@@ -810,22 +821,21 @@ class SelfDistillationTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         num_micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
         num_generation_batches = self.args.steps_per_generation if mode == "train" else 1
-        output, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches)
-        loss = output.loss
+        policy = self._policy_term if self._shares_student_pass else None
+        loss, output, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
         metrics = self.statistics[mode]
         add_divergence(metrics, output, self._teacher_server is None, self.args.divergence_clip is not None)
         fresh = mode == "eval" or self.state.global_step == self._generation_step
         if self._compares_with_sampler and fresh and "sampling_per_token_logps" in inputs:
             sampled = [rows["sampling_per_token_logps"][rows["loss_mask"].bool()] for rows in passes]
             add_sampler_difference(metrics, output.student_log_prob, torch.cat(sampled))
-
-        if self._uses_policy_loss:
-            loss = loss + self._policy_loss(model, inputs, mode)
+        if self._has_grpo_terms and not self._shares_student_pass:
+            loss = loss + self._grpo_loss(model, inputs, mode)
         if mode == "eval" or self.accelerator.sync_gradients:
             metrics.reduce(self.accelerator.gather)
         return loss
 
-    def _policy_loss(self, model, inputs, mode):
+    def _grpo_loss(self, model, inputs, mode):
         """GRPO's own loss. What it logs becomes sums and counts."""
         kept, self._metrics[mode] = self._metrics[mode], defaultdict(list)
         advantages = inputs["advantages"] * self.args.policy_loss_coef
@@ -838,6 +848,49 @@ class SelfDistillationTrainer(GRPOTrainer):
         for name, values in add_policy(self.statistics[mode], logged, tokens, by_sequence).items():
             kept[name] += values
         return loss
+
+    def _policy_term(
+        self, inputs: dict[str, Any], log_probs: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """GRPO's own loss, of log-probabilities that are data, and minus its derivative with respect to each."""
+        if self._reads_log_probs(inputs):
+            student_log_probs, entropies = log_probs()
+        else:  # the ratio to themselves is 1
+            student_log_probs, entropies = inputs["completion_mask"].new_zeros(
+                2, *inputs["completion_mask"].shape, dtype=torch.float32
+            )
+        with torch.enable_grad():
+            student_log_probs = student_log_probs.detach().requires_grad_()
+            self._given_log_probs = student_log_probs, entropies, None
+            try:
+                loss = self._grpo_loss(self.model, inputs, "train" if self.model.training else "eval")
+            finally:
+                self._given_log_probs = None
+            (slope,) = torch.autograd.grad(loss, student_log_probs)
+        return loss.detach(), -slope
+
+    def _reads_log_probs(self, inputs: dict[str, Any]) -> bool:
+        """Whether GRPO's loss or its gradient depends on the values of the student's log-probabilities."""
+        return (
+            inputs.get("old_per_token_logps") is not None
+            or self.beta != 0.0
+            or self.loss_type in ("cispo", "vespo")
+            or self.off_policy_mask_threshold is not None
+            or self.top_entropy_quantile < 1.0
+        )
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
+    ):
+        if self._given_log_probs is not None:
+            return self._given_log_probs
+        if not self._shares_student_pass:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs
+            )
+        # Ratios are to what is computed in the same way, or rounding would take part in them
+        batch_size = batch_size or len(input_ids)
+        return *self.loss.log_probs(model, input_ids, attention_mask, logits_to_keep, batch_size), None
 
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
