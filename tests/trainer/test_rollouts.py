@@ -13,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_chat_template
 
 from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer, SelfDistillationTrainer
+from trl_opsd.trainer import self_distillation_trainer
 from trl_opsd.trainer.loss import SelfDistillationLoss
 
 
@@ -440,3 +441,17 @@ def test_sampler_is_compared_with_the_weights_it_sampled_with(make_trainer, data
         assert entry[f"{name}/max"] == pytest.approx(difference.max().item(), rel=1e-5)
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert all(f"eval_{name}/max" in entry for entry in evaluations)
+
+
+def test_each_process_measures_its_share_of_the_prompts(make_trainer, dataset, monkeypatch):
+    """The student's prompts, for an engine that has to take them."""
+    rows = [{**row, "prompt": [{"role": "user", "content": "What? " * (1 + i)}]} for i, row in enumerate(dataset)]
+    trainer = make_trainer(train_dataset=Dataset.from_list(rows))
+    lengths = [len(ids) for ids in trainer._tokenize_prompts([row["prompt"] for row in rows])[0]]
+    assert trainer._longest_prompt() == max(lengths)
+    tokenize, measured = trainer._tokenize_prompts, []
+    monkeypatch.setattr(trainer, "_tokenize_prompts", lambda prompts: measured.extend(prompts) or tokenize(prompts))
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(self_distillation_trainer, "gather_object", lambda own: [*own, 7])
+    assert trainer._longest_prompt() == max(lengths[::2])
+    assert len(measured) == len(rows) // 2

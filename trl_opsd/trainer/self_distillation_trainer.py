@@ -47,6 +47,7 @@ from accelerate.utils import broadcast_object_list, gather_object, send_to_devic
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -477,10 +478,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             raise ValueError(failure)
         if self.vllm_mode == "server" and self.rollout_func is None:  # which may talk to the client itself
             report_failures(self.vllm_generation)
-        longest = 0
-        if isinstance(self.train_dataset, Dataset) and not self.environment_factories:
-            for rows in self.train_dataset.iter(1000):
-                longest = max(longest, *map(len, self._tokenize_prompts(rows["prompt"])[0]))
+        longest = 0 if self.environment_factories else self._longest_prompt()
         if longest + (self.max_completion_length or 1) > limit:
             field = "vllm_max_model_length" if self.vllm_mode == "colocate" else "--max-model-len"
             raise ValueError(
@@ -489,6 +487,24 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "`max_completion_length`."
             )
         return limit
+
+    def _longest_prompt(self) -> int:
+        """Tokens of the longest student prompt, of which each process measures its share; 0 for a stream."""
+        if not isinstance(self.train_dataset, Dataset):
+            return 0
+        accelerator, num_rows = self.accelerator, len(self.train_dataset)
+        share = self.train_dataset.select(range(accelerator.process_index, num_rows, accelerator.num_processes))
+        longest = 0
+        with tqdm(
+            total=len(share),
+            desc="Measuring prompts of `train_dataset`",
+            leave=False,
+            disable=None if accelerator.is_local_main_process else True,  # None: no bar where there is no terminal
+        ) as progress:
+            for rows in share.iter(1000):
+                longest = max(longest, *map(len, self._tokenize_prompts(rows["prompt"])[0]))
+                progress.update(len(rows["prompt"]))
+        return max(gather_object([longest]))
 
     @staticmethod
     def _connect_teacher_server(
