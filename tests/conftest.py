@@ -1,9 +1,20 @@
 """Tiny, offline stand-ins for a model, its tokenizer and its data. The models are random; everything else is real."""
 
+import os
+
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when triton is imported
+
 import pytest
 from datasets import Dataset
+from hypothesis import settings
 from tiny import make_model, make_tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+
+# The same examples on every machine, however slow it is
+settings.register_profile("reproducible", deadline=None, derandomize=True)
+settings.load_profile("reproducible")
 
 
 @pytest.fixture
