@@ -1,7 +1,8 @@
 """The ways to hold the teacher's weights beside the student's."""
 
 import copy
-import dataclasses
+import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -55,11 +56,19 @@ class AdapterCopy(TeacherCopy):
                 f"The model already has an adapter named {ADAPTER_NAME!r}, the name of the teacher's. Delete it with "
                 f"`model.delete_adapter({ADAPTER_NAME!r})`, or load it under another name."
             )
-        config = policy.peft_config[self._student_adapter]
+        # With what peft has noted in it: which layers are tied is not found out anew once they are wrapped
+        config = copy.deepcopy(policy.peft_config[self._student_adapter])
         if hasattr(config, "init_lora_weights"):
-            # Initialisations such as PiSSA would change the base weights a second time
-            config = dataclasses.replace(config, init_lora_weights=True)
-        policy.add_adapter(ADAPTER_NAME, config, autocast_adapter_dtype=False)
+            config.init_lora_weights = True  # ones such as PiSSA would change the base weights a second time
+        if tied := getattr(config, "target_modules_to_tie", None):
+            config.ensure_weight_tying = False  # peft would forget them; all values are copied anyway
+            if isinstance(config.target_modules, str):
+                config.target_modules += "|" + "|".join(map(re.escape, tied))
+            else:
+                config.target_modules |= tied
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`")
+            policy.add_adapter(ADAPTER_NAME, config, autocast_adapter_dtype=False)
         for _, student, teacher in self.pairs():
             teacher.requires_grad_(False)
             if not hasattr(teacher, "ds_id"):
@@ -70,12 +79,16 @@ class AdapterCopy(TeacherCopy):
         return _with_adapter(policy, ADAPTER_NAME)
 
     def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-        parameters = dict(self._policy.named_parameters())
+        parameters = dict(self._policy.named_parameters(remove_duplicate=False))
+        seen: set[nn.Parameter] = set()
         for name, parameter in parameters.items():
             parts = name.split(".")
             if self._student_adapter in parts:
                 twin = ".".join(ADAPTER_NAME if part == self._student_adapter else part for part in parts)
-                yield twin, parameter, parameters[twin]
+                teacher = parameters[twin]
+                if teacher not in seen:  # one that two modules share has two names
+                    seen.add(teacher)
+                    yield twin, parameter, teacher
 
 
 class ModelCopy(TeacherCopy):
