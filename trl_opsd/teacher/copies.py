@@ -22,6 +22,10 @@ from .sharding import copy_parameter, part_of, write_part
 ADAPTER_NAME = "teacher"
 
 
+class NoSecondAdapterError(ValueError):
+    """An adapter of which peft allows only one."""
+
+
 class TeacherCopy(ABC):
     """Weights that can be used in place of the policy's. They start as the policy's."""
 
@@ -68,8 +72,15 @@ class AdapterCopy(TeacherCopy):
                 config.target_modules |= tied
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`")
-            policy.add_adapter(ADAPTER_NAME, config, autocast_adapter_dtype=False)
-        for _, student, teacher in self.pairs():
+            try:
+                policy.add_adapter(ADAPTER_NAME, config, autocast_adapter_dtype=False)
+                pairs = list(self.pairs())
+            except (KeyError, NotImplementedError, TypeError, ValueError) as error:
+                raise NoSecondAdapterError(
+                    f"needs a second adapter of the policy's kind ({type(config).__name__}), which peft does not "
+                    f"give: {error}"
+                ) from error
+        for _, student, teacher in pairs:
             teacher.requires_grad_(False)
             if not hasattr(teacher, "ds_id"):
                 teacher.data = teacher.data.to(student.dtype)
