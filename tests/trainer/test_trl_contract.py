@@ -30,6 +30,8 @@ SIGNATURES = {
     "_compute_loss": ["self", "model", "inputs"],
     "_tokenize_prompts": ["self", "prompts"],
     "_save_checkpoint": ["self", "model", "trial"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_best_model": ["self"],
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_set_signature_columns_if_needed": ["self"],

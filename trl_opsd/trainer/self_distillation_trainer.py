@@ -26,6 +26,8 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
   `max_completion_length`, `structured_outputs_regex` and `generation_kwargs`.
 - `_run_epoch(...)`, of transformers, takes the steps of an epoch, at least one.
 - `_get_train_sampler(dataset)` returns a sampler that draws the order of each epoch from its `generator`.
+- `_load_from_checkpoint(checkpoint, model)` and `_load_best_model()`, of transformers, load the policy's weights; with
+  DeepSpeed only the second is called.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
@@ -88,7 +90,7 @@ from ..serving import (
 )
 from ..teacher import ServedTeacher, Teacher, fingerprint
 from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
-from .checkpoints import begin, finish, is_complete, newest_complete, read_state
+from .checkpoints import begin, finish, is_complete, load_weights, newest_complete, read_state
 from .loss import SelfDistillationLoss
 from .merged_weights import check_mergeable, merged_weights
 from .metrics import Metrics, add_divergence, add_policy, add_sampler_difference
@@ -975,6 +977,18 @@ class SelfDistillationTrainer(GRPOTrainer):
                     f"the same `{name}` in the same dtype. (What training made of the policy comes from the "
                     "checkpoint.)"
                 )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled or isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _load_best_model(self):
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel):
+            super()._load_best_model()
+        else:
+            load_weights(Path(cast(str, self.state.best_model_checkpoint)), self.model)
 
     def _save_checkpoint(self, model, trial):
         directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
