@@ -314,9 +314,9 @@ def test_triton_that_is_missing_or_fails_is_said_once(fresh_choice, monkeypatch)
         assert default_kernel(GPU, 100) == "eager"
 
 
-def test_the_smoke_test_runs_the_kernels():
+def test_the_smoke_test_runs_the_kernels(device):
     with warnings.catch_warnings(action="ignore"):
-        triton_kernel.smoke_test(torch.device("cpu"))
+        triton_kernel.smoke_test(device)
 
 
 @pytest.mark.parametrize(
