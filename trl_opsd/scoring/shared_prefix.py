@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .heads import backbone_of
 from .positions import positions
 
 
@@ -25,7 +26,7 @@ def can_share_prompts(model: Any) -> bool:
         type(model).__module__.startswith("transformers.models.")
         and config.get_text_config() is config
         and not model._is_stateful
-        and "past_key_values" in inspect.signature(model.base_model.forward).parameters
+        and "past_key_values" in inspect.signature(backbone_of(model).forward).parameters
         and set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
         and all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers

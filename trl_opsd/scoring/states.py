@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .heads import causal_lm
+from .heads import backbone_of
 from .positions import positions
 from .shared_prefix import states_with_shared_prompts
 
@@ -36,7 +36,7 @@ def completion_states(
     Returns:
         `torch.Tensor` of shape `(number of selected tokens, H)`, row by row.
     """
-    backbone = causal_lm(model).base_model
+    backbone = backbone_of(model)
     width = selected.size(1)
     if shared_groups is not None:
         return states_with_shared_prompts(backbone, input_ids, attention_mask, width, shared_groups)[selected]
