@@ -75,7 +75,7 @@ from ..objective import (
     Tail,
     generalized_jsd_loss,
 )
-from ..scoring import can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
+from ..scoring import can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
     ServerError,
     TeacherServer,
@@ -365,16 +365,18 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.teacher, external = ServedTeacher(), self._teacher_server.name
         if args.teacher == "external":
             self._fingerprints["teacher_model_name_or_path"] = external
-        shares_prompts = False
+        shares_prompts, packs_rows = False, can_pack(causal_lm(self.accelerator.unwrap_model(self.model)))
         if self._teacher_server is None:
             with self.teacher.weights(self.model) as module:
-                shares_prompts = can_share_prompts(causal_lm(self.accelerator.unwrap_model(module)))
+                teacher = causal_lm(self.accelerator.unwrap_model(module))
+                shares_prompts, packs_rows = can_share_prompts(teacher), packs_rows and can_pack(teacher)
         self.loss = SelfDistillationLoss(
             args,
             self.accelerator,
             self.teacher if self._teacher_server is None else None,
             objective,
             shares_prompts,
+            packs_rows,
             self.pad_to_multiple_of,
         )
         (self._fingerprints,) = broadcast_object_list([self._fingerprints])
