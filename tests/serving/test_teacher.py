@@ -37,6 +37,7 @@ def make_trainer(tokenizer, dataset, training_args):
         {},
         {"divergence_tail": "renormalize", "divergence": "jsd"},
         {"divergence_support": "sampled_token", "divergence": "reverse_kl"},
+        {"divergence_support": "sampled_token", "divergence_top_k": 1},
         {"gradient_accumulation_steps": 2},
         {"num_generations": 2},
         {"max_tokens_per_microbatch": 1024, "mask_truncated_completions": True},
