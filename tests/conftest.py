@@ -1,9 +1,63 @@
-"""Tiny, offline stand-ins for a model, its tokenizer and its data. The models are random; everything else is real."""
+"""The device of the tests, and tiny, offline stand-ins for a model, its tokenizer and its data."""
+
+import os
+from contextlib import ExitStack
 
 import pytest
+import torch
 from datasets import Dataset
+from hypothesis import settings
+from placement import Placement
 from tiny import make_model, make_tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+
+# The same examples on every machine, however slow it is
+settings.register_profile("reproducible", deadline=None, derandomize=True)
+settings.load_profile("reproducible")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="where the tests of a single process run: cpu or cuda"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    else:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when CUDA starts
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda needs a GPU that PyTorch can use, and there is none.")
+        placements = ExitStack()
+        placements.enter_context(Placement(torch.device("cuda")))
+        config.add_cleanup(placements.close)
+
+
+def pytest_collection_modifyitems(config, items):
+    device = config.getoption("device")
+    if device == "cpu":
+        return
+    for item in items:
+        if (marker := item.get_closest_marker("cpu")) is not None:
+            item.add_marker(pytest.mark.skip(reason=f"for CPUs: {marker.args[0]}"))
+        elif item.get_closest_marker("distributed") is not None:
+            item.add_marker(pytest.mark.skip(reason="for CPUs: several processes"))
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig) -> torch.device:
+    """Where the tests run."""
+    return torch.empty(0, device=pytestconfig.getoption("device")).device
+
+
+@pytest.fixture
+def deterministic(device):
+    """The same operations give the same bits, which CUDA promises only when asked."""
+    torch.use_deterministic_algorithms(device.type == "cuda")
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -41,11 +95,11 @@ def dataset() -> Dataset:
 
 
 @pytest.fixture
-def training_args(tmp_path) -> dict:
-    """Arguments of a short, quiet run on the CPU."""
+def training_args(tmp_path, device) -> dict:
+    """Arguments of a short, quiet run."""
     return {
         "output_dir": str(tmp_path / "run"),
-        "use_cpu": True,
+        "use_cpu": device.type == "cpu",
         "bf16": False,
         "gradient_checkpointing": False,
         "report_to": "none",

@@ -32,15 +32,16 @@ class Case:
     teacher_head: Head
     token_ids: torch.Tensor
     weights: torch.Tensor
+    likelihood_weights: torch.Tensor | None = None
 
     @property
     def leaves(self):
         tensors = (self.student_hidden, self.student_head.weight, self.student_head.bias)
         return [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
 
-    def fused(self, objective, memory_budget=256.0, compile=False):
-        tensors = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        return fused_divergence(*tensors, objective, memory_budget, compile)
+    def fused(self, objective, memory_budget=256.0, kernel="eager"):
+        tensors = [getattr(self, field.name) for field in dataclasses.fields(self)[:-1]]
+        return fused_divergence(*tensors, objective, self.likelihood_weights, memory_budget, kernel)
 
     def replace(self, **changes):
         return dataclasses.replace(self, **changes)
@@ -169,6 +170,8 @@ def plain_loss(case, objective):
         "finite": torch.ones(len(p_s)),
     }
     loss = (values["divergence"] * case.weights).sum()
+    if case.likelihood_weights is not None:
+        loss = loss - (values["student_log_prob"] * case.likelihood_weights).sum()
     return loss, {name: value.detach().to(p_s.dtype) for name, value in values.items()}
 
 

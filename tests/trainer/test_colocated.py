@@ -57,7 +57,7 @@ class Engine:
         generator = torch.Generator().manual_seed(self.seeds[-1])
         ids, log_probs = list(prompt), []
         for _ in range(sampling.max_tokens):
-            distribution = self.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            distribution = self.model(torch.tensor([ids], device=self.model.device)).logits[0, -1].log_softmax(-1)
             token = torch.multinomial(distribution.exp(), 1, generator=generator).item()
             ids.append(token)
             log_probs.append({token: SimpleNamespace(logprob=distribution[token].item(), rank=1)})
@@ -109,6 +109,7 @@ def test_all_weights_are_loaded_in_one_call(peft_config, make_trainer):
     assert 0.0 < max(differences) < 1e-4  # with the weights of a step ago, above 0.1
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_seed_reaches_rollouts_and_training(make_trainer):
     def run(seed):
         trainer = make_trainer(seed=seed, shuffle_dataset=False, max_steps=2)
@@ -135,6 +136,7 @@ def test_processes_of_an_engine_sample_by_the_same_random_numbers():
     assert [index(rank, use_vllm=False) for rank in range(4)] == [0, 1, 2, 3]
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_resumed_equals_uninterrupted(make_trainer):
     peft_config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5)
     settings = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "save_strategy": "steps", "save_steps": 2}
@@ -151,6 +153,7 @@ def test_resumed_equals_uninterrupted(make_trainer):
     assert [entry["loss"] for entry in steps_of(resumed)] == [entry["loss"] for entry in steps_of(whole)]
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_evaluations_leave_rollouts_as_they_are(make_trainer, dataset, tmp_path):
     Dataset.from_list([{"question": "What is 1 + 2?", "answer": "3"}]).to_json(tmp_path / "problems.jsonl")
     benchmark = tmp_path / "sums.yaml"

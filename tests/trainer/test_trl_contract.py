@@ -31,9 +31,12 @@ SIGNATURES = {
     "_compute_loss": ["self", "model", "inputs"],
     "_tokenize_prompts": ["self", "prompts"],
     "_save_checkpoint": ["self", "model", "trial"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_best_model": ["self"],
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_set_signature_columns_if_needed": ["self"],
+    "log": ["self", "logs", "start_time"],
 }
 
 
@@ -44,6 +47,27 @@ def test_signature(name):
         f"GRPOTrainer.{name} now takes {found}; trl_opsd/trainer/self_distillation_trainer.py overrides or calls it "
         f"with {SIGNATURES[name]}."
     )
+
+
+def test_policy_loss_reads_the_student_through_one_method():
+    method = GRPOTrainer._get_per_token_logps_and_entropies
+    assert list(inspect.signature(method).parameters)[:6] == [
+        "self",
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+    ]
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    assert "per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(\n" in source
+    assert set(re.findall(r".*\bmodel\b.*", source)) == {
+        "    def _compute_loss(self, model, inputs):",
+        "        # Compute the per-token log probabilities for the model",
+        "            model,",
+        "        # Compute the KL divergence between the model and the reference model",
+        '        mode = "train" if self.model.training else "eval"',
+    }
 
 
 def test_epochs_are_run_by_one_method():

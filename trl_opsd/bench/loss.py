@@ -146,7 +146,7 @@ def ours(inputs: LossInputs, case: LossCase, compile: bool) -> torch.Tensor:
         inputs.token_ids,
         inputs.weights,
         Objective(cast(Divergence, case.divergence), support=cast(Support, case.support), clip=case.clip),
-        compile=compile,
+        kernel="compiled" if compile else "eager",
     ).loss
 
 

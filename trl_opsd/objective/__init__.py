@@ -1,10 +1,11 @@
 """What pulls the student: tensors in, tensors out."""
 
-from .aggregation import aggregation_weights
+from .aggregation import aggregation_weights, share_of_rows
 from .dense import generalized_jsd_loss
 from .divergence import Divergence, pointwise_divergence
-from .fused import FusedDivergence, fused_divergence
+from .fused import FusedDivergence, fused_divergence, token_log_probs
 from .head import Head
+from .kernels import default_kernel
 from .objective import Objective, Support, Tail
 from .top_log_probs import TopLogProbs
 
@@ -18,7 +19,10 @@ __all__ = [
     "Tail",
     "TopLogProbs",
     "aggregation_weights",
+    "default_kernel",
     "fused_divergence",
     "generalized_jsd_loss",
     "pointwise_divergence",
+    "share_of_rows",
+    "token_log_probs",
 ]

@@ -6,6 +6,7 @@ vocabulary-sized matrix products, three when the head is frozen. The backward pa
 left.
 """
 
+import logging
 import math
 from functools import cache
 from typing import NamedTuple
@@ -14,17 +15,21 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from .compilation import Compiled
+from .blocks import Blocks, default_memory
 from .head import Finish, Head
-from .kernel import STATISTICS, divergence_kernel
+from .kernel import STATISTICS, softmax
+from .kernels import default_kernel, load_kernel
 from .memory import empty_block, reuse_freed_memory
 from .objective import Objective
 from .products import add_outer, project, project_back
-from .top_log_probs import TopLogProbs
+from .support import top_k_agreement
+from .top_log_probs import TopLogProbs, finite_rows
 
 
-# Below, compiling takes longer than it saves.
-_MIN_COMPILED_VOCABULARY = 2**13
+# Rows whose top k are compared, out of all of a call. It feeds the log alone
+NUM_SEARCHED = 64
+
+_logger = logging.getLogger(__name__)
 
 
 class FusedDivergence(NamedTuple):
@@ -34,7 +39,7 @@ class FusedDivergence(NamedTuple):
 
     Args:
         loss (`torch.Tensor`):
-            Scalar Σ_n weights_n · divergence_n over the rows whose divergence is finite.
+            Scalar Σ_n weights_n · divergence_n − likelihood_weights_n · log p_S,n(y_n), over the finite rows.
         divergence (`torch.Tensor`):
             Divergence of each token, in nats, after clipping.
         student_entropy (`torch.Tensor`):
@@ -45,17 +50,17 @@ class FusedDivergence(NamedTuple):
             Log-probability of the sampled token under the student.
         teacher_log_prob (`torch.Tensor`):
             Log-probability of the sampled token under the teacher.
-        top_k_overlap (`torch.Tensor`):
-            Share of the teacher's top-k tokens that are among the student's.
-        top_k_mass (`torch.Tensor`):
-            Probability the student gives to the teacher's top-k tokens.
         clipped (`torch.Tensor`):
             1 where the clip lowered at least one entry, else 0.
         clipped_mass (`torch.Tensor`):
             What the clip took off the divergence, in nats.
         finite (`torch.Tensor`):
-            1 where the divergence and its gradient are finite, else 0. Other rows contribute neither loss nor
-            gradient.
+            1 where the loss and its gradient are finite, else 0. Other rows contribute neither.
+        top_k_overlap (`torch.Tensor`):
+            Share of the teacher's top-k tokens that are among the student's. It is measured on at most 64 rows, evenly
+            spaced, and NaN for the others.
+        top_k_mass (`torch.Tensor`):
+            Probability the student gives to the teacher's top-k tokens, for the same rows.
     """
 
     loss: torch.Tensor
@@ -64,11 +69,11 @@ class FusedDivergence(NamedTuple):
     teacher_entropy: torch.Tensor
     student_log_prob: torch.Tensor
     teacher_log_prob: torch.Tensor
-    top_k_overlap: torch.Tensor
-    top_k_mass: torch.Tensor
     clipped: torch.Tensor
     clipped_mass: torch.Tensor
     finite: torch.Tensor
+    top_k_overlap: torch.Tensor
+    top_k_mass: torch.Tensor
 
 
 def fused_divergence(
@@ -79,11 +84,13 @@ def fused_divergence(
     token_ids: torch.Tensor,
     weights: torch.Tensor,
     objective: Objective,
-    memory_budget: float = 256.0,
-    compile: bool | None = None,
+    likelihood_weights: torch.Tensor | None = None,
+    memory_budget: float | None = None,
+    kernel: str | None = None,
 ) -> FusedDivergence:
     """
-    Weighted sum over tokens of a divergence between teacher and student.
+    Weighted sum over tokens of a divergence between teacher and student and, if asked for, of the negative
+    log-likelihood of the sampled tokens, from the same logits.
 
     Differentiable in `student_hidden` and in the student head's weight and bias. The teacher receives no gradient.
     Matrix products run in the autocast dtype, or else in the dtype of the head, and are summed in fp32; everything
@@ -104,19 +111,23 @@ def fused_divergence(
             Factor of each token's divergence in the loss. It may be negative.
         objective ([`Objective`]):
             Which divergence, over which tokens.
-        memory_budget (`float`, *optional*, defaults to `256.0`):
+        likelihood_weights (`torch.Tensor` of shape `(N,)`, *optional*):
+            Factor of each token's −log p_S(y), at the temperature of the objective, in the loss. It may be negative.
+        memory_budget (`float`, *optional*):
             MiB this may take beyond its inputs and their gradients, whatever N is. It sets the number of rows
             processed at once; a single row is always processed, and a head of another dtype than the products is
-            converted in tiles of 32 MiB.
-        compile (`bool`, *optional*):
-            Whether to fuse the elementwise work with torch.compile. `None` does from a vocabulary of 8,192 on. Where
-            compiling fails, a warning says so and the work runs uncompiled.
+            converted in tiles of 32 MiB. `None` chooses by the device, see [`default_memory`].
+        kernel (`str`, *optional*):
+            What does the elementwise work: `"triton"` (on GPUs, in fp32), `"compiled"` (by torch.compile, on CPUs) or
+            `"eager"`. `None` chooses, see [`default_kernel`]. Where compiling fails, a warning says so and the work
+            runs uncompiled.
 
     Returns:
         [`FusedDivergence`]: the loss and what the log needs, from the same pass.
 
     Raises:
-        ValueError: If the two heads have different vocabularies, or if [`TopLogProbs`] do not determine the objective.
+        ValueError: If the two heads have different vocabularies, if [`TopLogProbs`] do not determine the objective, or
+            if the kernel does not run on this device and in this dtype.
     """
     vocabulary = student_head.weight.size(0)
     if isinstance(teacher_states, TopLogProbs):
@@ -126,8 +137,6 @@ def fused_divergence(
             f"The teacher's vocabulary has {teacher_head.weight.size(0)} entries and the student's {vocabulary}. A "
             "divergence between them is undefined: use a teacher with the student's tokenizer."
         )
-    if compile is None:
-        compile = vocabulary >= _MIN_COMPILED_VOCABULARY
     inputs: tuple[torch.Tensor | None, ...] = (student_hidden, student_head.weight, student_head.bias)
     if not torch.is_grad_enabled():  # inside the function grad mode is always off, and the gradients would be computed
         inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
@@ -138,40 +147,116 @@ def fused_divergence(
         teacher_head,
         token_ids,
         weights,
+        likelihood_weights,
         objective,
         memory_budget,
-        _compiled_kernel() if compile else divergence_kernel,
+        kernel,
     )
     return FusedDivergence(*outputs)
 
 
-@cache
-def _compiled_kernel() -> Compiled:
-    return Compiled(divergence_kernel)
+def token_log_probs(
+    hidden: torch.Tensor,
+    head: Head,
+    token_ids: torch.Tensor,
+    temperature: float = 1.0,
+    memory_budget: float | None = None,
+    kernel: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Log-probabilities of tokens, and the entropies of the distributions they are from, without a gradient.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`):
+            Hidden states, row n predicting token n.
+        head ([`Head`]):
+            Head, with V rows.
+        token_ids (`torch.Tensor` of shape `(N,)`):
+            Tokens, int64.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            The logits are divided by it.
+        memory_budget (`float`, *optional*):
+            See [`fused_divergence`].
+        kernel (`str`, *optional*):
+            See [`fused_divergence`].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: both in nats, of shape `(N,)`, fp32 (fp64 for fp64 inputs).
+    """
+    plan = _Plan.make(hidden, head.weight, 1, memory_budget, kernel, head_gradient_bytes=0)
+    finish = _detached(head, plan.wide)
+    outputs = torch.empty(2, hidden.size(0), dtype=plan.wide, device=hidden.device)
+    block = empty_block(plan.blocks.block_rows, head.weight.size(0), plan.wide, hidden.device)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        for rows in _slices(hidden.size(0), plan.blocks.block_rows):
+            project(hidden[rows].to(plan.dtype), head.weight, block[: rows.stop - rows.start], plan.dtype)
+            for part in _slices(rows.stop - rows.start, plan.blocks.slice_rows):
+                place = slice(rows.start + part.start, rows.start + part.stop)
+                if plan.kernel == "triton":
+                    from .triton_kernel import triton_token_log_probs
+
+                    results = triton_token_log_probs(block[part], finish, token_ids[place], temperature)
+                else:
+                    log_p, _, entropy = softmax(finish.logits(block[part]), temperature)
+                    results = log_p.gather(1, token_ids[place].unsqueeze(1)).squeeze(1), entropy
+                outputs[:, place] = torch.stack(results)
+    return outputs[0], outputs[1]
 
 
-class _Blocks(NamedTuple):
-    # A block of rows goes through the matrix products at once. Its elementwise work is done slice by slice, so that
-    # the temporaries, up to a dozen of a slice's size, are small and stay in cache.
-    block_rows: int
-    slice_rows: int
+class _Plan(NamedTuple):
+    # How a call is carried out: dtype of the operands of the products, dtype of all else, kernel and blocks
+    dtype: torch.dtype
+    wide: torch.dtype
+    kernel: str
+    blocks: Blocks
 
     @classmethod
-    def fit(cls, num_rows: int, row_bytes: int, memory_budget: float, fixed_slices: bool) -> "_Blocks":
-        """As few and as equal blocks as seven eighths of the budget allow; the rest is for everything else."""
-        budget = memory_budget * 2**20
-        if fixed_slices:  # a compiled kernel is compiled anew for every size, and has half as many temporaries
-            slice_rows = _floor_to_power_of_two(budget / 32 / row_bytes)
+    def make(
+        cls,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        num_sides: int,
+        memory_budget: float | None,
+        kernel: str | None,
+        head_gradient_bytes: int,
+    ) -> "_Plan":
+        device, vocabulary = hidden.device, weight.size(0)
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         else:
-            slice_rows = min(_floor_to_power_of_two(budget / 64 / row_bytes), max(1, num_rows))
-        most = max(1, int(budget * 7 / 8 / row_bytes) // slice_rows)
-        num_slices = max(1, math.ceil(num_rows / slice_rows))
-        num_blocks = math.ceil(num_slices / most)
-        return cls(math.ceil(num_slices / num_blocks) * slice_rows, slice_rows)
+            dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        if kernel is None:
+            kernel = default_kernel(device, vocabulary, wide)
+        elif kernel == "triton" and wide != torch.float32:
+            raise ValueError(f"`kernel='triton'` computes in fp32, and the inputs are {dtype}. Leave `kernel` unset.")
+        elif kernel == "compiled" and device.type != "cpu":
+            raise ValueError(f"`kernel='compiled'` is for CPUs, and the inputs are on {device}. Leave `kernel` unset.")
+        if memory_budget is None:
+            memory_budget = default_memory(device, head_gradient_bytes)
+        blocks = Blocks.fit(hidden.size(0), num_sides * vocabulary * wide.itemsize, memory_budget, kernel)
+        _log_once(kernel, round(memory_budget), str(device), vocabulary)
+        return cls(dtype, wide, kernel, blocks)
 
 
-def _floor_to_power_of_two(number: float) -> int:
-    return 2 ** (int(max(1, number)).bit_length() - 1)
+@cache
+def _log_once(kernel: str, memory_budget: int, device: str, vocabulary: int) -> None:
+    _logger.info(
+        "Divergence over %s tokens on %s: %s kernel, %s MiB for blocks of logits.",
+        vocabulary,
+        device,
+        kernel,
+        memory_budget,
+    )
+
+
+def _slices(number: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, number)) for start in range(0, number, size)]
+
+
+def _detached(head: Head, dtype: torch.dtype) -> Finish:
+    bias = None if head.bias is None else head.bias.detach().to(dtype)
+    return Finish(bias, head.scale, head.softcap)
 
 
 class _FusedDivergenceFunction(torch.autograd.Function):
@@ -186,6 +271,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         teacher_head,
         token_ids,
         weights,
+        likelihood_weights,
         objective,
         memory_budget,
         kernel,
@@ -193,32 +279,46 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         device = hidden.device
         if device.type == "cpu":
             reuse_freed_memory()
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        else:
-            dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        wide = torch.promote_types(dtype, torch.float32)
         num_rows, vocabulary = hidden.size(0), weight.size(0)
-        weights = weights.to(wide)
-        # Gradients are kept relative to the largest weight: fp16 would round small ones to 0 before a loss scale helps
-        peak = weights.abs().max().clamp(min=torch.finfo(wide).tiny) if num_rows else weights.new_ones(())
         trains_hidden, trains_weight, trains_bias = ctx.needs_input_grad[:3]
         needs_grad = trains_hidden or trains_weight or trains_bias
+        dtype, wide, kernel, (block_rows, slice_rows) = _Plan.make(
+            hidden, weight, 2, memory_budget, kernel, 4 * weight.numel() if trains_weight else 0
+        )
+        run_kernel = load_kernel(kernel)
+        weights = weights.to(wide)
+        if likelihood_weights is not None:
+            likelihood_weights = likelihood_weights.to(wide)
+        # Kept relative to their peak, or fp16 would round small gradients to 0 before a loss scale reaches them
+        peak = None
+        if dtype == torch.float16 and num_rows:
+            both = weights if likelihood_weights is None else torch.cat([weights, likelihood_weights])
+            peak = both.abs().max().clamp(min=torch.finfo(wide).tiny)
 
-        grad_dtype = dtype if device.type == "cuda" else wide
-        row_bytes = vocabulary * (2 * wide.itemsize + (0 if grad_dtype == wide else grad_dtype.itemsize))
-        block_rows, slice_rows = _Blocks.fit(num_rows, row_bytes, memory_budget, isinstance(kernel, Compiled))
         student_block, teacher_block = (empty_block(block_rows, vocabulary, wide, device) for _ in range(2))
-        grad_block = student_block if grad_dtype == wide else torch.empty_like(student_block, dtype=grad_dtype)
-        padding = (0, slice_rows)  # rows past the last token are computed with the others, and ignored
-        token_ids = pad(token_ids, padding)
-        factors = pad(weights / peak / objective.temperature, padding)
-        statistics = torch.zeros(len(STATISTICS), num_rows + slice_rows, dtype=wide, device=device)
+        grad_block = student_block
+        if device.type == "cuda" and dtype != wide:  # the first half of each row's memory
+            grad_block = student_block.view(dtype)[:, :vocabulary]
+        fixed = kernel == "compiled"
+        # A compiled kernel computes some rows past the last token with the others; they are ignored
+        num_ignored = slice_rows if fixed else 0
+
+        def padded(rows: torch.Tensor) -> torch.Tensor:
+            return pad(rows, (0, num_ignored)) if num_ignored else rows
+
+        def as_factors(weights: torch.Tensor) -> torch.Tensor:
+            return padded((weights if peak is None else weights / peak) / objective.temperature)
+
+        token_ids, factors = padded(token_ids), as_factors(weights)
+        likelihood_factors = None if likelihood_weights is None else as_factors(likelihood_weights)
+        statistics = torch.empty(len(STATISTICS), num_rows + num_ignored, dtype=wide, device=device)
+        top_k = min(objective.top_k, vocabulary)
+        search_every = max(1, math.ceil(num_rows / NUM_SEARCHED))
+        num_searched = math.ceil(num_rows / search_every)
+        overlap = torch.empty(num_searched, dtype=wide, device=device)
+        top_logits = torch.empty(num_searched, top_k, dtype=wide, device=device)
         finishes = [
-            Finish(None, 1.0, None)
-            if head is None
-            else Finish(None if head.bias is None else head.bias.detach().to(wide), head.scale, head.softcap)
-            for head in (student_head, teacher_head)
+            Finish(None, 1.0, None) if head is None else _detached(head, wide) for head in (student_head, teacher_head)
         ]
 
         grad_hidden = torch.empty(hidden.shape, dtype=wide, device=device) if trains_hidden else None
@@ -228,9 +328,8 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         grad_bias = torch.zeros(vocabulary, dtype=wide, device=device) if trains_bias else None
 
         with torch.autocast(device.type, enabled=False):
-            for start in range(0, num_rows, block_rows):
-                rows = slice(start, min(start + block_rows, num_rows))
-                size = rows.stop - start
+            for rows in _slices(num_rows, block_rows):
+                start, size = rows.start, rows.stop - rows.start
                 student_rows = hidden[rows].to(dtype)
                 project(student_rows, weight, student_block[:size], dtype)
                 if teacher_head is None:
@@ -240,15 +339,29 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                     teacher_rows = teacher_states[rows]
                     project(teacher_rows.to(dtype), teacher_head.weight, teacher_block[:size], dtype)
                 # Checked here, because a softcap hides infinite ones
-                valid = pad(hidden[rows].isfinite().all(dim=-1) & teacher_rows.isfinite().all(dim=-1), padding)
-                for first in range(0, size, slice_rows):
-                    part, place = slice(first, first + slice_rows), slice(start + first, start + first + slice_rows)
-                    statistics[:, place] = kernel(
+                valid = padded(finite_rows(hidden[rows]) & finite_rows(teacher_rows))
+                for part in _slices(size, slice_rows):
+                    first = part.start + -(start + part.start) % search_every
+                    if first < part.stop:
+                        searched = slice(first, part.stop, search_every)
+                        student_logits = finishes[0].logits(student_block[searched])
+                        teacher_logits = finishes[1].logits(teacher_block[searched])
+                        index = (start + first) // search_every
+                        into = slice(index, index + len(student_logits))
+                        tokens = token_ids[start + first : start + part.stop : search_every]
+                        overlap[into], top_logits[into] = top_k_agreement(
+                            student_logits, teacher_logits, tokens, top_k
+                        )
+                    if fixed:
+                        part = slice(part.start, part.start + slice_rows)
+                    place = slice(start + part.start, start + part.stop)
+                    statistics[:, place] = run_kernel(
                         student_block[part],
                         teacher_block[part],
                         *finishes,
                         token_ids[place],
                         factors[place],
+                        None if likelihood_factors is None else likelihood_factors[place],
                         valid[part],
                         objective,
                         needs_grad,
@@ -267,9 +380,19 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                     add_outer(grad, student_rows, grad_weight, dtype, first=start == 0)
 
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.by_triton = kernel == "triton"
         ctx.save_for_backward(peak, grad_hidden, grad_weight, grad_bias)
-        outputs = statistics[:, :num_rows].unbind(0)
+        outputs = list(statistics[:, :num_rows].unbind(0))
+        finite, log_prob = (outputs[STATISTICS.index(name)] for name in ("finite", "student_log_prob"))
+        agreement = torch.full((2, num_rows), math.nan, dtype=wide, device=device)
+        agreement[0, ::search_every] = overlap
+        log_probs = top_logits / objective.temperature + log_prob[::search_every].unsqueeze(1)
+        agreement[1, ::search_every] = log_probs.exp().sum(dim=-1)
+        outputs += agreement.unbind(0)
         loss = (outputs[0] * weights).sum()
+        if likelihood_weights is not None:
+            counted = finite.bool() & (likelihood_weights != 0)
+            loss = loss - torch.where(counted, likelihood_weights * log_prob, 0.0).sum()
         ctx.mark_non_differentiable(*outputs)
         return loss, *outputs
 
@@ -277,10 +400,22 @@ class _FusedDivergenceFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         peak, *grads = ctx.saved_tensors
-        factor = grad_loss * peak
-        if torch._C._autograd._get_current_graph_task_keep_graph():  # they will be needed again
-            grads = [None if grad is None else grad * factor for grad in grads]
-        else:
-            grads = [None if grad is None else grad.mul_(factor) for grad in grads]
-        grads = [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return *grads, *[None] * 8
+        factor = grad_loss if peak is None else grad_loss * peak
+        needed_again = torch._C._autograd._get_current_graph_task_keep_graph()
+        grads = [
+            None if grad is None else _scaled(grad, factor, dtype, ctx.by_triton, needed_again)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        ]
+        return *grads, *[None] * 9
+
+
+def _scaled(
+    grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, by_triton: bool, needed_again: bool
+) -> torch.Tensor:
+    # Converted as it is multiplied, so that it is read once
+    out = torch.empty_like(grad, dtype=dtype) if grad.dtype != dtype or needed_again else grad
+    if by_triton:
+        from .triton_kernel import scale
+
+        return scale(grad, factor, out)
+    return torch.mul(grad, factor, out=out)

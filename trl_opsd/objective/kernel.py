@@ -1,4 +1,4 @@
-"""All elementwise work of the fused loss, written once. It runs as it stands and under torch.compile."""
+"""All elementwise work of the fused loss in torch: the reference, as it stands and under torch.compile."""
 
 from typing import NamedTuple
 
@@ -7,18 +7,16 @@ import torch
 from .divergence import expectation, pointwise_divergence, sampled_divergence
 from .head import Finish
 from .objective import Objective
-from .support import chunk_maxima, restrict, select_support, spread, top_k_tokens
+from .support import restrict, spread, support_tokens
 
 
-# What the kernel reports of each token, in this order. `FusedDivergence` says what they are.
+# What a kernel reports of each token, in this order. `FusedDivergence` says what they are.
 STATISTICS = (
     "divergence",
     "student_entropy",
     "teacher_entropy",
     "student_log_prob",
     "teacher_log_prob",
-    "top_k_overlap",
-    "top_k_mass",
     "clipped",
     "clipped_mass",
     "finite",
@@ -32,6 +30,7 @@ def divergence_kernel(
     teacher_finish: Finish,
     token_ids: torch.Tensor,
     factors: torch.Tensor,
+    likelihood_factors: torch.Tensor | None,
     valid: torch.Tensor,
     objective: Objective,
     needs_grad: bool,
@@ -52,7 +51,9 @@ def divergence_kernel(
         token_ids (`torch.Tensor` of shape `(N,)`):
             Sampled tokens.
         factors (`torch.Tensor` of shape `(N,)`):
-            Factor of each row's gradient.
+            Factor of the gradient of each row's divergence.
+        likelihood_factors (`torch.Tensor` of shape `(N,)`, *optional*):
+            Factor of the gradient of −log p_S of each sampled token, which is added.
         valid (`torch.Tensor` of shape `(N,)`):
             False for rows whose hidden states are not finite.
         objective ([`Objective`]):
@@ -67,13 +68,9 @@ def divergence_kernel(
     """
     student_logits = student_finish.logits(student_products)
     teacher_logits = teacher_finish.logits(teacher_products)
-    maxima_s, maxima_t = chunk_maxima(student_logits), chunk_maxima(teacher_logits)
-    log_s, p_s, entropy_s = softmax(student_logits, maxima_s.amax(dim=-1, keepdim=True), objective.temperature)
-    log_t, p_t, entropy_t = softmax(teacher_logits, maxima_t.amax(dim=-1, keepdim=True), objective.temperature)
+    log_s, p_s, entropy_s = softmax(student_logits, objective.temperature)
+    log_t, p_t, entropy_t = softmax(teacher_logits, objective.temperature)
     target = token_ids.unsqueeze(1)
-
-    top_k = min(objective.top_k, log_s.size(1))
-    student_top, teacher_top = top_k_tokens((student_logits, teacher_logits), (maxima_s, maxima_t), top_k)
     if objective.support == "sampled_token":
         support_s, support_t = log_s.gather(1, target), log_t.gather(1, target)
         entries, slopes = sampled_divergence(support_s, support_t, objective.divergence, objective.jsd_weight)
@@ -82,17 +79,14 @@ def divergence_kernel(
             log_s, log_t, objective.divergence, objective.jsd_weight, p_s=p_s, p_t=p_t
         )
     else:
-        tokens, kept = select_support(objective, student_top, teacher_top)
+        tokens, kept = support_tokens(objective, student_logits, teacher_logits)
         support_s, support_t = (restrict(log_p, tokens, kept, objective) for log_p in (log_s, log_t))
         entries, slopes = pointwise_divergence(support_s, support_t, objective.divergence, objective.jsd_weight)
-    clipped = clipped_mass = torch.zeros_like(factors)
-    if objective.clip is not None:
-        above = entries > objective.clip
-        clipped = above.any(dim=-1).to(entries.dtype)
-        clipped_mass = torch.where(above, entries - objective.clip, 0.0).sum(dim=-1)
-        entries, slopes = entries.clamp(max=objective.clip), torch.where(above, 0.0, slopes)
-    value, slope_sum = entries.sum(dim=-1), slopes.sum(dim=-1)
+    value, slopes, slope_sum, clipped, clipped_mass = clip_and_sum(entries, slopes, objective.clip)
+    log_prob = log_s.gather(1, target).squeeze(1)
     finite = valid & value.isfinite() & slope_sum.isfinite()
+    if likelihood_factors is not None:
+        finite &= log_prob.isfinite() | (likelihood_factors == 0)
     if objective.support == "sampled_token" and grad is not None:  # a ratio can be too large for half precision
         finite &= ((slopes * factors.unsqueeze(1)).abs() <= torch.finfo(grad.dtype).max).all(dim=-1)
 
@@ -101,10 +95,8 @@ def divergence_kernel(
             torch.where(finite, value, 0.0),
             entropy_s,
             entropy_t,
-            log_s.gather(1, target).squeeze(1),
+            log_prob,
             log_t.gather(1, target).squeeze(1),
-            (student_top.unsqueeze(2) == teacher_top.unsqueeze(1)).sum(dim=(1, 2)).to(value.dtype) / top_k,
-            p_s.gather(1, teacher_top).sum(dim=-1),
             torch.where(finite, clipped, 0.0),
             torch.where(finite, clipped_mass, 0.0),
             finite.to(value.dtype),
@@ -118,10 +110,49 @@ def divergence_kernel(
             logit_grad = (-p_s * slopes).scatter_add(1, target, slopes)
         else:
             logit_grad = spread(slopes, log_s, support_s, tokens, objective)
-        logit_grad = student_finish.pull_back(logit_grad, student_logits) * factors.unsqueeze(1)
+        logit_grad = logit_grad * factors.unsqueeze(1)
+        if likelihood_factors is not None:
+            pull = likelihood_factors.unsqueeze(1)
+            logit_grad = (logit_grad + p_s * pull).scatter_add(1, target, -pull)
+        logit_grad = student_finish.pull_back(logit_grad, student_logits)
         target_block = student_products if grad is None else grad
         target_block.copy_(torch.where(finite.unsqueeze(1), logit_grad, 0.0))
     return statistics
+
+
+class Summed(NamedTuple):
+    """
+    Entries of a divergence after the clip, by rows.
+
+    Args:
+        value (`torch.Tensor` of shape `(N,)`):
+            Their sum.
+        slopes (`torch.Tensor` of shape `(N, K)`):
+            Their slopes, 0 where the clip lowered an entry.
+        slope_sum (`torch.Tensor` of shape `(N,)`):
+            The sum of those.
+        clipped (`torch.Tensor` of shape `(N,)`):
+            1 where the clip lowered at least one entry, else 0.
+        clipped_mass (`torch.Tensor` of shape `(N,)`):
+            What it took off the sum.
+    """
+
+    value: torch.Tensor
+    slopes: torch.Tensor
+    slope_sum: torch.Tensor
+    clipped: torch.Tensor
+    clipped_mass: torch.Tensor
+
+
+def clip_and_sum(entries: torch.Tensor, slopes: torch.Tensor, clip: float | None) -> Summed:
+    """The sums of entries and slopes, each of shape `(N, K)`, with the entries bounded by `clip`."""
+    clipped = clipped_mass = torch.zeros_like(entries[:, 0])
+    if clip is not None:
+        above = entries > clip
+        clipped = above.any(dim=-1).to(entries.dtype)
+        clipped_mass = torch.where(above, entries - clip, 0.0).sum(dim=-1)
+        entries, slopes = entries.clamp(max=clip), torch.where(above, 0.0, slopes)
+    return Summed(entries.sum(dim=-1), slopes, slopes.sum(dim=-1), clipped, clipped_mass)
 
 
 class Softmax(NamedTuple):
@@ -142,14 +173,14 @@ class Softmax(NamedTuple):
     entropy: torch.Tensor
 
 
-def softmax(logits: torch.Tensor, maximum: torch.Tensor, temperature: float) -> Softmax:
+def softmax(logits: torch.Tensor, temperature: float) -> Softmax:
     """
-    softmax(logits / temperature) with all that is needed of it, given the maximum of each row.
+    softmax(logits / temperature) with all that is needed of it.
 
     Spelled out, so that each exponential is taken once. Besides, torch.compile takes a factor out of a softmax by a
     detour that costs more than the rest.
     """
-    shifted = logits - maximum
+    shifted = logits - logits.amax(dim=-1, keepdim=True)
     if temperature != 1.0:
         shifted = shifted * (1 / temperature)
     exp = shifted.exp()

@@ -7,7 +7,7 @@ import torch
 from .objective import Objective
 
 
-_CHUNK = 64
+CHUNK = 64
 
 
 def chunk_maxima(scores: torch.Tensor) -> torch.Tensor:
@@ -21,8 +21,8 @@ def chunk_maxima(scores: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(N, ceil(V / 64))`.
     """
-    whole = scores.size(1) - scores.size(1) % _CHUNK
-    maxima = scores[:, :whole].unflatten(1, (-1, _CHUNK)).amax(dim=-1)
+    whole = scores.size(1) - scores.size(1) % CHUNK
+    maxima = scores[:, :whole].unflatten(1, (-1, CHUNK)).amax(dim=-1)
     if whole == scores.size(1):
         return maxima
     return torch.cat([maxima, scores[:, whole:].amax(dim=-1, keepdim=True)], dim=1)
@@ -47,12 +47,12 @@ def top_k_tokens(scores: Sequence[torch.Tensor], maxima: Sequence[torch.Tensor],
         `tuple` of `torch.Tensor` of shape `(N, k)`, int64: the tokens of each distribution.
     """
     vocabulary = scores[0].size(1)
-    if vocabulary < 4 * k * _CHUNK:
+    if vocabulary < 4 * k * CHUNK:
         return tuple(rows.topk(k, sorted=False).indices for rows in scores)
-    whole = vocabulary - vocabulary % _CHUNK
-    chunks = torch.cat([rows[:, : whole // _CHUNK] for rows in maxima]).topk(k, sorted=False).indices
-    within = torch.arange(_CHUNK, device=chunks.device)
-    tokens = (chunks.unsqueeze(-1) * _CHUNK + within).flatten(1)
+    whole = vocabulary - vocabulary % CHUNK
+    chunks = torch.cat([rows[:, : whole // CHUNK] for rows in maxima]).topk(k, sorted=False).indices
+    within = torch.arange(CHUNK, device=chunks.device)
+    tokens = (chunks.unsqueeze(-1) * CHUNK + within).flatten(1)
     rest = torch.arange(whole, vocabulary, device=chunks.device).expand(tokens.size(0), -1)
     tokens = torch.cat([tokens, rest], dim=1)
     candidates = torch.cat([rows.gather(1, at) for rows, at in zip(scores, tokens.chunk(len(scores)), strict=True)])
@@ -85,6 +85,72 @@ def select_support(
     return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
 
+def support_tokens(
+    objective: Objective,
+    student_scores: torch.Tensor,
+    teacher_scores: torch.Tensor,
+    student_maxima: torch.Tensor | None = None,
+    teacher_maxima: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The tokens of a top-k support, from scores over the vocabulary. Only the sides it names are searched.
+
+    Args:
+        objective ([`Objective`]):
+            Its `support` and `top_k`.
+        student_scores (`torch.Tensor` of shape `(N, V)`):
+            Anything that grows with the student's probability.
+        teacher_scores (`torch.Tensor` of shape `(N, V)`):
+            The teacher's.
+        student_maxima (`torch.Tensor` of shape `(N, ceil(V / 64))`, *optional*):
+            Their [`chunk_maxima`], where they are at hand.
+        teacher_maxima (`torch.Tensor` of shape `(N, ceil(V / 64))`, *optional*):
+            The teacher's.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: see [`select_support`].
+    """
+    student, teacher = (student_scores, student_maxima), (teacher_scores, teacher_maxima)
+    sides = {"student_top_k": [student], "teacher_top_k": [teacher], "union_top_k": [student, teacher]}
+    searched = [
+        (scores, chunk_maxima(scores) if maxima is None else maxima) for scores, maxima in sides[objective.support]
+    ]
+    scores, maxima = zip(*searched, strict=True)
+    tops = top_k_tokens(scores, maxima, min(objective.top_k, student_scores.size(1)))
+    return select_support(objective, tops[0], tops[-1])
+
+
+def top_k_agreement(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, token_ids: torch.Tensor, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    How far the two sides agree on the most probable tokens.
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(N, V)`):
+            Student logits.
+        teacher_logits (`torch.Tensor` of shape `(N, V)`):
+            Teacher logits.
+        token_ids (`torch.Tensor` of shape `(N,)`):
+            Tokens to compare with.
+        top_k (`int`):
+            Number k of most probable tokens, at most V.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the share of the teacher's top k that is among the student's, of shape
+        `(N,)`, and the student's logits of the teacher's top k, relative to that of the given token, of shape `(N,
+        k)`.
+    """
+    scores = (student_logits, teacher_logits)
+    if student_logits.is_cuda:  # where one launch is less than a search in chunks
+        student_top, teacher_top = (side.topk(top_k, sorted=False).indices for side in scores)
+    else:
+        student_top, teacher_top = top_k_tokens(scores, [chunk_maxima(side) for side in scores], top_k)
+    common = (student_top.unsqueeze(2) == teacher_top.unsqueeze(1)).sum(dim=(1, 2)).to(student_logits.dtype)
+    relative = student_logits.gather(1, teacher_top) - student_logits.gather(1, token_ids.unsqueeze(1))
+    return common / top_k, relative
+
+
 def restrict(log_p: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor, objective: Objective) -> torch.Tensor:
     """
     Log-probabilities over a support.
@@ -103,12 +169,30 @@ def restrict(log_p: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor, obje
         `torch.Tensor` of shape `(N, K + 1)` whose last entry is the probability of all other tokens, or of shape `(N,
         K)` with `tail="renormalize"`.
     """
-    inside = log_p.gather(1, tokens).masked_fill(~kept, -torch.inf)
+    inside = log_p.gather(1, tokens)
     if objective.tail == "renormalize":
-        return inside.log_softmax(dim=-1)
+        return join(inside, None, kept)
     # Summed over the outside, not as 1 − (inside), which would lose the tail of a peaked distribution to rounding
-    outside = log_p.scatter(1, tokens, -torch.inf).logsumexp(dim=-1, keepdim=True)
-    return torch.cat([inside, outside], dim=1)
+    return join(inside, log_p.scatter(1, tokens, -torch.inf).logsumexp(dim=-1, keepdim=True), kept)
+
+
+def join(inside: torch.Tensor, outside: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor:
+    """
+    A distribution over a support, from the log-probabilities of its tokens and of all others together.
+
+    Args:
+        inside (`torch.Tensor` of shape `(N, K)`):
+            Log-probabilities of the tokens.
+        outside (`torch.Tensor` of shape `(N, 1)`, *optional*):
+            That of all others. `None` renormalises.
+        kept (`torch.Tensor` of shape `(N, K)`):
+            False where a token is to be left out.
+
+    Returns:
+        `torch.Tensor`: see [`restrict`].
+    """
+    inside = inside.masked_fill(~kept, -torch.inf)
+    return inside.log_softmax(dim=-1) if outside is None else torch.cat([inside, outside], dim=1)
 
 
 def spread(
@@ -135,14 +219,33 @@ def spread(
     Returns:
         `torch.Tensor` of shape `(N, V)`.
     """
-    total = slopes.sum(dim=-1, keepdim=True)
-    if objective.tail == "renormalize":
-        grad, inside = torch.zeros_like(log_s), slopes - restricted.exp() * total
-    else:
-        num_tokens = tokens.size(1)
-        bucket, log_bucket = slopes[:, num_tokens:], restricted[:, num_tokens:]
+    inside, outside, total = spread_inside(slopes, restricted, tokens.size(1))
+    grad = torch.zeros_like(log_s)
+    if outside is not None:
+        log_bucket = restricted[:, -1:]
         share = torch.where(log_bucket == -torch.inf, 0.0, (log_s - log_bucket).exp())
-        grad = bucket * share - log_s.exp() * total
-        inside = slopes[:, :num_tokens] - restricted[:, :num_tokens].exp() * total
-        grad = grad.scatter(1, tokens, 0.0)
+        grad = (outside * share - log_s.exp() * total).scatter(1, tokens, 0.0)
     return grad.scatter_add(1, tokens, inside)
+
+
+def spread_inside(
+    slopes: torch.Tensor, restricted: torch.Tensor, num_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """
+    The gradient of [`spread`] inside the support, and what makes up the one outside.
+
+    Args:
+        slopes (`torch.Tensor` of shape `(N, K)` or `(N, K + 1)`):
+            d = ∂ℓ/∂log q.
+        restricted (`torch.Tensor` of the shape of `slopes`):
+            log q.
+        num_tokens (`int`):
+            K.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]`: the gradient inside, of shape `(N, K)`; d_bucket, of
+        shape `(N, 1)`, or `None` without a bucket; and Σ_u d_u, of shape `(N, 1)`.
+    """
+    total = slopes.sum(dim=-1, keepdim=True)
+    inside = (slopes - restricted.exp() * total)[:, :num_tokens]
+    return inside, slopes[:, num_tokens:] if slopes.size(1) > num_tokens else None, total

@@ -381,7 +381,7 @@ class FixedRollouts:
         import torch
 
         from ..objective import Objective, fused_divergence
-        from ..trainer.heads import head_of
+        from ..scoring import head_of
 
         args: Any = self.trainer.args
         head = head_of(self.trainer.accelerator.unwrap_model(self.trainer.model))
@@ -405,7 +405,7 @@ class FixedRollouts:
         """Hidden states that predict each completion token, per rollout."""
         import torch
 
-        from ..trainer.heads import causal_lm
+        from ..scoring import causal_lm
 
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         was_training = model.training

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, cast
 from trl import GRPOConfig
 
 from ..eval.backends import Sampling
+from ..objective.kernels import KERNELS
 from ..objective.top_log_probs import SERVED_SUPPORTS
 
 
@@ -116,7 +117,8 @@ class SelfDistillationConfig(GRPOConfig):
             Temperature both sets of logits are divided by inside the loss. `None` uses the sampling `temperature`.
         policy_loss_coef (`float`, *optional*, defaults to `0.0`):
             Weight of GRPO's own policy loss, added to the divergence. It needs a reward and more than one rollout per
-            prompt. At `0.0`, reward functions are evaluated and logged only.
+            prompt, and no forward pass of its own unless `distillation_temperature` is another than `temperature`. At
+            `0.0`, reward functions are evaluated and logged only.
         lmbda (`float`, *optional*, defaults to `1.0`):
             Share of on-policy sequences, as in [`~trl.experimental.gkd.GKDConfig`]. The other sequences take the
             dataset's `completion` column, or a sample of the teacher with `seq_kd=True`. Evaluation is always
@@ -144,12 +146,15 @@ class SelfDistillationConfig(GRPOConfig):
 
         > Parameters that control the cost of a step
 
-        divergence_memory (`int`, *optional*, defaults to `256`):
+        divergence_memory (`int`, *optional*):
             MiB the divergence may take beyond hidden states, head and their gradients. It sets how many tokens are
-            processed at once, and changes nothing else. On a large GPU, 1024 keeps the matrix products busier.
-        compile_divergence (`bool`, *optional*):
-            Whether to fuse the elementwise work with torch.compile. `None` does for vocabularies of 8,192 tokens or
-            more. Where compiling fails, a warning says so and the same code runs uncompiled.
+            processed at once, and changes nothing else. `None` chooses by the device: 256 on a CPU; on a GPU 1024, or
+            somewhat more than the head's fp32 gradient if the head is trained and larger, and at most a quarter of
+            the memory that is free.
+        divergence_kernel (`str`, *optional*):
+            What does the elementwise work of the divergence: `"triton"` (GPUs), `"compiled"` (torch.compile, CPUs) or
+            `"eager"`. `None` takes Triton's on a GPU, and on a CPU the compiled one for vocabularies of 8,192 tokens
+            or more. Where one of them does not work, a warning says so and plain PyTorch does the work.
         max_tokens_per_microbatch (`int`, *optional*):
             Most tokens, padding included, that go through the network at once. The `per_device_train_batch_size` rows
             of a micro-batch are sorted by length and cut into forward-backward passes of at most this many: rows ×
@@ -403,18 +408,19 @@ class SelfDistillationConfig(GRPOConfig):
     )
 
     # Parameters that control the cost of a step
-    divergence_memory: int = field(
-        default=256,
-        metadata={
-            "help": "MiB the divergence may take beyond hidden states, head and their gradients. It sets how many "
-            "tokens are processed at once, and changes nothing else."
-        },
-    )
-    compile_divergence: bool | None = field(
+    divergence_memory: int | None = field(
         default=None,
         metadata={
-            "help": "Whether to fuse the elementwise work of the divergence with torch.compile. None does for "
-            "vocabularies of 8,192 tokens or more."
+            "help": "MiB the divergence may take beyond hidden states, head and their gradients. It sets how many "
+            "tokens are processed at once, and changes nothing else. None chooses by the device."
+        },
+    )
+    divergence_kernel: str | None = field(
+        default=None,
+        metadata={
+            "help": "What does the elementwise work of the divergence. None takes Triton's on a GPU, and on a CPU the "
+            "compiled one for vocabularies of 8,192 tokens or more.",
+            "choices": list(KERNELS),
         },
     )
     max_tokens_per_microbatch: int | None = field(
@@ -515,7 +521,9 @@ class SelfDistillationConfig(GRPOConfig):
                 f"`divergence_support='sampled_token'` estimates the divergence from tokens the student sampled, and "
                 f"`lmbda={self.lmbda}` replaces some of them. Set `lmbda=1.0`, or choose another support."
             )
-        if self.divergence_memory < 1:
+        if self.divergence_kernel not in (None, *KERNELS):
+            raise ValueError(f"`divergence_kernel` must be one of {list(KERNELS)}, got {self.divergence_kernel!r}.")
+        if self.divergence_memory is not None and self.divergence_memory < 1:
             raise ValueError(f"`divergence_memory` must be at least 1 (MiB), got {self.divergence_memory}.")
         if self.divergence_clip is not None and not self.divergence_clip > 0.0:
             raise ValueError(
@@ -663,11 +671,13 @@ class SelfDistillationConfig(GRPOConfig):
             raise ValueError(
                 f"`max_tokens_per_microbatch` must be at least 1, got {max_tokens}. Use `None` for one pass."
             )
-        for name in ("beta", "policy_loss_coef", "entropy_coef", "use_adaptive_entropy"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"`max_tokens_per_microbatch={max_tokens}` cannot be combined with "
-                    f"`{name}={getattr(self, name)}`: GRPO's own loss terms are computed for the whole micro-batch at "
-                    "once. Leave `max_tokens_per_microbatch` unset and lower `per_device_train_batch_size`, or leave "
-                    f"`{name}` at its default."
-                )
+        needs_all = [name for name in ("entropy_coef", "use_adaptive_entropy") if getattr(self, name)]
+        if self.beta or self.policy_loss_coef:
+            needs_all += ["top_entropy_quantile"] if self.top_entropy_quantile < 1.0 else []
+            needs_all += ["distillation_temperature"] if self.distillation_temperature != self.temperature else []
+        for name in needs_all:
+            raise ValueError(
+                f"`max_tokens_per_microbatch={max_tokens}` cannot be combined with `{name}={getattr(self, name)}`: it "
+                "makes GRPO's own loss one of the whole micro-batch at once. Leave `max_tokens_per_microbatch` unset "
+                f"and lower `per_device_train_batch_size`, or leave `{name}` at its default."
+            )

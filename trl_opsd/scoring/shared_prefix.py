@@ -8,6 +8,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .positions import positions
+
 
 def can_share_prompts(model: Any) -> bool:
     """
@@ -91,11 +93,6 @@ def states_with_shared_prompts(
         use_cache=True,
     ).last_hidden_state
     return torch.cat([prompt_states[prompt_of_row], completion_states[:, :-1]], dim=1)
-
-
-def positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions counted from the first token of each row. Without them, left padding would shift the tokens."""
-    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def _prompt_and_completion(

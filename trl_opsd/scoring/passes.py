@@ -79,7 +79,7 @@ def cut_by_tokens(
 def cut_into(passes: list[list[int]], number: int) -> list[list[int]]:
     """Halve the passes with the most rows until there are `number` of them, as far as there are rows."""
     passes = list(passes)
-    while len(passes) < number:
+    while 0 < len(passes) < number:
         largest = max(range(len(passes)), key=lambda index: len(passes[index]))
         rows = passes[largest]
         if len(rows) == 1:

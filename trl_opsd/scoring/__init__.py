@@ -1,0 +1,25 @@
+"""From token ids to the hidden states that predict a completion, and the head that reads them."""
+
+from .heads import causal_lm, head_of, unsharded
+from .passes import cut_by_tokens, cut_into, keep_groups_together, padded_length, used_width
+from .positions import positions
+from .shared_prefix import can_share_prompts, pays_off, states_with_shared_prompts
+from .states import completion_states, evaluation_mode
+
+
+__all__ = [
+    "can_share_prompts",
+    "causal_lm",
+    "completion_states",
+    "cut_by_tokens",
+    "cut_into",
+    "evaluation_mode",
+    "head_of",
+    "keep_groups_together",
+    "padded_length",
+    "pays_off",
+    "positions",
+    "states_with_shared_prompts",
+    "unsharded",
+    "used_width",
+]
