@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .heads import backbone_of
 from .layers import remembers_keys_and_values_only
 from .positions import positions
 
@@ -24,7 +25,7 @@ def can_share_prompts(model: Any) -> bool:
     rope_types = {entry.get("rope_type") for entry in (rope, *rope.values()) if isinstance(entry, dict)}
     return (
         remembers_keys_and_values_only(model)
-        and "past_key_values" in inspect.signature(model.base_model.forward).parameters
+        and "past_key_values" in inspect.signature(backbone_of(model).forward).parameters
         and all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers
         )

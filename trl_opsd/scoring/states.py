@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .heads import causal_lm
+from .heads import backbone_of, causal_lm
 from .packed import can_pack, packed_states
 from .positions import positions
 from .shared_prefix import states_with_shared_prompts
@@ -40,12 +40,11 @@ def completion_states(
     Returns:
         `torch.Tensor` of shape `(number of selected tokens, H)`, row by row.
     """
-    language_model = causal_lm(model)
-    backbone = language_model.base_model
+    backbone = backbone_of(model)
     width = selected.size(1)
     if shared_groups is not None:
         return states_with_shared_prompts(backbone, input_ids, attention_mask, width, shared_groups)[selected]
-    if can_pack(language_model):
+    if can_pack(causal_lm(model)):
         return packed_states(backbone, input_ids, attention_mask, selected, pad_to_multiple_of)
     states = backbone(
         input_ids=input_ids,

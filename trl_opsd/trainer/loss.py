@@ -25,6 +25,7 @@ from ..objective import (
 from ..scoring import (
     can_pack,
     causal_lm,
+    check_logits,
     completion_states,
     cut_by_tokens,
     cut_into,
@@ -109,6 +110,7 @@ class SelfDistillationLoss:
         # Where parameters are gathered, every process has to run as many forward passes
         self._is_sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None or is_deepspeed_zero3_enabled()
         self._forward_redirection = _ForwardRedirection()
+        self._has_checked_logits = False
 
     def __call__(
         self,
@@ -134,6 +136,8 @@ class SelfDistillationLoss:
                 A loss that depends on the student through its log-probabilities alone, aggregated as `loss_type` says
                 and divided by the number of micro-batches. It is added, from the same forward pass.
         """
+        if not self._has_checked_logits:
+            self.check_logits(model)
         tokens = inputs["loss_mask"]
         if policy is not None:
             tokens = inputs["completion_mask"] * inputs.get("tool_mask", 1)
@@ -155,6 +159,32 @@ class SelfDistillationLoss:
         loss = torch.stack([output.loss for output in outputs]).sum() / num_micro_batches
         statistics = FusedDivergence(loss.detach(), *map(torch.cat, list(zip(*outputs, strict=True))[1:]))
         return MicroBatchLoss(loss, statistics, passes)
+
+    @torch.no_grad()
+    def check_logits(self, model: nn.Module) -> None:
+        """
+        Refuse a student or a teacher whose logits are not those that the loss computes. This is done once, before the
+        first pass at the latest: earlier where the model is on its device and whole.
+
+        Args:
+            model (`nn.Module`):
+                Policy, wrapped as it is trained, if it will be.
+
+        Raises:
+            ValueError: See [`~trl_opsd.scoring.check_logits`].
+        """
+        with nullcontext(model) if self.teacher is None else self.teacher.weights(model) as teacher:
+            self._check_logits(teacher)
+        self._check_logits(model)
+        self._has_checked_logits = True
+
+    def _check_logits(self, model: nn.Module) -> None:
+        def check(unwrapped: nn.Module) -> None:
+            with self._accelerator.autocast():
+                check_logits(unwrapped, self._accelerator.device)
+
+        unwrapped = self._accelerator.unwrap_model(model)
+        self._forward_redirection(model, unwrapped, check, unwrapped)
 
     def log_probs(
         self,

@@ -387,6 +387,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             packs_rows,
             self.pad_to_multiple_of,
         )
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self.loss.check_logits(self.model)
         (self._fingerprints,) = broadcast_object_list([self._fingerprints])
         self._dataset_summary = self._summarize(self.train_dataset)
         self._guard = SkipNonFiniteSteps()
