@@ -405,6 +405,8 @@ class FixedRollouts:
         """Hidden states that predict each completion token, per rollout."""
         import torch
 
+        from ..scoring import backbone_of
+
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         was_training = model.training
         model.eval()
