@@ -23,6 +23,8 @@ from ..objective import (
     token_log_probs,
 )
 from ..scoring import (
+    can_pack,
+    causal_lm,
     check_logits,
     completion_states,
     cut_by_tokens,
@@ -80,6 +82,9 @@ class SelfDistillationLoss:
             Which divergence, over which tokens.
         can_share_prompts (`bool`):
             Whether the teacher may read a prompt once for several rows.
+        packs_rows (`bool`):
+            Whether neither the student's passes nor the teacher's hold padding, so that
+            `max_tokens_per_microbatch` counts none.
         pad_to_multiple_of (`int`, *optional*):
             What the widths of prompts and completions are multiples of.
     """
@@ -91,10 +96,12 @@ class SelfDistillationLoss:
         teacher: Teacher | None,
         objective: Objective,
         can_share_prompts: bool,
+        packs_rows: bool,
         pad_to_multiple_of: int | None,
     ):
         self.teacher = teacher
         self.can_share_prompts = can_share_prompts
+        self._packs_rows = packs_rows
         self._args = args
         self._accelerator = accelerator
         self._objective = objective
@@ -245,12 +252,13 @@ class SelfDistillationLoss:
         if max_tokens is not None:
             prompts = torch.maximum(kept["prompt_mask"].sum(1), kept["teacher_prompt_mask"].sum(1)).tolist()
             completions = kept["completion_mask"].sum(1).tolist()
-            passes = cut_by_tokens(
-                [padded_length(length, self._pad_to_multiple_of) for length in prompts],
-                [padded_length(length, self._pad_to_multiple_of) for length in completions],
-                kept["teacher_prompt_groups"].tolist(),
-                max_tokens,
-            )
+            if not self._packs_rows:
+                prompts, completions = (
+                    [padded_length(length, self._pad_to_multiple_of) for length in lengths]
+                    for lengths in (prompts, completions)
+                )
+            groups = kept["teacher_prompt_groups"].tolist()
+            passes = cut_by_tokens(prompts, completions, groups, max_tokens, padded=not self._packs_rows)
             number = max(number, len(passes))
             if self._accelerator.num_processes > 1:
                 numbers = torch.tensor(number, device=self._accelerator.device)
@@ -337,9 +345,9 @@ class SelfDistillationLoss:
             `tuple[torch.Tensor, Head]`: states of shape `(number of selected tokens, H)`, without a gradient.
         """
         assert self.teacher is not None
-        shared_groups = groups if self._should_share_prompts(input_ids, selected.size(1), groups) else None
         with torch.no_grad(), self.teacher.weights(model) as module:
             teacher = self._accelerator.unwrap_model(module)
+            shares_prompts = self._should_share_prompts(teacher, attention_mask, selected.size(1), groups)
             with evaluation_mode(teacher):
                 hidden = self._forward_redirection(
                     module,
@@ -349,7 +357,7 @@ class SelfDistillationLoss:
                     input_ids,
                     attention_mask,
                     selected,
-                    shared_groups,
+                    groups if shares_prompts else None,
                 )
             return hidden, head_of(teacher)
 
@@ -362,14 +370,19 @@ class SelfDistillationLoss:
         shared_groups: torch.Tensor | None = None,
     ) -> torch.Tensor:
         with self._accelerator.autocast():  # inside the wrapped model's forward, which may have an opinion of its own
-            return completion_states(model, input_ids, attention_mask, selected, shared_groups)
+            return completion_states(
+                model, input_ids, attention_mask, selected, shared_groups, self._pad_to_multiple_of
+            )
 
-    def _should_share_prompts(self, input_ids: torch.Tensor, completion_width: int, groups: torch.Tensor) -> bool:
+    def _should_share_prompts(
+        self, teacher: nn.Module, attention_mask: torch.Tensor, completion_width: int, groups: torch.Tensor
+    ) -> bool:
         if not self.can_share_prompts:
             return False
-        prompt_width = input_ids.size(1) - completion_width
+        num_tokens = int(attention_mask.sum()) if can_pack(causal_lm(teacher)) else attention_mask.numel()
+        prompt_width = attention_mask.size(1) - completion_width
         num_shared = len(groups.unique()) * prompt_width + len(groups) * completion_width
-        counts = torch.tensor([[input_ids.numel(), num_shared]], device=self._accelerator.device)
+        counts = torch.tensor([[num_tokens, num_shared]], device=self._accelerator.device)
         if self._is_sharded:
             counts = self._accelerator.gather(counts)  # all wait for the slowest
         return pays_off(*counts.amax(dim=0).tolist())
