@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, logging
 
-from .base import Message, PrivilegedContext, Rollouts
+from .base import Message, PrivilegedContext, Rollouts, as_text
 
 
 logger = logging.get_logger(__name__)
@@ -32,6 +32,8 @@ class TeacherPrompt:
             Keyword arguments of the teacher's chat template.
         generation_prefix (`str`):
             Text appended right before the completion.
+        chat_prefix (`str`, *optional*, defaults to `""`):
+            The same, of prompts that a chat template has rendered.
         max_length (`int`, *optional*):
             Budget in tokens.
         skip_overlong (`bool`):
@@ -47,10 +49,15 @@ class TeacherPrompt:
     max_length: int | None
     skip_overlong: bool
     chat_template: str | None = None
-    _prefix_ids: list[int] = field(init=False)
+    chat_prefix: str = ""
+    _plain_prefix_ids: list[int] = field(init=False)
+    _chat_prefix_ids: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._prefix_ids = self.tokenizer(self.generation_prefix, add_special_tokens=False)["input_ids"]
+        self._plain_prefix_ids, self._chat_prefix_ids = (
+            self.tokenizer(prefix, add_special_tokens=False)["input_ids"]
+            for prefix in (self.generation_prefix, self.chat_prefix + self.generation_prefix)
+        )
 
     def token_ids(
         self, row: Mapping[str, Any], rollouts: Rollouts | None, tools: list[Callable[..., Any]] | None = None
@@ -89,11 +96,13 @@ class TeacherPrompt:
         self, row: Mapping[str, Any], rollouts: Rollouts | None, tools: list[Callable[..., Any]] | None
     ) -> list[int] | None:
         plain = isinstance(row["prompt"], str)
-        prompt = [{"role": "user", "content": row["prompt"]}] if plain else row["prompt"]
+        prompt = [{"role": "user", "content": row["prompt"]}] if plain else as_text(row["prompt"])
         messages = self.context.teacher_messages({**row, "prompt": prompt}, rollouts)
         if messages is None:
             return None
-        return (self._plain_ids(messages) if plain else self._chat_ids(messages, tools)) + self._prefix_ids
+        if plain:
+            return self._plain_ids(messages) + self._plain_prefix_ids
+        return self._chat_ids(messages, tools) + self._chat_prefix_ids
 
     def check_rows(self, dataset: Any, name: str, tools: list[Callable[..., Any]] | None = None) -> None:
         """
@@ -152,10 +161,23 @@ class TeacherPrompt:
         )["input_ids"]
 
     def _plain_ids(self, messages: list[Message]) -> list[int]:
-        ids = self.tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
+        text = "\n\n".join(message["content"] for message in messages)
+        ids = without_end(self.tokenizer, self.tokenizer(text)["input_ids"])
         bos = self.tokenizer.bos_token_id
         # A prompt that spells out the BOS token gets a second one from the tokenizer
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """
+    Token ids of a text without the special tokens that some tokenizers end every text with, after which a model would
+    have nothing to go on from.
+    """
+    probe = tokenizer("a")["input_ids"]
+    num_last = 0
+    while num_last < len(probe) and probe[-1 - num_last] in tokenizer.all_special_ids:
+        num_last += 1
+    return ids[: len(ids) - num_last]
 
 
 def thinking_prefix(

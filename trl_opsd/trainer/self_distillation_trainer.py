@@ -63,7 +63,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id, pad
 
-from ..context import Rollouts, TeacherPrompt, make_context, thinking_prefix
+from ..context import Rollouts, TeacherPrompt, as_text, make_context, thinking_prefix, without_end
 from ..data import validate_rows
 from ..eval.backends import Sampling
 from ..eval.benchmark import Problem
@@ -414,9 +414,9 @@ class SelfDistillationTrainer(GRPOTrainer):
         student_kwargs = cast(dict[str, Any], args.chat_template_kwargs or {})
         teacher_kwargs = cast(dict[str, Any] | None, args.teacher_chat_template_kwargs)
         teacher_kwargs = student_kwargs if teacher_kwargs is None else teacher_kwargs
-        prefix = args.teacher_generation_prefix
+        prefix, chat_prefix = args.teacher_generation_prefix, ""
         if prefix is None:
-            prefix = thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
+            prefix, chat_prefix = "", thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
 
         budget = args.max_teacher_prompt_length
         longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
@@ -439,6 +439,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             generation_prefix=prefix,
             max_length=budget,
             skip_overlong=args.overlong_teacher_prompt == "skip",
+            chat_prefix=chat_prefix,
         )
 
     def _check_dataset(self, dataset: Any, name: str, tools: list[Callable] | None) -> Any:
@@ -587,6 +588,12 @@ class SelfDistillationTrainer(GRPOTrainer):
         return list(student_ids), self.teacher_prompt.token_ids(row, None, self.tools)
 
     # Rollouts
+
+    def _tokenize_prompts(self, prompts: list):
+        if not isinstance(prompts[0], str):
+            return super()._tokenize_prompts([as_text(prompt) for prompt in prompts])
+        prompt_ids, *others = super()._tokenize_prompts(prompts)
+        return [without_end(self._tokenizer, ids) for ids in prompt_ids], *others
 
     def _generate(self, prompts: list):
         self._first_turn = True
@@ -749,7 +756,7 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _dataset_completion(self, row: Mapping[str, Any]) -> list[int]:
         completion = row["completion"]
         if not isinstance(completion, str):
-            completion = "".join(message["content"] for message in completion)
+            completion = "".join(message["content"] for message in as_text(completion))
         ids = self.processing_class(completion, add_special_tokens=False)["input_ids"] + [self.eos_token_ids[0]]
         if self.max_completion_length is not None and len(ids) > self.max_completion_length:
             raise ValueError(
