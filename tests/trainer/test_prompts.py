@@ -75,6 +75,19 @@ def test_a_context_is_given_text(read, tmp_path, monkeypatch):
     assert "user\n2 + 2? Think.<|im_end|>" in read(make_tokenizer(), prompt, privileged_context="hinted.Hint")[1]
 
 
+def test_a_context_of_ones_own_may_read_lists(training_args, tmp_path, monkeypatch):
+    (tmp_path / "several.py").write_text(
+        "class Several:\n    columns = ('solutions',)\n    def teacher_messages(self, row, rollouts):\n"
+        "        return [{'role': 'user', 'content': ' or '.join(row['solutions'])}]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    tokenizer = make_tokenizer()
+    rows = Dataset.from_list([{"prompt": "2 + 2 =", "solutions": ["4", "four"]}] * 4)
+    args = OPSDConfig(**training_args, privileged_context="several.Several")
+    trainer = OPSDTrainer(make_model(tokenizer), args=args, processing_class=tokenizer, train_dataset=rows)
+    assert tokenizer.decode(trainer.preview_prompts()[1]) == "4 or four"
+
+
 def test_no_think_tag_after_a_plain_prompt(read):
     """No template was applied, so there is no think block that was closed, and none to open."""
     settings = {"context_kwargs": {"template": "{prompt} ({solution})"}}
@@ -101,3 +114,22 @@ def test_a_plain_prompt_does_not_end(read, first, last):
 
 def test_an_end_that_the_prompt_spells_out_stays(read):
     assert read(make_tokenizer(), "2 + 2<|im_end|>")[0] == "2 + 2<|im_end|>"
+
+
+def test_a_token_that_only_the_student_reads(training_args, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(
+        "class Own:\n    columns = ()\n    def teacher_messages(self, row, rollouts):\n"
+        "        return [{'role': 'user', 'content': 'Say 4.'}]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    tokenizer.add_tokens(["[THINK]", "[UNUSED]"])  # more tokens than embeddings are no fault while they are not used
+    args = OPSDConfig(**training_args, privileged_context="own.Own")
+    for prompt in ("2 + 2 =", "[THINK] 2 + 2 ="):
+        rows = Dataset.from_list([{"prompt": prompt}] * 4)
+        trainer = OPSDTrainer(model, args=args, processing_class=tokenizer, train_dataset=rows)
+        if "THINK" not in prompt:
+            trainer.train()
+    with pytest.raises(ValueError, match=r"'\[THINK\]' is token 106 of the tokenizer"):
+        trainer.train()

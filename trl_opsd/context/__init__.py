@@ -7,7 +7,7 @@ from typing import Any
 
 from .base import Message, PrivilegedContext, Rollouts, as_text
 from .concise import ConciseContext
-from .rendering import TeacherPrompt, thinking_prefix, without_end
+from .rendering import TeacherPrompt, check_embedded, thinking_prefix, without_end
 from .solution import AnswerContext, SolutionContext
 from .template import TemplateContext
 
@@ -22,6 +22,7 @@ __all__ = [
     "TeacherPrompt",
     "TemplateContext",
     "as_text",
+    "check_embedded",
     "make_context",
     "thinking_prefix",
     "without_end",

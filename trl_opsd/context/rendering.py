@@ -1,6 +1,6 @@
 """From messages to the token ids the teacher reads."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,8 @@ class TeacherPrompt:
             Keyword arguments of the teacher's chat template.
         generation_prefix (`str`):
             Text appended right before the completion.
+        num_embeddings (`int`, *optional*):
+            Number of tokens the model has an embedding for.
         chat_prefix (`str`, *optional*, defaults to `""`):
             The same, of prompts that a chat template has rendered.
         max_length (`int`, *optional*):
@@ -49,6 +51,7 @@ class TeacherPrompt:
     max_length: int | None
     skip_overlong: bool
     chat_template: str | None = None
+    num_embeddings: int | None = None
     chat_prefix: str = ""
     _plain_prefix_ids: list[int] = field(init=False)
     _chat_prefix_ids: list[int] = field(init=False)
@@ -74,7 +77,8 @@ class TeacherPrompt:
                 Tools shown by the chat template, as for the student.
 
         Raises:
-            ValueError: If the prompt is longer than `max_length` tokens and `skip_overlong` is `False`.
+            ValueError: If the prompt is longer than `max_length` tokens and `skip_overlong` is `False`, or has a token
+                without an embedding.
         """
         ids = self._all_ids(row, rollouts, tools)
         return None if ids is None or self._is_skipped(ids) else ids
@@ -101,8 +105,11 @@ class TeacherPrompt:
         if messages is None:
             return None
         if plain:
-            return self._plain_ids(messages) + self._plain_prefix_ids
-        return self._chat_ids(messages, tools) + self._chat_prefix_ids
+            ids = self._plain_ids(messages) + self._plain_prefix_ids
+        else:
+            ids = self._chat_ids(messages, tools) + self._chat_prefix_ids
+        check_embedded(ids, self.tokenizer, self.num_embeddings)
+        return ids
 
     def check_rows(self, dataset: Any, name: str, tools: list[Callable[..., Any]] | None = None) -> None:
         """
@@ -166,6 +173,23 @@ class TeacherPrompt:
         bos = self.tokenizer.bos_token_id
         # A prompt that spells out the BOS token gets a second one from the tokenizer
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def check_embedded(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None) -> None:
+    """
+    Refuse tokens that the model has no embedding for: they would be read past its end.
+
+    Raises:
+        ValueError: Naming the first one.
+    """
+    for token_id in token_ids:
+        if num_embeddings is not None and token_id >= num_embeddings:
+            token = tokenizer.convert_ids_to_tokens(token_id)
+            raise ValueError(
+                f"{token!r} is token {token_id} of the tokenizer, and the model has embeddings for {num_embeddings} "
+                f"tokens. Call `model.resize_token_embeddings({len(tokenizer)})` and save it, or use a token the "
+                "model has (to pad with, for one: `tokenizer.pad_token = tokenizer.eos_token`)."
+            )
 
 
 def without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

@@ -63,7 +63,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id, pad
 
-from ..context import Rollouts, TeacherPrompt, as_text, make_context, thinking_prefix, without_end
+from ..context import (
+    Rollouts,
+    TeacherPrompt,
+    TemplateContext,
+    as_text,
+    check_embedded,
+    make_context,
+    thinking_prefix,
+    without_end,
+)
 from ..data import validate_rows
 from ..eval.backends import Sampling
 from ..eval.benchmark import Problem
@@ -239,6 +248,12 @@ class SelfDistillationTrainer(GRPOTrainer):
         elif args.teacher == "external":
             check_external_teacher(args, processing_class, model_config)
         self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config)
+        special = (processing_class.pad_token_id, processing_class.eos_token_id)
+        check_embedded(
+            [token_id for token_id in special if token_id is not None],
+            processing_class,
+            self.teacher_prompt.num_embeddings,
+        )
         self._data_columns = self.context.columns
         if args.lmbda < 1.0 and not args.seq_kd:
             self._data_columns = (*self._data_columns, "completion")
@@ -439,6 +454,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             generation_prefix=prefix,
             max_length=budget,
             skip_overlong=args.overlong_teacher_prompt == "skip",
+            num_embeddings=getattr(model_config.get_text_config(), "vocab_size", None),
             chat_prefix=chat_prefix,
         )
 
@@ -450,7 +466,10 @@ class SelfDistillationTrainer(GRPOTrainer):
             raise ValueError(
                 f"`{name}` has the column {sorted(images)[0]!r}, but the teacher's prompt is text only. Remove it."
             )
-        dataset = validate_rows(dataset, self._data_columns, name=name)
+        # Completions may be messages, and a context of the user's may read anything
+        texts = self.context.columns if isinstance(self.context, TemplateContext) else ()
+        structured = [column for column in self._data_columns if column not in texts]
+        dataset = validate_rows(dataset, self._data_columns, name=name, structured=structured)
         first = next(iter(dataset))
         if not isinstance(first["prompt"], str) and self.teacher_prompt.tokenizer.chat_template is None:
             raise ValueError(
@@ -590,10 +609,13 @@ class SelfDistillationTrainer(GRPOTrainer):
     # Rollouts
 
     def _tokenize_prompts(self, prompts: list):
-        if not isinstance(prompts[0], str):
-            return super()._tokenize_prompts([as_text(prompt) for prompt in prompts])
-        prompt_ids, *others = super()._tokenize_prompts(prompts)
-        return [without_end(self._tokenizer, ids) for ids in prompt_ids], *others
+        plain = isinstance(prompts[0], str)
+        prompt_ids, *others = super()._tokenize_prompts(prompts if plain else [as_text(prompt) for prompt in prompts])
+        if plain:
+            prompt_ids = [without_end(self._tokenizer, ids) for ids in prompt_ids]
+        for ids in prompt_ids:
+            check_embedded(ids, self._tokenizer, self.teacher_prompt.num_embeddings)
+        return prompt_ids, *others
 
     def _generate(self, prompts: list):
         self._first_turn = True
