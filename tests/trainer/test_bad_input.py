@@ -98,6 +98,11 @@ def test_context_too_short_for_prompt_and_completion(refused, settings, match):
     refused([{}], match, **settings)
 
 
+def test_completions_without_a_limit(refused):
+    match = r"`max_completion_length=None` sets no limit.*20 tokens.*context of 4096"
+    refused([{}], match, max_completion_length=None)
+
+
 def test_tokenizer_without_anything_to_pad_with(refused):
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = None

@@ -53,7 +53,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
-    AutoProcessor,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -101,6 +101,7 @@ from ..serving import (
 from ..teacher import ServedTeacher, Teacher, fingerprint
 from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
 from .checkpoints import begin, finish, is_complete, load_weights, newest_complete, read_state
+from .checks import check_completion_length, check_special_tokens
 from .loss import SelfDistillationLoss
 from .merged_weights import check_mergeable, merged_weights
 from .metrics import Metrics, add_divergence, add_policy, add_sampler_difference
@@ -221,7 +222,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         if processing_class is None:
-            processing_class = AutoProcessor.from_pretrained(
+            # Not a processor, which multimodal checkpoints have too: what is trained on is text
+            processing_class = AutoTokenizer.from_pretrained(
                 model_id,
                 revision=revision,
                 truncation_side="left",
@@ -233,27 +235,19 @@ class SelfDistillationTrainer(GRPOTrainer):
                 f"{type(self).__name__} trains on text and needs a tokenizer, got {type(processing_class).__name__}. "
                 "Pass `processing_class=AutoTokenizer.from_pretrained(...)`."
             )
-        if processing_class.pad_token is None and processing_class.eos_token is None:
-            raise ValueError(
-                "The tokenizer has neither a pad token nor an eos token to pad with. Set `tokenizer.pad_token`."
-            )
         model_config = (
             AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
             if isinstance(model, str)
             else model.config
         )
+        check_special_tokens(processing_class, getattr(model_config.get_text_config(), "vocab_size", None))
+        check_completion_length(args, model_config, samples_itself=rollout_func is None)
         self._teacher_server = None
         if args.teacher_server_base_url is not None:
             self._teacher_server = self._connect_teacher_server(args, processing_class, model_config)
         elif args.teacher == "external":
             check_external_teacher(args, processing_class, model_config)
         self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config)
-        special = (processing_class.pad_token_id, processing_class.eos_token_id)
-        check_embedded(
-            [token_id for token_id in special if token_id is not None],
-            processing_class,
-            self.teacher_prompt.num_embeddings,
-        )
         self._data_columns = self.context.columns
         if args.lmbda < 1.0 and not args.seq_kd:
             self._data_columns = (*self._data_columns, "completion")
