@@ -45,6 +45,7 @@ def make_trainer(tokenizer, dataset, training_args):
         {},
         {"divergence_tail": "renormalize", "divergence": "jsd"},
         {"divergence_support": "sampled_token", "divergence": "reverse_kl"},
+        {"divergence_support": "sampled_token", "divergence_top_k": 1},
         {"gradient_accumulation_steps": 2},
         {"num_generations": 2},
         {"num_generations": 4, "policy_loss_coef": 1.0, "loss_type": "cispo"},
