@@ -88,10 +88,10 @@ def batch():
 
 @pytest.mark.parametrize("name", SHARING)
 @torch.no_grad()
-def test_states_equal_those_of_whole_sequences(name, batch):
+def test_states_equal_those_of_whole_sequences(name, batch, device):
     ids, mask, groups = batch
     torch.manual_seed(0)
-    model = SHARING[name]().eval()
+    model = SHARING[name]().to(device).eval()
     assert can_share_prompts(model)
     backbone = model.base_model
     expected = backbone(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).last_hidden_state
