@@ -7,9 +7,15 @@ from importlib.util import find_spec
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import settings
 from placement import Placement
 from tiny import make_model, make_tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+
+# The same examples on every machine, however slow it is
+settings.register_profile("reproducible", deadline=None, derandomize=True)
+settings.load_profile("reproducible")
 
 
 def pytest_addoption(parser):
@@ -19,7 +25,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("device") == "cuda":
+    if config.getoption("device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    else:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when CUDA starts
         if not torch.cuda.is_available():
             raise pytest.UsageError("--device cuda needs a GPU that PyTorch can use, and there is none.")

@@ -1,11 +1,12 @@
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, IterableDataset
 from tiny import CHAT_TEMPLATE, make_tokenizer
 
-from trl_opsd.context import Rollouts, SolutionContext, TeacherPrompt, TemplateContext, thinking_prefix
+from trl_opsd.context import Rollouts, SolutionContext, TeacherPrompt, TemplateContext, rendering, thinking_prefix
 
 
 PLAIN = {"prompt": "2 + 2?", "hint": "4"}
@@ -272,6 +273,38 @@ def test_check_counts_no_row_whose_context_needs_the_rollouts(tokenizer, caplog)
         make_prompt(tokenizer, Fixed(None), max_length=50, skip_overlong=True).check_rows(ROWS, "train_dataset")
 
     assert not caplog.records
+
+
+@pytest.fixture
+def second_of_two_processes(monkeypatch):
+    """The second of two processes, given what the first has found."""
+
+    def become(found):
+        state = SimpleNamespace(process_index=1, num_processes=2, is_local_main_process=False, is_main_process=False)
+        monkeypatch.setattr(rendering, "PartialState", lambda: state)
+        monkeypatch.setattr(rendering, "gather_object", lambda own: [found, *own])
+
+    return become
+
+
+def test_each_process_checks_its_share(tokenizer, second_of_two_processes):
+    second_of_two_processes((0, None))
+    asked = []
+
+    class Listening(Fixed):
+        def teacher_messages(self, row, rollouts):
+            asked.append(row["solution"])
+
+    make_prompt(tokenizer, Listening(None), max_length=50).check_rows(ROWS, "train_dataset")
+    assert asked == [ROWS[1]["solution"], ROWS[3]["solution"]]
+
+
+def test_all_processes_hear_of_the_first_row_over_budget(tokenizer, second_of_two_processes):
+    second_of_two_processes((0, (2, "It is too long.")))
+    with pytest.raises(ValueError, match="Row 2 of `train_dataset`: It is too long"):  # this one's rows are not
+        solution_prompt(tokenizer, max_length=50).check_rows(ROWS, "train_dataset")
+    with pytest.raises(ValueError, match="Row 1 of `train_dataset`: The teacher's prompt has"):
+        solution_prompt(tokenizer, max_length=1).check_rows(ROWS, "train_dataset")
 
 
 def test_check_leaves_streams_alone(tokenizer):

@@ -31,8 +31,15 @@ from trl_opsd.trainer.merged_weights import merged_weights
 def fixed_rollouts(prompts, trainer):
     completions = [f"It is {prompt[-1]['content'][8:]}" for prompt in prompts]
     ids = trainer.processing_class(completions, add_special_tokens=False)["input_ids"]
-    ids = [row[: 3 + sum(row) % 5] for row in ids]
+    # With rewards, the rollouts of a prompt differ, or their advantages would cancel out
+    apart = 2 if trainer.args.policy_loss_coef else 0
+    ids = [row[: 3 + (sum(row) + index % 2 * apart) % 5] for index, row in enumerate(ids)]
     return {"prompt_ids": trainer._tokenize_prompts(prompts)[0], "completion_ids": ids, "logprobs": None}
+
+
+def every_other(completions, **kwargs):
+    """Of the two rollouts of a prompt, the second is better."""
+    return [float(index % 2) for index in range(len(completions))]
 
 
 def relabel_cpu_world() -> None:
@@ -102,6 +109,7 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         rollout_func=fixed_rollouts,
+        reward_funcs=every_other if args.policy_loss_coef else None,
         peft_config=lora if job["weights"] == "lora" else None,
     )
 
@@ -115,7 +123,7 @@ def deal(batch: dict[str, Any], num_micro_batches: int) -> dict[str, Any]:
 
 def count_passes(trainer, num_passes: list[int], output_dir: Path) -> None:
     """Append how often the student is run for each micro-batch, and write down after which step the first came."""
-    passes = trainer._passes
+    passes = trainer.loss.passes
 
     def counting(inputs):
         if not num_passes:
@@ -124,7 +132,7 @@ def count_passes(trainer, num_passes: list[int], output_dir: Path) -> None:
         num_passes.append(len(cut))
         return cut
 
-    trainer._passes = counting
+    trainer.loss.passes = counting
 
 
 def follow_average(trainer) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_opsd.objective import Head, Objective, fused_divergence
+from trl_opsd.objective.memory import reuse_freed_memory
 
 
 DIVERGENCES = [
@@ -639,6 +640,7 @@ class Record(TorchDispatchMode):
     """What the operations inside produce: the largest tensor in bytes, and the matrix products by their dtype."""
 
     def __enter__(self):
+        reuse_freed_memory()  # it allocates, once in a process
         self.largest, self.products = 0, []
         return super().__enter__()
 

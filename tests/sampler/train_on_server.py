@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 
+import torch
 from environment import SETTINGS, dataset, save_result
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -46,17 +47,18 @@ class SendSignal(TrainerCallback):
 
 def compare_with_local_teacher(trainer: SelfDistillationTrainer, teacher, differences: list[float]) -> None:
     """Compute every loss a second time, with the teacher's weights in this process."""
-    divergence, server = trainer._divergence, trainer._teacher_server
+    compute_loss = trainer.compute_loss
 
-    def both(model, inputs):
-        served = divergence(model, inputs)
-        trainer.teacher, trainer._teacher_server = teacher, None
-        local = divergence(model, inputs)
-        trainer._teacher_server = server
-        differences.append(abs(served.loss.item() - local.loss.item()) / abs(local.loss.item()))
+    def both(*args, **kwargs):
+        trainer.loss.teacher = teacher
+        with torch.no_grad():
+            local = compute_loss(*args, **kwargs).item()
+        trainer.loss.teacher = None
+        served = compute_loss(*args, **kwargs)
+        differences.append(abs(served.item() - local) / abs(local))
         return served
 
-    trainer._divergence = both
+    trainer.compute_loss = both
 
 
 def main(base: str, output_dir: str, job: dict) -> dict:

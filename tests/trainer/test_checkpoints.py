@@ -353,7 +353,7 @@ def test_counts_go_on(make_trainer, checkpoints):
     finish(checkpoints / "checkpoint-3", {**state, "skipped_steps": 5})
     trainer = make_trainer(max_steps=4)
     trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
-    assert trainer.state.log_history[-2]["skipped_steps"] == 5
+    assert trainer.state.log_history[-2]["skipped_steps/total"] == 5
     assert trainer.state.log_history[-2]["num_generated_tokens"] > state["num_generated_tokens"] > 0
 
 

@@ -10,6 +10,7 @@ from tiny import make_model
 
 from trl_opsd import OPSDConfig, OPSDTrainer, SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.objective import pointwise_divergence
+from trl_opsd.scoring import completion_states
 
 
 LORA = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -258,11 +259,11 @@ def test_dropout_reaches_the_student_only(make_trainer, tokenizer, dataset):
     ids = torch.cat([batch["teacher_prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["teacher_prompt_mask"], batch["completion_mask"]], dim=1)
     model.train()
-    first, _ = trainer._teacher_states(model, ids, mask, selected, batch["teacher_prompt_groups"])
-    second, _ = trainer._teacher_states(model, ids, mask, selected, batch["teacher_prompt_groups"])
+    first, _ = trainer.loss.teacher_states(model, ids, mask, selected, batch["teacher_prompt_groups"])
+    second, _ = trainer.loss.teacher_states(model, ids, mask, selected, batch["teacher_prompt_groups"])
     assert torch.equal(first, second)
     assert model.training
-    assert not torch.equal(trainer._completion_states(model, ids, mask, selected), first)
+    assert not torch.equal(completion_states(model, ids, mask, selected), first)
 
 
 def test_loss_falls_when_training_on_fixed_rollouts(make_trainer, model, dataset):

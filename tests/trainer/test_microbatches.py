@@ -1,6 +1,5 @@
 """Which rows go through the network together changes the cost of a step, never its result."""
 
-import random
 from itertools import chain
 
 import pytest
@@ -11,11 +10,19 @@ from tiny import make_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from trl_opsd import OPSDConfig, OPSDTrainer
-from trl_opsd.trainer.microbatches import cut_by_tokens, cut_into, keep_groups_together
 
 
 LORA = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
-LOGGED = ("loss", "distillation_loss", "entropy", "teacher_entropy", "log_ratio", "clipped_share", "skipped_tokens")
+SKIP_OVERLONG = {"max_teacher_prompt_length": 600, "overlong_teacher_prompt": "skip", "shuffle_dataset": False}
+LOGGED = (
+    "loss",
+    "distillation_loss",
+    "entropy",
+    "teacher_entropy",
+    "teacher_advantage",
+    "clipped_share",
+    "skipped_token_rate",
+)
 
 
 def rollout(prompts, trainer):
@@ -63,33 +70,6 @@ def assert_same_training(one, other):
     for name, value in one.model.state_dict().items():
         torch.testing.assert_close(weights[name], value, rtol=1e-6, atol=1e-6)
     assert any((start[name] - value).abs().max() > 1e-4 for name, value in weights.items())
-
-
-class TestCutByTokens:
-    def test_every_row_once_and_no_pass_over_the_budget(self):
-        generator = random.Random(0)
-        for _ in range(200):
-            num_rows = generator.randint(1, 12)
-            prompts = [generator.randint(1, 60) for _ in range(num_rows)]
-            completions = [generator.randint(1, 60) for _ in range(num_rows)]
-            groups = [generator.randint(0, 3) for _ in range(num_rows)]
-            budget = generator.randint(1, 400)
-            passes = cut_by_tokens(prompts, completions, groups, budget)
-            assert sorted(row for rows in passes for row in rows) == list(range(num_rows))
-            for rows in passes:
-                width = max(prompts[r] for r in rows) + max(completions[r] for r in rows)
-                assert len(rows) == 1 or len(rows) * width <= budget
-            number = generator.randint(1, num_rows)
-            further = cut_into(passes, number)
-            assert len(further) == max(number, len(passes))
-            assert sorted(row for rows in further for row in rows) == list(range(num_rows))
-
-    def test_long_row_is_alone_and_short_ones_stay_together(self):
-        assert cut_by_tokens([10, 500, 12, 11], [5, 900, 5, 5], [0, 1, 2, 3], 60) == [[1], [2, 3, 0]]
-
-    def test_rows_of_one_prompt_stay_together(self):
-        passes = cut_by_tokens([50] * 6, [40, 30, 30, 5, 10, 9], [0, 1, 0, 1, 0, 1], 280)
-        assert [sorted(rows) for rows in passes] == [[0, 2, 4], [1, 3, 5]]
 
 
 class TestTokenBudget:
@@ -152,11 +132,6 @@ class TestTokenBudget:
         ("settings", "message"),
         [
             ({"max_tokens_per_microbatch": 0}, "`max_tokens_per_microbatch` must be at least 1"),
-            ({"max_tokens_per_microbatch": 9, "beta": 0.1}, "cannot be combined with `beta=0.1`"),
-            (
-                {"max_tokens_per_microbatch": 9, "policy_loss_coef": 1.0, "num_generations": 2},
-                "cannot be combined with `policy_loss_coef=1.0`",
-            ),
             ({"max_tokens_per_microbatch": 9, "entropy_coef": 0.1}, "cannot be combined with `entropy_coef=0.1`"),
         ],
     )
@@ -174,20 +149,10 @@ class TestTokenBudget:
 
 
 class TestGroups:
-    def test_rows_are_reordered_within_a_window_only(self):
-        batches = [
-            {"row": torch.tensor([2 * i, 2 * i + 1]), "group": torch.tensor(group), "scalar": torch.tensor(7)}
-            for i, group in enumerate([[4, 1], [1, 4], [3, 1], [4, 3]])
-        ]
-        regrouped = keep_groups_together(batches, 2, "group")
-        assert [batch["group"].tolist() for batch in regrouped] == [[4, 4], [1, 1], [3, 3], [1, 4]]
-        assert [batch["row"].tolist() for batch in regrouped] == [[0, 3], [1, 2], [4, 7], [5, 6]]
-        assert all(batch["scalar"] == 7 for batch in regrouped)
-
     @staticmethod
     def buffered(trainer, rows, keep_groups):
         """The rows of each buffered micro-batch, as pairs of teacher prompt and completion."""
-        trainer._can_share_prompts = keep_groups
+        trainer.loss.can_share_prompts = keep_groups
         trainer._buffered_inputs = None
         trainer._step = 0
         trainer.model.train()
@@ -230,7 +195,7 @@ class TestGroups:
         """All that the shuffle decides, which rows an optimizer step has, stays."""
         settings = {"loss_type": loss_type, "num_generations": 2, "per_device_train_batch_size": 2}
         trainers = [make_trainer(**settings, gradient_accumulation_steps=4) for _ in range(2)]
-        trainers[1]._can_share_prompts = False
+        trainers[1].loss.can_share_prompts = False
         weights = []
         for trainer in trainers:
             torch.manual_seed(0)
@@ -238,3 +203,42 @@ class TestGroups:
             weights.append(trainer.model.state_dict())
         for name, value in weights[0].items():
             torch.testing.assert_close(weights[1][name], value, rtol=1e-6, atol=1e-6)
+
+
+class TestRowsWithoutAContext:
+    @pytest.fixture
+    def rows(self, dataset):
+        """Of eight rows, the second half of each four is too long for its teacher."""
+        return Dataset.from_list(
+            [{**dataset[i], "solution": "far too long " * 60 if i % 4 > 1 else "5"} for i in range(8)]
+        )
+
+    @pytest.mark.parametrize("settings", [{}, {"max_tokens_per_microbatch": 600}], ids=str)
+    @pytest.mark.parametrize("peft_config", [None, LORA])
+    def test_go_through_no_backbone_and_change_nothing(self, make_trainer, rows, peft_config, settings, monkeypatch):
+        settings = {"per_device_train_batch_size": 8, "teacher": "live", "loss_type": "grpo", **settings}
+        trainers = [make_trainer(None, peft_config, rows, **SKIP_OVERLONG, **settings) for _ in range(2)]
+        monkeypatch.setattr(trainers[1].loss, "passes", lambda inputs: [inputs])
+        num_rows = []
+        for trainer in trainers:
+            num_rows.append([])
+            trainer.model.get_input_embeddings().register_forward_pre_hook(
+                lambda module, args, counts=num_rows[-1]: counts.append(len(args[0]))
+            )
+        assert_same_training(*trainers)
+        steps = 2
+        assert [sum(counts) for counts in num_rows] == [steps * (4 + 4), steps * (4 + 8)]  # of teacher and student
+
+    def test_process_without_rows_runs_as_many_passes(self, make_trainer, rows, monkeypatch):
+        """Here one process has two rows and the other none, and each row is a pass."""
+        settings = {"per_device_train_batch_size": 2, "num_generations": 1, "max_tokens_per_microbatch": 1}
+        trainer = make_trainer(None, None, rows, **SKIP_OVERLONG, **settings)
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        batches = [trainer._generate_and_score_completions([rows[i] for i in part]) for part in ((0, 1), (2, 3))]
+        monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+        monkeypatch.setattr(trainer.accelerator, "gather", lambda number: torch.tensor([1, 2]))
+        with_rows, without = (trainer.loss.passes({**batch, "student_mask": batch["loss_mask"]}) for batch in batches)
+        assert [len(rows["loss_mask"]) for rows in with_rows] == [len(rows["loss_mask"]) for rows in without] == [1, 1]
+        assert all(rows["loss_mask"].any() for rows in with_rows)
+        assert not any(rows["loss_mask"].any() for rows in without)

@@ -13,6 +13,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_chat_template
 
 from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer, SelfDistillationTrainer
+from trl_opsd.trainer import self_distillation_trainer
+from trl_opsd.trainer.loss import SelfDistillationLoss
 
 
 def letter_reward(completions, **kwargs):
@@ -129,11 +131,17 @@ def test_metrics_without_rewards(make_trainer):
         "entropy",
         "teacher_entropy",
         "entropy_gap",
-        "log_ratio",
+        "teacher_advantage",
+        "top_k_overlap",
+        "student_mass_on_teacher_top_k",
         "clipped_share",
+        "clipped_mass",
+        "skipped_token_rate",
+        "skipped_steps/total",
         "teacher_prompts/mean_length",
         "teacher_prompts/max_length",
-        "samples_without_context",
+        "context_rate",
+        "empty_completion_rate",
         "num_generated_tokens",
         "num_tokens",
         "completions/mean_length",
@@ -185,7 +193,7 @@ def test_peers_reach_the_context_and_rows_without_one_are_masked(make_trainer, m
     assert [group.index for group in groups] == [0, 1, 0, 1]
     assert groups[0].texts == groups[1].texts != groups[2].texts
     assert groups[0].rewards == letter_reward([[{"content": text}] for text in groups[0].texts])
-    assert logged(trainer, "samples_without_context") == [2.0]
+    assert logged(trainer, "context_rate") == [0.5]
 
 
 def test_batches_without_any_context_neither_crash_nor_train(make_trainer, model, monkeypatch):
@@ -193,7 +201,8 @@ def test_batches_without_any_context_neither_crash_nor_train(make_trainer, model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = make_trainer(privileged_context="no_context.NoContext", weight_decay=0.0, loss_type="dapo")
     trainer.train()
-    assert logged(trainer, "samples_without_context") == [4.0, 4.0]
+    assert logged(trainer, "context_rate") == [0.0, 0.0]
+    assert not logged(trainer, "entropy")
     assert logged(trainer, "loss") == [0.0, 0.0]
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(before[name], value)
@@ -210,7 +219,12 @@ def test_context_gates_the_loss_of_its_row_only(make_trainer, dataset):
     kept = batch["loss_mask"].sum(1) > 0
     assert kept.tolist() == [True, True, False, True]
     assert batch["num_loss_tokens"] == batch["loss_mask"].sum()
-    assert trainer._metrics["train"]["samples_without_context"] == [1.0]
+    trainer.statistics["train"].reduce(trainer.accelerator.gather)
+    values = trainer.statistics["train"].take()
+    lengths = batch["teacher_prompt_mask"].sum(1)[kept].float()
+    assert values["context_rate"] == 0.75
+    assert values["teacher_prompts/mean_length"] == pytest.approx(lengths.mean().item())
+    assert values["teacher_prompts/max_length"] == lengths.max()
 
 
 def test_empty_rollouts_are_skipped_and_counted(make_trainer, monkeypatch):
@@ -222,7 +236,8 @@ def test_empty_rollouts_are_skipped_and_counted(make_trainer, monkeypatch):
 
     trainer = make_trainer(rollout_func=rollout)
     trainer.train()
-    assert logged(trainer, "empty_completions") == [2.0, 2.0]
+    assert logged(trainer, "empty_completion_rate") == [0.5, 0.5]
+    assert logged(trainer, "context_rate") == [1.0, 1.0]
     assert logged(trainer, "num_generated_tokens") == [4.0, 8.0]
     assert all(math.isfinite(value) and value > 0 for value in logged(trainer, "loss"))
 
@@ -237,7 +252,7 @@ def test_empty_generations_are_skipped_and_counted(make_trainer, monkeypatch):
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", first_is_empty)
     trainer = make_trainer(max_steps=1)
     trainer.train()
-    assert logged(trainer, "empty_completions") == [1.0]
+    assert logged(trainer, "empty_completion_rate") == [0.25]
     assert math.isfinite(logged(trainer, "loss")[0])
 
 
@@ -246,7 +261,7 @@ def test_teacher_without_a_finite_score_is_skipped_and_counted(make_trainer, mod
     with trainer.teacher.weights(model) as teacher:
         teacher.lm_head.weight.data[5] = float("nan")
     trainer.train()
-    assert logged(trainer, "skipped_tokens")[0] > 0
+    assert logged(trainer, "skipped_token_rate") == [1.0]
     assert logged(trainer, "loss") == [0.0]
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
 
@@ -261,7 +276,7 @@ def test_step_with_a_gradient_that_is_not_finite_is_skipped(make_trainer, model)
 
     model.model.layers[0].mlp.up_proj.weight.register_hook(poison)
     trainer.train()
-    assert logged(trainer, "skipped_steps") == [0.0, 0.0, 1.0]
+    assert logged(trainer, "skipped_steps/total") == [0, 1, 1]
     assert trainer.state.global_step == 3
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
 
@@ -299,7 +314,7 @@ def test_policy_loss_is_added_with_its_weight(make_trainer, dataset):
     for coefficient in (0.0, 0.5, 1.0):
         trainer.args.policy_loss_coef = coefficient
         gradients[coefficient] = gradient(trainer._compute_loss)
-    trainer._uses_policy_loss = False
+    trainer._shares_student_pass = trainer._has_grpo_terms = False
     divergence = gradient(trainer._compute_loss)
     # Without advantages, GRPO's loss is its penalty on the distance to the reference model
     penalty = gradient(policy_loss, {**batch, "advantages": 0 * batch["advantages"]})
@@ -388,7 +403,7 @@ def test_log_completions(make_trainer):
     assert list((Path(trainer.args.output_dir) / "completions").glob("*.parquet"))
 
 
-def test_sampler_is_compared_with_the_weights_it_sampled_with(make_trainer, dataset):
+def test_sampler_is_compared_with_the_weights_it_sampled_with(make_trainer, dataset, monkeypatch):
     """An evaluation between two generations does not make the rollouts of an earlier step fresh."""
 
     def rollout(prompts, trainer):
@@ -406,14 +421,15 @@ def test_sampler_is_compared_with_the_weights_it_sampled_with(make_trainer, data
     )
     trainer._compares_with_sampler = True  # as with vLLM
     outputs = []
-    log_divergence = trainer._log_divergence
+    loss = SelfDistillationLoss.__call__
 
-    def recording(output, mode):
-        if mode == "train":
-            outputs.append(output)
-        log_divergence(output, mode)
+    def recording(self, *args):
+        result = loss(self, *args)
+        if torch.is_grad_enabled():
+            outputs.append(result.divergence)
+        return result
 
-    trainer._log_divergence = recording
+    monkeypatch.setattr(SelfDistillationLoss, "__call__", recording)
     trainer.train()
 
     name = "sampling/sampling_logp_difference"
@@ -425,3 +441,17 @@ def test_sampler_is_compared_with_the_weights_it_sampled_with(make_trainer, data
         assert entry[f"{name}/max"] == pytest.approx(difference.max().item(), rel=1e-5)
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert all(f"eval_{name}/max" in entry for entry in evaluations)
+
+
+def test_each_process_measures_its_share_of_the_prompts(make_trainer, dataset, monkeypatch):
+    """The student's prompts, for an engine that has to take them."""
+    rows = [{**row, "prompt": [{"role": "user", "content": "What? " * (1 + i)}]} for i, row in enumerate(dataset)]
+    trainer = make_trainer(train_dataset=Dataset.from_list(rows))
+    lengths = [len(ids) for ids in trainer._tokenize_prompts([row["prompt"] for row in rows])[0]]
+    assert trainer._longest_prompt() == max(lengths)
+    tokenize, measured = trainer._tokenize_prompts, []
+    monkeypatch.setattr(trainer, "_tokenize_prompts", lambda prompts: measured.extend(prompts) or tokenize(prompts))
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(self_distillation_trainer, "gather_object", lambda own: [*own, 7])
+    assert trainer._longest_prompt() == max(lengths[::2])
+    assert len(measured) == len(rows) // 2

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from ..trainer.heads import causal_lm
-from ..trainer.shared_prefix import can_share_prompts, positions, states_with_shared_prompts
+from ..scoring import can_share_prompts, causal_lm, positions, states_with_shared_prompts
 from .channel import CannotRun, Channel
 from .measure import PeakMemory, release_memory, synchronize
 

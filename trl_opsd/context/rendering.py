@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, logging
 
@@ -69,16 +70,20 @@ class TeacherPrompt:
             ValueError: If the prompt is longer than `max_length` tokens and `skip_overlong` is `False`.
         """
         ids = self._all_ids(row, rollouts, tools)
-        if ids is not None and self.max_length is not None and len(ids) > self.max_length:
-            if self.skip_overlong:
-                return None
-            raise ValueError(
-                f"The teacher's prompt has {len(ids)} tokens, {len(ids) - self.max_length} more than the budget of "
-                f"{self.max_length}. It is never truncated: raise `max_teacher_prompt_length` (and the model's "
-                "context, or lower `max_completion_length`), shorten the privileged column, drop the row, or set "
-                "`overlong_teacher_prompt='skip'` to leave such rows out of the loss."
-            )
-        return ids
+        return None if ids is None or self._is_skipped(ids) else ids
+
+    def _is_skipped(self, ids: list[int]) -> bool:
+        """Whether a prompt is over budget, where that is no error."""
+        if self.max_length is None or len(ids) <= self.max_length:
+            return False
+        if self.skip_overlong:
+            return True
+        raise ValueError(
+            f"The teacher's prompt has {len(ids)} tokens, {len(ids) - self.max_length} more than the budget of "
+            f"{self.max_length}. It is never truncated: raise `max_teacher_prompt_length` (and the model's context, "
+            "or lower `max_completion_length`), shorten the privileged column, drop the row, or set "
+            "`overlong_teacher_prompt='skip'` to leave such rows out of the loss."
+        )
 
     def _all_ids(
         self, row: Mapping[str, Any], rollouts: Rollouts | None, tools: list[Callable[..., Any]] | None
@@ -92,7 +97,8 @@ class TeacherPrompt:
 
     def check_rows(self, dataset: Any, name: str, tools: list[Callable[..., Any]] | None = None) -> None:
         """
-        Find rows over budget before training starts. The rows of a streaming dataset are checked as they arrive.
+        Find rows over budget before training starts. Every process checks its share of the rows, and all hear of the
+        outcome. The rows of a streaming dataset are checked as they arrive.
 
         Args:
             dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -103,23 +109,36 @@ class TeacherPrompt:
                 Tools shown by the chat template.
 
         Raises:
-            ValueError: If a row is over budget and `skip_overlong` is `False`, with its index.
+            ValueError: If a row is over budget and `skip_overlong` is `False`, with the index of the first one found.
         """
         if self.max_length is None or not hasattr(dataset, "__len__"):
             return
-        num_skipped = 0
-        disable = None if PartialState().is_local_main_process else True  # None: no bar where there is no terminal
-        for index, row in enumerate(
-            tqdm(dataset, f"Checking teacher prompts of {name}", leave=False, disable=disable)
-        ):
+        state = PartialState()
+        indices = range(state.process_index, len(dataset), state.num_processes)
+        progress = tqdm(
+            dataset.select(indices),
+            f"Checking teacher prompts of {name}",
+            leave=False,
+            disable=None if state.is_local_main_process else True,  # None: no bar where there is no terminal
+        )
+        num_skipped, failure, error = 0, None, None
+        for index, row in zip(indices, progress, strict=True):
             try:
-                if self.token_ids(row, None, tools) is None:
-                    # Rows whose context waits for the rollouts are not over budget
-                    num_skipped += self._all_ids(row, None, tools) is not None
-            except ValueError as error:
-                raise ValueError(f"Row {index} of `{name}`: {error}") from None
-        if self.skip_overlong and num_skipped:
-            logger.warning(f"{num_skipped} of {len(dataset)} rows of `{name}` will be left out of the loss.")
+                ids = self._all_ids(row, None, tools)
+                # Rows whose context waits for the rollouts are not over budget
+                num_skipped += ids is not None and self._is_skipped(ids)
+            except Exception as caught:  # the others wait to hear of it
+                failure, error = (index, str(caught) if isinstance(caught, ValueError) else repr(caught)), caught
+                break
+        outcomes = gather_object([(num_skipped, failure)])
+        if error is not None and not isinstance(error, ValueError):
+            raise error
+        if failures := [failure for _, failure in outcomes if failure is not None]:
+            index, message = min(failures)
+            raise ValueError(f"Row {index} of `{name}`: {message}")
+        total = sum(num_skipped for num_skipped, _ in outcomes)
+        if total and state.is_main_process:
+            logger.warning(f"{total} of {len(dataset)} rows of `{name}` will be left out of the loss.")
 
     def _chat_ids(self, messages: list[Message], tools: list[Callable[..., Any]] | None) -> list[int]:
         return self.tokenizer.apply_chat_template(

@@ -1,6 +1,6 @@
 """What pulls the student: tensors in, tensors out."""
 
-from .aggregation import aggregation_weights
+from .aggregation import aggregation_weights, share_of_rows
 from .dense import generalized_jsd_loss
 from .divergence import Divergence, pointwise_divergence
 from .fused import FusedDivergence, fused_divergence, token_log_probs
@@ -23,5 +23,6 @@ __all__ = [
     "fused_divergence",
     "generalized_jsd_loss",
     "pointwise_divergence",
+    "share_of_rows",
     "token_log_probs",
 ]

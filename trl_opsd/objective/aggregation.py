@@ -58,3 +58,26 @@ def aggregation_weights(
     if aggregation == "local_mean":
         return mask / mask.sum().clamp(min=1.0)
     return mask / num_tokens
+
+
+def share_of_rows(mask: torch.Tensor, whole_mask: torch.Tensor, loss_type: str) -> torch.Tensor:
+    """
+    What the loss of some rows is multiplied by, so that those of all rows of a micro-batch add up to its own.
+
+    Args:
+        mask (`torch.Tensor` of shape `(b, T)`):
+            1 for the tokens of these rows that take part in the loss, else 0.
+        whole_mask (`torch.Tensor` of shape `(B, T)`):
+            The same for all rows.
+        loss_type (`str`):
+            See [`aggregation_weights`].
+
+    Returns:
+        `torch.Tensor`: scalar. 1 where the normaliser is not that of the rows at hand.
+    """
+    aggregation = _AGGREGATIONS[loss_type]
+    if aggregation == "global_mean":
+        return torch.ones((), device=mask.device)
+    if aggregation == "local_mean":
+        return mask.sum().clamp(min=1) / whole_mask.sum().clamp(min=1)
+    return torch.tensor(mask.size(0) / whole_mask.size(0), device=mask.device)

@@ -1,7 +1,8 @@
 """The ways to hold the teacher's weights beside the student's."""
 
 import copy
-import dataclasses
+import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +20,10 @@ from .sharding import copy_parameter, part_of, write_part
 
 
 ADAPTER_NAME = "teacher"
+
+
+class NoSecondAdapterError(ValueError):
+    """An adapter of which peft allows only one."""
 
 
 class TeacherCopy(ABC):
@@ -55,12 +60,27 @@ class AdapterCopy(TeacherCopy):
                 f"The model already has an adapter named {ADAPTER_NAME!r}, the name of the teacher's. Delete it with "
                 f"`model.delete_adapter({ADAPTER_NAME!r})`, or load it under another name."
             )
-        config = policy.peft_config[self._student_adapter]
+        # With what peft has noted in it: which layers are tied is not found out anew once they are wrapped
+        config = copy.deepcopy(policy.peft_config[self._student_adapter])
         if hasattr(config, "init_lora_weights"):
-            # Initialisations such as PiSSA would change the base weights a second time
-            config = dataclasses.replace(config, init_lora_weights=True)
-        policy.add_adapter(ADAPTER_NAME, config, autocast_adapter_dtype=False)
-        for _, student, teacher in self.pairs():
+            config.init_lora_weights = True  # ones such as PiSSA would change the base weights a second time
+        if tied := getattr(config, "target_modules_to_tie", None):
+            config.ensure_weight_tying = False  # peft would forget them; all values are copied anyway
+            if isinstance(config.target_modules, str):
+                config.target_modules += "|" + "|".join(map(re.escape, tied))
+            else:
+                config.target_modules |= tied
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`")
+            try:
+                policy.add_adapter(ADAPTER_NAME, config, autocast_adapter_dtype=False)
+                pairs = list(self.pairs())
+            except (KeyError, NotImplementedError, TypeError, ValueError) as error:
+                raise NoSecondAdapterError(
+                    f"needs a second adapter of the policy's kind ({type(config).__name__}), which peft does not "
+                    f"give: {error}"
+                ) from error
+        for _, student, teacher in pairs:
             teacher.requires_grad_(False)
             if not hasattr(teacher, "ds_id"):
                 teacher.data = teacher.data.to(student.dtype)
@@ -70,12 +90,16 @@ class AdapterCopy(TeacherCopy):
         return _with_adapter(policy, ADAPTER_NAME)
 
     def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-        parameters = dict(self._policy.named_parameters())
+        parameters = dict(self._policy.named_parameters(remove_duplicate=False))
+        seen: set[nn.Parameter] = set()
         for name, parameter in parameters.items():
             parts = name.split(".")
             if self._student_adapter in parts:
                 twin = ".".join(ADAPTER_NAME if part == self._student_adapter else part for part in parts)
-                yield twin, parameter, parameters[twin]
+                teacher = parameters[twin]
+                if teacher not in seen:  # one that two modules share has two names
+                    seen.add(teacher)
+                    yield twin, parameter, teacher
 
 
 class ModelCopy(TeacherCopy):

@@ -117,7 +117,8 @@ class SelfDistillationConfig(GRPOConfig):
             Temperature both sets of logits are divided by inside the loss. `None` uses the sampling `temperature`.
         policy_loss_coef (`float`, *optional*, defaults to `0.0`):
             Weight of GRPO's own policy loss, added to the divergence. It needs a reward and more than one rollout per
-            prompt. At `0.0`, reward functions are evaluated and logged only.
+            prompt, and no forward pass of its own unless `distillation_temperature` is another than `temperature`. At
+            `0.0`, reward functions are evaluated and logged only.
         lmbda (`float`, *optional*, defaults to `1.0`):
             Share of on-policy sequences, as in [`~trl.experimental.gkd.GKDConfig`]. The other sequences take the
             dataset's `completion` column, or a sample of the teacher with `seq_kd=True`. Evaluation is always
@@ -559,6 +560,12 @@ class SelfDistillationConfig(GRPOConfig):
                 "distribution, so the ratio would fall towards 0 with every token. Set the correction to `False`, or "
                 "sample from the whole distribution (`top_p=1.0`, `top_k=0`, `min_p=None`)."
             )
+        if self.use_vllm and self.vllm_enable_sleep_mode and not self.skip_memory_metrics:
+            raise ValueError(
+                "`skip_memory_metrics=False` reports PyTorch's count of allocated memory, in which the weights and "
+                "cache of an engine that sleeps (`vllm_enable_sleep_mode=True`) are still there. Leave it `True`, and "
+                "ask `torch.cuda.mem_get_info()`."
+            )
         if self.policy_loss_coef < 0.0:
             raise ValueError(f"`policy_loss_coef` must not be negative, got {self.policy_loss_coef}.")
         if self.policy_loss_coef > 0.0 and self.num_generations == 1:
@@ -670,11 +677,13 @@ class SelfDistillationConfig(GRPOConfig):
             raise ValueError(
                 f"`max_tokens_per_microbatch` must be at least 1, got {max_tokens}. Use `None` for one pass."
             )
-        for name in ("beta", "policy_loss_coef", "entropy_coef", "use_adaptive_entropy"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"`max_tokens_per_microbatch={max_tokens}` cannot be combined with "
-                    f"`{name}={getattr(self, name)}`: GRPO's own loss terms are computed for the whole micro-batch at "
-                    "once. Leave `max_tokens_per_microbatch` unset and lower `per_device_train_batch_size`, or leave "
-                    f"`{name}` at its default."
-                )
+        needs_all = [name for name in ("entropy_coef", "use_adaptive_entropy") if getattr(self, name)]
+        if self.beta or self.policy_loss_coef:
+            needs_all += ["top_entropy_quantile"] if self.top_entropy_quantile < 1.0 else []
+            needs_all += ["distillation_temperature"] if self.distillation_temperature != self.temperature else []
+        for name in needs_all:
+            raise ValueError(
+                f"`max_tokens_per_microbatch={max_tokens}` cannot be combined with `{name}={getattr(self, name)}`: it "
+                "makes GRPO's own loss one of the whole micro-batch at once. Leave `max_tokens_per_microbatch` unset "
+                f"and lower `per_device_train_batch_size`, or leave `{name}` at its default."
+            )

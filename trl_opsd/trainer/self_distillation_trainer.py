@@ -12,17 +12,23 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
 - `_compute_loss(model, inputs)` returns the loss of a micro-batch, already divided by the number of accumulated
   micro-batches, linear in `advantages` up to the terms of `beta` and `entropy_coef`. `training_step` hands that
   loss to `accelerator.backward` as it is (`loss_is_scaled_for_ga`).
+- Of the student, that loss depends on what `_get_per_token_logps_and_entropies(model, input_ids, attention_mask,
+  logits_to_keep, batch_size, ...)` returns, and on nothing else. `_generate_and_score_completions` gets the
+  log-probabilities of the sampling and the reference policy from it too.
 - `_prepare_inputs(generation_batch)` returns, in training, `_buffered_inputs[_step % steps_per_generation]`, and makes
   that list anew, shuffled, whenever it generates: when `_step`, which counts micro-batches, is a multiple of
   `steps_per_generation * num_iterations`.
 - `vllm_generation._iter_named_params()` yields the weights that vLLM is sent; `vllm_generation._dist.gather_params(
-  parameters)` makes them whole under ZeRO-3.
+  parameters)` makes them whole under ZeRO-3. `sync_weights()` asks for them once, in colocate mode when the engine is
+  awake, and resets its prefix cache afterwards. That engine is `vllm_generation.llm`.
 - `vllm_generation.generate(...)` and, on the main process in server mode, `vllm_generation.vllm_client`, whose
   `update_named_params`, `reset_prefix_cache` and `generate` are all that is used of it.
 - `vllm_generation.generate` samples by its attributes `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`,
   `max_completion_length`, `structured_outputs_regex` and `generation_kwargs`.
 - `_run_epoch(...)`, of transformers, takes the steps of an epoch, at least one.
 - `_get_train_sampler(dataset)` returns a sampler that draws the order of each epoch from its `generator`.
+- `_load_from_checkpoint(checkpoint, model)` and `_load_best_model()`, of transformers, load the policy's weights; with
+  DeepSpeed only the second is called.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
@@ -32,19 +38,19 @@ import json
 import math
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -52,12 +58,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
-from trl.models.utils import _ForwardRedirection
-from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx, pad
+from trl.trainer.utils import get_config_model_id, pad
 
 from ..context import Rollouts, TeacherPrompt, make_context, thinking_prefix
 from ..data import validate_rows
@@ -67,18 +71,13 @@ from ..eval.chat import ChatFormat
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
     Divergence,
-    FusedDivergence,
-    Head,
     Objective,
     Support,
     Tail,
-    TopLogProbs,
-    aggregation_weights,
-    fused_divergence,
     generalized_jsd_loss,
 )
+from ..scoring import can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
-    Scores,
     ServerError,
     TeacherServer,
     check_holds_policy,
@@ -92,31 +91,13 @@ from ..serving import (
 )
 from ..teacher import ServedTeacher, Teacher, fingerprint
 from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
-from .checkpoints import begin, finish, is_complete, newest_complete, read_state
-from .heads import causal_lm, head_of, unsharded
+from .checkpoints import begin, finish, is_complete, load_weights, newest_complete, read_state
+from .loss import SelfDistillationLoss
 from .merged_weights import check_mergeable, merged_weights
-from .microbatches import cut_by_tokens, cut_into, keep_groups_together, padded_length, used_width
+from .metrics import Metrics, add_divergence, add_policy, add_sampler_difference
+from .random_numbers import random_numbers
 from .self_distillation_config import SelfDistillationConfig
-from .shared_prefix import can_share_prompts, pays_off, positions, states_with_shared_prompts
 from .teachers import check_external_teacher, check_world, make_teacher
-
-
-# What a pass over some rows of a micro-batch needs
-_ROW_INPUTS = (
-    "prompt_ids",
-    "prompt_mask",
-    "teacher_prompt_ids",
-    "teacher_prompt_mask",
-    "teacher_prompt_groups",
-    "completion_ids",
-    "completion_mask",
-    "loss_mask",
-    "loss_weights",
-    "sampling_per_token_logps",
-    "teacher_top_tokens",
-    "teacher_top_log_probs",
-    "teacher_log_probs",
-)
 
 
 def _no_reward(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -294,6 +275,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
         # Set by the generation methods for the batch in hand
         self._first_turn = False
+        self._last_draw: tuple[tuple[int, ...], int] = (), 0
         self._generation_step = -1
         self._first_micro_batch = 0
         self._train_sampler = None
@@ -301,7 +283,9 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._empty_rollouts: set[int] = set()
         self._dataset_tokens = 0
         self._rollouts: dict[str, Any] = {}
+        self.statistics = {"train": Metrics(), "eval": Metrics()}
         self._num_generated_tokens = 0
+        self._given_log_probs: tuple[torch.Tensor, torch.Tensor, None] | None = None
 
         super().__init__(
             model=model,
@@ -327,11 +311,18 @@ class SelfDistillationTrainer(GRPOTrainer):
             raise ValueError(
                 f"`policy_loss_coef={self.args.policy_loss_coef}` needs `reward_funcs`. Pass some, or set it to 0."
             )
-        self._uses_policy_loss = (
+        self._has_grpo_terms = (
             self.beta != 0.0
             or self.args.policy_loss_coef > 0.0
             or self._entropy_bonus_enabled
             or self.aux_loss_enabled
+        )
+        # What follows from the log-probabilities at the divergence's temperature comes from its forward pass
+        self._shares_student_pass = (
+            self._has_grpo_terms
+            and not self._entropy_bonus_enabled
+            and not self.aux_loss_enabled
+            and args.distillation_temperature == self.temperature
         )
         if self.args.max_tokens_per_microbatch is not None and self.aux_loss_enabled:
             raise ValueError(
@@ -341,7 +332,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "`max_tokens_per_microbatch` unset."
             )
         self.teacher_prompt.chat_template = self.chat_template
-        self._objective = Objective(
+        objective = Objective(
             divergence=cast(Divergence, args.divergence),
             jsd_weight=args.jsd_weight,
             support=cast(Support, args.divergence_support),
@@ -359,7 +350,6 @@ class SelfDistillationTrainer(GRPOTrainer):
             and args.distillation_temperature == self.temperature
             and self.repetition_penalty == 1.0
         )
-        self._forward_redirection = _ForwardRedirection()
         starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
         check_world(args, self.accelerator, self.model)
         if self.use_vllm and isinstance(self.model, PeftModel):
@@ -367,6 +357,11 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.vllm_generation._iter_named_params = partial(
                 merged_weights, self.model, self.vllm_generation._dist.gather_params
             )
+        if self._samples_in_process:
+            weights = self.vllm_generation._iter_named_params
+            self.vllm_generation._iter_named_params = partial(self._load_into_engine, weights)
+            # The engine has seeded this process anew, by its number alone
+            set_seed(self.args.seed + self._sampler_index)
         self._context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if self.use_vllm:
             self._context_length = self._check_sampler()
@@ -378,10 +373,22 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.teacher, external = ServedTeacher(), self._teacher_server.name
         if args.teacher == "external":
             self._fingerprints["teacher_model_name_or_path"] = external
-        self._can_share_prompts = False
+        shares_prompts, packs_rows = False, can_pack(causal_lm(self.accelerator.unwrap_model(self.model)))
         if self._teacher_server is None:
             with self.teacher.weights(self.model) as module:
-                self._can_share_prompts = can_share_prompts(causal_lm(self.accelerator.unwrap_model(module)))
+                teacher = causal_lm(self.accelerator.unwrap_model(module))
+                shares_prompts, packs_rows = can_share_prompts(teacher), packs_rows and can_pack(teacher)
+        self.loss = SelfDistillationLoss(
+            args,
+            self.accelerator,
+            self.teacher if self._teacher_server is None else None,
+            objective,
+            shares_prompts,
+            packs_rows,
+            self.pad_to_multiple_of,
+        )
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self.loss.check_logits(self.model)
         (self._fingerprints,) = broadcast_object_list([self._fingerprints])
         self._dataset_summary = self._summarize(self.train_dataset)
         self._guard = SkipNonFiniteSteps()
@@ -391,6 +398,15 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.add_callback(self._make_benchmark_callback(self._benchmarks))
 
     # Construction
+
+    @property
+    def _samples_in_process(self) -> bool:
+        return self.use_vllm and self.vllm_mode == "colocate"
+
+    @property
+    def _sampler_index(self) -> int:
+        """Which of several streams of random numbers this process samples by: tensor-parallel ones share theirs."""
+        return self.accelerator.process_index // (self.args.vllm_tensor_parallel_size if self.use_vllm else 1)
 
     def _make_teacher_prompt(
         self, args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any
@@ -485,10 +501,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             raise ValueError(failure)
         if self.vllm_mode == "server" and self.rollout_func is None:  # which may talk to the client itself
             report_failures(self.vllm_generation)
-        longest = 0
-        if isinstance(self.train_dataset, Dataset) and not self.environment_factories:
-            for rows in self.train_dataset.iter(1000):
-                longest = max(longest, *map(len, self._tokenize_prompts(rows["prompt"])[0]))
+        longest = 0 if self.environment_factories else self._longest_prompt()
         if longest + (self.max_completion_length or 1) > limit:
             field = "vllm_max_model_length" if self.vllm_mode == "colocate" else "--max-model-len"
             raise ValueError(
@@ -497,6 +510,24 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "`max_completion_length`."
             )
         return limit
+
+    def _longest_prompt(self) -> int:
+        """Tokens of the longest student prompt, of which each process measures its share; 0 for a stream."""
+        if not isinstance(self.train_dataset, Dataset):
+            return 0
+        accelerator, num_rows = self.accelerator, len(self.train_dataset)
+        share = self.train_dataset.select(range(accelerator.process_index, num_rows, accelerator.num_processes))
+        longest = 0
+        with tqdm(
+            total=len(share),
+            desc="Measuring prompts of `train_dataset`",
+            leave=False,
+            disable=None if accelerator.is_local_main_process else True,  # None: no bar where there is no terminal
+        ) as progress:
+            for rows in share.iter(1000):
+                longest = max(longest, *map(len, self._tokenize_prompts(rows["prompt"])[0]))
+                progress.update(len(rows["prompt"]))
+        return max(gather_object([longest]))
 
     @staticmethod
     def _connect_teacher_server(
@@ -528,8 +559,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             Sampling(**cast(dict[str, Any], self.args.eval_benchmarks_sampling)),
             self.args.eval_benchmarks_num_samples,
             self.args.eval_benchmarks_steps,
-            # The processes of a tensor-parallel engine have to draw the same
-            self.accelerator.process_index // (self.args.vllm_tensor_parallel_size if self.use_vllm else 1),
+            self._sampler_index,
             self._log_evaluation,
             self._saved,
         )
@@ -572,12 +602,10 @@ class SelfDistillationTrainer(GRPOTrainer):
     ) -> tuple[list[list[int]], list[list[float | None]] | None]:
         first_turn, self._first_turn = self._first_turn, False
         if not first_turn:
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
+            return self._sample_rollouts(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
         off_policy = self._off_policy_completions(len(prompt_ids)) if self.model.training else {}
         if not off_policy:
-            completion_ids, logprobs = super()._generate_single_turn(
+            completion_ids, logprobs = self._sample_rollouts(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
         else:
@@ -587,14 +615,32 @@ class SelfDistillationTrainer(GRPOTrainer):
             logprobs = [[None] * len(ids) for ids in completion_ids] if self.use_vllm else None
             if on_policy:
                 # The groups are broken up, so every prompt is sampled by itself
-                sampled, sampled_logprobs = super()._generate_single_turn(
-                    [prompt_ids[i] for i in on_policy], None, {}, 1
-                )
+                sampled, sampled_logprobs = self._sample_rollouts([prompt_ids[i] for i in on_policy], None, {}, 1)
                 for position, index in enumerate(on_policy):
                     completion_ids[index] = sampled[position]
                     if logprobs is not None:
                         logprobs[index] = sampled_logprobs[position]
         return self._mark_empty_rollouts(completion_ids, logprobs)
+
+    def _sample_rollouts(self, *args: Any) -> tuple[list[list[int]], Any]:
+        if not self._samples_in_process:
+            return super()._generate_single_turn(*args)
+        # By step, so that a resumed run draws the same, and so do the processes of a tensor-parallel engine, whose own
+        # random numbers part ways in training
+        key = (self.args.seed, self.state.global_step, int(self.model.training), self._sampler_index)
+        last_key, num_draws = self._last_draw
+        self._last_draw = key, num_draws + 1 if key == last_key else 0
+        with random_numbers(*key, self._last_draw[1], device=self.accelerator.device):
+            return super()._generate_single_turn(*args)
+
+    def _load_into_engine(self, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> Iterable[Any]:
+        """
+        Load all weights into a colocated engine in one call, which takes them one after another, and leave none to
+        TRL. In a call for each, vLLM would walk through its whole model every time: most of a synchronisation.
+        """
+        executor = self.vllm_generation.llm.llm_engine.model_executor
+        executor.driver_worker.model_runner.model.load_weights(weights())
+        return ()
 
     def _sample(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[list[int]]:
         """Completions by the engine of the rollouts, sampled in another way. For all processes, with as many each."""
@@ -628,7 +674,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         own_configs = [model.generation_config for model in models]
         for model in models:
             model.generation_config = GenerationConfig()
-        with _evaluation_mode(self.model):
+        with evaluation_mode(self.model):
             try:
                 return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]
             finally:
@@ -641,7 +687,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                         module.reshard()
 
     def _log_evaluation(self, logs: dict[str, float]) -> None:
-        with _evaluation_mode(self.model):  # or GRPOTrainer would log the metrics of the training step as well
+        with evaluation_mode(self.model):  # or GRPOTrainer would log the metrics of the training step as well
             self.log(logs)
 
     def _get_train_sampler(self, dataset=None):
@@ -726,7 +772,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         fresh = self._buffered_inputs is not buffered
-        if fresh and self.num_generations > 1 and self._can_share_prompts:
+        if fresh and self.num_generations > 1 and self.loss.can_share_prompts:
             # GRPO's shuffle scatters the rollouts of a prompt over micro-batches, where each would pay for the
             # teacher's prompt again. Rows change places among the micro-batches of one optimizer step only, so that
             # every step keeps the rows the shuffle gave it: the greatest common divisor never straddles two steps.
@@ -755,7 +801,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             tools = self._env_tools[self._batch_environments[index]] if self.environment_factories else self.tools
             ids = None if index in self._empty_rollouts else self.teacher_prompt.token_ids(row, rollouts, tools)
             has_context.append(ids is not None)
-            if ids is None:  # masked from the loss: any prompt will do
+            if ids is None:  # masked from the loss, and not read
                 ids = batch["prompt_ids"][index][batch["prompt_mask"][index].bool()].tolist()
             teacher_ids.append(torch.tensor(ids))
         # The same number for rows with the same teacher prompt
@@ -784,28 +830,21 @@ class SelfDistillationTrainer(GRPOTrainer):
         model_tokens = batch.get("tool_mask", 1) * batch["completion_mask"]
         loss_mask = model_tokens * torch.tensor(has_context, device=device).unsqueeze(1)
         batch["loss_mask"] = loss_mask
-        lengths = batch["teacher_prompt_mask"].sum(1)
-        counts = torch.stack(
-            [
-                loss_mask.sum(),
-                model_tokens.sum() - self._dataset_tokens - len(self._empty_rollouts),
-                torch.tensor(len(has_context) - sum(has_context) - len(self._empty_rollouts), device=device),
-                torch.tensor(len(self._empty_rollouts), device=device),
-                lengths.sum(),
-            ]
-        ).float()
-        num_tokens, num_generated, without_context, num_empty, length_sum = self.accelerator.reduce(counts, "sum")
-        batch["num_loss_tokens"] = num_tokens
-
-        metrics = self._metrics[mode]
+        with_context = torch.tensor(has_context, device=device)
+        num_rows, num_empty = torch.tensor([len(has_context), len(self._empty_rollouts)], device=device)
+        num_generated = model_tokens.sum() - self._dataset_tokens - num_empty
+        counts = torch.stack([loss_mask.sum(), num_generated]).float()
+        batch["num_loss_tokens"], num_generated = self.accelerator.reduce(counts, "sum")
         if mode == "train":
             self._num_generated_tokens += int(num_generated)
-        metrics["num_generated_tokens"] = [self._num_generated_tokens]
-        metrics["samples_without_context"].append(without_context.item())
-        metrics["empty_completions"].append(num_empty.item())
-        num_rows = len(teacher_ids) * self.accelerator.num_processes
-        metrics["teacher_prompts/mean_length"].append((length_sum / num_rows).item())
-        metrics["teacher_prompts/max_length"].append(self.accelerator.gather(lengths.max()).max().item())
+        self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
+
+        lengths = batch["teacher_prompt_mask"].sum(1)[with_context]
+        metrics = self.statistics[mode]
+        metrics.add_rate("context_rate", with_context.sum(), num_rows - num_empty)
+        metrics.add_rate("empty_completion_rate", num_empty, num_rows)
+        metrics.add_rate("teacher_prompts/mean_length", lengths.sum(), with_context.sum())
+        metrics.add_maximum("teacher_prompts/max_length", lengths)
         return batch
 
     def _groups(self, mode: str) -> list[Rollouts]:
@@ -835,260 +874,98 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         mode = "train" if self.model.training else "eval"
         num_micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
-        _, weights = self._loss_weights(inputs, mode)
-        # Weights are those of the whole micro-batch, so the gradients of its passes add up to its gradient. The last
-        # pass is left to the caller, who runs the backward pass that synchronises.
-        passes = self._passes({**inputs, "loss_weights": weights})
-        *early, last = passes
-        outputs = []
-        for rows in early:
-            with self._postponed_synchronisation(model):
-                output = self._divergence(model, rows)
-                if mode == "train":
-                    kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-                    self.accelerator.backward(output.loss / num_micro_batches, **kwargs)
-            outputs.append(output._replace(loss=output.loss.detach()))
-        outputs.append(self._divergence(model, last))
-        loss = torch.stack([output.loss for output in outputs]).sum() / num_micro_batches
-        output = FusedDivergence(loss, *map(torch.cat, list(zip(*outputs, strict=True))[1:]))
-        self._log_divergence(output, mode)
+        num_generation_batches = self.args.steps_per_generation if mode == "train" else 1
+        policy = self._policy_term if self._shares_student_pass else None
+        loss, output, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
+        metrics = self.statistics[mode]
+        add_divergence(metrics, output, self._teacher_server is None, self.args.divergence_clip is not None)
         fresh = mode == "eval" or self.state.global_step == self._generation_step
         if self._compares_with_sampler and fresh and "sampling_per_token_logps" in inputs:
             sampled = [rows["sampling_per_token_logps"][rows["loss_mask"].bool()] for rows in passes]
-            self._log_sampler_difference(output.student_log_prob, torch.cat(sampled), mode)
-
-        if self._uses_policy_loss:
-            advantages = inputs["advantages"] * self.args.policy_loss_coef
-            loss = loss + super()._compute_loss(model, {**inputs, "advantages": advantages})
+            add_sampler_difference(metrics, output.student_log_prob, torch.cat(sampled))
+        if self._has_grpo_terms and not self._shares_student_pass:
+            loss = loss + self._grpo_loss(model, inputs, mode)
+        if mode == "eval" or self.accelerator.sync_gradients:
+            metrics.reduce(self.accelerator.gather)
         return loss
 
-    def _passes(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """The rows of a micro-batch, cut into what goes through the network at once."""
-        max_tokens = self.args.max_tokens_per_microbatch
-        if max_tokens is None:
-            return [inputs]
-        prompts = torch.maximum(inputs["prompt_mask"].sum(1), inputs["teacher_prompt_mask"].sum(1)).tolist()
-        completions = inputs["completion_mask"].sum(1).tolist()
-        multiple_of = self.pad_to_multiple_of
-        passes = cut_by_tokens(
-            [padded_length(length, multiple_of) for length in prompts],
-            [padded_length(length, multiple_of) for length in completions],
-            inputs["teacher_prompt_groups"].tolist(),
-            max_tokens,
-        )
-        if self.accelerator.num_processes > 1:  # whose forward and backward passes meet in collective operations
-            number = torch.tensor(len(passes), device=self.accelerator.device)
-            passes = cut_into(passes, int(self.accelerator.gather(number).max()))
-        return [{name: inputs[name][rows] for name in _ROW_INPUTS if name in inputs} for rows in passes]
-
-    @contextmanager
-    def _postponed_synchronisation(self, model: nn.Module) -> Iterator[None]:
-        """Inside, gradients are accumulated as they are in all but the last micro-batch of an optimizer step."""
-        accelerator = self.accelerator
-        if not accelerator.sync_gradients:
-            yield
-            return
-        # As `Trainer` decides for its micro-batches. `backward` reads the flag and has DeepSpeed's engine step by it.
-        synchronises = self.is_deepspeed_enabled or accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
-        accelerator.sync_gradients = False
+    def _grpo_loss(self, model, inputs, mode):
+        """GRPO's own loss. What it logs becomes sums and counts."""
+        kept, self._metrics[mode] = self._metrics[mode], defaultdict(list)
+        advantages = inputs["advantages"] * self.args.policy_loss_coef
         try:
-            with nullcontext() if synchronises else accelerator.no_sync(model):
-                yield
+            loss = super()._compute_loss(model, {**inputs, "advantages": advantages})
         finally:
-            accelerator.sync_gradients = True
+            logged, self._metrics[mode] = self._metrics[mode], kept
+        tokens = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        by_sequence = self.importance_sampling_level == "sequence" and advantages.dim() == 1
+        for name, values in add_policy(self.statistics[mode], logged, tokens, by_sequence).items():
+            kept[name] += values
+        return loss
 
-    def _divergence(self, model: nn.Module, inputs: dict[str, Any]) -> FusedDivergence:
-        num_completion_tokens = used_width(inputs["completion_mask"], "right", self.pad_to_multiple_of)
-        completion_ids = inputs["completion_ids"][:, :num_completion_tokens]
-        completion_mask = inputs["completion_mask"][:, :num_completion_tokens]
-        selected = inputs["loss_mask"][:, :num_completion_tokens].bool()
-
-        def with_prompt(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            width = used_width(prompt_mask, "left", self.pad_to_multiple_of)
-            ids = torch.cat([prompt_ids[:, -width:], completion_ids], dim=1)
-            return ids, torch.cat([prompt_mask[:, -width:], completion_mask], dim=1)
-
-        token_ids = completion_ids[selected]
-        teacher_states: torch.Tensor | TopLogProbs
-        teacher_head: Head | None
-        if self._teacher_server is None:
-            teacher_states, teacher_head = self._teacher_states(
-                model,
-                *with_prompt(inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"]),
-                selected,
-                inputs["teacher_prompt_groups"],
+    def _policy_term(
+        self, inputs: dict[str, Any], log_probs: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """GRPO's own loss, of log-probabilities that are data, and minus its derivative with respect to each."""
+        if self._reads_log_probs(inputs):
+            student_log_probs, entropies = log_probs()
+        else:  # the ratio to themselves is 1
+            student_log_probs, entropies = inputs["completion_mask"].new_zeros(
+                2, *inputs["completion_mask"].shape, dtype=torch.float32
             )
-        else:
-            top_tokens, top_log_probs, log_probs = (
-                inputs[f"teacher_{name}"][:, :num_completion_tokens][selected] for name in Scores._fields
-            )
-            teacher_states, teacher_head = TopLogProbs(top_tokens.long(), top_log_probs, token_ids, log_probs), None
-        student = self.accelerator.unwrap_model(model)
-        # The whole computation runs inside the wrapped model's forward, so that DDP, FSDP2 and ZeRO-3 see it
-        return self._forward_redirection(
-            model,
-            student,
-            self._student_divergence,
-            student,
-            *with_prompt(inputs["prompt_ids"], inputs["prompt_mask"]),
-            selected,
-            teacher_states,
-            teacher_head,
-            token_ids,
-            inputs["loss_weights"][:, :num_completion_tokens][selected],
+        with torch.enable_grad():
+            student_log_probs = student_log_probs.detach().requires_grad_()
+            self._given_log_probs = student_log_probs, entropies, None
+            try:
+                loss = self._grpo_loss(self.model, inputs, "train" if self.model.training else "eval")
+            finally:
+                self._given_log_probs = None
+            (slope,) = torch.autograd.grad(loss, student_log_probs)
+        return loss.detach(), -slope
+
+    def _reads_log_probs(self, inputs: dict[str, Any]) -> bool:
+        """Whether GRPO's loss or its gradient depends on the values of the student's log-probabilities."""
+        return (
+            inputs.get("old_per_token_logps") is not None
+            or self.beta != 0.0
+            or self.loss_type in ("cispo", "vespo")
+            or self.off_policy_mask_threshold is not None
+            or self.top_entropy_quantile < 1.0
         )
 
-    def _loss_weights(self, inputs: dict[str, Any], mode: str) -> tuple[torch.Tensor, torch.Tensor]:
-        loss_mask = inputs["loss_mask"]
-        num_batches = self.args.steps_per_generation if mode == "train" else 1
-        num_tokens = inputs["num_loss_tokens"].clamp(min=1.0) / self.accelerator.num_processes / num_batches
-        weights = aggregation_weights(loss_mask, self.loss_type, num_tokens, self.max_completion_length)
-        if "importance_sampling_ratio" in inputs:  # the sampler's policy differs a little from the trainer's
-            weights = weights * inputs["importance_sampling_ratio"]
-        return loss_mask, weights
-
-    def _teacher_states(
-        self,
-        model: nn.Module,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        selected: torch.Tensor,
-        groups: torch.Tensor,
-    ) -> tuple[torch.Tensor, Head]:
-        shared_groups = groups if self._should_share_prompts(input_ids, selected.size(1), groups) else None
-        with torch.no_grad(), self.teacher.weights(model) as module:
-            teacher = self.accelerator.unwrap_model(module)
-            with _evaluation_mode(teacher):
-                hidden = self._forward_redirection(
-                    module,
-                    teacher,
-                    self._completion_states,
-                    teacher,
-                    input_ids,
-                    attention_mask,
-                    selected,
-                    shared_groups,
-                )
-            return hidden, head_of(teacher)
-
-    def _should_share_prompts(self, input_ids: torch.Tensor, completion_width: int, groups: torch.Tensor) -> bool:
-        if not self._can_share_prompts:
-            return False
-        prompt_width = input_ids.size(1) - completion_width
-        num_shared = len(groups.unique()) * prompt_width + len(groups) * completion_width
-        counts = torch.tensor([[input_ids.numel(), num_shared]], device=self.accelerator.device)
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            # Where parameters are gathered, every process has to run as many forward passes; all wait for the slowest
-            counts = self.accelerator.gather(counts)
-        return pays_off(*counts.amax(dim=0).tolist())
-
-    def _student_divergence(
-        self,
-        student: nn.Module,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        selected: torch.Tensor,
-        teacher_states: torch.Tensor | TopLogProbs,
-        teacher_head: Head | None,
-        token_ids: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> FusedDivergence:
-        student_hidden = self._completion_states(student, input_ids, attention_mask, selected)
-        student_head = head_of(student)
-        heads = [student_head.weight, student_head.bias]
-        if teacher_head is not None:
-            heads += [teacher_head.weight, teacher_head.bias]
-        with maybe_gather_lm_head_ctx(*heads), self.accelerator.autocast():
-            student_head = unsharded(student_head)
-            return fused_divergence(
-                student_hidden.to(student_head.weight.device),
-                teacher_states.to(student_head.weight.device),
-                student_head,
-                None if teacher_head is None else unsharded(teacher_head),
-                token_ids,
-                weights,
-                self._objective,
-                memory_budget=self.args.divergence_memory,
-                kernel=self.args.divergence_kernel,
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
+    ):
+        if self._given_log_probs is not None:
+            return self._given_log_probs
+        if not self._shares_student_pass:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs
             )
+        # Ratios are to what is computed in the same way, or rounding would take part in them
+        batch_size = batch_size or len(input_ids)
+        return *self.loss.log_probs(model, input_ids, attention_mask, logits_to_keep, batch_size), None
 
-    def _completion_states(
-        self,
-        model: nn.Module,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        selected: torch.Tensor,
-        shared_groups: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """
-        Hidden states that predict the selected completion tokens, of shape (number of them, H). Rows with the same
-        number in `shared_groups` have the same prompt, which is then read once.
-        """
-        backbone = causal_lm(model).base_model
-        width = selected.size(1)
-        with self.accelerator.autocast():
-            if shared_groups is not None:
-                return states_with_shared_prompts(backbone, input_ids, attention_mask, width, shared_groups)[selected]
-            states = backbone(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=positions(attention_mask),
-                use_cache=False,
-            ).last_hidden_state
-        return states[:, -width - 1 : -1][selected]
+    def log(self, logs, start_time=None):
+        mode = "train" if self.model.training else "eval"
+        values = self.statistics[mode].take()
+        if values and mode == "train":
+            values["skipped_steps/total"] = self._guard.skipped_steps
+        self._metrics[mode].update({name: [value] for name, value in values.items()})
+        if values.get("distillation_loss", 0.0) < 0.0:
+            self._warn_of_clip(values["distillation_loss"])
+        super().log(logs, start_time)
 
-    def _log_divergence(self, output: FusedDivergence, mode: str) -> None:
-        finite = output.finite.bool()
-        values = torch.stack(
-            [
-                output.divergence,
-                output.student_entropy,
-                output.teacher_entropy,
-                output.teacher_log_prob - output.student_log_prob,
-                output.top_k_overlap,
-                output.top_k_mass,
-                output.clipped,
-                output.clipped_mass,
-            ]
+    def _warn_of_clip(self, divergence: float) -> None:
+        if self._warned_about_clip:
+            return
+        self._warned_about_clip = True
+        warnings.warn(
+            f"With `divergence_clip={self.args.divergence_clip}` the mean loss of a step is negative "
+            f"({divergence:.4g}): the clip cuts so much of the positive entries that the sum is no divergence any "
+            "more, and making it smaller need not bring the student closer to the teacher. Raise the clip.",
+            stacklevel=2,
         )
-        sums = torch.where(finite & values.isfinite(), values, 0.0).sum(dim=1)
-        counts = torch.stack([finite.sum(), (~finite).sum()]).to(sums)
-        *totals, num_tokens, num_skipped = self.accelerator.reduce(torch.cat([sums, counts]), "sum").tolist()
-        means = (total / max(num_tokens, 1) for total in totals)
-        divergence, entropy, teacher_entropy, log_ratio, overlap, mass, clipped, clipped_mass = means
-
-        metrics = self._metrics[mode]
-        metrics["distillation_loss"].append(divergence)
-        metrics["entropy"].append(entropy)
-        if self._teacher_server is None:
-            metrics["teacher_entropy"].append(teacher_entropy)
-            metrics["entropy_gap"].append(entropy - teacher_entropy)
-        metrics["log_ratio"].append(log_ratio)
-        metrics["top_k_overlap"].append(overlap)
-        metrics["top_k_mass"].append(mass)
-        if self.args.divergence_clip is not None:
-            metrics["clipped_share"].append(clipped)
-            metrics["clipped_mass"].append(clipped_mass)
-            if divergence < 0.0 and not self._warned_about_clip:
-                self._warned_about_clip = True
-                warnings.warn(
-                    f"With `divergence_clip={self.args.divergence_clip}` the mean loss of a batch is negative "
-                    f"({divergence:.4g}): the clip cuts so much of the positive entries that the sum is no divergence "
-                    "any more, and making it smaller need not bring the student closer to the teacher. Raise the "
-                    "clip.",
-                    stacklevel=2,
-                )
-        metrics["skipped_tokens"].append(num_skipped)
-        metrics["skipped_steps"] = [self._guard.skipped_steps]
-
-    def _log_sampler_difference(self, log_prob: torch.Tensor, sampled: torch.Tensor, mode: str) -> None:
-        difference = (log_prob - sampled).abs()
-        difference = difference[difference.isfinite()]  # vLLM leaves some tokens without a log-probability
-        total, count = self.accelerator.reduce(torch.stack([difference.sum(), difference.new_tensor(len(difference))]))
-        most = difference.max() if len(difference) else difference.new_zeros(())
-        name = "sampling/sampling_logp_difference"
-        self._metrics[mode][f"{name}/mean"].append((total / count.clamp(min=1)).item())
-        self._metrics[mode][f"{name}/max"].append(self.accelerator.gather(most).max().item())
 
     # Checkpoints
 
@@ -1136,6 +1013,18 @@ class SelfDistillationTrainer(GRPOTrainer):
                     f"the same `{name}` in the same dtype. (What training made of the policy comes from the "
                     "checkpoint.)"
                 )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled or isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _load_best_model(self):
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel):
+            super()._load_best_model()
+        else:
+            load_weights(Path(cast(str, self.state.best_model_checkpoint)), self.model)
 
     def _save_checkpoint(self, model, trial):
         directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -1247,13 +1136,3 @@ class _StepCallback(TrainerCallback):
         trainer = self._trainer
         trainer.teacher.on_step_end(state.global_step)
         trainer._first_micro_batch = trainer._step  # of the next step
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module):
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trl_opsd.objective import Head
-from trl_opsd.trainer.heads import unsharded
+from trl_opsd.scoring import unsharded
 
 
 @pytest.fixture

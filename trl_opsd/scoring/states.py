@@ -1,0 +1,66 @@
+"""The hidden states that predict a completion."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .heads import backbone_of, causal_lm
+from .packed import can_pack, packed_states
+from .positions import positions
+from .shared_prefix import states_with_shared_prompts
+
+
+def completion_states(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    selected: torch.Tensor,
+    shared_groups: torch.Tensor | None = None,
+    pad_to_multiple_of: int | None = None,
+) -> torch.Tensor:
+    """
+    Hidden states that predict the selected completion tokens, without padding where the model [`can_pack`] rows.
+
+    Args:
+        model (`nn.Module`):
+            Causal language model, or a `PeftModel` of one. Its head is not run.
+        input_ids (`torch.Tensor` of shape `(B, P + T)`):
+            Left-padded prompts and right-padded completions.
+        attention_mask (`torch.Tensor` of shape `(B, P + T)`):
+            1 for tokens, 0 for padding.
+        selected (`torch.Tensor` of shape `(B, T)`, bool):
+            The completion tokens.
+        shared_groups (`torch.Tensor` of shape `(B,)`, *optional*):
+            The same number for rows with the same prompt, which is then read once.
+        pad_to_multiple_of (`int`, *optional*):
+            What the number of tokens of a packed pass is a multiple of.
+
+    Returns:
+        `torch.Tensor` of shape `(number of selected tokens, H)`, row by row.
+    """
+    backbone = backbone_of(model)
+    width = selected.size(1)
+    if shared_groups is not None:
+        return states_with_shared_prompts(backbone, input_ids, attention_mask, width, shared_groups)[selected]
+    if can_pack(causal_lm(model)):
+        return packed_states(backbone, input_ids, attention_mask, selected, pad_to_multiple_of)
+    states = backbone(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions(attention_mask),
+        use_cache=False,
+    ).last_hidden_state
+    return states[:, -width - 1 : -1][selected]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; after, in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,184 @@
+"""What is logged: sums and counts, reduced over processes once per optimizer step."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+
+from ..objective import FusedDivergence
+
+
+class Metrics:
+    """
+    Rates and maxima since they were last taken.
+
+    A rate is a sum over a count, both over all micro-batches and processes: no mean of means. What was never counted
+    is absent, not zero. Every process adds the same names in the same order.
+    """
+
+    def __init__(self) -> None:
+        # Of this process since the last reduction, and of all processes before
+        self._rates: dict[str, torch.Tensor] = {}
+        self._maxima: dict[str, torch.Tensor] = {}
+        self._minima: set[str] = set()  # of the maxima, those of values with the sign turned
+        self._reduced_rates: dict[str, tuple[float, float]] = {}
+        self._reduced_maxima: dict[str, float] = {}
+
+    def add_rate(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
+        """
+        Add to both sums of a rate.
+
+        Args:
+            name (`str`):
+                Name of the rate.
+            total (`torch.Tensor`):
+                Scalar, the numerator.
+            count (`torch.Tensor`):
+                Scalar on the same device, the denominator.
+        """
+        pair = torch.stack([total.float(), count.float()])
+        self._rates[name] = self._rates[name] + pair if name in self._rates else pair
+
+    def add_maximum(self, name: str, values: torch.Tensor) -> None:
+        """
+        Take values into a maximum.
+
+        Args:
+            name (`str`):
+                Name of the maximum.
+            values (`torch.Tensor` of shape `(N,)`):
+                Values, or none.
+        """
+        value = values.float().max() if len(values) else torch.tensor(-math.inf, device=values.device)
+        self._maxima[name] = torch.maximum(self._maxima[name], value) if name in self._maxima else value
+
+    def add_minimum(self, name: str, values: torch.Tensor) -> None:
+        """As [`add_maximum`], of a minimum."""
+        self._minima.add(name)
+        self.add_maximum(name, -values)
+
+    def reduce(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """
+        Reduce what was added over processes. All of them call this.
+
+        Args:
+            gather (`Callable[[torch.Tensor], torch.Tensor]`):
+                From a tensor of shape `(1, n)` to those of all processes, of shape `(number of processes, n)`.
+        """
+        if not self._rates and not self._maxima:
+            return
+        own = torch.cat([*self._rates.values(), *(value.view(1) for value in self._maxima.values())])
+        columns = iter(zip(*gather(own.unsqueeze(0)).tolist(), strict=True))  # of the processes' values
+        for name in self._rates:
+            total, count = self._reduced_rates.get(name, (0.0, 0.0))
+            self._reduced_rates[name] = total + sum(next(columns)), count + sum(next(columns))
+        for name in self._maxima:
+            self._reduced_maxima[name] = max(*next(columns), self._reduced_maxima.get(name, -math.inf))
+        self._rates, self._maxima = {}, {}
+
+    def take(self) -> dict[str, float]:
+        """What has been reduced, by name, which then begins anew."""
+        values = {name: total / count for name, (total, count) in self._reduced_rates.items() if count}
+        for name, value in self._reduced_maxima.items():
+            if value != -math.inf:
+                values[name] = -value if name in self._minima else value
+        self._reduced_rates, self._reduced_maxima = {}, {}
+        return values
+
+
+def add_divergence(metrics: Metrics, output: FusedDivergence, knows_teacher_entropy: bool, clips: bool) -> None:
+    """
+    Add what a pass over some tokens tells of them. A statistic is averaged over the tokens for which it is finite, of
+    those whose divergence is.
+
+    Args:
+        metrics ([`Metrics`]):
+            Where it goes.
+        output ([`FusedDivergence`]):
+            Of the tokens in the loss.
+        knows_teacher_entropy (`bool`):
+            Whether the teacher's distribution is known to the last token.
+        clips (`bool`):
+            Whether there is a clip.
+    """
+    statistics = {
+        "distillation_loss": output.divergence,
+        "entropy": output.student_entropy,
+        "teacher_advantage": output.teacher_log_prob - output.student_log_prob,
+        "top_k_overlap": output.top_k_overlap,
+        "student_mass_on_teacher_top_k": output.top_k_mass,
+    }
+    if knows_teacher_entropy:
+        statistics["teacher_entropy"] = output.teacher_entropy
+        statistics["entropy_gap"] = output.student_entropy - output.teacher_entropy
+    if clips:
+        statistics["clipped_share"] = output.clipped
+        statistics["clipped_mass"] = output.clipped_mass
+    finite = output.finite.bool()
+    for name, values in statistics.items():
+        known = finite & values.isfinite()
+        metrics.add_rate(name, values.where(known, 0.0).sum(), known.sum())
+    metrics.add_rate("skipped_token_rate", (~finite).sum(), finite.new_tensor(len(finite), dtype=torch.int64))
+
+
+def add_sampler_difference(metrics: Metrics, log_prob: torch.Tensor, sampled: torch.Tensor) -> None:
+    """
+    Add how far the sampler's log-probabilities are from the trainer's.
+
+    Args:
+        metrics ([`Metrics`]):
+            Where it goes.
+        log_prob (`torch.Tensor` of shape `(N,)`):
+            The trainer's, of the sampled tokens.
+        sampled (`torch.Tensor` of shape `(N,)`):
+            The sampler's, NaN where it gave none.
+    """
+    difference = (log_prob - sampled).abs()
+    difference = difference[difference.isfinite()]
+    name = "sampling/sampling_logp_difference"
+    metrics.add_rate(f"{name}/mean", difference.sum(), difference.new_tensor(len(difference)))
+    metrics.add_maximum(f"{name}/max", difference)
+
+
+def add_policy(
+    metrics: Metrics, logged: Mapping[str, list[float]], tokens: torch.Tensor, by_sequence: bool
+) -> dict[str, list[float]]:
+    """
+    Add what [`~trl.GRPOTrainer`] logged of its own loss of some rows.
+
+    Args:
+        metrics ([`Metrics`]):
+            Where its means and extremes go. Its `entropy` goes nowhere: it is that of other tokens, at another
+            temperature.
+        logged (`Mapping[str, list[float]]`):
+            One value by name, the same on every process.
+        tokens (`torch.Tensor` of shape `(B, T)`):
+            1 for the tokens of the loss, else 0.
+        by_sequence (`bool`):
+            Whether importance ratios, and so what is clipped of them, are one of a row.
+
+    Returns:
+        `dict[str, list[float]]`: the rest.
+    """
+    num_tokens, num_rows = tokens.sum(), tokens.new_tensor(len(tokens))
+    ratio_count = num_rows if by_sequence else num_tokens
+    counts = {
+        "kl": num_tokens,
+        "clip_ratio/low_mean": ratio_count,
+        "clip_ratio/high_mean": ratio_count,
+        "clip_ratio/region_mean": ratio_count,
+        "cispo_clip_ratio": ratio_count,
+        "vespo/phi_seq_mean": num_rows,
+    }
+    for name, count in counts.items():
+        for mean in logged.get(name, ()):
+            metrics.add_rate(name, mean * count, count)
+    for name, add in (
+        ("clip_ratio/low_min", metrics.add_minimum),
+        ("clip_ratio/high_max", metrics.add_maximum),
+    ):
+        if name in logged:
+            values = torch.tensor(logged[name], device=tokens.device)
+            add(name, values[~values.isnan()])
+    known = {*counts, "clip_ratio/low_min", "clip_ratio/high_max", "entropy"}
+    return {name: values for name, values in logged.items() if name not in known}
