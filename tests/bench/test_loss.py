@@ -7,7 +7,8 @@ from trl_opsd.bench.loss import LOSSES, Floor, Loss, LossCase, LossInputs, missi
 
 
 def make_case(**kwargs):
-    return LossCase(**{"num_tokens": 7, "hidden_size": 6, "vocab_size": 11, "device": "cpu", **kwargs})
+    sizes = {"num_tokens": 7, "hidden_size": 6, "vocab_size": 11}
+    return LossCase(**{**sizes, "device": torch.empty(0).device.type, **kwargs})
 
 
 def reference(case):
