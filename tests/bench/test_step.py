@@ -3,7 +3,8 @@ import torch
 from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_opsd.bench import models, step as bench
+from trl_opsd.bench import models
+from trl_opsd.bench import step as bench
 from trl_opsd.bench.channel import CannotRun
 from trl_opsd.bench.models import PRESETS, random_model, save_config, save_model
 from trl_opsd.bench.step import CONTENDERS, PARTS, GivenRollouts, StepCase, make_rows, model_tensors, serve
