@@ -34,7 +34,7 @@ def serve(name, case, channel):
             journal.flush()
             time.sleep(0.01)
             journal.write(f"{command} {name} ends\n")
-        squeezed = name == "squeezed" and not case.get("alone")
+        squeezed = name == "squeezed"
         channel.send(
             {"seconds": float(timed), "allocation_retries": int(squeezed)}
             if command != "memory"
