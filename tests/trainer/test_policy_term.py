@@ -56,7 +56,8 @@ SKIP_OVERLONG = {"max_teacher_prompt_length": 600, "overlong_teacher_prompt": "s
 
 
 def noisy(log_probs, seed):
-    return log_probs + 0.3 * torch.randn(log_probs.shape, generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    return log_probs + 0.3 * torch.randn_like(log_probs)
 
 
 def make_batch(trainer, rows):
@@ -150,11 +151,11 @@ def test_whatever_grpo_reads(make_trainer, rows, loss_type, changes):
     for name in changes.keys() - {"beta", "without_old", "advantages_of_tokens", *settings}:
         setattr(trainer, name, changes[name])
     if trainer.use_vllm:
-        batch["importance_sampling_ratio"] = torch.rand(batch["completion_ids"].shape) + 0.5
+        batch["importance_sampling_ratio"] = torch.rand_like(batch["old_per_token_logps"]) + 0.5
     if "without_old" in changes:
         del batch["old_per_token_logps"]
     if "advantages_of_tokens" in changes:
-        batch["advantages"] = batch["advantages"].unsqueeze(1) * torch.rand(batch["completion_ids"].shape)
+        batch["advantages"] = batch["advantages"].unsqueeze(1) * torch.rand_like(batch["old_per_token_logps"])
     assert_is_sum(trainer, batch)
 
 
