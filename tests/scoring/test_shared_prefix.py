@@ -138,3 +138,21 @@ def test_models_that_remember_more_than_keys_and_values_do_not_share(name):
 def test_shares_where_it_was_measured_to_be_faster(num_rows, num_prompts, prompt, completion, expected):
     shared = num_prompts * prompt + num_rows * completion
     assert pays_off(num_rows * (prompt + completion), shared) is expected
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "intermediate_size", "saved", "expected"),
+    [
+        (1024, 3072, 3500, False),  # Qwen3-0.6B
+        (1024, 3072, 3700, True),
+        (4096, 12288, 200, False),  # Qwen3-8B
+        (4096, 12288, 300, True),
+        (16384, 53248, 127, False),
+    ],
+)
+def test_a_gpu_shares_where_a_layer_has_more_to_save_than_its_launches(
+    hidden_size, intermediate_size, saved, expected
+):
+    config = Qwen3Config(hidden_size=hidden_size, intermediate_size=intermediate_size)
+
+    assert pays_off(2 * saved, saved, config) is expected

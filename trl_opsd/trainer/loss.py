@@ -385,7 +385,9 @@ class SelfDistillationLoss:
         counts = torch.tensor([[num_tokens, num_shared]], device=self._accelerator.device)
         if self._is_sharded:
             counts = self._accelerator.gather(counts)  # all wait for the slowest
-        return pays_off(*counts.amax(dim=0).tolist())
+        num_tokens, num_shared = counts.amax(dim=0).tolist()
+        on_gpu = self._accelerator.device.type == "cuda"
+        return pays_off(num_tokens, num_shared, causal_lm(teacher).config.get_text_config() if on_gpu else None)
 
     def _student_loss(
         self,
