@@ -84,9 +84,9 @@ def test_no_gpu(capsys, monkeypatch, tmp_path):
     assert bench_run.find_device("auto") == "cpu"
 
 
-def test_loss(tmp_path, capsys):
+def test_loss(tmp_path, capsys, device):
     args = ["--contenders", "ours-eager", "trl-chunked", "floor", "--clip", "1", "--check", "--repeats", "2"]
-    assert cli.main([*LOSS, *args, "--output_dir", str(tmp_path)]) == 0
+    assert cli.main([*LOSS, *args, "--device", device.type, "--output_dir", str(tmp_path)]) == 0
 
     output = capsys.readouterr().out
     assert "does not run here: it cannot clip" in output
@@ -103,7 +103,7 @@ def test_loss(tmp_path, capsys):
         "cases",
     }
     assert results["command"].startswith("trl-opsd bench loss --num_tokens 8 ")
-    assert results["device"]["type"] == "cpu"
+    assert results["device"]["type"] == device.type
     assert results["versions"]["torch"]
     [case] = results["cases"]
     assert case["case"]["num_tokens"] == 8
@@ -118,9 +118,9 @@ def test_loss(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_step(tmp_path, model_path, capsys):
+def test_step(tmp_path, model_path, capsys, device):
     args = ["--contenders", "self-distillation", "--repeats", "1", "--num_rollouts", "2", "--max_new_tokens", "4"]
-    args += ["--prompt_tokens", "8", "--teacher_prompt_tokens", "16", "--model", model_path, "--device", "cpu"]
+    args += ["--prompt_tokens", "8", "--teacher_prompt_tokens", "16", "--model", model_path, "--device", device.type]
     assert cli.main(["bench", "step", *args, "--output_dir", str(tmp_path)]) == 0
 
     [case] = json.loads((tmp_path / "results.json").read_text())["cases"]
