@@ -98,6 +98,21 @@ def dataset() -> Dataset:
 
 
 @pytest.fixture
+def drawn(monkeypatch) -> dict:
+    """The figures of matplotlib that are written from here on, by their path."""
+    from matplotlib.figure import Figure
+
+    figures, save = {}, Figure.savefig
+
+    def savefig(figure, file, **kwargs):
+        save(figure, file, **kwargs)
+        figures[file] = figure
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+@pytest.fixture
 def training_args(tmp_path, device) -> dict:
     """Arguments of a short, quiet run."""
     return {

@@ -11,8 +11,8 @@ from trl_opsd.bench.teacher import Teacher, TeacherCase
 
 def make_case(model, **kwargs):
     sizes = {"num_rollouts": 3, "teacher_prompt_tokens": 11, "max_new_tokens": 5}
-    device = torch.empty(0).device.type
-    return TeacherCase(**{"model": str(model), "device": device, "dtype": "float32", "seed": 0, **sizes, **kwargs})
+    fields = {"model": str(model), "random_weights": False, "device": torch.empty(0).device.type}
+    return TeacherCase(**{**fields, "dtype": "float32", "seed": 0, **sizes, **kwargs})
 
 
 def test_both_yield_the_states_of_the_rollouts(model_path):

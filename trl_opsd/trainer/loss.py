@@ -179,12 +179,13 @@ class SelfDistillationLoss:
         self._has_checked_logits = True
 
     def _check_logits(self, model: nn.Module) -> None:
-        def check(unwrapped: nn.Module) -> None:
-            with self._accelerator.autocast():
-                check_logits(unwrapped, self._accelerator.device)
-
         unwrapped = self._accelerator.unwrap_model(model)
-        self._forward_redirection(model, unwrapped, check, unwrapped)
+
+        def within(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+            return self._forward_redirection(model, unwrapped, forward)
+
+        with self._accelerator.autocast():
+            check_logits(unwrapped, self._accelerator.device, within)
 
     def log_probs(
         self,
