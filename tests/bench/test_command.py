@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from matplotlib.figure import Figure
 
 from trl_opsd import cli
 from trl_opsd.bench import run as bench_run
@@ -18,6 +17,7 @@ from trl_opsd.bench.report import Report
 from trl_opsd.bench.step import PARTS
 
 
+Figure = pytest.importorskip("matplotlib.figure").Figure
 LOSS = ["bench", "loss", "--num_tokens", "8", "--hidden_size", "4", "--vocab_size", "16", "--device", "cpu"]
 
 
