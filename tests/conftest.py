@@ -100,8 +100,7 @@ def dataset() -> Dataset:
 @pytest.fixture
 def drawn(monkeypatch) -> dict:
     """The figures of matplotlib that are written from here on, by their path."""
-    from matplotlib.figure import Figure
-
+    Figure = pytest.importorskip("matplotlib.figure").Figure
     figures, save = {}, Figure.savefig
 
     def savefig(figure, file, **kwargs):

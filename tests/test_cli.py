@@ -158,6 +158,7 @@ def test_status_of_a_failed_run(monkeypatch, recipe, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.cpu("launched so")
 @pytest.mark.slow
 def test_training_run(tmp_path, model_path):
     rows = [{"problem": f"{n} + {n}?", "solution": f"{2 * n}"} for n in range(4)]

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl_opsd.playground import demo, world
 
 
+pytestmark = pytest.mark.cpu("so are the demo's recipes")
+
 METHODS = ["opsd", "opsdc"]
 OVERRIDES = [
     "--max_steps",

@@ -209,6 +209,7 @@ def small_run(tmp_path, model_path, dataset, console):
     return run
 
 
+@pytest.mark.cpu("so are the demo's recipes")
 @pytest.mark.parametrize("method", list(smollm2.METHODS))
 @pytest.mark.parametrize("overrides", [(), ("--use_peft", "false")], ids=["lora", "full"])
 def test_demo_leaves_a_model_results_and_a_page(tmp_path, small_run, console, method, overrides):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from flash_attention import FlashAttention, use_flash_attention
 from peft import LoraConfig
+from placement import place
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -90,7 +91,7 @@ def batch():
 def test_states_equal_those_of_whole_sequences(name, batch):
     ids, mask, groups = batch
     torch.manual_seed(0)
-    model = SHARING[name]().eval()
+    model = place(SHARING[name]()).eval()
     assert can_share_prompts(model)
     backbone = model.base_model
     expected = backbone(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).last_hidden_state
@@ -109,7 +110,7 @@ def test_states_equal_under_flash_attention(name, batch, monkeypatch):
     flash.install(monkeypatch)
     ids, mask, groups = batch
     torch.manual_seed(0)
-    model = SHARING[name]().eval()
+    model = place(SHARING[name]()).eval()
     selected = mask[:, -9:].bool()
     expected = states_with_shared_prompts(model.base_model, ids, mask, 9, groups)[selected]
     use_flash_attention(model)

@@ -1,9 +1,11 @@
 import pytest
-from matplotlib.colors import to_rgb
 from study.made import result
 
 from trl_opsd.study.arms import ARMS
 from trl_opsd.study.plots import PLOTS
+
+
+to_rgb = pytest.importorskip("matplotlib.colors").to_rgb
 
 
 def draw(family, name, runs):

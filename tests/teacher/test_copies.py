@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from placement import place
 from tiny import make_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl.trainer.utils import use_adapter
@@ -102,7 +103,7 @@ def test_what_the_policy_ties_is_kept_once(tokenizer):
 def test_fused_experts():
     sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2}
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=96, **sizes, **heads))
+    model = place(Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=96, **sizes, **heads)))
     policy = make_policy(model, {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]})
     before = logits(policy)
     teacher = InitialTeacher(policy, False, lambda model: model)
