@@ -1,8 +1,13 @@
 """The device of the tests, and tiny, offline stand-ins for a model, its tokenizer and its data."""
 
 import os
+import sys
 from contextlib import ExitStack
 from importlib.util import find_spec
+
+
+# Read when Triton is imported, which transformers does. The processes of a parallel run inherit it
+os.environ.setdefault("TRITON_INTERPRET", "0" if {"cuda", "--device=cuda"} & set(sys.argv) else "1")
 
 import pytest
 import torch
@@ -25,9 +30,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("device") == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-    else:
+    if config.getoption("device") != "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when CUDA starts
         if not torch.cuda.is_available():
             raise pytest.UsageError("--device cuda needs a GPU that PyTorch can use, and there is none.")
