@@ -108,6 +108,22 @@ class Abacus:
         return float(len(self.calls))
 
 
+class Silence:
+    """An environment with another tool, which adds nothing to the prompt."""
+
+    def reset(self, **row):
+        pass
+
+    def listen(self) -> str:
+        """
+        Listen.
+
+        Returns:
+            What was heard.
+        """
+        return "nothing"
+
+
 def read_and_written(batch, tokenizer):
     """The completions as text, and their parts that are in the loss."""
     completions, mask = batch["completion_ids"], batch["completion_mask"].bool()
@@ -300,3 +316,16 @@ def test_an_environment_is_reset_asked_and_rewarded_and_its_answers_are_not_lear
     check_trained_on(trainer, batch, TURNS)
     trainer.train()
     assert trainer.state.log_history[0]["rewards/Abacus/mean"] == 0.25
+
+
+def test_the_teacher_is_told_of_the_tools_of_its_rows_environment(make_trainer, scripted, rows, tokenizer):
+    names = ["abacus", "abacus", "silence", "silence"]
+    trainer = make_trainer(environment_factory={"abacus": Abacus, "silence": Silence})
+    batch = trainer._generate_and_score_completions(
+        [{**row, "environment": name} for row, name in zip(rows, names, strict=True)]
+    )
+    for index, name in enumerate(names):
+        for side in ("prompt", "teacher_prompt"):
+            prompt = tokenizer.decode(batch[f"{side}_ids"][index][batch[f"{side}_mask"][index].bool()])
+            assert ('"name": "add"' in prompt) == (name == "abacus")
+            assert ('"name": "listen"' in prompt) == (name == "silence")
