@@ -15,6 +15,8 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
+from trl_opsd.scripts.recipe_values import field_types, read_recipe, recipe_value
+
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -103,6 +105,7 @@ class RecipeParser(TrlParser):
         # Abbreviations would let a misspelt flag through, and take launch flags for ours.
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self._launch_hint = launch_hint
+        self._field_types = field_types(self.dataclass_types)
         for action in self._actions:
             if f"--no_{action.dest}" in action.option_strings:
                 action.help = f"Sets `{action.dest}` to false."
@@ -151,12 +154,15 @@ class RecipeParser(TrlParser):
         ours, others = self.split_args(list(sys.argv[1:] if args is None else args))
         if others:
             raise ValueError(self.explain_unknown(others[0]))
-        try:
-            return super().parse_args_and_config(
-                ours, return_remaining_strings, fail_with_unknown_args, separate_remaining_strings
-            )
-        except yaml.YAMLError as error:
-            raise ValueError(f"The file of `--config` is not YAML: {' '.join(str(error).split())}") from error
+        if "--config" in ours:
+            position = ours.index("--config")
+            values = read_recipe(ours[position + 1])
+            del ours[position : position + 2]
+            os.environ.update({name: str(value) for name, value in values.pop("env", {}).items()})
+            self.set_defaults_with_config(**values)
+        return super().parse_args_and_config(
+            ours, return_remaining_strings, fail_with_unknown_args, separate_remaining_strings
+        )
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         known = [action.dest for action in self._actions]
@@ -166,6 +172,7 @@ class RecipeParser(TrlParser):
             # YAML reads a bare `no` as false.
             if key.endswith("_strategy") and value is False:
                 kwargs[key] = "no"
+            kwargs[key] = recipe_value(key, kwargs[key], self._field_types.get(key, Any))
         return super().set_defaults_with_config(**kwargs)
 
     def explain_unknown(self, name: str) -> str:
