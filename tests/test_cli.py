@@ -7,7 +7,6 @@ from subprocess import CalledProcessError
 import pytest
 import yaml
 
-import trl_opsd
 from trl_opsd import cli
 
 
@@ -51,11 +50,13 @@ def test_version(monkeypatch, capsys):
     assert capsys.readouterr().out == "trl-opsd 1.2.3\n"
 
 
-def test_env(monkeypatch, capsys):
-    monkeypatch.setitem(vars(trl_opsd), "__version__", "1.2.3")
+def test_env_runs_here_and_not_under_accelerate(monkeypatch, launched):
+    printed = []
+    monkeypatch.setattr("trl_opsd.scripts.env.print_env", lambda: printed.append(True))
 
     assert cli.main(["env"]) == 0
-    assert "- trl-opsd version: 1.2.3" in capsys.readouterr().out
+    assert printed == [True]
+    assert not launched
 
 
 def test_unknown_command(capsys):
@@ -157,6 +158,7 @@ def test_status_of_a_failed_run(monkeypatch, recipe, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.cpu("launched so")
 @pytest.mark.slow
 def test_training_run(tmp_path, model_path):
     rows = [{"problem": f"{n} + {n}?", "solution": f"{2 * n}"} for n in range(4)]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from matplotlib.figure import Figure
 
 from trl_opsd import cli
 from trl_opsd.bench import run as bench_run
@@ -18,6 +17,7 @@ from trl_opsd.bench.report import Report
 from trl_opsd.bench.step import PARTS
 
 
+Figure = pytest.importorskip("matplotlib.figure").Figure
 LOSS = ["bench", "loss", "--num_tokens", "8", "--hidden_size", "4", "--vocab_size", "16", "--device", "cpu"]
 
 
@@ -205,9 +205,9 @@ def test_what_was_measured_is_written_while_it_runs(tmp_path, monkeypatch, figur
 
 
 @pytest.mark.slow
-def test_step(tmp_path, capsys, figures):
+def test_step(tmp_path, capsys, figures, device):
     args = ["--contenders", "self-distillation", "--repeats", "1", "--num_rollouts", "2", "--max_new_tokens", "4"]
-    args += ["--prompt_tokens", "8", "--teacher_prompt_tokens", "16", "--device", "cpu"]
+    args += ["--prompt_tokens", "8", "--teacher_prompt_tokens", "16", "--device", device.type]
     assert cli.main(["bench", "step", *args, "--output_dir", str(tmp_path)]) == 0
 
     [case] = json.loads((tmp_path / "results.json").read_text())["cases"]

@@ -25,11 +25,11 @@ class Commands:
 
 
 @pytest.fixture
-def settings(model_path, tmp_path):
+def settings(model_path, tmp_path, device):
     return {
         "model": model_path,
         "random_weights": False,
-        "device": "cpu",
+        "device": device.type,
         "output_dir": str(tmp_path),
         "num_steps": 3,
         "lora": False,

@@ -1,5 +1,7 @@
 """Whether backbone and head give the logits that the model itself gives."""
 
+from collections.abc import Callable
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -16,17 +18,22 @@ _NUM_TOKENS = 8
 
 
 @torch.no_grad()
-def check_logits(model: nn.Module, device: torch.device) -> None:
+def check_logits(
+    model: nn.Module,
+    device: torch.device,
+    within: Callable[[Callable[[], torch.Tensor]], torch.Tensor] = lambda forward: forward(),
+) -> None:
     """
     Refuse a model whose logits are more than one matrix makes of its backbone's states: what is computed from backbone
     and head would be about another model. A few of its logits are compared.
 
     Args:
         model (`nn.Module`):
-            Causal language model, or a `PeftModel` of one. Where its parameters are sharded, call this in its forward
-            pass and on every process.
+            Causal language model, or a `PeftModel` of one. Where its parameters are sharded, every process calls this.
         device (`torch.device`):
             Where its forward pass runs.
+        within (`Callable`, *optional*):
+            Runs a forward pass it is given inside that of a wrapper.
 
     Raises:
         ValueError: If they differ, or if the backbone cannot be run by itself.
@@ -44,7 +51,7 @@ def check_logits(model: nn.Module, device: torch.device) -> None:
         )
     with evaluation_mode(model):
         try:
-            problem = _problem(*_logits(model, device))
+            problem = _problem(*_logits(model, device, within))
         except (AttributeError, TypeError) as error:
             raise ValueError(
                 f"{name} cannot be trained: its backbone ({type(policy.base_model).__name__}) does not give hidden "
@@ -69,19 +76,23 @@ def _problem(logits: torch.Tensor | None, own_logits: torch.Tensor) -> str | Non
     return None if is_close else f"they differ by up to {difference:.3g}"
 
 
-def _logits(model: nn.Module, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor]:
+def _logits(
+    model: nn.Module, device: torch.device, within: Callable[[Callable[[], torch.Tensor]], torch.Tensor]
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Logits as the losses compute them, if they can, and the model's own, of shape (number of tokens, V)."""
     policy = causal_lm(model)
     size = policy.config.get_text_config().vocab_size
     # From the middle of the vocabulary, where no token stands for an image
     ids = (size // 2 + torch.arange(_NUM_TOKENS)).remainder(size)[None].to(device)
     mask = torch.ones_like(ids)
-    states = completion_states(model, ids, mask, mask[:, 1:].bool())
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask), "use_cache": False}
+    # Two passes, since ZeRO-3 keeps whole what a single one needs twice. `forward` is called because the model is
+    # being called already, by its wrapper
+    states = within(lambda: completion_states(model, ids, mask, mask[:, 1:].bool()))
+    own = within(lambda: policy.forward(**inputs).logits)
     head = head_of(model)
     with maybe_gather_lm_head_ctx(head.weight, head.bias):
         head = unsharded(head)
         fits = states.size(-1) == head.weight.size(-1)
         logits = head.finish.logits(linear(states.to(head.weight.device), head.weight)) if fits else None
-    # Not by calling the model, which may be in the middle of a call already
-    own = policy.forward(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
     return logits, own[0, :-1].to(head.weight.device, torch.float32)

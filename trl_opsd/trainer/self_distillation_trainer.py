@@ -53,7 +53,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
-    AutoProcessor,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -63,7 +63,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id, pad
 
-from ..context import Rollouts, TeacherPrompt, make_context, thinking_prefix
+from ..context import (
+    Rollouts,
+    TeacherPrompt,
+    TemplateContext,
+    as_text,
+    check_embedded,
+    make_context,
+    thinking_prefix,
+    without_end,
+)
 from ..data import validate_rows
 from ..eval.backends import Sampling
 from ..eval.benchmark import Problem
@@ -92,6 +101,7 @@ from ..serving import (
 from ..teacher import ServedTeacher, Teacher, fingerprint
 from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
 from .checkpoints import begin, finish, is_complete, load_weights, newest_complete, read_state
+from .checks import check_completion_length, check_special_tokens
 from .loss import SelfDistillationLoss
 from .merged_weights import check_mergeable, merged_weights
 from .metrics import Metrics, add_divergence, add_policy, add_sampler_difference
@@ -212,7 +222,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         if processing_class is None:
-            processing_class = AutoProcessor.from_pretrained(
+            # Not a processor, which multimodal checkpoints have too: what is trained on is text
+            processing_class = AutoTokenizer.from_pretrained(
                 model_id,
                 revision=revision,
                 truncation_side="left",
@@ -224,15 +235,13 @@ class SelfDistillationTrainer(GRPOTrainer):
                 f"{type(self).__name__} trains on text and needs a tokenizer, got {type(processing_class).__name__}. "
                 "Pass `processing_class=AutoTokenizer.from_pretrained(...)`."
             )
-        if processing_class.pad_token is None and processing_class.eos_token is None:
-            raise ValueError(
-                "The tokenizer has neither a pad token nor an eos token to pad with. Set `tokenizer.pad_token`."
-            )
         model_config = (
             AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
             if isinstance(model, str)
             else model.config
         )
+        check_special_tokens(processing_class, getattr(model_config.get_text_config(), "vocab_size", None))
+        check_completion_length(args, model_config, samples_itself=rollout_func is None)
         self._teacher_server = None
         if args.teacher_server_base_url is not None:
             self._teacher_server = self._connect_teacher_server(args, processing_class, model_config)
@@ -414,9 +423,9 @@ class SelfDistillationTrainer(GRPOTrainer):
         student_kwargs = cast(dict[str, Any], args.chat_template_kwargs or {})
         teacher_kwargs = cast(dict[str, Any] | None, args.teacher_chat_template_kwargs)
         teacher_kwargs = student_kwargs if teacher_kwargs is None else teacher_kwargs
-        prefix = args.teacher_generation_prefix
+        prefix, chat_prefix = args.teacher_generation_prefix, ""
         if prefix is None:
-            prefix = thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
+            prefix, chat_prefix = "", thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
 
         budget = args.max_teacher_prompt_length
         longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
@@ -439,6 +448,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             generation_prefix=prefix,
             max_length=budget,
             skip_overlong=args.overlong_teacher_prompt == "skip",
+            num_embeddings=getattr(model_config.get_text_config(), "vocab_size", None),
+            chat_prefix=chat_prefix,
         )
 
     def _check_dataset(self, dataset: Any, name: str, tools: list[Callable] | None) -> Any:
@@ -449,7 +460,10 @@ class SelfDistillationTrainer(GRPOTrainer):
             raise ValueError(
                 f"`{name}` has the column {sorted(images)[0]!r}, but the teacher's prompt is text only. Remove it."
             )
-        dataset = validate_rows(dataset, self._data_columns, name=name)
+        # Completions may be messages, and a context of the user's may read anything
+        texts = self.context.columns if isinstance(self.context, TemplateContext) else ()
+        structured = [column for column in self._data_columns if column not in texts]
+        dataset = validate_rows(dataset, self._data_columns, name=name, structured=structured)
         first = next(iter(dataset))
         if not isinstance(first["prompt"], str) and self.teacher_prompt.tokenizer.chat_template is None:
             raise ValueError(
@@ -587,6 +601,15 @@ class SelfDistillationTrainer(GRPOTrainer):
         return list(student_ids), self.teacher_prompt.token_ids(row, None, self.tools)
 
     # Rollouts
+
+    def _tokenize_prompts(self, prompts: list):
+        plain = isinstance(prompts[0], str)
+        prompt_ids, *others = super()._tokenize_prompts(prompts if plain else [as_text(prompt) for prompt in prompts])
+        if plain:
+            prompt_ids = [without_end(self._tokenizer, ids) for ids in prompt_ids]
+        for ids in prompt_ids:
+            check_embedded(ids, self._tokenizer, self.teacher_prompt.num_embeddings)
+        return prompt_ids, *others
 
     def _generate(self, prompts: list):
         self._first_turn = True
@@ -749,7 +772,7 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _dataset_completion(self, row: Mapping[str, Any]) -> list[int]:
         completion = row["completion"]
         if not isinstance(completion, str):
-            completion = "".join(message["content"] for message in completion)
+            completion = "".join(message["content"] for message in as_text(completion))
         ids = self.processing_class(completion, add_special_tokens=False)["input_ids"] + [self.eos_token_ids[0]]
         if self.max_completion_length is not None and len(ids) > self.max_completion_length:
             raise ValueError(
@@ -832,7 +855,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         batch["loss_mask"] = loss_mask
         with_context = torch.tensor(has_context, device=device)
         num_rows, num_empty = torch.tensor([len(has_context), len(self._empty_rollouts)], device=device)
-        num_generated = model_tokens.sum() - self._dataset_tokens - num_empty
+        num_stand_ins = model_tokens[sorted(self._empty_rollouts)].sum()
+        num_generated = model_tokens.sum() - self._dataset_tokens - num_stand_ins
         counts = torch.stack([loss_mask.sum(), num_generated]).float()
         batch["num_loss_tokens"], num_generated = self.accelerator.reduce(counts, "sum")
         if mode == "train":
