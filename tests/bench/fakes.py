@@ -10,13 +10,29 @@ import torch
 from trl_opsd.bench.channel import CannotRun
 
 
+compiled = []
+
+
+def double(tensor):
+    return 2 * tensor
+
+
+def backend(graph, inputs):
+    compiled.append(graph)
+    return graph
+
+
 def serve(name, case, channel):
     if name == "unable":
         raise CannotRun("it cannot do that")
     if name == "broken":
         raise RuntimeError("no such kernel\nand a long explanation")
     print("a library says hello")
-    channel.send({"pid": os.getpid()})
+    facts = {"pid": os.getpid()}
+    if name == "compiling":
+        torch.compile(double, backend=backend)(torch.ones(2))
+        facts["compiled"] = len(compiled)
+    channel.send(facts)
     timed = 0
     while (command := channel.receive()) is not None:
         if command == "time":

@@ -108,6 +108,13 @@ def test_processes_stay_from_case_to_case(path, case, tmp_path):
     assert logs["raising"].count("ValueError: out of luck") == 2
 
 
+def test_what_was_compiled_for_a_case_is_forgotten(path, case, tmp_path):
+    with Contenders("fakes:serve", ["compiling"], tmp_path / "logs") as contenders:
+        facts = [contenders.run_case(case, repeats=1)[0][0].facts for _ in range(2)]
+    assert facts[0]["pid"] == facts[1]["pid"]
+    assert [fact["compiled"] for fact in facts] == [1, 2]
+
+
 def test_what_was_measured_is_told_after_every_round(run):
     told = []
     run(["a", "raising"], on_round=lambda rows, order: told.append(([len(row.samples) for row in rows], len(order))))
