@@ -2,6 +2,7 @@
 
 import os
 from contextlib import ExitStack
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -36,10 +37,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    device = config.getoption("device")
-    if device == "cpu":
-        return
     for item in items:
+        packages = [package for marker in item.iter_markers("needs") for package in marker.args]
+        if absent := [package for package in packages if find_spec(package) is None]:
+            item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(absent)}"))
+        if config.getoption("device") == "cpu":
+            continue
         if (marker := item.get_closest_marker("cpu")) is not None:
             item.add_marker(pytest.mark.skip(reason=f"for CPUs: {marker.args[0]}"))
         elif item.get_closest_marker("distributed") is not None:

@@ -5,6 +5,8 @@ import signal
 import time
 from pathlib import Path
 
+import torch
+
 from trl_opsd.bench.channel import CannotRun
 
 
@@ -23,9 +25,18 @@ def serve(name, case, channel):
                 os.kill(os.getpid(), signal.SIGKILL)
             if name == "raising" and timed == 2:
                 raise ValueError("out of luck")
+            if name == "greedy" and timed == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nand a long explanation")
+            if name == "slow" and timed == 2:
+                time.sleep(600)
         with Path(case["journal"]).open("a") as journal:
             journal.write(f"{command} {name} begins\n")
             journal.flush()
             time.sleep(0.01)
             journal.write(f"{command} {name} ends\n")
-        channel.send({"seconds": float(timed)} if command != "memory" else {"peak_extra_bytes": 3})
+        squeezed = name == "squeezed"
+        channel.send(
+            {"seconds": float(timed), "allocation_retries": int(squeezed)}
+            if command != "memory"
+            else {"peak_extra_bytes": 3}
+        )

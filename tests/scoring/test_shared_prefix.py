@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from flash_attention import FlashAttention, use_flash_attention
 from peft import LoraConfig
 from transformers import (
     Gemma3ForCausalLM,
@@ -98,6 +99,25 @@ def test_states_equal_those_of_whole_sequences(name, batch):
     selected = mask[:, -9:].bool()
     assert expected[selected].std() > 0.1
     torch.testing.assert_close(states[selected], expected[selected], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral-sliding", "gemma3-sliding"])
+@torch.no_grad()
+def test_states_equal_under_flash_attention(name, batch, monkeypatch):
+    """Completions are fewer than the keys they attend to, and the prompts of a sliding window are cut."""
+    flash = FlashAttention()
+    flash.install(monkeypatch)
+    ids, mask, groups = batch
+    torch.manual_seed(0)
+    model = SHARING[name]().eval()
+    selected = mask[:, -9:].bool()
+    expected = states_with_shared_prompts(model.base_model, ids, mask, 9, groups)[selected]
+    use_flash_attention(model)
+    torch.testing.assert_close(
+        states_with_shared_prompts(model.base_model, ids, mask, 9, groups)[selected], expected, rtol=1e-5, atol=1e-5
+    )
+    assert flash.boundaries[0] == [0, 20, 33, 37]
+    assert flash.boundaries[-1] == [0, 9, 12, 13, 18, 20, 29]
 
 
 @pytest.mark.parametrize("name", NOT_SHARING)

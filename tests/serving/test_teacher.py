@@ -9,6 +9,10 @@ from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.serving import ServerError, TeacherServer, connect
 
 
+def letter_reward(completions, **kwargs):
+    return [float(completion[0]["content"].count("e")) for completion in completions]
+
+
 @pytest.fixture
 def teacher(tokenizer, tmp_path):
     """A wider model with the same vocabulary, and its folder."""
@@ -25,7 +29,11 @@ def make_trainer(tokenizer, dataset, training_args):
         args = SelfDistillationConfig(**{**training_args, "max_steps": 3, **settings})
         rows = Dataset.from_list(list(dataset) * 4)
         return SelfDistillationTrainer(
-            make_model(tokenizer), args=args, train_dataset=rows, processing_class=tokenizer
+            make_model(tokenizer),
+            reward_funcs=letter_reward if args.policy_loss_coef else None,
+            args=args,
+            train_dataset=rows,
+            processing_class=tokenizer,
         )
 
     return make
@@ -37,8 +45,10 @@ def make_trainer(tokenizer, dataset, training_args):
         {},
         {"divergence_tail": "renormalize", "divergence": "jsd"},
         {"divergence_support": "sampled_token", "divergence": "reverse_kl"},
+        {"divergence_support": "sampled_token", "divergence_top_k": 1},
         {"gradient_accumulation_steps": 2},
         {"num_generations": 2},
+        {"num_generations": 4, "policy_loss_coef": 1.0, "loss_type": "cispo"},
         {"max_tokens_per_microbatch": 1024, "mask_truncated_completions": True},
         {"num_iterations": 2, "steps_per_generation": 2},
     ],

@@ -19,6 +19,9 @@ from trl_opsd.trainer.checkpoints import STATE_FILE, begin, finish, newest_compl
 from trl_opsd.trainer.teachers import make_teacher
 
 
+pytestmark = pytest.mark.usefixtures("deterministic")
+
+
 @pytest.fixture
 def make_trainer(tokenizer, dataset, training_args):
     rows = list(dataset) * 4
@@ -256,7 +259,7 @@ def test_checkpoint_contents(make_trainer, tokenizer):
     assert weights.keys() == dict(trainer.model.named_parameters()).keys()
     reloaded = type(trainer.model).from_pretrained(checkpoint)
     for name, value in trainer.model.state_dict().items():
-        assert torch.equal(reloaded.state_dict()[name], value)
+        assert torch.equal(reloaded.state_dict()[name], value.cpu())
 
 
 @pytest.fixture
@@ -342,7 +345,7 @@ def test_a_run_that_was_finished_takes_no_further_step(make_trainer, checkpoints
     trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-6"))
     assert trainer.state.global_step == 6
     finished = load_file(checkpoints / "checkpoint-6" / "model.safetensors")
-    assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in finished.items())
+    assert all(torch.equal(trainer.model.state_dict()[name].cpu(), value) for name, value in finished.items())
 
 
 def test_counts_go_on(make_trainer, checkpoints):

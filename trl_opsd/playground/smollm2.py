@@ -408,7 +408,7 @@ class FixedRollouts:
         """Hidden states that predict each completion token, per rollout."""
         import torch
 
-        from ..scoring import causal_lm
+        from ..scoring import backbone_of
 
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         was_training = model.training
@@ -421,7 +421,7 @@ class FixedRollouts:
             # Padding on the right changes nothing for the tokens before it.
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
             with torch.no_grad():
-                hidden = causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
+                hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
             for row, (prompt, completion) in zip(hidden, pairs, strict=True):
                 states.append(row[len(prompt) - 1 : len(prompt) + len(completion) - 1].clone())
         model.train(was_training)

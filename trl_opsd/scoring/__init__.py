@@ -1,6 +1,8 @@
 """From token ids to the hidden states that predict a completion, and the head that reads them."""
 
-from .heads import causal_lm, head_of, unsharded
+from .heads import backbone_of, causal_lm, head_of, unsharded
+from .logits import check_logits
+from .packed import can_pack, packed_states
 from .passes import cut_by_tokens, cut_into, keep_groups_together, padded_length, used_width
 from .positions import positions
 from .shared_prefix import can_share_prompts, pays_off, states_with_shared_prompts
@@ -8,14 +10,18 @@ from .states import completion_states, evaluation_mode
 
 
 __all__ = [
+    "backbone_of",
+    "can_pack",
     "can_share_prompts",
     "causal_lm",
+    "check_logits",
     "completion_states",
     "cut_by_tokens",
     "cut_into",
     "evaluation_mode",
     "head_of",
     "keep_groups_together",
+    "packed_states",
     "padded_length",
     "pays_off",
     "positions",

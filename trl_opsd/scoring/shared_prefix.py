@@ -8,6 +8,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .heads import backbone_of
+from .layers import remembers_keys_and_values_only
 from .positions import positions
 
 
@@ -15,18 +17,15 @@ def can_share_prompts(model: Any) -> bool:
     """
     Whether all that a causal language model remembers of a prompt is keys and values, which several rows can read.
 
-    A recurrent state is no such thing, and neither is a rotary embedding that is rescaled once a sequence is long
-    enough. Models whose code does not come from transformers are not relied on to read a cache they are given.
+    A rotary embedding that is rescaled once a sequence is long enough gives the same prompt other keys in one row than
+    in another.
     """
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     rope_types = {entry.get("rope_type") for entry in (rope, *rope.values()) if isinstance(entry, dict)}
     return (
-        type(model).__module__.startswith("transformers.models.")
-        and config.get_text_config() is config
-        and not model._is_stateful
-        and "past_key_values" in inspect.signature(model.base_model.forward).parameters
-        and set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+        remembers_keys_and_values_only(model)
+        and "past_key_values" in inspect.signature(backbone_of(model).forward).parameters
         and all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers
         )

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .heads import causal_lm
+from .heads import backbone_of, causal_lm
+from .packed import can_pack, packed_states
 from .positions import positions
 from .shared_prefix import states_with_shared_prompts
 
@@ -17,9 +18,10 @@ def completion_states(
     attention_mask: torch.Tensor,
     selected: torch.Tensor,
     shared_groups: torch.Tensor | None = None,
+    pad_to_multiple_of: int | None = None,
 ) -> torch.Tensor:
     """
-    Hidden states that predict the selected completion tokens.
+    Hidden states that predict the selected completion tokens, without padding where the model [`can_pack`] rows.
 
     Args:
         model (`nn.Module`):
@@ -32,14 +34,18 @@ def completion_states(
             The completion tokens.
         shared_groups (`torch.Tensor` of shape `(B,)`, *optional*):
             The same number for rows with the same prompt, which is then read once.
+        pad_to_multiple_of (`int`, *optional*):
+            What the number of tokens of a packed pass is a multiple of.
 
     Returns:
         `torch.Tensor` of shape `(number of selected tokens, H)`, row by row.
     """
-    backbone = causal_lm(model).base_model
+    backbone = backbone_of(model)
     width = selected.size(1)
     if shared_groups is not None:
         return states_with_shared_prompts(backbone, input_ids, attention_mask, width, shared_groups)[selected]
+    if can_pack(causal_lm(model)):
+        return packed_states(backbone, input_ids, attention_mask, selected, pad_to_multiple_of)
     states = backbone(
         input_ids=input_ids,
         attention_mask=attention_mask,
