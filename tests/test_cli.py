@@ -10,7 +10,6 @@ from subprocess import CalledProcessError
 import pytest
 import yaml
 
-import trl_opsd
 from trl_opsd import cli
 
 
@@ -54,11 +53,13 @@ def test_version(monkeypatch, capsys):
     assert capsys.readouterr().out == "trl-opsd 1.2.3\n"
 
 
-def test_env(monkeypatch, capsys):
-    monkeypatch.setitem(vars(trl_opsd), "__version__", "1.2.3")
+def test_env_runs_here_and_not_under_accelerate(monkeypatch, launched):
+    printed = []
+    monkeypatch.setattr("trl_opsd.scripts.env.print_env", lambda: printed.append(True))
 
     assert cli.main(["env"]) == 0
-    assert "- trl-opsd version: 1.2.3" in capsys.readouterr().out
+    assert printed == [True]
+    assert not launched
 
 
 def test_unknown_command(capsys):
@@ -189,6 +190,7 @@ def test_training_that_is_told_to_end(recipe, monkeypatch):
         cli.main(["opsd", "--config", recipe])
 
 
+@pytest.mark.cpu("launched so")
 @pytest.mark.slow
 def test_ctrl_c_ends_a_training_command_in_words(tmp_path, model_path):
     (tmp_path / "rows.jsonl").write_text('{"problem": "2 + 2?", "solution": "4"}\n' * 8)
@@ -216,6 +218,7 @@ def test_ctrl_c_ends_a_training_command_in_words(tmp_path, model_path):
     assert last.startswith("trl-opsd opsd: interrupted. `--resume_from_checkpoint auto` goes on")
 
 
+@pytest.mark.cpu("launched so")
 @pytest.mark.slow
 def test_training_run(tmp_path, model_path):
     rows = [{"problem": f"{n} + {n}?", "solution": f"{2 * n}"} for n in range(4)]

@@ -17,19 +17,19 @@ def allocate(mib, seconds=0.0):
 
 
 @pytest.mark.parametrize("resettable", [True, False])
-def test_known_allocation(resettable, monkeypatch):
+def test_known_allocation(resettable, monkeypatch, device):
     if not resettable:
         monkeypatch.setattr(measure, "_reset_high_water_mark", lambda: False)
-    peak = PeakMemory(torch.device("cpu"))
+    peak = PeakMemory(device)
     allocate(64, seconds=0.1)
     assert 60 <= peak.stop() / MIB <= 72
 
 
 @pytest.mark.parametrize("resettable", [True, False])
-def test_restart_forgets_the_peak_but_not_the_start(resettable, monkeypatch):
+def test_restart_forgets_the_peak_but_not_the_start(resettable, monkeypatch, device):
     if not resettable:
         monkeypatch.setattr(measure, "_reset_high_water_mark", lambda: False)
-    peak = PeakMemory(torch.device("cpu"))
+    peak = PeakMemory(device)
     kept = allocate(16)
     allocate(128, seconds=0.05)
     peak.restart()
@@ -38,6 +38,7 @@ def test_restart_forgets_the_peak_but_not_the_start(resettable, monkeypatch):
     assert kept.size(0) == 16 * MIB
 
 
+@pytest.mark.cpu("the C library's memory")
 def test_what_was_freed_before_hides_nothing():
     # Many small pieces stay with the C library when they are freed
     pieces = [bytearray(4096) for _ in range(16 * 256)]

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from placement import place
 from tiny import make_model
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
@@ -45,11 +46,11 @@ def make(family, config=None, **settings):
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
-    return model
+    return place(model)
 
 
 def check(model):
-    check_logits(model, torch.device("cpu"))
+    check_logits(model, torch.empty(0).device)
 
 
 @pytest.mark.parametrize("family", READ)

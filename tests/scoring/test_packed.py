@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from flash_attention import FlashAttention, TorchFlashAttention, use_flash_attention
 from peft import LoraConfig, get_peft_model
+from placement import place
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import (
@@ -171,7 +172,7 @@ def flash(monkeypatch):
 @pytest.mark.parametrize("name", PACKING)
 def test_states_and_gradients_equal_those_of_padded_rows(name, lora, rows, flash):
     torch.manual_seed(0)
-    model = PACKING[name]()
+    model = place(PACKING[name]())
     if lora:
         model = get_peft_model(model, LORA)
         for parameter_name, parameter in model.named_parameters():
@@ -198,7 +199,7 @@ def test_network_reads_no_padding(flash, pad_to_multiple_of, monkeypatch):
 
     monkeypatch.setattr(modeling_flash_attention_utils, "_is_packed_sequence", search)
     torch.manual_seed(0)
-    model = PACKING["qwen3"]()
+    model = place(PACKING["qwen3"]())
     batch = make_batch("many lengths")
     padded = states_and_gradients(model, batch)
     read = []
@@ -218,7 +219,7 @@ def test_network_reads_no_padding(flash, pad_to_multiple_of, monkeypatch):
 
 def test_gradient_checkpointing(flash):
     torch.manual_seed(0)
-    model = PACKING["gemma3-sliding"]()
+    model = place(PACKING["gemma3-sliding"]())
     batch = make_batch("many lengths")
     padded = states_and_gradients(model, batch)
     use_flash_attention(model).train()
@@ -232,7 +233,7 @@ def test_gradient_checkpointing(flash):
 def test_positions_tell_rows_apart_where_masks_are_made_of_them(name, implementation):
     """What transformers makes of packed rows without flash attention: exact, but quadratic in all tokens."""
     torch.manual_seed(0)
-    model = PACKING[name]()
+    model = place(PACKING[name]())
     model.config._attn_implementation = implementation
     batch = make_batch("many lengths")
     padded = states_and_gradients(model, batch)
@@ -246,7 +247,7 @@ def test_positions_tell_rows_apart_where_masks_are_made_of_them(name, implementa
 def test_padded_rows_under_flash_attention(name, rows, flash, monkeypatch):
     """Models that do not pack read padded rows with flash attention, which sees through the padding."""
     torch.manual_seed(0)
-    model = PACKING[name]()
+    model = place(PACKING[name]())
     batch = make_batch(rows)
     expected = states_and_gradients(model, batch)
     monkeypatch.setattr("trl_opsd.scoring.states.can_pack", lambda model: False)

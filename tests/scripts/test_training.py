@@ -12,7 +12,7 @@ from trl_opsd.scripts import distill, opsd, opsdc
 
 
 @pytest.fixture
-def recipe(tmp_path, model_path):
+def recipe(tmp_path, model_path, device):
     rows = [{"problem": f"What is {n} + {n}?", "reference": f"[b]{2 * n}[/b]"} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -23,7 +23,7 @@ def recipe(tmp_path, model_path):
             "column_mapping": {"reference": "solution"},
             "prompt_template": "{problem} [red]Brief![/red]",
             "output_dir": str(tmp_path / "out"),
-            "use_cpu": True,
+            "use_cpu": device.type == "cpu",
             "bf16": False,
             "report_to": "none",
             "disable_tqdm": True,
@@ -118,6 +118,7 @@ def test_distill_with_lora_rewards_and_evaluation(recipe, tmp_path, monkeypatch,
     assert "JSD, weight 0.5" in output
 
 
+@pytest.mark.cpu("launched so")
 @pytest.mark.slow
 def test_accelerate_launch(recipe, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from placement import place
 from tiny import make_model
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
@@ -19,7 +20,7 @@ def teacher(tokenizer, tmp_path):
     path = str(tmp_path / "external")
     make_model(tokenizer, seed=5, hidden_size=48).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    return type(make_model(tokenizer)).from_pretrained(path), path
+    return place(type(make_model(tokenizer)).from_pretrained(path)), path
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_completions_of_any_length(serve, model, tokenizer):
     assert fake.num_requests == 2  # the probe, and the one row to score
 
     with torch.no_grad():
-        log_p = model(torch.tensor([prompt + completion])).logits[0, 2:4].log_softmax(-1)
+        log_p = model(torch.tensor([prompt + completion])).logits[0, 2:4].log_softmax(-1).cpu()
     torch.testing.assert_close(scores.top_log_probs[0, :2], log_p.topk(3).values)
     assert torch.equal(scores.top_tokens[0, :2].long(), log_p.topk(3).indices)
     torch.testing.assert_close(scores.log_probs[0, :2], log_p[range(2), completion])

@@ -99,13 +99,16 @@ def test_training_is_the_same(make_trainer, peft_config, settings, flash):
     assert flash.boundaries
 
 
-def test_passes_read_tokens_only(make_trainer):
-    packed, padded = train(make_trainer(max_steps=1)), train(make_trainer(flash=False, max_steps=1))
+@pytest.mark.parametrize("pad_to_multiple_of", [None, 32])
+def test_passes_read_tokens_only(make_trainer, pad_to_multiple_of):
+    settings = {"max_steps": 1, "pad_to_multiple_of": pad_to_multiple_of}
+    packed, padded = (train(make_trainer(flash, **settings)) for flash in (True, False))
     assert [who for who, _ in packed.read] == [who for who, _ in padded.read] == ["teacher", "student"]
     assert all(shape[0] == 4 for _, shape in padded.read)
     for (_, (num_rows, num_tokens)), (_, shape) in zip(packed.read, padded.read, strict=True):
         assert num_rows == 1
-        assert shape.numel() - 3 * 6 > num_tokens > shape.numel() // 2
+        assert num_tokens % (pad_to_multiple_of or 1) == 0
+        assert num_tokens < shape.numel()
 
 
 class TestBudget:

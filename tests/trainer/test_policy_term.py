@@ -171,6 +171,20 @@ def test_values_that_do_not_matter_are_not_computed(make_trainer, rows, loss_typ
     assert len(calls) == (loss_type in ("cispo", "vespo"))
 
 
+def test_rounding_takes_no_part_in_a_ratio(make_trainer, rows, monkeypatch):
+    """In half precision, log-probabilities computed in two ways differ by hundredths."""
+    trainer = make_trainer(num_iterations=2)
+    trainer.model.to(torch.bfloat16)
+    batch = trainer._generate_and_score_completions(rows)
+    found = []
+    log_probs_of = trainer.loss._log_probs_of
+    monkeypatch.setattr(trainer.loss, "_log_probs_of", lambda *args: found.append(log_probs_of(*args)) or found[-1])
+    loss_and_gradient(trainer, batch)
+    difference = (found[0][0] - batch["old_per_token_logps"]) * batch["completion_mask"]
+    assert found[0][0].std() > 0.1
+    assert difference.abs().max() < 1e-3
+
+
 @pytest.mark.parametrize(("loss_type", "level"), [("grpo", "token"), ("bnpo", "sequence"), ("cispo", "token")])
 def test_what_grpo_logs_is_that_of_the_whole_micro_batch(make_trainer, rows, loss_type, level):
     trainer = make_trainer(loss_type=loss_type, importance_sampling_level=level, **SKIP_OVERLONG)

@@ -4,6 +4,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from itertools import product
+from operator import ne
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -134,7 +135,7 @@ class LossArguments(BenchArguments):
     """
     Fields of `trl-opsd bench loss`: one forward and backward pass of the divergence, from hidden states.
 
-    The first three take several values each; all combinations are run.
+    The first three take several values each; all combinations are run, or one size is varied at a time.
 
     Args:
         num_tokens (`list[int]`, *optional*, defaults to `[512]`):
@@ -143,6 +144,8 @@ class LossArguments(BenchArguments):
             Width H of the hidden states.
         vocab_size (`list[int]`, *optional*, defaults to `[151936]`):
             Size V of the vocabulary.
+        one_at_a_time (`bool`, *optional*, defaults to `False`):
+            Whether each size is varied while the others keep the first of their values.
         divergence (`str`, *optional*, defaults to `"jsd"`):
             `"forward_kl"`, `"reverse_kl"` or `"jsd"` (with β = 0.5).
         support (`str`, *optional*, defaults to `"full"`):
@@ -184,6 +187,13 @@ class LossArguments(BenchArguments):
     vocab_size: list[int] = field(
         default_factory=lambda: [151936],
         metadata={"help": "Size V of the vocabulary; several values make a sweep."},
+    )
+    one_at_a_time: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether each size is varied while the others keep the first of their values, instead of running "
+            "all combinations."
+        },
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = field(
         default="jsd", metadata={"help": "'forward_kl', 'reverse_kl' or 'jsd' (with beta = 0.5)."}
@@ -236,7 +246,11 @@ class LossArguments(BenchArguments):
             name: getattr(self, name)
             for name in ("dtype", "divergence", "support", "frozen_head", "clip", "token_weights", "metrics", "seed")
         }
-        sizes = product(self.num_tokens, self.hidden_size, self.vocab_size)
+        values = (self.num_tokens, self.hidden_size, self.vocab_size)
+        sizes = list(dict.fromkeys(product(*values)))
+        if self.one_at_a_time:
+            first = sizes[0]
+            sizes = [size for size in sizes if sum(map(ne, size, first)) <= 1]
         return [{"num_tokens": n, "hidden_size": h, "vocab_size": v, **shared} for n, h, v in sizes]
 
 

@@ -239,23 +239,35 @@ def _bars(
 def _loss_lines(results: Sequence[CaseResult]) -> "Figure":
     from matplotlib.figure import Figure
 
-    # The size with most values is the axis; each combination of the others gets a row of panels
-    values = {size: sorted({result.case[size] for result in results}) for size in _SIZES}
-    axis = max(_SIZES, key=lambda size: len(values[size]))
-    groups: dict[tuple[int, ...], list[CaseResult]] = {}
-    for result in sorted(results, key=lambda result: result.case[axis]):
-        groups.setdefault(tuple(result.case[size] for size in _SIZES if size != axis), []).append(result)
-    figure = Figure(figsize=(11, 0.8 + 3.8 * len(groups)), layout="constrained")
+    sweeps = _sweeps(results)
+    figure = Figure(figsize=(11, 0.8 + 3.8 * len(sweeps)), layout="constrained")
     figure.suptitle("Divergence and gradients")
-    panels = figure.subplots(len(groups), 2, squeeze=False)
-    for (time_axes, memory_axes), group in zip(panels, groups.values(), strict=True):
-        time_axes.set_title(_described(group[0].case, without=axis), loc="left", fontsize=10)
-        _lines(time_axes, axis, group, lambda row: row.median(), "median seconds")
-        _lines(memory_axes, axis, group, _extra_mib, "peak extra MiB")
+    panels = figure.subplots(len(sweeps), 2, squeeze=False)
+    for (time_axes, memory_axes), (axis, sweep) in zip(panels, sweeps, strict=True):
+        time_axes.set_title(_described(sweep[0].case, without=axis), loc="left", fontsize=10)
+        _lines(time_axes, axis, sweep, lambda row: row.median(), "median seconds")
+        _lines(memory_axes, axis, sweep, _extra_mib, "peak extra MiB")
     # A contender that ran out of memory in one panel may still be in another
     lines = {line.get_label(): line for axes in panels[:, 0] for line in axes.lines}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines) or 1, frameon=False)
     return figure
+
+
+def _sweeps(results: Sequence[CaseResult]) -> list[tuple[str, list[CaseResult]]]:
+    """Cases that differ in one size alone, with its name, in the order of that size: those that make up all cases."""
+    values = {size: {result.case[size] for result in results} for size in _SIZES}
+    sweeps = []
+    covered: set[int] = set()
+    # The size with most values first: of all combinations, it covers every case
+    for axis in sorted(_SIZES, key=lambda size: -len(values[size])):
+        groups: dict[tuple[int, ...], list[CaseResult]] = {}
+        for result in sorted(results, key=lambda result: result.case[axis]):
+            groups.setdefault(tuple(result.case[size] for size in _SIZES if size != axis), []).append(result)
+        for group in groups.values():
+            if len(group) > 1 and not covered.issuperset(map(id, group)):
+                covered.update(map(id, group))
+                sweeps.append((axis, group))
+    return sweeps
 
 
 def _extra_mib(row: Row) -> float | None:

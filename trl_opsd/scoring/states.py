@@ -57,10 +57,12 @@ def completion_states(
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; after, in the mode it was in."""
-    training = model.training
-    model.eval()
+    """Inside, the model is in evaluation mode; after, each of its modules is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.__dict__["training"] = False  # a module's attributes take long to set, and there are thousands
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.__dict__["training"] = True

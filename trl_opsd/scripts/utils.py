@@ -276,7 +276,6 @@ def run(
     """
     import transformers
     from packaging.version import Version
-    from trl import get_peft_config, get_quantization_config
 
     from trl_opsd.report import PromptPreviewCallback
 
@@ -286,31 +285,19 @@ def run(
         logging.getLogger("trl_opsd").setLevel(logging.ERROR)
     checkpoint = find_checkpoint(training_args.resume_from_checkpoint, str(training_args.output_dir))
 
-    model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    }
-    model_init_kwargs.update(cast(dict[str, Any], training_args.model_init_kwargs or {}))
-    training_args.model_init_kwargs = model_init_kwargs
-    if training_args.eval_benchmarks is not None and training_args.eval_benchmarks_system_prompt is None:
-        training_args.eval_benchmarks_system_prompt = script_args.system_prompt
-
     # The main process fills the cache of `datasets`, the others read it.
     with training_args.main_process_first(desc="loading the dataset"):
         train_dataset, eval_dataset = load_datasets(
             script_args, dataset_args, with_eval=training_args.eval_strategy != "no"
         )
-
-    trainer = trainer_class(
-        model=model_args.model_name_or_path,
-        reward_funcs=load_reward_funcs(script_args),
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+    trainer = make_trainer(
+        trainer_class,
+        script_args,
+        training_args,
+        model_args,
+        train_dataset,
+        eval_dataset,
+        load_reward_funcs(script_args),
     )
     trainer.add_callback(PromptPreviewCallback(trainer))
 
@@ -330,6 +317,61 @@ def run(
 
     if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()
+
+
+def make_trainer(
+    trainer_class: type["SelfDistillationTrainer"],
+    script_args: SelfDistillationScriptArguments,
+    training_args: "SelfDistillationConfig",
+    model_args: ModelConfig,
+    train_dataset: "Dataset | IterableDataset",
+    eval_dataset: "Dataset | IterableDataset | None" = None,
+    reward_funcs: Any = None,
+) -> "SelfDistillationTrainer":
+    """
+    Make the trainer that a recipe describes, on rows that have been loaded.
+
+    Args:
+        trainer_class (`type[SelfDistillationTrainer]`):
+            Trainer to make.
+        script_args ([`SelfDistillationScriptArguments`]):
+            Its system prompt is also that of benchmarks which have none of their own.
+        training_args ([`SelfDistillationConfig`]):
+            Arguments of the trainer. `model_init_kwargs` is completed with what `model_args` says, and wins over it.
+        model_args ([`~trl.ModelConfig`]):
+            Model, LoRA and quantization.
+        train_dataset (`Dataset` or `IterableDataset`):
+            Rows to train on.
+        eval_dataset (`Dataset` or `IterableDataset`, *optional*):
+            Rows to evaluate on.
+        reward_funcs (*optional*):
+            Reward functions, as the trainer takes them.
+
+    Returns:
+        [`SelfDistillationTrainer`]:
+            The trainer.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    model_init_kwargs.update(cast(dict[str, Any], training_args.model_init_kwargs or {}))
+    training_args.model_init_kwargs = model_init_kwargs
+    if training_args.eval_benchmarks is not None and training_args.eval_benchmarks_system_prompt is None:
+        training_args.eval_benchmarks_system_prompt = script_args.system_prompt
+    return trainer_class(
+        model=model_args.model_name_or_path,
+        reward_funcs=reward_funcs,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
 
 
 def load_datasets(

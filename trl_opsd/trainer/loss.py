@@ -385,7 +385,9 @@ class SelfDistillationLoss:
         counts = torch.tensor([[num_tokens, num_shared]], device=self._accelerator.device)
         if self._is_sharded:
             counts = self._accelerator.gather(counts)  # all wait for the slowest
-        return pays_off(*counts.amax(dim=0).tolist())
+        num_tokens, num_shared = counts.amax(dim=0).tolist()
+        on_gpu = self._accelerator.device.type == "cuda"
+        return pays_off(num_tokens, num_shared, causal_lm(teacher).config.get_text_config() if on_gpu else None)
 
     def _student_loss(
         self,
@@ -424,7 +426,6 @@ class SelfDistillationLoss:
                     weights=weights,
                     objective=self._objective,
                 )
-
             value, factors = policy(rows, partial(self._log_probs_of, hidden, student_head, token_ids, selected))
             factors = factors[selected]
             with_context = rows["loss_mask"].bool()[selected]
@@ -437,7 +438,7 @@ class SelfDistillationLoss:
                 objective=self._objective,
                 likelihood_weights=factors[with_context],
             )
-            loss = output.loss + _likelihood(output, factors[with_context])
+            loss = value + _without_likelihood(output, factors[with_context])
             others = ~with_context
             if others.any():  # nothing but their likelihood counts, so the student may be its own teacher
                 rest = fused(
@@ -449,8 +450,8 @@ class SelfDistillationLoss:
                     objective=Objective(temperature=self._objective.temperature),
                     likelihood_weights=factors[others],
                 )
-                loss = loss + rest.loss + _likelihood(rest, factors[others])
-            return output._replace(loss=loss + value)
+                loss = loss + _without_likelihood(rest, factors[others])
+            return output._replace(loss=loss)
 
     def _rows_log_probs(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, selected: torch.Tensor
@@ -488,9 +489,9 @@ def _scaled(policy: PolicyTerm, factor: torch.Tensor) -> PolicyTerm:
     return scaled
 
 
-def _likelihood(output: FusedDivergence, factors: torch.Tensor) -> torch.Tensor:
-    """What the likelihood term adds to a loss, with its sign turned: it is there for its gradient only."""
-    return (factors * output.student_log_prob).where(output.finite.bool(), 0.0).sum()
+def _without_likelihood(output: FusedDivergence, factors: torch.Tensor) -> torch.Tensor:
+    """The loss without the value of its likelihood term, which is there for its gradient."""
+    return output.loss + (factors * output.student_log_prob).where(output.finite.bool(), 0.0).sum()
 
 
 def _rows_of(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:

@@ -857,7 +857,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         batch["loss_mask"] = loss_mask
         with_context = torch.tensor(has_context, device=device)
         num_rows, num_empty = torch.tensor([len(has_context), len(self._empty_rollouts)], device=device)
-        num_generated = model_tokens.sum() - self._dataset_tokens - num_empty
+        num_stand_ins = model_tokens[sorted(self._empty_rollouts)].sum()
+        num_generated = model_tokens.sum() - self._dataset_tokens - num_stand_ins
         counts = torch.stack([loss_mask.sum(), num_generated]).float()
         batch["num_loss_tokens"], num_generated = self.accelerator.reduce(counts, "sum")
         if mode == "train":
