@@ -4,7 +4,10 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -289,3 +292,33 @@ def test_references_that_cannot_be_parsed(reference, answer_type, message):
 def test_unknown_answer_type():
     with pytest.raises(ValueError, match="must be 'math', 'choice' or 'text', not 'number'"):
         score("5", "5", "number")
+
+
+WINDOWS = """
+import os, random, runpy, sys
+sys.modules["resource"] = None  # neither is there
+del os.register_at_fork
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("from trl_opsd.eval.equivalence import compare\nprint(compare('1/2', '0.5'))", "(True, None)"),
+        (f"runpy.run_path({equivalence.__file__!r}, run_name='__main__')", "ready\n[true, null]\n[false, null]"),
+    ],
+    ids=["asks", "is asked"],
+)
+def test_windows_has_no_limits_of_its_own_and_no_forks(program, said):
+    questions = 'ready\n["1/2", "0.5"]\n["1/2", "0.6"]\n'
+    done = subprocess.run([sys.executable, "-c", WINDOWS + program], input=questions, capture_output=True, text=True)
+    assert done.stdout.strip() == said, done.stderr
+
+
+@pytest.mark.parametrize(
+    "text", ["(" + "a " * 400 + "!", r"\text{" * 150, "x=" + r"\, " * 300, r"\mathbf{" * 100 + "5"]
+)
+def test_hostile_formulas_are_read_at_once(text):
+    start = time.process_time()
+    equivalence._without_names(equivalence.normalise(text), "5")
+    assert time.process_time() - start < 1.0

@@ -18,10 +18,19 @@ _MARKS = [
     (re.compile(r"<\|channel>\w*|\[THINK\]|<\|START_THINKING\|>|<seed:think>|◁think▷"), "<think>"),
     (re.compile(r"<channel\|>|\[/THINK\]|<\|END_THINKING\|>|</seed:think>|◁/think▷"), "</think>"),
 ]
-_TOKENS = set(
-    "<|channel|> <|message|> <|channel> <channel|> [THINK] [/THINK] <|START_THINKING|> <|END_THINKING|> <seed:think> "
-    "</seed:think> ◁think▷ ◁/think▷".split()
-)
+_TOKENS = {
+    *(
+        "<|channel|>",
+        "<|message|>",
+        "<|channel>",
+        "<channel|>",
+        "[THINK]",
+        "[/THINK]",
+        "<seed:think>",
+        "</seed:think>",
+    ),
+    *("<|START_THINKING|>", "<|END_THINKING|>", "◁think▷", "◁/think▷"),
+}
 
 
 class ChatFormat:

@@ -10,15 +10,19 @@ import atexit
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import lru_cache
 from importlib.util import find_spec
 from operator import itemgetter
 from typing import Any
+
+
+with suppress(ImportError):  # on Windows
+    import resource
 
 
 TIME_LIMIT = 10.0
@@ -40,6 +44,15 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+
 
 _NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)"
 _TEXT = r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*"
+# Other commands that say how something is set, and nothing about its value
+_TYPE = re.compile(
+    r"\\(?P<command>math(?:bf|sf|it|tt|normal|rm)|boldsymbol|bm|pmb|underline|uline|emph"
+    r"|text(?:rm|bf|it|sf|tt|up|sc|normal)?|mbox|hbox|operatorname)\s*(?P<open>\{)|\{|\}|\\."
+)
+_SIZE = re.compile(
+    r"\\(?:tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|bf|it|rm|sf|tt|em|bfseries|itshape"
+    r"|(?:display|text|script)style|left|right|[bB]ig{1,2}[lr]?)(?![A-Za-z])"
+)
 _SPACE = r"(?:\s|~|\\[,;:! ])*"
 _MAGNITUDES = {
     "dozen": "12", "hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}",
@@ -83,8 +96,21 @@ _OPERATOR = r"\\(?:cdot|times|div|[dt]?frac|sqrt|pi|pm|binom|sin|cos|tan|log|ln)
 # What it stands in front of is computed, so an equation with it states a value
 _COMPUTED = re.compile(r"\\(?:lim|int|sum|prod|max|min|gcd)(?![A-Za-z])")
 _GOES_ON = re.compile(r",\s*\\[lc]?dots$")
+# "for any constant c", "where n is an integer"
+_QUALIFIER = re.compile(
+    r"(?<=\S)[,;\s]*(?:\\text\{[\s,(]*|(?<=[\s,;]))"
+    r"(?:for (?:any|all|every|each|some|arbitrary)|where|with \w+ (?:(?:an|any|some) )?(?:constant|real|integer))\b.*$"
+)
+_MODULUS = re.compile(
+    r"(?<=\S)[,\s]*(?:\\pmod\s*\{?(?P<first>\w+)\}?"
+    r"|\(?\s*(?:\\b?mod\b|\\(?:text|mathrm|operatorname)\{\s*mod\s*\}|mod\b)(?:\s|\\ )*\{?(?P<second>\w+)\}?\s*\)?)$"
+)
+_REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d{0,20})\\(?:overline|bar)\s*\{(\d{1,20})\}")
 _BASE = re.compile(r"\d_\{?(\d+)\}?$")
-_ASSIGNMENT = re.compile(rf"(^|,|;|\b(?:or|and)\b\}}?)(\s*)({_NAME}|\([A-Za-z, ]+\))\s*(?:=|\\approx|\\in\b)\s*(?=\S)")
+_NAMES = r"\(\s*(?:[A-Za-z](?:_(?:\{\w+\}|\w))?[\s,]*+)++\)"
+_ASSIGNMENT = re.compile(
+    rf"(^|,|;|(?:\\text\{{\s*)?\b(?:or|and)\b\s*\}}?)(\s*)({_NAME}|{_NAMES})\s*(?:=|\\approx|\\equiv|\\in\b)\s*(?=\S)"
+)
 
 
 def normalise(text: str) -> str:
@@ -102,7 +128,10 @@ def normalise(text: str) -> str:
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
     text = re.sub(r"√\s*(\w+|\([^()]*\))", r"\\sqrt{\1}", text.translate(_SYMBOLS))
     text = re.sub(r"^\s*\\approx\b|\\(?:text)?color\s*\{\w+\}", "", text)
-    text = re.sub(r"\\(?:left|right|displaystyle|bigl|bigr|Bigl|Bigr)(?![A-Za-z])", "", text)
+    text = re.sub(r"\\q?quad(?![A-Za-z])", " ", untyped(text))
+    text = _QUALIFIER.sub("", _MODULUS.sub("", text))
+    text = re.sub(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}", text)
+    text = _REPEATING.sub(_fraction, text)
     text = " ".join(text.split()).rstrip(" .,;:")
     text = re.sub(r"^[-+]?\\?[$€£¥]|\\\$|[€£¥]", lambda match: match[0][0] if match[0][0] in "-+" else "", text)
     text = re.sub(r"(?:\s|\\[ ,;])*(?:\bper ?cent\b|\\text\{\s*(?:per ?cent|\\?%)\s*\}|(?<!\\)%|\\%)", r"\\%", text)
@@ -123,10 +152,75 @@ def normalise(text: str) -> str:
     return re.sub(r"^\{(.*)\}$", r"\\{\1\\}", text)
 
 
+def untyped(text: str) -> str:
+    r"""
+    A formula without the commands that only say how it is set: `\mathbf{\frac{1}{2}}` is `\frac{1}{2}`.
+
+    Words keep a command around them, or they would be products; upright e and i are the constants.
+
+    Args:
+        text (`str`):
+            Formula.
+
+    Returns:
+        `str`:
+            The same formula. One that is too long to be compared comes back as it is.
+    """
+    if len(text) > _LONGEST:
+        return text
+    text = _SIZE.sub("", re.sub(rf"\{{\s*{_SIZE.pattern}([^{{}}]*)\}}", r"\1", text))
+    levels: list[tuple[str, list[str]]] = [("", [])]
+    position = 0
+    for match in _TYPE.finditer(text):
+        levels[-1][1].append(text[position : match.start()])
+        position = match.end()
+        if match[0].endswith("{") and match[0] != r"\{":
+            levels.append((match["command"] or "", []))
+        elif match[0] == "}" and len(levels) > 1:
+            command, parts = levels.pop()
+            levels[-1][1].append(_set_alone(command, "".join(parts)))
+        else:
+            levels[-1][1].append(match[0])
+    levels[-1][1].append(text[position:])
+    opened = "".join(
+        f"{chr(92)}{command}{{" * bool(command) + "{" * (not command) + "".join(parts) for command, parts in levels[1:]
+    )
+    return "".join(levels[0][1]) + opened
+
+
+def _set_alone(command: str, content: str) -> str:
+    if not command:
+        return f"{{{content}}}"
+    words = re.fullmatch(r"\s*[A-Za-z][A-Za-z .'-]+", content)
+    is_text = re.match(r"text|mbox|hbox|mathrm|operatorname", command)
+    letters = re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", content))
+    if content.strip() in ("e", "i") or not (words or (is_text and letters)):
+        return f" {content}"
+    known = command in ("text", "textrm", "textbf", "textit", "mathrm", "mathbf", "mbox", "operatorname")
+    return rf"\{command if known else 'text'}{{{content}}}"
+
+
+def _fraction(match: re.Match[str]) -> str:
+    whole, first, repeated = match.groups()
+    numerator = int(whole + first + repeated) - int(whole + first or 0)
+    return rf"\frac{{{numerator}}}{{{10 ** len(first) * (10 ** len(repeated) - 1)}}}"
+
+
 def _mixed_number(match: re.Match[str]) -> str:
     sign, whole, *parts = match.groups()
     numerator, denominator = (part for part in parts if part is not None)
     return rf"{sign}\frac{{{int(whole) * int(denominator) + int(numerator)}}}{{{denominator}}}"
+
+
+def _length(text: str) -> int:
+    """Number of elements of a list that is written without braces; those in brackets of their own count as one."""
+    if text.startswith(r"\{"):
+        return 0
+    depth = [0]
+    for character in text:
+        depth.append(depth[-1] + (character in "([{") - (character in ")]}"))
+    separators = re.finditer(r"[,;]|\b(?:or|and)\b", text)
+    return 1 + sum(depth[match.start()] == 0 for match in separators)
 
 
 def _without_names(answer: str, reference: str) -> str:
@@ -187,6 +281,7 @@ class _Checker:
             text=True,
             env={**os.environ, "PYTHONHASHSEED": "0"},
             start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
         )
         if not _exchange(process, "ready", _START_LIMIT):
             raise RuntimeError("The process that runs math-verify did not start; its error is above.")
@@ -221,7 +316,8 @@ def _exchange(process: subprocess.Popen[str], line: str, limit: float) -> str:
 _checker = _Checker()
 atexit.register(_checker.close)
 # Two processes cannot share the pipes, and another thread may hold the lock.
-os.register_at_fork(after_in_child=_checker.reset)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_checker.reset)
 
 
 @lru_cache(maxsize=65536)
@@ -243,17 +339,16 @@ def compare(reference: str, answer: str | None) -> tuple[bool, str | None]:
     for text in (reference, answer or ""):
         if len(text) > _LONGEST:
             return False, f"longer than {_LONGEST} characters"
-    return _checker.ask(normalise(reference), None if answer is None else normalise(answer))
+    return _checker.ask(reference, answer)
 
 
-def _main() -> None:
-    import logging
+# In the process: sympy and math-verify take a second to import, so the functions that need them do so.
 
+
+def _read(text: str) -> Any:
     from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Eq, FiniteSet, Interval, Tuple
+    from math_verify import LatexExtractionConfig, parse
 
-    logging.disable(logging.CRITICAL)
     # math-verify strips units from variables too: to it, 5t and 5 are the same.
     config = LatexExtractionConfig(
         boxed_match_priority=-1,
@@ -261,59 +356,137 @@ def _main() -> None:
             basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
         ),
     )
+    parsed = parse(f"$${text}$$", [config], fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)
+    if not parsed:
+        raise ValueError(f"math-verify cannot parse {text!r}")
+    return parsed[0]
 
-    def read(text: str) -> Any:
-        parsed = parse(f"$${text}$$", [config], fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)
-        if not parsed:
-            raise ValueError(f"math-verify cannot parse {text!r}")
-        return parsed[0]
 
-    def is_same(reference: str, answer: str) -> bool:
-        answer = _without_names(answer, reference)
-        gold, given = read(reference), read(answer)
-        if isinstance(given, Eq) and "=" not in reference:
-            return False
-        # math-verify drops the dots of a list that goes on, and the base of a number.
-        if bool(_GOES_ON.search(reference)) != bool(_GOES_ON.search(answer)):
-            return False
-        bases = {match[1] for match in map(_BASE.search, (reference, answer)) if match}
-        if len(bases) > 1:
-            return False
-        # math-verify takes (1, 2) for {1, 2}.
-        if any(
-            text.startswith(r"\{") and isinstance(value, Interval | Tuple)
-            for text, value in ((reference, given), (answer, gold))
-        ):
-            return False
-        if not verify(gold, given, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True):
-            return False
-        if isinstance(gold, FiniteSet) or isinstance(given, FiniteSet):
-            return True
-        # It compares the first six decimals, which are zeros for 1.6e-19 and 1.7e-19.
-        try:
-            first, second = float(gold.doit()), float(given.doit())
-        except (AttributeError, TypeError):
-            return True
-        return first == second or abs(first - second) <= _CLOSE * max(abs(first), abs(second))
+def _is_same(reference: str, answer: str) -> bool:
+    from math_verify import verify
+    from sympy import Eq, FiniteSet, I, Interval, Tuple
 
-    def compare(reference: str, answer: str | None) -> bool:
-        if answer is None:
-            return read(reference) is not None
-        if is_same(reference, answer):
-            return True
-        return (r"\%" in reference) != (r"\%" in answer) and is_same(
-            *(t.replace(r"\%", "") for t in (reference, answer))
-        )
+    answer = _without_names(answer, reference)
+    gold, given = _as_numbers(_read(reference), _read(answer))
+    if isinstance(given, Eq) and "=" not in reference:
+        return False
+    # math-verify drops the dots of a list that goes on, and the base of a number.
+    if bool(_GOES_ON.search(reference)) != bool(_GOES_ON.search(answer)):
+        return False
+    bases = {match[1] for match in map(_BASE.search, (reference, answer)) if match}
+    if len(bases) > 1:
+        return False
+    # math-verify takes (1, 2) for {1, 2}.
+    if any(
+        text.startswith(r"\{") and isinstance(value, Interval | Tuple)
+        for text, value in ((reference, given), (answer, gold))
+    ):
+        return False
+    if isinstance(gold, FiniteSet) or isinstance(given, FiniteSet):
+        # A set has no element twice, but a list has.
+        twice = [
+            max(0, _length(text) - (len(value) if isinstance(value, FiniteSet) else 1))
+            for text, value in ((reference, gold), (answer, given))
+        ]
+        if twice[0] != twice[1]:
+            return False
+    is_exact = not re.search(r"\d\.|\.\d", reference + " " + answer)
+    # Of numbers, math-verify compares six decimals, and knows none that are complex
+    decides_alone = _is_number(gold) and _is_number(given) and (is_exact or gold.has(I) or given.has(I))
+    if not decides_alone and not verify(
+        gold, given, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True
+    ):
+        return _is_same_where_real(gold, given)
+    return _agrees(gold, given, is_exact)
 
+
+def _as_numbers(*values: Any) -> list[Any]:
+    """With the imaginary unit, which is read as a variable, where there is no other variable."""
+    from sympy import Basic, I
+
+    free = set().union(*(value.free_symbols for value in values if isinstance(value, Basic)))
+    if {str(symbol) for symbol in free} != {"i"}:
+        return list(values)
+    return [value.subs(dict.fromkeys(free, I)) if isinstance(value, Basic) else value for value in values]
+
+
+def _is_number(value: Any) -> bool:
+    from sympy import Expr, nan, oo, zoo
+
+    return isinstance(value, Expr) and not value.free_symbols and not value.has(oo, zoo, nan)
+
+
+def _agrees(gold: Any, given: Any, is_exact: bool) -> bool:
+    """Whether numbers, also in tuples and sets, are the same; what is no number has been compared."""
+    from sympy import FiniteSet, Interval, Tuple
+
+    if isinstance(gold, FiniteSet) and isinstance(given, FiniteSet) and len(gold) == len(given):
+        return all(any(_agrees(one, other, is_exact) for other in given) for one in gold)
+    if isinstance(gold, Tuple | Interval) and isinstance(given, Tuple | Interval):
+        return all(_agrees(*pair, is_exact) for pair in zip(gold.args, given.args, strict=False))
+    if not (_is_number(gold) and _is_number(given)):
+        return True
+    gold, given = gold.doit(), given.doit()
+    if is_exact:
+        difference = gold - given
+        if difference.is_Rational:
+            return bool(difference == 0)
+        # What is 0 to so many digits is 0
+        return all(part == 0 or part._prec == 1 for part in difference.evalf(2, maxn=5000).as_real_imag())
+    first, second = complex(gold), complex(given)
+    distance = abs(first - second)
+    if first.imag or second.imag:
+        return distance <= min(1e-6, _CLOSE * abs(first))
+    # The six decimals of 1.6e-19 and 1.7e-19 are zeros
+    return first == second or distance <= _CLOSE * max(abs(first), abs(second))
+
+
+def _is_same_where_real(gold: Any, given: Any) -> bool:
+    """Whether two formulas are the same for positive variables, if nothing else makes both of them real."""
+    from sympy import Expr, Rational, Symbol, simplify
+
+    if not (isinstance(gold, Expr) and isinstance(given, Expr)) or gold.free_symbols != given.free_symbols:
+        return False
+    positive = {symbol: Symbol(symbol.name, positive=True) for symbol in gold.free_symbols}
+    for symbol in positive:
+        others = {other: Rational(7, 3) for other in positive if other != symbol}
+        for value in (gold, given):
+            found = value.subs(others).subs(symbol, Rational(-11, 7)).evalf()
+            if not found.is_number or found.is_real:
+                return False
+    return bool(positive) and simplify(gold.subs(positive) - given.subs(positive)) == 0
+
+
+def _compare(reference: str, answer: str | None) -> bool:
+    if answer is None:
+        return _read(normalise(reference)) is not None
+    moduli = {match["first"] or match["second"] for match in map(_MODULUS.search, (reference, answer)) if match}
+    if len(moduli) > 1:
+        return False
+    reference, answer = normalise(reference), normalise(answer)
+    if _is_same(reference, answer):
+        return True
+    return (r"\%" in reference) != (r"\%" in answer) and _is_same(
+        *(text.replace(r"\%", "") for text in (reference, answer))
+    )
+
+
+def _main() -> None:
+    import logging
+
+    import math_verify  # noqa: F401  before the first question, whose time is limited
+
+    logging.disable(logging.CRITICAL)
     # What a library prints must not get between the replies.
     replies, sys.stdout = sys.stdout, sys.stderr
     print(next(sys.stdin), end="", file=replies, flush=True)
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_CPU)
     for line in sys.stdin:
-        # A parent that is killed can stop nothing, and this would compute on
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + 3 * TIME_LIMIT), hard_limit))
+        if "resource" in globals():
+            # A parent that is killed can stop nothing, and this would compute on
+            _, hard_limit = resource.getrlimit(resource.RLIMIT_CPU)
+            resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + 3 * TIME_LIMIT), hard_limit))
         try:
-            reply: list[Any] = [compare(*json.loads(line)), None]
+            reply: list[Any] = [_compare(*json.loads(line)), None]
         except (Exception, RecursionError) as error:
             reply = [False, f"{type(error).__name__}: {error}"[:300]]
         print(json.dumps(reply), file=replies, flush=True)

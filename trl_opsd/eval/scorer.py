@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
-from .equivalence import compare
+from .equivalence import compare, untyped
 
 
-SCORER_VERSION = "3"
+SCORER_VERSION = "4"
 """Recorded with the results, which compare within one version alone. Raise it with every change of a verdict."""
 
 AnswerType = Literal["math", "choice", "text"]
@@ -60,7 +60,10 @@ _CONTENT = re.compile(r"[\w∞∅]")
 _DISPLAY = re.compile(r"\$\$[^$]{1,2000}\$\$|\\\[(?:(?!\\\[).){1,2000}?\\\]", re.DOTALL)
 _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*)?(?P<open>\{)|\}|\\.", re.DOTALL)
 # "$x = \boxed{1}$ and $y = \boxed{2}$" is one answer.
-_BETWEEN_BOXES = re.compile(r"(?:[\s$,;]|\\[()]|and|or|\\text\{\s*(?:and|or)\s*\}|[A-Za-z]\w?\s*=){0,12}")
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s$,;~]|\\[()\[\] ,;:!]|\\q?quad(?![A-Za-z])|and|or|\\text\{\s*(?:and|or)\s*\}"
+    r"|[A-Za-z](?:_\{?\w\}?|\w)?\s*=){0,24}"
+)
 
 _MATH_AND_UNIT = re.compile(r"(?:\$([^$]+)\$|\\\((.+?)\\\))\s+((?!or\b|and\b)[A-Za-z][A-Za-z /^\d-]*)\.?")
 _FORMULA = re.compile(r"\$\$?[^$]+\$\$?|\\\((?:(?!\\\)).)+\\\)|\\\[(?:(?!\\\]).)+\\\]")
@@ -333,7 +336,7 @@ def _clean(text: str) -> str:
         text = rf"{match[1] or match[2]}\text{{ {match[3]}}}"
     text = re.sub(r",\s*(?:\.{3}|…)\W{0,8}$", r", \\ldots", text)
     text = _EDGE.sub("", _MARKUP.sub("", text).rstrip(" .,;:"))
-    return _REMARK.sub("", _LEADING.sub("", text)).strip()
+    return _REMARK.sub("", _LEADING.sub("", untyped(text).strip())).strip()
 
 
 def _plain(text: str) -> str:
