@@ -38,7 +38,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from trl_opsd.scoring import can_pack, completion_states, packed_states
+from trl_opsd.scoring import can_pack, can_share_prompts, completion_states
 
 
 SIZES = {
@@ -139,9 +139,9 @@ def make_batch(name):
     return ids * mask, mask, selected
 
 
-def states_and_gradients(model, batch, read=completion_states, **settings):
+def states_and_gradients(model, batch, pack=False):
     """States, and the gradients of a sum of them in which each counts differently."""
-    states = read(model, *batch, **settings)
+    states = completion_states(model, *batch, pack=pack)
     factors = torch.sin(torch.arange(states.numel(), dtype=torch.float32, device=states.device)).view_as(states)
     (states * factors).sum().backward()
     gradients = {
@@ -183,7 +183,7 @@ def test_states_and_gradients_equal_those_of_padded_rows(name, lora, rows, flash
     assert not flash.boundaries
 
     use_flash_attention(model)
-    packed = states_and_gradients(model, batch)
+    packed = states_and_gradients(model, batch, pack=True)
     assert flash.boundaries
     assert_equal(padded, packed)
     assert packed[0].shape == (batch[2].sum(), 32)
@@ -192,8 +192,7 @@ def test_states_and_gradients_equal_those_of_padded_rows(name, lora, rows, flash
         assert any(gradient.abs().max() > 1e-3 for gradient in packed[1].values())
 
 
-@pytest.mark.parametrize("pad_to_multiple_of", [None, 16])
-def test_network_reads_no_padding(flash, pad_to_multiple_of, monkeypatch):
+def test_network_reads_no_padding(flash, monkeypatch):
     def search(*_):
         raise AssertionError("boundaries are given, so that no layer has to search for them in the positions")
 
@@ -204,17 +203,13 @@ def test_network_reads_no_padding(flash, pad_to_multiple_of, monkeypatch):
     padded = states_and_gradients(model, batch)
     read = []
     use_flash_attention(model).get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
-    packed = states_and_gradients(model, batch, pad_to_multiple_of=pad_to_multiple_of)
+    packed = states_and_gradients(model, batch, pack=True)
     assert_equal(padded, packed)
 
     (token_ids,) = read
     ids, mask, _ = batch
-    boundaries = [0, 29, 31, 34, 52, 68]
-    assert token_ids[0, :68].tolist() == ids[mask.bool()].tolist()
-    if pad_to_multiple_of is not None:
-        boundaries.append(80)
-    assert token_ids.shape == (1, boundaries[-1])
-    assert flash.boundaries == [boundaries] * 4
+    assert token_ids.tolist() == [ids[mask.bool()].tolist()]
+    assert flash.boundaries == [[0, 29, 31, 34, 52, 68]] * 4
 
 
 def test_gradient_checkpointing(flash):
@@ -224,7 +219,7 @@ def test_gradient_checkpointing(flash):
     padded = states_and_gradients(model, batch)
     use_flash_attention(model).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_equal(padded, states_and_gradients(model, batch))
+    assert_equal(padded, states_and_gradients(model, batch, pack=True))
     assert len(flash.boundaries) == 2 * 6  # every layer is run again in the backward pass
 
 
@@ -237,21 +232,58 @@ def test_positions_tell_rows_apart_where_masks_are_made_of_them(name, implementa
     model.config._attn_implementation = implementation
     batch = make_batch("many lengths")
     padded = states_and_gradients(model, batch)
-    assert_equal(
-        padded, states_and_gradients(model, batch, lambda model, *batch: packed_states(model.base_model, *batch))
-    )
+    assert_equal(padded, states_and_gradients(model, batch, pack=True))
 
 
 @pytest.mark.parametrize("rows", ["many lengths", "equal lengths", "one row"])
 @pytest.mark.parametrize("name", ["qwen3", "gemma3-sliding", "mistral-sliding"])
-def test_padded_rows_under_flash_attention(name, rows, flash, monkeypatch):
-    """Models that do not pack read padded rows with flash attention, which sees through the padding."""
+def test_padded_rows_under_flash_attention(name, rows, flash):
     torch.manual_seed(0)
     model = place(PACKING[name]())
     batch = make_batch(rows)
     expected = states_and_gradients(model, batch)
-    monkeypatch.setattr("trl_opsd.scoring.states.can_pack", lambda model: False)
     assert_equal(expected, states_and_gradients(use_flash_attention(model), batch))
+
+
+class TestSharedPrompts:
+    @pytest.fixture
+    def batch(self):
+        """Three prompts, shared by 3, 1 and 2 rows in a mixed order, and completions of 0 to 9 tokens."""
+        torch.manual_seed(1)
+        prompts = [torch.randint(1, 50, (length,)) for length in (13, 4, 20)]
+        groups = [2, 0, 1, 0, 2, 0]
+        ids, mask = torch.zeros(6, 29, dtype=torch.long), torch.zeros(6, 29, dtype=torch.long)
+        for row, (group, length) in enumerate(zip(groups, [9, 3, 0, 5, 2, 9], strict=True)):
+            ids[row, 20 - len(prompts[group]) : 20] = prompts[group]
+            ids[row, 20 : 20 + length] = torch.randint(1, 50, (length,))
+            mask[row, 20 - len(prompts[group]) : 20 + length] = 1
+        selected = mask[:, -9:].bool()
+        selected[0, 0] = selected[3, 2] = False
+        return ids, mask, selected, torch.tensor(groups) + 7
+
+    @pytest.mark.parametrize("name", sorted({*PACKING} - {"llama-longrope"}))
+    @torch.no_grad()
+    def test_states_equal_those_of_whole_padded_rows(self, name, batch, flash):
+        torch.manual_seed(0)
+        model = PACKING[name]().eval()
+        expected = completion_states(model, *batch[:3])
+        assert can_share_prompts(use_flash_attention(model))
+        read = []
+        model.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0].shape))
+        states = completion_states(model, *batch, pack=True)
+        assert expected.std() > 0.1
+        torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
+        assert read == [(1, 13 + 4 + 20), (1, 9 + 3 + 0 + 5 + 2 + 9)]
+
+    @torch.no_grad()
+    def test_empty_completions(self, batch, flash):
+        ids, mask, selected, groups = batch
+        mask[:, -9:], selected[:] = 0, False
+        mask = mask.bool()
+        before = mask.clone()
+        model = use_flash_attention(PACKING["qwen3"]()).eval()
+        assert completion_states(model, ids, mask, selected, groups, pack=True).shape == (0, 32)
+        assert torch.equal(mask, before)
 
 
 class TestCanPack:
@@ -316,7 +348,7 @@ class TestOnGPU:
         return request.param
 
     @pytest.mark.parametrize("name", ["qwen3", "gemma3-sliding"])
-    def test_packed_is_as_exact_as_padded(self, name, implementation, monkeypatch):
+    def test_packed_is_as_exact_as_padded(self, name, implementation):
         torch.manual_seed(0)
         model = PACKING[name]().cuda()
         batch = tuple(tensor.cuda() for tensor in make_batch("many lengths"))
@@ -324,8 +356,7 @@ class TestOnGPU:
 
         model.to(torch.bfloat16)
         model.config._attn_implementation = implementation
-        packed = states_and_gradients(model, batch)
-        monkeypatch.setattr("trl_opsd.scoring.states.can_pack", lambda model: False)
+        packed = states_and_gradients(model, batch, pack=True)
         padded = states_and_gradients(model, batch)
         for of_packed, of_padded in zip(errors(exact, packed), errors(exact, padded), strict=True):
             assert of_packed < 1.5 * of_padded + 1e-3

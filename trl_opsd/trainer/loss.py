@@ -29,6 +29,7 @@ from ..scoring import (
     completion_states,
     cut_by_tokens,
     cut_into,
+    distinct_prompts,
     evaluation_mode,
     head_of,
     padded_length,
@@ -83,7 +84,7 @@ class SelfDistillationLoss:
         can_share_prompts (`bool`):
             Whether the teacher may read a prompt once for several rows.
         packs_rows (`bool`):
-            Whether neither the student's passes nor the teacher's hold padding, so that
+            Whether student and teacher both read rows without padding, which `pad_to_multiple_of` rules out. Then
             `max_tokens_per_microbatch` counts none.
         pad_to_multiple_of (`int`, *optional*):
             What the widths of prompts and completions are multiples of.
@@ -101,7 +102,7 @@ class SelfDistillationLoss:
     ):
         self.teacher = teacher
         self.can_share_prompts = can_share_prompts
-        self._packs_rows = packs_rows
+        self._packs_rows = packs_rows and pad_to_multiple_of is None
         self._args = args
         self._accelerator = accelerator
         self._objective = objective
@@ -370,19 +371,20 @@ class SelfDistillationLoss:
         shared_groups: torch.Tensor | None = None,
     ) -> torch.Tensor:
         with self._accelerator.autocast():  # inside the wrapped model's forward, which may have an opinion of its own
-            return completion_states(
-                model, input_ids, attention_mask, selected, shared_groups, self._pad_to_multiple_of
-            )
+            return completion_states(model, input_ids, attention_mask, selected, shared_groups, self._packs(model))
+
+    def _packs(self, model: nn.Module) -> bool:
+        return self._pad_to_multiple_of is None and can_pack(causal_lm(model))
 
     def _should_share_prompts(
         self, teacher: nn.Module, attention_mask: torch.Tensor, completion_width: int, groups: torch.Tensor
     ) -> bool:
         if not self.can_share_prompts:
             return False
-        num_tokens = int(attention_mask.sum()) if can_pack(causal_lm(teacher)) else attention_mask.numel()
-        prompt_width = attention_mask.size(1) - completion_width
-        num_shared = len(groups.unique()) * prompt_width + len(groups) * completion_width
-        counts = torch.tensor([[num_tokens, num_shared]], device=self._accelerator.device)
+        read = attention_mask if self._packs(teacher) else torch.ones_like(attention_mask)
+        first_rows, _ = distinct_prompts(groups)
+        num_shared = read[first_rows, :-completion_width].sum() + read[:, -completion_width:].sum()
+        counts = torch.stack([read.sum(), num_shared])[None]
         if self._is_sharded:
             counts = self._accelerator.gather(counts)  # all wait for the slowest
         num_tokens, num_shared = counts.amax(dim=0).tolist()
