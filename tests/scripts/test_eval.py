@@ -23,6 +23,7 @@ from trl_opsd.eval.backends.transformers import TransformersBackend
 from trl_opsd.eval.run_folder import read_samples
 from trl_opsd.eval.samples import Sample
 from trl_opsd.eval.scorer import Verdict
+from trl_opsd.files import locked
 from trl_opsd.scripts import eval as command
 
 
@@ -145,7 +146,7 @@ def test_another_version_of_the_scorer_grades_anew_and_generates_nothing(run, tm
 
 
 def test_another_run_in_the_same_folder_is_refused(run, tmp_path, capsys):
-    with run_folder.locked(tmp_path / "run"):
+    with locked(tmp_path / "run"):
         assert run("--overwrite") == 2
     assert f"Another run works in {tmp_path / 'run'}" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]

@@ -131,3 +131,14 @@ def test_accelerate_launch(recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Who trains whom" in done.stdout
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_an_interrupted_run_says_how_to_go_on(recipe, tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_opsd.OPSDTrainer.train", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        train(opsd, "--config", recipe())
+    said = f"Interrupted. `--resume_from_checkpoint auto` goes on from the last checkpoint in {tmp_path / 'out'}"
+    assert said in capsys.readouterr().err

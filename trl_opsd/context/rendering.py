@@ -78,7 +78,7 @@ class TeacherPrompt:
 
         Raises:
             ValueError: If the prompt is longer than `max_length` tokens and `skip_overlong` is `False`, or has a token
-                without an embedding.
+                without an embedding, or if the context returned no messages.
         """
         ids = self._all_ids(row, rollouts, tools)
         return None if ids is None or self._is_skipped(ids) else ids
@@ -104,6 +104,13 @@ class TeacherPrompt:
         messages = self.context.teacher_messages({**row, "prompt": prompt}, rollouts)
         if messages is None:
             return None
+        if problem := _problem(messages):
+            raise ValueError(
+                f"The privileged context {type(self.context).__name__} returned {problem}. `teacher_messages` returns "
+                "a list of messages, dictionaries with `role` and `content`, that ends before the assistant's turn, "
+                "or `None` for a rollout to leave out."
+            )
+        messages = as_text(messages)
         if plain:
             ids = self._plain_ids(messages) + self._plain_prefix_ids
         else:
@@ -173,6 +180,23 @@ class TeacherPrompt:
         bos = self.tokenizer.bos_token_id
         # A prompt that spells out the BOS token gets a second one from the tokenizer
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def _problem(messages: Any) -> str | None:
+    """What the user's context returned instead of messages of text."""
+    if not isinstance(messages, list):
+        return f"{type(messages).__name__}"
+    if not messages:
+        return "an empty list"
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            return f"the message {message!r:.80}"
+        content = message["content"]
+        parts = content if isinstance(content, list) else [{"text": content}]
+        is_text = all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts)
+        if not is_text and not (content is None and message.get("tool_calls")):
+            return f"a message whose content is {content!r:.80}"
+    return "an assistant turn at the end" if messages[-1]["role"] == "assistant" else None
 
 
 def check_embedded(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None) -> None:

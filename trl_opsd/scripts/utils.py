@@ -8,6 +8,7 @@ from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -229,6 +230,27 @@ def make_recipe_parser(help: str, config_class: type["SelfDistillationConfig"], 
     )
 
 
+def says_how_to_resume(command: Callable[..., None]) -> Callable[..., None]:
+    """Make Ctrl-C end a training command in words, with status 130."""
+
+    @wraps(command)
+    def interruptible(*args: Any) -> None:
+        try:
+            command(*args)
+        except KeyboardInterrupt:
+            (training_args,) = (argument for argument in args if hasattr(argument, "output_dir"))
+            if training_args.process_index == 0:
+                print(
+                    "Interrupted. `--resume_from_checkpoint auto` goes on from the last checkpoint in "
+                    f"{training_args.output_dir}, if there is one.",
+                    file=sys.stderr,
+                )
+            raise SystemExit(130) from None
+
+    return interruptible
+
+
+@says_how_to_resume
 def run(
     trainer_class: type["SelfDistillationTrainer"],
     script_args: SelfDistillationScriptArguments,

@@ -39,7 +39,8 @@ import math
 import textwrap
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -77,6 +78,7 @@ from ..data import validate_rows
 from ..eval.backends import Sampling
 from ..eval.benchmark import Problem
 from ..eval.chat import ChatFormat
+from ..files import locked
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
     Divergence,
@@ -1003,7 +1005,23 @@ class SelfDistillationTrainer(GRPOTrainer):
                 )
         if resume_from_checkpoint:
             self._check_same_run(resume_from_checkpoint, read_state(Path(resume_from_checkpoint)))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._alone_in_output_dir():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @contextmanager
+    def _alone_in_output_dir(self) -> Iterator[None]:
+        failure = None
+        with ExitStack() as stack:
+            if self.accelerator.is_main_process:
+                try:
+                    # Of a name that is not pushed to the Hub with the rest
+                    stack.enter_context(locked(Path(cast(str, self.args.output_dir)), "_lock"))
+                except ValueError as error:  # the others wait to hear of it
+                    failure = str(error)
+            (failure,) = broadcast_object_list([failure])
+            if failure is not None:
+                raise ValueError(failure)
+            yield
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
