@@ -125,7 +125,7 @@ def test_accelerate_launch(recipe, tmp_path):
     command += ["-m", "trl_opsd.scripts.opsd", "--config", recipe(), "--max_steps", "1", "--use_cpu"]
 
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1200
     )
 
     assert done.returncode == 0, done.stderr
