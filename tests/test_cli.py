@@ -190,6 +190,7 @@ def test_training_that_is_told_to_end(recipe, monkeypatch):
         cli.main(["opsd", "--config", recipe])
 
 
+@pytest.mark.cpu("launched so")
 @pytest.mark.slow
 def test_ctrl_c_ends_a_training_command_in_words(tmp_path, model_path):
     (tmp_path / "rows.jsonl").write_text('{"problem": "2 + 2?", "solution": "4"}\n' * 8)
