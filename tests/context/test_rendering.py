@@ -313,3 +313,43 @@ def test_check_leaves_streams_alone(tokenizer):
         yield
 
     solution_prompt(tokenizer, max_length=1).check_rows(IterableDataset.from_generator(rows), "train_dataset")
+
+
+@pytest.mark.parametrize("row", [PLAIN, CHAT])
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ("a hint", "returned str"),
+        (("a", "b"), "returned tuple"),
+        ([], "returned an empty list"),
+        (["a hint"], "returned the message 'a hint'"),
+        ([{"role": "user"}], "returned the message {'role': 'user'}"),
+        ([{"content": "a hint"}], "returned the message {'content': 'a hint'}"),
+        ([{"role": "user", "content": 4}], "whose content is 4"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "whose content is"),
+        ([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], "an assistant turn at the end"),
+    ],
+    ids=str,
+)
+def test_contexts_that_return_no_messages(tokenizer, row, returned, said):
+    class Hint:
+        columns = ()
+
+        def teacher_messages(self, row, rollouts):
+            return returned
+
+    prompt = make_prompt(tokenizer, Hint())
+    with pytest.raises(ValueError, match=f"The privileged context Hint .*{said}.*a list of messages"):
+        prompt.token_ids(row, None)
+    with pytest.raises(ValueError, match="Row 0 of `train_dataset`: The privileged context Hint"):
+        make_prompt(tokenizer, Hint(), max_length=1000).check_rows(Dataset.from_list([row]), "train_dataset")
+
+
+def test_a_context_may_return_text_in_parts(tokenizer):
+    class Parts:
+        columns = ()
+
+        def teacher_messages(self, row, rollouts):
+            return [{"role": "user", "content": [{"type": "text", "text": "2 "}, {"type": "text", "text": "+ 2?"}]}]
+
+    assert render(tokenizer, PLAIN, Parts()) == "2 + 2?"

@@ -29,11 +29,13 @@ def job(
     model: str | None = None,
     rows: int = 4,
     shuffle: bool = True,
+    packed: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """
     A training run: its folder, what it resumes from, the folder of its model, rollouts of an optimizer step, whether a
-    generation is shuffled before it is cut into micro-batches, and fields of the configuration.
+    generation is shuffled before it is cut into micro-batches, whether a stand-in for flash attention has rows packed,
+    and fields of the configuration.
     """
     return {
         "name": name or f"{method}-{weights}",
@@ -43,6 +45,7 @@ def job(
         "model": model,
         "rows": rows,
         "shuffle": shuffle,
+        "packed": packed,
         "environment": {},
         "settings": settings,
     }

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from accelerate import state as accelerate_state
 from accelerate.utils import gather_object
 from datasets import Dataset
+from flash_attention import FlashAttention, use_flash_attention
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from tiny import make_model, make_tokenizer
@@ -103,8 +105,9 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
         shuffle_sequence_dict if job["shuffle"] else partial(deal, num_micro_batches=args.steps_per_generation)
     )
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    model = job["model"] or make_model(tokenizer)
     return trainer_class(
-        model=job["model"] or make_model(tokenizer),
+        model=use_flash_attention(model) if job["packed"] else model,
         args=args,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -237,7 +240,12 @@ def checkpoint_of(resume: str | None, output_dir: Path) -> str | None:
 def run(job: dict[str, Any], output_dir: Path) -> None:
     output_dir.mkdir(exist_ok=True)
     num_passes: list[int] = []
-    with patch.dict(os.environ, job["environment"]):  # what a job sets is not for the next one
+    with (
+        patch.dict(os.environ, job["environment"]),
+        pytest.MonkeyPatch.context() as monkeypatch,
+    ):  # not for the next job
+        if job["packed"]:
+            FlashAttention().install(monkeypatch)
         trainer = make_trainer(job, output_dir)
         count_passes(trainer, num_passes, output_dir)
         average = follow_average(trainer)

@@ -16,18 +16,23 @@ class TestCutByTokens:
             completions = [generator.randint(1, 60) for _ in range(num_rows)]
             groups = [generator.randint(0, 3) for _ in range(num_rows)]
             budget = generator.randint(1, 400)
-            passes = cut_by_tokens(prompts, completions, groups, budget)
+            padded = generator.random() < 0.5
+            passes = cut_by_tokens(prompts, completions, groups, budget, padded)
             assert sorted(row for rows in passes for row in rows) == list(range(num_rows))
             for rows in passes:
                 width = max(prompts[r] for r in rows) + max(completions[r] for r in rows)
-                assert len(rows) == 1 or len(rows) * width <= budget
+                num_tokens = len(rows) * width if padded else sum(prompts[r] + completions[r] for r in rows)
+                assert len(rows) == 1 or num_tokens <= budget
             number = generator.randint(1, num_rows)
             further = cut_into(passes, number)
             assert len(further) == max(number, len(passes))
             assert sorted(row for rows in further for row in rows) == list(range(num_rows))
 
     def test_long_row_is_alone_and_short_ones_stay_together(self):
-        assert cut_by_tokens([10, 500, 12, 11], [5, 900, 5, 5], [0, 1, 2, 3], 60) == [[1], [2, 3, 0]]
+        rows = [10, 50, 12, 11], [5, 9, 5, 5], [0, 1, 2, 3]
+        assert cut_by_tokens(*rows, 92, padded=False) == [[1, 2, 3], [0]]
+        assert cut_by_tokens(*rows, 107, padded=False) == [[1, 2, 3, 0]]
+        assert cut_by_tokens(*rows, 107) == [[1], [2, 3, 0]]
 
     def test_rows_of_one_prompt_stay_together(self):
         passes = cut_by_tokens([50] * 6, [40, 30, 30, 5, 10, 9], [0, 1, 0, 1, 0, 1], 280)

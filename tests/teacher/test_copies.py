@@ -3,11 +3,13 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from placement import place
 from tiny import make_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from trl.trainer.utils import use_adapter
 
 from trl_opsd.teacher import EMATeacher, InitialTeacher, PeriodicTeacher
-from trl_opsd.teacher.copies import AdapterCopy
+from trl_opsd.teacher.copies import AdapterCopy, with_adapter
 
 
 IDS = torch.arange(6, 26)[None]
@@ -101,10 +103,32 @@ def test_what_the_policy_ties_is_kept_once(tokenizer):
 def test_fused_experts():
     sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2}
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=96, **sizes, **heads))
+    model = place(Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=96, **sizes, **heads)))
     policy = make_policy(model, {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]})
     before = logits(policy)
     teacher = InitialTeacher(policy, False, lambda model: model)
     train(policy)
     assert not torch.allclose(logits(policy), before)
     assert torch.equal(logits(policy, teacher), before)
+
+
+@pytest.mark.parametrize("name", [None, "other"])
+def test_switching_an_adapter_is_what_peft_does_and_leaves_nothing_behind(make, name):
+    policy = make()
+    policy.add_adapter("other", policy.peft_config["default"])
+    with torch.no_grad():
+        for parameter_name, parameter in policy.named_parameters():
+            if ".other." in parameter_name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    policy.set_adapter("default")
+    before, trained = logits(policy), [parameter.requires_grad for parameter in policy.parameters()]
+    with use_adapter(policy, name):
+        expected = logits(policy)
+    policy.set_adapter("default")
+
+    with with_adapter(policy, name) as module:
+        assert torch.equal(logits(module), expected)
+        assert [parameter.requires_grad for parameter in policy.parameters()] == trained
+
+    assert not torch.equal(expected, before)
+    assert torch.equal(logits(policy), before)

@@ -98,6 +98,7 @@ def draw_from_all_generators():
     return [random.random(), np.random.rand(), *(torch.rand((), device=device).item() for device in devices)]
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_training_is_what_it_would_have_been(temperature, make_trainer, benchmark, model, monkeypatch):
     """Whatever generator the engine draws from: on a GPU, vLLM takes the seeds of requests from NumPy's."""
@@ -132,6 +133,7 @@ def test_training_is_what_it_would_have_been(temperature, make_trainer, benchmar
     assert len(evaluations(trainer)) == 6
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_server_that_fails_in_an_evaluation(make_trainer, benchmark, model, monkeypatch):
     initial = {name: value.clone() for name, value in model.state_dict().items()}
     settings = {"eval_benchmarks": [benchmark], "eval_benchmarks_steps": 2}
@@ -212,7 +214,7 @@ def test_training_that_is_stopped_is_evaluated_at_its_end(make_trainer, benchmar
     assert list(evaluations(trainer)) == [0, 2, 3]
 
 
-def test_greedy_evaluation_gives_what_the_model_says(make_trainer, benchmark, tokenizer, model):
+def test_greedy_evaluation_gives_what_the_model_says(make_trainer, benchmark, tokenizer, model, device):
     model.generation_config.repetition_penalty = 5.0
     trainer = make_trainer(
         eval_benchmarks=[benchmark],
@@ -228,7 +230,7 @@ def test_greedy_evaluation_gives_what_the_model_says(make_trainer, benchmark, to
         prompt = tokenizer.apply_chat_template(
             message, add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True
         )
-        output = trainer.model.generate(**prompt, max_new_tokens=6, do_sample=False, repetition_penalty=1.0)
+        output = trainer.model.generate(**prompt.to(device), max_new_tokens=6, do_sample=False, repetition_penalty=1.0)
         said = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         assert sample.completion == said
 

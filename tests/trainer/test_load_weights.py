@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from placement import place
 from tiny import make_model
 from transformers import (
     DeepseekV3Config,
@@ -31,8 +32,10 @@ LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_h
 
 def qwen3_moe(seed, vocab_size=96):
     torch.manual_seed(seed)
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(vocab_size=vocab_size, **SIZES, num_experts=4, moe_intermediate_size=16, head_dim=16)
+    return place(
+        Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(vocab_size=vocab_size, **SIZES, num_experts=4, moe_intermediate_size=16, head_dim=16)
+        )
     )
 
 
@@ -101,6 +104,7 @@ def make_trainer(training_args, dataset, tokenizer):
     return make
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_a_resumed_mixture_of_experts_equals_the_uninterrupted_one(make_trainer):
     whole, resumed = make_trainer(), make_trainer()
     whole.train()
@@ -117,4 +121,4 @@ def test_the_best_checkpoint_brings_its_experts(make_trainer):
     best = Path(trainer.args.output_dir) / "checkpoint-2"
     trainer.state.best_model_checkpoint = str(best)
     trainer._load_best_model()
-    assert_equal(Qwen3MoeForCausalLM.from_pretrained(best), trainer.model)
+    assert_equal(place(Qwen3MoeForCausalLM.from_pretrained(best)), trainer.model)

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LNTuningConfig, LoraConfig, get_peft_model
+from placement import place
 from tiny import make_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -88,8 +89,7 @@ def test_fused_experts(parameters):
     sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2}
     config = Qwen3MoeConfig(vocab_size=96, **sizes, **heads)
-    fresh = Qwen3MoeForCausalLM(config)
-    model = Qwen3MoeForCausalLM(config)
+    fresh, model = (place(Qwen3MoeForCausalLM(config)) for _ in range(2))
     model.load_state_dict(fresh.state_dict())
     assert_sent(make_policy(model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)), fresh)
 

@@ -102,7 +102,7 @@ def test_grpo_script_with_two_names_changed(trainer_class, config_class, tokeniz
     assert (config_class is GRPOConfig) != bool(logged(trainer, "distillation_loss"))
 
 
-def test_tools(training_args, dataset):
+def test_tools_are_in_both_prompts(training_args, dataset):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = qwen3_chat_template
     trainer = OPSDTrainer(
@@ -116,8 +116,6 @@ def test_tools(training_args, dataset):
     student, teacher = (tokenizer.decode(ids) for ids in trainer.preview_prompts())
     for prompt in (student, teacher):
         assert '"name": "add"' in prompt
-    trainer.train()
-    assert logged(trainer, "tools/call_frequency") == [0.0, 0.0]
 
 
 def test_metrics_without_rewards(make_trainer):

@@ -38,10 +38,14 @@ def keep_groups_together(batches: list[dict[str, Any]], window: int, key: str) -
 
 
 def cut_by_tokens(
-    prompt_lengths: list[int], completion_lengths: list[int], groups: list[int], max_tokens: int
+    prompt_lengths: list[int],
+    completion_lengths: list[int],
+    groups: list[int],
+    max_tokens: int,
+    padded: bool = True,
 ) -> list[list[int]]:
     """
-    Cut rows into passes of at most `max_tokens` tokens, padding included.
+    Cut rows into passes of at most `max_tokens` tokens.
 
     Rows are sorted by length, groups by their longest row, so that little is padded and groups stay together.
 
@@ -53,7 +57,9 @@ def cut_by_tokens(
         groups (`list[int]`):
             The same number for rows with the same prompt.
         max_tokens (`int`):
-            Most tokens of a pass: rows × (longest prompt + longest completion). A longer row gets a pass of its own.
+            Most tokens of a pass. A longer row gets a pass of its own.
+        padded (`bool`, *optional*, defaults to `True`):
+            Whether a pass has rows × (longest prompt + longest completion) tokens, or only those of its rows.
 
     Returns:
         `list[list[int]]`: the indices of the rows of each pass.
@@ -68,8 +74,12 @@ def cut_by_tokens(
     passes: list[list[int]] = []
     for row in order:
         rows = [*passes[-1], row] if passes else [row]
-        width = max(prompt_lengths[r] for r in rows) + max(completion_lengths[r] for r in rows)
-        if passes and len(rows) * width <= max_tokens:
+        if padded:
+            width = max(prompt_lengths[r] for r in rows) + max(completion_lengths[r] for r in rows)
+            num_tokens = len(rows) * width
+        else:
+            num_tokens = sum(lengths[r] for r in rows)
+        if passes and num_tokens <= max_tokens:
             passes[-1] = rows
         else:
             passes.append([row])

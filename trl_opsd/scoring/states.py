@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .heads import causal_lm
+from .heads import backbone_of
+from .packed import packed_states, packed_states_with_shared_prompts
 from .positions import positions
 from .shared_prefix import states_with_shared_prompts
 
@@ -17,6 +18,7 @@ def completion_states(
     attention_mask: torch.Tensor,
     selected: torch.Tensor,
     shared_groups: torch.Tensor | None = None,
+    pack: bool = False,
 ) -> torch.Tensor:
     """
     Hidden states that predict the selected completion tokens.
@@ -32,11 +34,17 @@ def completion_states(
             The completion tokens.
         shared_groups (`torch.Tensor` of shape `(B,)`, *optional*):
             The same number for rows with the same prompt, which is then read once.
+        pack (`bool`, *optional*, defaults to `False`):
+            Whether padding is left out, for which the model has to be one that [`can_pack`].
 
     Returns:
         `torch.Tensor` of shape `(number of selected tokens, H)`, row by row.
     """
-    backbone = causal_lm(model).base_model
+    backbone = backbone_of(model)
+    if pack and shared_groups is not None:
+        return packed_states_with_shared_prompts(backbone, input_ids, attention_mask, selected, shared_groups)
+    if pack:
+        return packed_states(backbone, input_ids, attention_mask, selected)
     width = selected.size(1)
     if shared_groups is not None:
         return states_with_shared_prompts(backbone, input_ids, attention_mask, width, shared_groups)[selected]
@@ -51,10 +59,12 @@ def completion_states(
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; after, in the mode it was in."""
-    training = model.training
-    model.eval()
+    """Inside, the model is in evaluation mode; after, each of its modules is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.__dict__["training"] = False  # a module's attributes take long to set, and there are thousands
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.__dict__["training"] = True

@@ -7,9 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -20,6 +23,7 @@ from .sharding import copy_parameter, part_of, write_part
 
 
 ADAPTER_NAME = "teacher"
+_ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 class NoSecondAdapterError(ValueError):
@@ -87,7 +91,7 @@ class AdapterCopy(TeacherCopy):
             copy_parameter(student, teacher)
 
     def weights(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
-        return _with_adapter(policy, ADAPTER_NAME)
+        return with_adapter(policy, ADAPTER_NAME)
 
     def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         parameters = dict(self._policy.named_parameters(remove_duplicate=False))
@@ -147,11 +151,32 @@ def copy_of(policy: PreTrainedModel | PeftModel, shard: Callable[[nn.Module], nn
 
 
 @contextmanager
-def _with_adapter(policy: nn.Module, adapter_name: str | None) -> Iterator[nn.Module]:
-    with use_adapter(extract_model_from_parallel(policy), adapter_name):
+def with_adapter(policy: nn.Module, adapter_name: str | None) -> Iterator[nn.Module]:
+    """
+    The policy with another of its adapters, for passes without a gradient.
+
+    Args:
+        policy ([`~peft.PeftModel`]):
+            Policy, possibly wrapped.
+        adapter_name (`str`, *optional*):
+            Name of the adapter. `None` switches all adapters off.
+    """
+    model = extract_model_from_parallel(policy)
+    if model.active_peft_config.is_adaption_prompt:  # which peft takes out of the model
+        with use_adapter(model, adapter_name):
+            yield policy
+        return
+    # Only the flags that the layers' forward passes read. peft looks through the whole model before it sets them, and
+    # lets go of the gradients of each adapter's weights, which nobody asks for here: a tenth of a step
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, _ADAPTED)]
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    try:
+        for layer in layers:
+            if adapter_name is None:
+                layer._disable_adapters = True
+            else:
+                layer._active_adapter = [adapter_name]
         yield policy
-
-
-def without_adapter(policy: nn.Module) -> AbstractContextManager[nn.Module]:
-    """Context manager that yields the policy with its adapter switched off."""
-    return _with_adapter(policy, None)
+    finally:
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active

@@ -23,9 +23,13 @@ from ..objective import (
     token_log_probs,
 )
 from ..scoring import (
+    can_pack,
+    causal_lm,
+    check_logits,
     completion_states,
     cut_by_tokens,
     cut_into,
+    distinct_prompts,
     evaluation_mode,
     head_of,
     padded_length,
@@ -79,6 +83,9 @@ class SelfDistillationLoss:
             Which divergence, over which tokens.
         can_share_prompts (`bool`):
             Whether the teacher may read a prompt once for several rows.
+        packs_rows (`bool`):
+            Whether student and teacher both read rows without padding, which `pad_to_multiple_of` rules out. Then
+            `max_tokens_per_microbatch` counts none.
         pad_to_multiple_of (`int`, *optional*):
             What the widths of prompts and completions are multiples of.
     """
@@ -90,10 +97,12 @@ class SelfDistillationLoss:
         teacher: Teacher | None,
         objective: Objective,
         can_share_prompts: bool,
+        packs_rows: bool,
         pad_to_multiple_of: int | None,
     ):
         self.teacher = teacher
         self.can_share_prompts = can_share_prompts
+        self._packs_rows = packs_rows and pad_to_multiple_of is None
         self._args = args
         self._accelerator = accelerator
         self._objective = objective
@@ -102,6 +111,7 @@ class SelfDistillationLoss:
         # Where parameters are gathered, every process has to run as many forward passes
         self._is_sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None or is_deepspeed_zero3_enabled()
         self._forward_redirection = _ForwardRedirection()
+        self._has_checked_logits = False
 
     def __call__(
         self,
@@ -127,6 +137,8 @@ class SelfDistillationLoss:
                 A loss that depends on the student through its log-probabilities alone, aggregated as `loss_type` says
                 and divided by the number of micro-batches. It is added, from the same forward pass.
         """
+        if not self._has_checked_logits:
+            self.check_logits(model)
         tokens = inputs["loss_mask"]
         if policy is not None:
             tokens = inputs["completion_mask"] * inputs.get("tool_mask", 1)
@@ -148,6 +160,33 @@ class SelfDistillationLoss:
         loss = torch.stack([output.loss for output in outputs]).sum() / num_micro_batches
         statistics = FusedDivergence(loss.detach(), *map(torch.cat, list(zip(*outputs, strict=True))[1:]))
         return MicroBatchLoss(loss, statistics, passes)
+
+    @torch.no_grad()
+    def check_logits(self, model: nn.Module) -> None:
+        """
+        Refuse a student or a teacher whose logits are not those that the loss computes. This is done once, before the
+        first pass at the latest: earlier where the model is on its device and whole.
+
+        Args:
+            model (`nn.Module`):
+                Policy, wrapped as it is trained, if it will be.
+
+        Raises:
+            ValueError: See [`~trl_opsd.scoring.check_logits`].
+        """
+        with nullcontext(model) if self.teacher is None else self.teacher.weights(model) as teacher:
+            self._check_logits(teacher)
+        self._check_logits(model)
+        self._has_checked_logits = True
+
+    def _check_logits(self, model: nn.Module) -> None:
+        unwrapped = self._accelerator.unwrap_model(model)
+
+        def within(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+            return self._forward_redirection(model, unwrapped, forward)
+
+        with self._accelerator.autocast():
+            check_logits(unwrapped, self._accelerator.device, within)
 
     def log_probs(
         self,
@@ -214,12 +253,13 @@ class SelfDistillationLoss:
         if max_tokens is not None:
             prompts = torch.maximum(kept["prompt_mask"].sum(1), kept["teacher_prompt_mask"].sum(1)).tolist()
             completions = kept["completion_mask"].sum(1).tolist()
-            passes = cut_by_tokens(
-                [padded_length(length, self._pad_to_multiple_of) for length in prompts],
-                [padded_length(length, self._pad_to_multiple_of) for length in completions],
-                kept["teacher_prompt_groups"].tolist(),
-                max_tokens,
-            )
+            if not self._packs_rows:
+                prompts, completions = (
+                    [padded_length(length, self._pad_to_multiple_of) for length in lengths]
+                    for lengths in (prompts, completions)
+                )
+            groups = kept["teacher_prompt_groups"].tolist()
+            passes = cut_by_tokens(prompts, completions, groups, max_tokens, padded=not self._packs_rows)
             number = max(number, len(passes))
             if self._accelerator.num_processes > 1:
                 numbers = torch.tensor(number, device=self._accelerator.device)
@@ -306,9 +346,9 @@ class SelfDistillationLoss:
             `tuple[torch.Tensor, Head]`: states of shape `(number of selected tokens, H)`, without a gradient.
         """
         assert self.teacher is not None
-        shared_groups = groups if self._should_share_prompts(input_ids, selected.size(1), groups) else None
         with torch.no_grad(), self.teacher.weights(model) as module:
             teacher = self._accelerator.unwrap_model(module)
+            shares_prompts = self._should_share_prompts(teacher, attention_mask, selected.size(1), groups)
             with evaluation_mode(teacher):
                 hidden = self._forward_redirection(
                     module,
@@ -318,7 +358,7 @@ class SelfDistillationLoss:
                     input_ids,
                     attention_mask,
                     selected,
-                    shared_groups,
+                    groups if shares_prompts else None,
                 )
             return hidden, head_of(teacher)
 
@@ -331,17 +371,25 @@ class SelfDistillationLoss:
         shared_groups: torch.Tensor | None = None,
     ) -> torch.Tensor:
         with self._accelerator.autocast():  # inside the wrapped model's forward, which may have an opinion of its own
-            return completion_states(model, input_ids, attention_mask, selected, shared_groups)
+            return completion_states(model, input_ids, attention_mask, selected, shared_groups, self._packs(model))
 
-    def _should_share_prompts(self, input_ids: torch.Tensor, completion_width: int, groups: torch.Tensor) -> bool:
+    def _packs(self, model: nn.Module) -> bool:
+        return self._pad_to_multiple_of is None and can_pack(causal_lm(model))
+
+    def _should_share_prompts(
+        self, teacher: nn.Module, attention_mask: torch.Tensor, completion_width: int, groups: torch.Tensor
+    ) -> bool:
         if not self.can_share_prompts:
             return False
-        prompt_width = input_ids.size(1) - completion_width
-        num_shared = len(groups.unique()) * prompt_width + len(groups) * completion_width
-        counts = torch.tensor([[input_ids.numel(), num_shared]], device=self._accelerator.device)
+        read = attention_mask if self._packs(teacher) else torch.ones_like(attention_mask)
+        first_rows, _ = distinct_prompts(groups)
+        num_shared = read[first_rows, :-completion_width].sum() + read[:, -completion_width:].sum()
+        counts = torch.stack([read.sum(), num_shared])[None]
         if self._is_sharded:
             counts = self._accelerator.gather(counts)  # all wait for the slowest
-        return pays_off(*counts.amax(dim=0).tolist())
+        num_tokens, num_shared = counts.amax(dim=0).tolist()
+        on_gpu = self._accelerator.device.type == "cuda"
+        return pays_off(num_tokens, num_shared, causal_lm(teacher).config.get_text_config() if on_gpu else None)
 
     def _student_loss(
         self,
@@ -380,7 +428,6 @@ class SelfDistillationLoss:
                     weights=weights,
                     objective=self._objective,
                 )
-
             value, factors = policy(rows, partial(self._log_probs_of, hidden, student_head, token_ids, selected))
             factors = factors[selected]
             with_context = rows["loss_mask"].bool()[selected]
@@ -393,7 +440,7 @@ class SelfDistillationLoss:
                 objective=self._objective,
                 likelihood_weights=factors[with_context],
             )
-            loss = output.loss + _likelihood(output, factors[with_context])
+            loss = value + _without_likelihood(output, factors[with_context])
             others = ~with_context
             if others.any():  # nothing but their likelihood counts, so the student may be its own teacher
                 rest = fused(
@@ -405,8 +452,8 @@ class SelfDistillationLoss:
                     objective=Objective(temperature=self._objective.temperature),
                     likelihood_weights=factors[others],
                 )
-                loss = loss + rest.loss + _likelihood(rest, factors[others])
-            return output._replace(loss=loss + value)
+                loss = loss + _without_likelihood(rest, factors[others])
+            return output._replace(loss=loss)
 
     def _rows_log_probs(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, selected: torch.Tensor
@@ -444,9 +491,9 @@ def _scaled(policy: PolicyTerm, factor: torch.Tensor) -> PolicyTerm:
     return scaled
 
 
-def _likelihood(output: FusedDivergence, factors: torch.Tensor) -> torch.Tensor:
-    """What the likelihood term adds to a loss, with its sign turned: it is there for its gradient only."""
-    return (factors * output.student_log_prob).where(output.finite.bool(), 0.0).sum()
+def _without_likelihood(output: FusedDivergence, factors: torch.Tensor) -> torch.Tensor:
+    """The loss without the value of its likelihood term, which is there for its gradient."""
+    return output.loss + (factors * output.student_log_prob).where(output.finite.bool(), 0.0).sum()
 
 
 def _rows_of(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
