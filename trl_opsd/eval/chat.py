@@ -19,8 +19,7 @@ _MARKS = [
     (re.compile(r"<channel\|>|\[/THINK\]|<\|END_THINKING\|>|</seed:think>|◁/think▷"), "</think>"),
 ]
 _TOKENS = set(
-    "<|channel|> <|message|> <|channel> <channel|> [THINK] [/THINK] <|START_THINKING|> <|END_THINKING|> <seed:think> "
-    "</seed:think> ◁think▷ ◁/think▷".split()
+    ["<|channel|>", "<|message|>", "<|channel>", "<channel|>", "[THINK]", "[/THINK]", "<|START_THINKING|>", "<|END_THINKING|>", "<seed:think>", "</seed:think>", "◁think▷", "◁/think▷"]
 )
 
 
