@@ -18,9 +18,20 @@ _MARKS = [
     (re.compile(r"<\|channel>\w*|\[THINK\]|<\|START_THINKING\|>|<seed:think>|◁think▷"), "<think>"),
     (re.compile(r"<channel\|>|\[/THINK\]|<\|END_THINKING\|>|</seed:think>|◁/think▷"), "</think>"),
 ]
-_TOKENS = set(
-    ["<|channel|>", "<|message|>", "<|channel>", "<channel|>", "[THINK]", "[/THINK]", "<|START_THINKING|>", "<|END_THINKING|>", "<seed:think>", "</seed:think>", "◁think▷", "◁/think▷"]
-)
+_TOKENS = {
+    "<|channel|>",
+    "<|message|>",
+    "<|channel>",
+    "<channel|>",
+    "[THINK]",
+    "[/THINK]",
+    "<|START_THINKING|>",
+    "<|END_THINKING|>",
+    "<seed:think>",
+    "</seed:think>",
+    "◁think▷",
+    "◁/think▷",
+}
 
 
 class ChatFormat:
