@@ -19,6 +19,8 @@ from trl_opsd.eval.equivalence import compare
 from trl_opsd.eval.scorer import Verdict, check_reference, score
 
 
+pytestmark = pytest.mark.needs("math_verify")
+
 FIXTURES = [json.loads(line) for line in Path(__file__).with_name("completions.jsonl").open(encoding="utf-8")]
 
 FORMATS = {
