@@ -38,7 +38,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from trl_opsd.scoring import can_pack, can_share_prompts, completion_states
+from trl_opsd.scoring import can_pack, completion_states, packed_states
 
 
 SIZES = {
@@ -212,6 +212,21 @@ def test_network_reads_no_padding(flash, monkeypatch):
     assert flash.boundaries == [[0, 29, 31, 34, 52, 68]] * 4
 
 
+def test_layers_that_are_handed_no_boundaries_find_them(flash):
+    """Some models of transformers let the positions through and nothing else."""
+    torch.manual_seed(0)
+    model = PACKING["qwen3"]()
+    batch = make_batch("many lengths")
+    expected = completion_states(model, *batch)
+    use_flash_attention(model)
+
+    def backbone(input_ids, position_ids, use_cache, **_):
+        return model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
+
+    torch.testing.assert_close(packed_states(backbone, *batch), expected, rtol=1e-5, atol=1e-5)
+    assert flash.boundaries == [[0, 29, 31, 34, 52, 68]] * 4
+
+
 def test_gradient_checkpointing(flash):
     torch.manual_seed(0)
     model = place(PACKING["gemma3-sliding"]())
@@ -243,47 +258,6 @@ def test_padded_rows_under_flash_attention(name, rows, flash):
     batch = make_batch(rows)
     expected = states_and_gradients(model, batch)
     assert_equal(expected, states_and_gradients(use_flash_attention(model), batch))
-
-
-class TestSharedPrompts:
-    @pytest.fixture
-    def batch(self):
-        """Three prompts, shared by 3, 1 and 2 rows in a mixed order, and completions of 0 to 9 tokens."""
-        torch.manual_seed(1)
-        prompts = [torch.randint(1, 50, (length,)) for length in (13, 4, 20)]
-        groups = [2, 0, 1, 0, 2, 0]
-        ids, mask = torch.zeros(6, 29, dtype=torch.long), torch.zeros(6, 29, dtype=torch.long)
-        for row, (group, length) in enumerate(zip(groups, [9, 3, 0, 5, 2, 9], strict=True)):
-            ids[row, 20 - len(prompts[group]) : 20] = prompts[group]
-            ids[row, 20 : 20 + length] = torch.randint(1, 50, (length,))
-            mask[row, 20 - len(prompts[group]) : 20 + length] = 1
-        selected = mask[:, -9:].bool()
-        selected[0, 0] = selected[3, 2] = False
-        return ids, mask, selected, torch.tensor(groups) + 7
-
-    @pytest.mark.parametrize("name", sorted({*PACKING} - {"llama-longrope"}))
-    @torch.no_grad()
-    def test_states_equal_those_of_whole_padded_rows(self, name, batch, flash):
-        torch.manual_seed(0)
-        model = PACKING[name]().eval()
-        expected = completion_states(model, *batch[:3])
-        assert can_share_prompts(use_flash_attention(model))
-        read = []
-        model.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0].shape))
-        states = completion_states(model, *batch, pack=True)
-        assert expected.std() > 0.1
-        torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
-        assert read == [(1, 13 + 4 + 20), (1, 9 + 3 + 0 + 5 + 2 + 9)]
-
-    @torch.no_grad()
-    def test_empty_completions(self, batch, flash):
-        ids, mask, selected, groups = batch
-        mask[:, -9:], selected[:] = 0, False
-        mask = mask.bool()
-        before = mask.clone()
-        model = use_flash_attention(PACKING["qwen3"]()).eval()
-        assert completion_states(model, ids, mask, selected, groups, pack=True).shape == (0, 32)
-        assert torch.equal(mask, before)
 
 
 class TestCanPack:

@@ -2,10 +2,10 @@
 
 from .heads import backbone_of, causal_lm, head_of, unsharded
 from .logits import check_logits
-from .packed import can_pack, packed_states, packed_states_with_shared_prompts
+from .packed import can_pack, packed_states
 from .passes import cut_by_tokens, cut_into, keep_groups_together, padded_length, used_width
 from .positions import positions
-from .shared_prefix import can_share_prompts, distinct_prompts, pays_off, states_with_shared_prompts
+from .shared_prefix import can_share_prompts, pays_off, states_with_shared_prompts
 from .states import completion_states, evaluation_mode
 
 
@@ -18,12 +18,10 @@ __all__ = [
     "completion_states",
     "cut_by_tokens",
     "cut_into",
-    "distinct_prompts",
     "evaluation_mode",
     "head_of",
     "keep_groups_together",
     "packed_states",
-    "packed_states_with_shared_prompts",
     "padded_length",
     "pays_off",
     "positions",

@@ -85,7 +85,10 @@ def states_with_shared_prompts(
     Returns:
         `torch.Tensor` of shape `(B, T, H)`: the state one token before each completion token.
     """
-    first_rows, prompt_of_row = distinct_prompts(groups)
+    numbers = groups.tolist()
+    position = {number: index for index, number in enumerate(dict.fromkeys(numbers))}
+    first_rows = [numbers.index(number) for number in position]
+    prompt_of_row = torch.tensor([position[number] for number in numbers], device=input_ids.device)
     position_ids = positions(attention_mask)
     prompt, completion = slice(None, -completion_width), slice(-completion_width, None)
 
@@ -107,14 +110,6 @@ def states_with_shared_prompts(
         use_cache=True,
     ).last_hidden_state
     return torch.cat([prompt_states[prompt_of_row], completion_states[:, :-1]], dim=1)
-
-
-def distinct_prompts(groups: torch.Tensor) -> tuple[list[int], torch.Tensor]:
-    """The first row with each prompt, and for each row which of these prompts it has."""
-    numbers = groups.tolist()
-    position = {number: index for index, number in enumerate(dict.fromkeys(numbers))}
-    prompt_of_row = torch.tensor([position[number] for number in numbers], device=groups.device)
-    return [numbers.index(number) for number in position], prompt_of_row
 
 
 def _prompt_and_completion(

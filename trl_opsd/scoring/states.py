@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .heads import backbone_of
-from .packed import packed_states, packed_states_with_shared_prompts
+from .packed import packed_states
 from .positions import positions
 from .shared_prefix import states_with_shared_prompts
 
@@ -35,19 +35,18 @@ def completion_states(
         shared_groups (`torch.Tensor` of shape `(B,)`, *optional*):
             The same number for rows with the same prompt, which is then read once.
         pack (`bool`, *optional*, defaults to `False`):
-            Whether padding is left out, for which the model has to be one that [`can_pack`].
+            Whether rows that share no prompt are read without padding, for which the model has to be one that
+            [`can_pack`].
 
     Returns:
         `torch.Tensor` of shape `(number of selected tokens, H)`, row by row.
     """
     backbone = backbone_of(model)
-    if pack and shared_groups is not None:
-        return packed_states_with_shared_prompts(backbone, input_ids, attention_mask, selected, shared_groups)
-    if pack:
-        return packed_states(backbone, input_ids, attention_mask, selected)
     width = selected.size(1)
     if shared_groups is not None:
         return states_with_shared_prompts(backbone, input_ids, attention_mask, width, shared_groups)[selected]
+    if pack:
+        return packed_states(backbone, input_ids, attention_mask, selected)
     states = backbone(
         input_ids=input_ids,
         attention_mask=attention_mask,

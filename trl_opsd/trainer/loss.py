@@ -29,7 +29,6 @@ from ..scoring import (
     completion_states,
     cut_by_tokens,
     cut_into,
-    distinct_prompts,
     evaluation_mode,
     head_of,
     padded_length,
@@ -381,10 +380,10 @@ class SelfDistillationLoss:
     ) -> bool:
         if not self.can_share_prompts:
             return False
-        read = attention_mask if self._packs(teacher) else torch.ones_like(attention_mask)
-        first_rows, _ = distinct_prompts(groups)
-        num_shared = read[first_rows, :-completion_width].sum() + read[:, -completion_width:].sum()
-        counts = torch.stack([read.sum(), num_shared])[None]
+        num_tokens = int(attention_mask.sum()) if self._packs(teacher) else attention_mask.numel()
+        prompt_width = attention_mask.size(1) - completion_width
+        num_shared = len(groups.unique()) * prompt_width + len(groups) * completion_width
+        counts = torch.tensor([[num_tokens, num_shared]], device=self._accelerator.device)
         if self._is_sharded:
             counts = self._accelerator.gather(counts)  # all wait for the slowest
         num_tokens, num_shared = counts.amax(dim=0).tolist()
