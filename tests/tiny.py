@@ -3,6 +3,7 @@
 import string
 
 import torch
+from placement import place
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -47,7 +48,7 @@ def make_tokenizer(bos_token: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **overrides) -> Qwen3ForCausalLM:
-    """A random Qwen3 of about 25k parameters, in fp32."""
+    """A random Qwen3 of about 25k parameters, in fp32, on the device of the tests."""
     settings = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -70,4 +71,4 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **overrides) -
     model = Qwen3ForCausalLM(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model
+    return place(model)

@@ -1,5 +1,6 @@
 """The `trl-opsd` command. Nothing heavy is imported until a command runs, so that help and version answer at once."""
 
+import signal
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -72,7 +73,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print_env()
         return 0
-    return _train(command, argv[1:])
+    try:
+        return _train(command, argv[1:])
+    except KeyboardInterrupt:
+        _wait_for_children()
+    except Exception as error:  # what torch's launcher makes of an interrupt, after it has ended its processes
+        if getattr(error, "sigval", None) != signal.SIGINT:
+            raise
+    print(
+        f"trl-opsd {command}: interrupted. `--resume_from_checkpoint auto` goes on from the last checkpoint, if there "
+        "is one.",
+        file=sys.stderr,
+    )
+    return 130
 
 
 def _train(command: str, args: Sequence[str]) -> int:
@@ -104,6 +117,16 @@ def _train(command: str, args: Sequence[str]) -> int:
         # The process has already shown what went wrong.
         return error.returncode
     return 0
+
+
+def _wait_for_children() -> None:
+    """Leave the last word to nobody else. Processes that were not interrupted with this one are ended."""
+    import psutil
+
+    _, alive = psutil.wait_procs(psutil.Process().children(), timeout=10)
+    for process in alive:
+        process.terminate()
+    psutil.wait_procs(alive)
 
 
 def _resolve_accelerate_config(launch_args: Sequence[str]) -> list[str]:

@@ -1,13 +1,16 @@
+import weakref
+
 import pytest
 import torch
 
 from trl_opsd.bench import loss as bench
 from trl_opsd.bench.channel import CannotRun
-from trl_opsd.bench.loss import LOSSES, Floor, Loss, LossCase, LossInputs, missing_feature
+from trl_opsd.bench.loss import LOSSES, Floor, Loss, LossCase, LossInputs, missing_feature, serve
 
 
 def make_case(**kwargs):
-    return LossCase(**{"num_tokens": 7, "hidden_size": 6, "vocab_size": 11, "device": "cpu", **kwargs})
+    sizes = {"num_tokens": 7, "hidden_size": 6, "vocab_size": 11}
+    return LossCase(**{**sizes, "device": torch.empty(0).device.type, **kwargs})
 
 
 def reference(case):
@@ -48,6 +51,20 @@ def no_compilation(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, *args, **kwargs: function)
 
 
+class Commands:
+    """Stands in for the channel of a contender's process."""
+
+    def __init__(self, *commands):
+        self.commands = list(commands)
+        self.replies = []
+
+    def receive(self):
+        return self.commands.pop(0) if self.commands else None
+
+    def send(self, reply):
+        self.replies.append(reply)
+
+
 @pytest.mark.parametrize("frozen_head", [False, True])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("name", LOSSES)
@@ -71,6 +88,73 @@ def test_options_are_honoured_or_refused(name, options):
 def test_peers_refuse_a_support(name):
     reason = missing_feature(name, make_case(support="teacher_top_k"))
     assert reason == (None if name.startswith("ours") else "it sums over the whole vocabulary")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "kernel"),
+    [
+        ("ours", "float32", "compiled"),
+        ("ours", "bfloat16", "compiled"),
+        ("ours-eager", "float32", "eager"),
+        ("ours-compiled", "float32", "compiled"),
+        ("dense", "float32", None),
+    ],
+)
+def test_which_kernel_runs_is_a_fact(name, dtype, kernel):
+    case = make_case(vocab_size=8192, num_tokens=2, hidden_size=2, dtype=dtype)
+    channel = Commands("warmup", "time", "memory", "check")
+    serve(name, vars(case), channel)
+    facts, warmup, timed, memory, checked = channel.replies
+    assert facts.get("kernel") == kernel
+    assert min(warmup["seconds"], timed["seconds"]) > 0
+    assert memory["peak_extra_bytes"] >= 0
+    assert checked["gradient_error"] < 0.1
+
+
+def test_a_kernel_that_is_not_for_this_device_is_a_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert missing_feature("ours-triton", make_case()) == "Triton is for GPUs"
+    assert missing_feature("ours-triton", make_case(device="cuda")) is None
+
+
+def test_on_a_gpu_nobody_holds_memory_while_it_is_not_his_turn(monkeypatch):
+    alive, released = weakref.WeakSet(), []
+    real = bench.make_contender
+
+    def make(name, case):
+        contender = real(name, LossCase(**{**vars(case), "device": "cpu"}))
+        alive.add(contender)
+        return contender
+
+    class Turns(Commands):
+        def send(self, reply):
+            assert not alive
+            assert len(released) == len(self.replies) + 1
+            super().send(reply)
+
+    monkeypatch.setattr(bench, "make_contender", make)
+    monkeypatch.setattr(bench, "synchronize", lambda device: None)
+    monkeypatch.setattr(
+        bench, "release_memory", lambda device: released.append(device) if device.type == "cuda" else None
+    )
+    monkeypatch.setattr(bench, "_GPU_WARMUP_SECONDS", 1e-9)
+    channel = Turns("warmup", "time", "time")
+    serve("dense", vars(make_case(device="cuda")), channel)
+    assert len(channel.replies) == 4
+
+
+def test_liger_runs_what_it_runs_in_training(monkeypatch):
+    chunked_loss = pytest.importorskip("liger_kernel.chunked_loss")
+    pieces = []
+    kernel = chunked_loss.LigerFusedLinearJSDLoss
+
+    def make(**kwargs):
+        pieces.append(kwargs)
+        return kernel(**kwargs)
+
+    monkeypatch.setattr(chunked_loss, "LigerFusedLinearJSDLoss", make)
+    assert_as_reference("liger", make_case(divergence="reverse_kl"))
+    assert pieces == [{"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "beta": 1.0}]
 
 
 def test_a_support_is_honoured():

@@ -11,7 +11,8 @@ from trl_opsd.bench.teacher import Teacher, TeacherCase
 
 def make_case(model, **kwargs):
     sizes = {"num_rollouts": 3, "teacher_prompt_tokens": 11, "max_new_tokens": 5}
-    return TeacherCase(**{"model": str(model), "device": "cpu", "dtype": "float32", "seed": 0, **sizes, **kwargs})
+    fields = {"model": str(model), "random_weights": False, "device": torch.empty(0).device.type}
+    return TeacherCase(**{**fields, "dtype": "float32", "seed": 0, **sizes, **kwargs})
 
 
 def test_both_yield_the_states_of_the_rollouts(model_path):
@@ -27,7 +28,7 @@ def test_both_yield_the_states_of_the_rollouts(model_path):
     torch.testing.assert_close(states, whole.run(), atol=1e-5, rtol=1e-5)
     assert states.shape[:2] == (3, 5)
     assert tokens == [11, 15, 48]
-    model = AutoModelForCausalLM.from_pretrained(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path).to(states.device)
     logits = model.lm_head(states)
     with torch.no_grad():
         expected = model(whole._input_ids).logits[:, 10:15]
@@ -44,12 +45,13 @@ def test_a_recurrent_model_says_why_it_cannot_share(tmp_path):
         Teacher("shared-prompt", make_case(tmp_path))
 
 
+@pytest.mark.needs("matplotlib")
 def test_table_and_plot(model_path):
     rows = [
         Row("shared-prompt", samples=[{"seconds": 1.0}], facts={"peak_extra_bytes": 2**20}),
         Row("whole-sequences", samples=[{"seconds": 4.0}], facts={"peak_extra_bytes": 2**21}),
     ]
-    result = CaseResult(vars(make_case(model_path)), rows, [])
+    result = CaseResult(vars(make_case(model_path, device="cpu")), rows, [])
     assert list(teacher_table(result).columns[3].cells) == ["0.25×", "1.00×"]
     title = teacher_plot([result]).get_suptitle()
     assert title.endswith("3 rollouts of 5 tokens after one prompt of 11, float32 on cpu")

@@ -1,11 +1,12 @@
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, IterableDataset
 from tiny import CHAT_TEMPLATE, make_tokenizer
 
-from trl_opsd.context import Rollouts, SolutionContext, TeacherPrompt, TemplateContext, thinking_prefix
+from trl_opsd.context import Rollouts, SolutionContext, TeacherPrompt, TemplateContext, rendering, thinking_prefix
 
 
 PLAIN = {"prompt": "2 + 2?", "hint": "4"}
@@ -274,9 +275,81 @@ def test_check_counts_no_row_whose_context_needs_the_rollouts(tokenizer, caplog)
     assert not caplog.records
 
 
+@pytest.fixture
+def second_of_two_processes(monkeypatch):
+    """The second of two processes, given what the first has found."""
+
+    def become(found):
+        state = SimpleNamespace(process_index=1, num_processes=2, is_local_main_process=False, is_main_process=False)
+        monkeypatch.setattr(rendering, "PartialState", lambda: state)
+        monkeypatch.setattr(rendering, "gather_object", lambda own: [found, *own])
+
+    return become
+
+
+def test_each_process_checks_its_share(tokenizer, second_of_two_processes):
+    second_of_two_processes((0, None))
+    asked = []
+
+    class Listening(Fixed):
+        def teacher_messages(self, row, rollouts):
+            asked.append(row["solution"])
+
+    make_prompt(tokenizer, Listening(None), max_length=50).check_rows(ROWS, "train_dataset")
+    assert asked == [ROWS[1]["solution"], ROWS[3]["solution"]]
+
+
+def test_all_processes_hear_of_the_first_row_over_budget(tokenizer, second_of_two_processes):
+    second_of_two_processes((0, (2, "It is too long.")))
+    with pytest.raises(ValueError, match="Row 2 of `train_dataset`: It is too long"):  # this one's rows are not
+        solution_prompt(tokenizer, max_length=50).check_rows(ROWS, "train_dataset")
+    with pytest.raises(ValueError, match="Row 1 of `train_dataset`: The teacher's prompt has"):
+        solution_prompt(tokenizer, max_length=1).check_rows(ROWS, "train_dataset")
+
+
 def test_check_leaves_streams_alone(tokenizer):
     def rows():
         raise AssertionError("The stream was read.")
         yield
 
     solution_prompt(tokenizer, max_length=1).check_rows(IterableDataset.from_generator(rows), "train_dataset")
+
+
+@pytest.mark.parametrize("row", [PLAIN, CHAT])
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ("a hint", "returned str"),
+        (("a", "b"), "returned tuple"),
+        ([], "returned an empty list"),
+        (["a hint"], "returned the message 'a hint'"),
+        ([{"role": "user"}], "returned the message {'role': 'user'}"),
+        ([{"content": "a hint"}], "returned the message {'content': 'a hint'}"),
+        ([{"role": "user", "content": 4}], "whose content is 4"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "whose content is"),
+        ([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], "an assistant turn at the end"),
+    ],
+    ids=str,
+)
+def test_contexts_that_return_no_messages(tokenizer, row, returned, said):
+    class Hint:
+        columns = ()
+
+        def teacher_messages(self, row, rollouts):
+            return returned
+
+    prompt = make_prompt(tokenizer, Hint())
+    with pytest.raises(ValueError, match=f"The privileged context Hint .*{said}.*a list of messages"):
+        prompt.token_ids(row, None)
+    with pytest.raises(ValueError, match="Row 0 of `train_dataset`: The privileged context Hint"):
+        make_prompt(tokenizer, Hint(), max_length=1000).check_rows(Dataset.from_list([row]), "train_dataset")
+
+
+def test_a_context_may_return_text_in_parts(tokenizer):
+    class Parts:
+        columns = ()
+
+        def teacher_messages(self, row, rollouts):
+            return [{"role": "user", "content": [{"type": "text", "text": "2 "}, {"type": "text", "text": "+ 2?"}]}]
+
+    assert render(tokenizer, PLAIN, Parts()) == "2 + 2?"

@@ -126,6 +126,7 @@ def test_null_stays_null_for_the_validation_to_find(streaming):
         ({"problem": ["x"]}, {"prompt_template": "{problem!r}"}, r"\{problem\} .* must be a column name alone"),
         ({"problem": ["x"]}, {"prompt_template": "{problem.real}"}, r"placeholder \{problem\.real\}"),
         ({"problem": ["x", None]}, {"prompt_template": "{problem}"}, r"`problem` of row 1 holds nothing"),
+        ({"problem": [1.0, float("nan")]}, {"prompt_template": "{problem}"}, r"`problem` of row 1 holds nothing"),
         ({"prompt": [MESSAGES]}, {"prompt_template": "{prompt}"}, r"`prompt` of row 0 holds list"),
         ({"prompt": ["x"]}, {"system_prompt": "s"}, r"`prompt` of row 0 is a plain string.*prompt_template"),
         (

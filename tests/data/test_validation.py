@@ -1,4 +1,4 @@
-import time
+import datetime
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -150,11 +150,45 @@ def test_template_result_is_found_empty():
         validate_rows(to_prompts(Dataset.from_dict({"problem": [" "]})), [])
 
 
-def test_thirty_thousand_rows_are_quick():
-    dataset = Dataset.from_dict({"prompt": [[USER]] * 30_000, "solution": ["4" * 2000] * 30_000})
+def test_rows_are_read_in_batches():
+    """Row by row, a dataset of thirty thousand would take ten times as long."""
+    sizes = []
 
-    start = time.perf_counter()
+    def read(rows):
+        sizes.append(len(rows["prompt"]))
+        return rows
+
+    dataset = Dataset.from_dict({"prompt": [[USER]] * 2_500, "solution": ["4"] * 2_500}).with_transform(read)
+
     validate_rows(dataset, ["solution"])
 
-    # 0.2 to 0.5 s on two cores; row by row it is several seconds.
-    assert time.perf_counter() - start < 3
+    assert sizes == [1, 1000, 1000, 500]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (float("nan"), "is NaN, which is how pandas writes a missing value"),
+        (["a solution", "another"], "is of type list, and the teacher would read Python's notation of it"),
+        ({"text": "a solution"}, "is of type dict"),
+        (b"a solution", "is of type bytes"),
+    ],
+)
+def test_values_that_are_no_text(streaming, value, problem):
+    rows = [{"prompt": "2 + 2?", "solution": value}] * 2
+    dataset = Dataset.from_list(rows)
+    with pytest.raises(ValueError, match=f"train_dataset, row 0: `solution` {problem}"):
+        validate_rows(dataset.to_iterable_dataset() if streaming else dataset, ["solution"])
+
+
+@pytest.mark.parametrize("value", [4, 4.5, True, datetime.date(2024, 2, 29)])
+def test_values_that_are_written_as_themselves(value):
+    validate_rows(Dataset.from_list([{"prompt": "2 + 2?", "solution": value}]), ["solution"])
+
+
+def test_who_reads_lists_may_have_them():
+    rows = Dataset.from_list([{"prompt": "2 + 2?", "solutions": ["4", "four"], "score": float("nan")}])
+    assert validate_rows(rows, ["solutions"], structured=["solutions"]) is rows
+    with pytest.raises(ValueError, match="`score` is NaN"):
+        validate_rows(rows, ["solutions", "score"], structured=["solutions", "score"])

@@ -9,7 +9,7 @@ import torch
 from distributed.launch import ENVIRONMENT, SCRIPT, job, read, write_jobs
 
 
-MAX_STEPS = 50
+MAX_STEPS = 16
 SETTINGS = {
     "teacher": "ema",
     "max_steps": MAX_STEPS,
@@ -31,8 +31,8 @@ def test_killed_runs_reach_the_same_weights(tmp_path):
     assert done.returncode == 0, done.stderr[-5000:]
 
     crash = json.loads((tmp_path / "crash.json").read_text())
+    assert crash["num_incomplete"] > 1
     assert crash["newest_complete"] > 0
-    assert not all(crash["complete"])  # some were killed while they saved
     whole, killed = read(tmp_path / "whole"), read(tmp_path / "killed")
     assert len(whole["num_passes"][0]) == MAX_STEPS
     assert len(killed["num_passes"][0]) == MAX_STEPS - crash["newest_complete"]

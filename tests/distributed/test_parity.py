@@ -164,7 +164,7 @@ def test_two_processes_equal_one(backend, world, jobs, resumed, one_process, tmp
         assert result["deepspeed"] == DEEPSPEED.get(prefix[0] if prefix else backend)
         first_rank, second_rank = result["num_passes"]
         assert first_rank == second_rank
-        assert (max(first_rank) > 1) == (name in ("budget", "packed"))
+        assert (max(first_rank) > 1) == (name in ("budget", "packed", "masked", "composed-masked"))
         assert (result["num_units"] > 1) == (backend == "fsdp2")
         for key, value in result["average"].items():
             torch.testing.assert_close(result["teacher"][key].double(), value, rtol=0, atol=1e-6, msg=key)
@@ -184,13 +184,12 @@ def test_micro_batches_equal_one_batch(one_process):
     for name in (run["name"] for run in JOBS):
         split = one_process[f"split-{name}"]
         assert len(split["num_passes"][0]) == 4 * STEPS
-        # Other metrics are means of the micro-batches' means
-        assert_same(split, one_process[name], ["loss"])
+        assert_same(split, one_process[name])
 
 
 @pytest.mark.distributed
 def test_processes_that_accelerate_does_not_start_are_missed(tmp_path):
     run = command("MULTI_CPU", JOBS[:1], tmp_path)
-    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
     assert done.returncode != 0
     assert "was asked for several processes (`num_processes`) and started one" in done.stderr

@@ -83,7 +83,7 @@ def test_first_tokens_have_the_exact_distribution(sampling):
     """Pearson's test of 4,000 draws against the probabilities, worked out in another way."""
     prompt = make_requests(1)[0].prompt_ids
     with torch.no_grad():
-        logits = MODEL(torch.tensor([prompt])).logits[0, -1].double().numpy() / sampling.temperature
+        logits = MODEL(torch.tensor([prompt])).logits[0, -1].double().cpu().numpy() / sampling.temperature
     order = np.argsort(-logits, kind="stable")
     probabilities = np.exp(logits[order] - logits.max())
     if sampling.top_k:
@@ -112,7 +112,7 @@ def test_first_tokens_have_the_exact_distribution(sampling):
 def test_random_numbers_are_never_reused():
     processor = SeededSampling([1, 2], prompt_length=3, max_new_tokens=500)
     scores = torch.zeros(2, 1000)
-    drawn = torch.stack([processor(torch.zeros(2, 3 + n), scores).argmax(-1) for n in range(500)]).double()
+    drawn = torch.stack([processor(torch.zeros(2, 3 + n), scores).argmax(-1) for n in range(500)]).double().cpu()
 
     assert abs(np.corrcoef(drawn[:-1, 0], drawn[1:, 0])[0, 1]) < 0.2
     assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.2

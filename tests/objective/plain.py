@@ -170,6 +170,8 @@ def plain_loss(case, objective):
         "finite": torch.ones(len(p_s)),
     }
     loss = (values["divergence"] * case.weights).sum()
+    if case.likelihood_weights is not None:
+        loss = loss - (values["student_log_prob"] * case.likelihood_weights).sum()
     return loss, {name: value.detach().to(p_s.dtype) for name, value in values.items()}
 
 

@@ -13,6 +13,8 @@ from trl_opsd.objective import Objective, kernels
 from trl_opsd.objective.compilation import Compiled
 
 
+pytestmark = pytest.mark.cpu("the compiled kernel")
+
 # A kernel each: of the full vocabulary, and of a support with its gathers, scatters and mask
 COMPILED = [("jsd", 0.3, "full", "bucket"), ("forward_kl", 0.5, "union_top_k", "bucket")]
 

@@ -100,8 +100,8 @@ def test_softmax(temperature):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (700, 1000)])
-def test_empty_blocks_are_separate_tensors_of_their_own(shape, dtype):
-    blocks = [empty_block(*shape, dtype, torch.device("cpu")).fill_(number) for number in range(3)]
+def test_empty_blocks_are_separate_tensors_of_their_own(shape, dtype, device):
+    blocks = [empty_block(*shape, dtype, device).fill_(number) for number in range(3)]
 
     for number, block in enumerate(blocks):
         assert block.shape == shape
@@ -110,6 +110,7 @@ def test_empty_blocks_are_separate_tensors_of_their_own(shape, dtype):
         assert (block == number).all()
 
 
+@pytest.mark.cpu("huge pages")
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="The system has no huge pages")
 def test_empty_blocks_ask_for_huge_pages():
     block = empty_block(1024, 4096, torch.float32, torch.device("cpu"))
@@ -120,6 +121,7 @@ def test_empty_blocks_ask_for_huge_pages():
     assert " hg" in mine[mine.index("VmFlags:") :]
 
 
+@pytest.mark.cpu("huge pages")
 def test_empty_blocks_where_huge_pages_are_refused(monkeypatch):
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1, raising=False)  # no such advice: an OSError, as without support
 
@@ -128,13 +130,13 @@ def test_empty_blocks_where_huge_pages_are_refused(monkeypatch):
 
 class Largest(TorchDispatchMode):
     def __enter__(self):
-        self.elements = 0
+        self.bytes = 0
         return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.elements = max([self.elements, *(tensor.numel() for tensor in tensors)])
+        self.bytes = max([self.bytes, *(tensor.nbytes for tensor in tensors)])
         return result
 
 
@@ -149,7 +151,7 @@ def test_logits_of_all_rows_never_exist(cell, dtype):
     with Largest() as largest:
         case.gradients(case.fused(make_objective(cell, clip=0.05), budget).loss)
 
-    assert 8 * vocabulary <= largest.elements <= 8 * vocabulary + rows
+    assert 8 * vocabulary <= largest.bytes / 4 <= 8 * vocabulary + rows
 
 
 MEASURE = """
@@ -183,6 +185,7 @@ print(run("reverse_kl", "union_top_k", 256, 16))
 """
 
 
+@pytest.mark.cpu("reads the high-water mark of the process")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the high-water mark from /proc")
 def test_memory_stays_within_the_budget_whatever_the_number_of_rows():
     # 128 rows of fp32 logits are 16 MiB, 256 are 32 MiB; the gradient of the head is 2 MiB, and all else is smaller

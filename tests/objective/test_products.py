@@ -94,19 +94,19 @@ def test_add_outer(dtype, tile):
     [
         (torch.float32, torch.float32, True),
         (torch.float64, torch.float64, True),
-        (torch.bfloat16, torch.bfloat16, False),
+        (torch.bfloat16, torch.bfloat16, "cuda"),
         (torch.bfloat16, torch.float32, False),
         (torch.float32, torch.bfloat16, False),
     ],
 )
-def test_what_need_not_be_converted_is_not_cut_into_tiles(dtype, stored, one_product, monkeypatch):
+def test_what_need_not_be_converted_is_not_cut_into_tiles(dtype, stored, one_product, monkeypatch, device):
     monkeypatch.setattr(products, "_TILE_ELEMENTS", 5 * SIZE)
     hidden, weight = tensor(ROWS, SIZE, dtype=dtype, seed=0), tensor(VOCABULARY, SIZE, dtype=stored, seed=1)
 
     with Products() as record:
         project(hidden, weight, torch.empty(ROWS, VOCABULARY, dtype=wide(dtype)), dtype)
 
-    assert len(record.seen) == (1 if one_product else 5)
+    assert len(record.seen) == (1 if one_product in (True, device.type) else 5)
 
 
 @pytest.fixture(params=["none", "ieee"])
@@ -126,6 +126,7 @@ def each_product(dtype):
         add_outer(grad, hidden, torch.zeros(VOCABULARY, SIZE, dtype=wide(dtype)), dtype, first=first)
 
 
+@pytest.mark.cpu("a GPU multiplies half precision as it is")
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_only_products_of_bf16_values_may_run_in_bf16(dtype, before):
     with Products() as record:

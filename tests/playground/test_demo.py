@@ -1,14 +1,20 @@
 import json
+import math
 import re
 import subprocess
 import sys
+from base64 import b64encode
 
 import pytest
+from peft import PeftConfig
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_opsd.playground import demo, world
 
+
+pytestmark = pytest.mark.cpu("so are the demo's recipes")
 
 METHODS = ["opsd", "opsdc"]
 OVERRIDES = [
@@ -56,11 +62,52 @@ def test_demo_leaves_a_model_results_and_a_page(tmp_path, small_worlds, method):
     assert tokenizer.chat_template is not None
     assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 16
 
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    image = (tmp_path / "plot.png").read_bytes()
+    assert image.startswith(b"\x89PNG")
     page = (tmp_path / "index.html").read_text()
+    assert b64encode(image).decode() in page
     assert f"{results['after']['mean_tokens']:.1f}" in page
     assert results["examples"][0]["problem"] in page
     assert not re.search(r'(src|href)="(?!data:)', page)  # self-contained
+
+
+@pytest.mark.parametrize(
+    ("method", "told", "title", "values"),
+    [
+        ("opsd", "base, reading the solution", "Right rollouts in training (%, sampled)", [25, math.nan, 75]),
+        ("opsdc", "base, told to be brief", "Rollout length in training (tokens)", [30, 20, 10]),
+    ],
+)
+def test_plot_shows_before_and_after_and_the_curves(method, told, title, values):
+    results = {
+        "method": method,
+        "before": {"accuracy": 0.25, "mean_tokens": 40.0},
+        "told": {"accuracy": 1.0, "mean_tokens": 30.5},
+        "after": {"accuracy": 0.875, "mean_tokens": 20.0},
+        "curve": {
+            "step": [1, 2, 3],
+            "divergence": [0.5, 0.25, 0.125],
+            "accuracy": [0.25, None, 0.75],
+            "tokens": [30.0, 20.0, 10.0],
+        },
+    }
+    accuracy, length, divergence, rollouts = demo.plot(results).axes
+    for axes, heights in ((accuracy, [25, 100, 87.5]), (length, [40, 30.5, 20])):
+        assert [bar.get_height() for bar in axes.patches] == heights
+        assert [text.get_text() for text in axes.texts] == [f"{height:.1f}" for height in heights]
+        names = [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()]
+        assert names == ["base", told, f"after {method.upper()}"]
+        assert axes.get_ylim()[0] == 0
+        assert axes.get_ylim()[1] > max(heights)
+    assert (accuracy.get_title(), length.get_title()) == ("Held-out accuracy (%)", "Mean response length (tokens)")
+    for axes, curve in ((divergence, [0.5, 0.25, 0.125]), (rollouts, values)):
+        [line] = axes.lines
+        assert line.get_xdata().tolist() == [1, 2, 3]
+        assert line.get_ydata() == pytest.approx(curve, nan_ok=True)
+        assert axes.get_ylim()[0] == 0
+        assert axes.get_xlabel() == "optimizer step"
+    assert divergence.get_title() == "Divergence from the teacher in training (nats per token)"
+    assert rollouts.get_title() == title
 
 
 def test_a_demo_goes_on_where_it_stopped(tmp_path, small_worlds, monkeypatch):
@@ -112,6 +159,25 @@ def test_a_context_without_a_template_is_refused(tmp_path, small_worlds, monkeyp
     recipe.write_text("privileged_context: solution\nuse_cpu: true\nbf16: false\n")
     with pytest.raises(ValueError, match="learns to read its context from a template"):
         demo.run_demo("opsd", 0, tmp_path / "run", recipe)
+
+
+def test_model_flags_are_obeyed(tmp_path, small_worlds):
+    run("opsd", tmp_path, overrides=[*OVERRIDES, "--use_peft", "true", "--lora_r", "3"])
+    adapter = PeftConfig.from_pretrained(tmp_path / "model")
+    assert adapter.r == 3
+    assert adapter.base_model_name_or_path == str(tmp_path / "base")
+    saved = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    assert any(weight.any() for name, weight in saved.items() if "lora_B" in name)  # they start at zero
+
+
+@pytest.mark.parametrize(
+    "flags", [["--model_name_or_path", "mine"], ["--dataset-name=mine"], ["--system_prompt", "Be brief."]]
+)
+def test_flags_that_would_change_nothing_are_refused(tmp_path, flags):
+    name = flags[0].partition("=")[0]
+    with pytest.raises(ValueError, match=f"makes its own base model, problems and checkpoints: `{name}` would change"):
+        demo.main(["opsd", "--output_dir", str(tmp_path), "--max_steps", "1", *flags])
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_flags_are_refused(tmp_path):

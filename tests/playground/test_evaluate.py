@@ -1,5 +1,6 @@
 import pytest
 import torch
+from placement import place
 from transformers import Qwen3ForCausalLM
 
 from trl_opsd.playground.evaluate import evaluate
@@ -9,10 +10,9 @@ from trl_opsd.playground.world import make_config, make_tokenizer
 class Scripted(torch.nn.Module):
     """A model that answers every prompt with a given text and checks what it is asked."""
 
-    device = torch.device("cpu")
-
     def __init__(self, tokenizer, answers):
         super().__init__()
+        self.device = torch.empty(0).device
         self.tokenizer = tokenizer
         self.answers = iter(answers)
 
@@ -53,7 +53,7 @@ def test_the_batch_size_changes_nothing():
     torch.manual_seed(0)
     config = make_config(tokenizer)
     config.initializer_range = 0.2  # distinct answers to distinct prompts
-    model = Qwen3ForCausalLM(config)
+    model = place(Qwen3ForCausalLM(config))
     prompts = questions("1+2=?", "1000+2000=?", "what is 7 plus 8, please?")
     together, alone = (
         evaluate(model, tokenizer, prompts, ["3", "3000", "15"], max_new_tokens=6, batch_size=size) for size in (3, 1)
@@ -72,7 +72,7 @@ def test_every_prompt_needs_an_answer():
 def test_samples_are_a_function_of_their_seed_and_leave_the_random_state_alone():
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(make_config(tokenizer))
+    model = place(Qwen3ForCausalLM(make_config(tokenizer)))
     prompts, answers = questions("1+2=?", "1+2=?", "1+2=?"), ["3"] * 3
 
     def responses(seed):

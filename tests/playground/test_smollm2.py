@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from base64 import b64encode
 from importlib.util import find_spec
 
 import pytest
@@ -208,6 +209,7 @@ def small_run(tmp_path, model_path, dataset, console):
     return run
 
 
+@pytest.mark.cpu("so are the demo's recipes")
 @pytest.mark.parametrize("method", list(smollm2.METHODS))
 @pytest.mark.parametrize("overrides", [(), ("--use_peft", "false")], ids=["lora", "full"])
 def test_demo_leaves_a_model_results_and_a_page(tmp_path, small_run, console, method, overrides):
@@ -224,16 +226,16 @@ def test_demo_leaves_a_model_results_and_a_page(tmp_path, small_run, console, me
 
     AutoModelForCausalLM.from_pretrained(out / "model")
     assert AutoTokenizer.from_pretrained(out / "model").chat_template is not None
-    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "index.html").read_text()
+    assert b64encode((out / "plot.png").read_bytes()).decode() in page
     assert f"{fixed['divergence'][-1]:.3f}" in page
     assert results["examples"][0]["problem"] in page
     assert "4 held-out problems" in console.export_text()
 
 
-def test_page_shows_model_output_as_text(tmp_path):
+def made_results(**overrides):
     evaluation = {"divergence": 0.5, "accuracy": 0.0, "tokens": 90.0, "truncated": 0.5}
-    results = {
+    return {
         "method": "opsd",
         "seed": 0,
         "steps": 2,
@@ -248,10 +250,35 @@ def test_page_shows_model_output_as_text(tmp_path):
             "lowered": 0.75,
         },
         "before": evaluation,
-        "after": evaluation,
-        "training": {"steps": [1, 2], "divergence": [0.6, 0.5], "tokens": [90.0, 91.0]},
-        "examples": [{"problem": "2 < 3?", "answer": "1", "before": "yes", "after": "<script>alert(1)</script>"}],
+        "after": {**evaluation, "divergence": 0.375},
+        "training": {"steps": [1, 2], "divergence": [0.6, 0.55], "tokens": [90.0, 91.0]},
+        "examples": [],
+        **overrides,
     }
+
+
+def test_plot_shows_three_divergences():
+    [axes] = smollm2.plot(made_results()).axes
+    curves = {line.get_label(): [list(values) for values in line.get_data()] for line in axes.lines}
+    assert curves == {
+        "training batches": [[1, 2], [0.6, 0.55]],
+        "held out, same rollouts": [[0, 2], [0.5, 0.4]],
+        "held out, own rollouts": [[0, 2], [0.5, 0.375]],
+    }
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(curves)
+    assert axes.get_title() == "OPSD: divergence from the teacher (nats per token)"
+    assert axes.get_xlabel() == "optimizer step"
+    assert axes.get_ylim()[0] == 0
+
+
+def test_the_demos_own_grader_is_not_replaced(small_run):
+    with pytest.raises(ValueError, match=r"grades with its own reward.*`--reward_funcs` would change nothing"):
+        small_run("opsd", "--reward_funcs", "accuracy_reward")
+
+
+def test_page_shows_model_output_as_text(tmp_path):
+    example = {"problem": "2 < 3?", "answer": "1", "before": "yes", "after": "<script>alert(1)</script>"}
+    results = made_results(examples=[example])
     smollm2.write_results_page(results, tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page

@@ -24,7 +24,6 @@ SMALL = {
     "gradient_accumulation_steps": 1,
     "max_completion_length": 8,
     "use_vllm": False,
-    "use_cpu": True,
     "bf16": False,
     "gradient_checkpointing": False,
     "eval_strategy": "no",
@@ -111,13 +110,13 @@ def test_paper_recipe_has_the_batch_of_the_paper(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name)
-def test_recipe_trains_a_tiny_model(recipe, long_context_model, tmp_path):
+def test_recipe_trains_a_tiny_model(recipe, long_context_model, tmp_path, device):
     values = yaml.safe_load(recipe.read_text())
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows_for(values)))
     output = tmp_path / "output"
     local = {"model_name_or_path": long_context_model, "dataset_name": str(data), "output_dir": str(output)}
-    values |= SMALL | local | {"dataset_config": None}
+    values |= SMALL | local | {"dataset_config": None, "use_cpu": device.type == "cpu"}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
 

@@ -14,7 +14,8 @@ MEAN, MAX = "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_di
 
 
 def train(folder, weights, dtype, zero3=False, **settings):
-    save_model(folder / "base", dtype)
+    if not (folder / "base").exists():
+        save_model(folder / "base", dtype)
     job = str(folder), weights, dtype, json.dumps(settings)
     result = run_script("train.py", *job, num_processes=2 if zero3 else 1, recipe="zero3" if zero3 else None)
 
@@ -28,6 +29,8 @@ def assert_same_weights(result):
     assert len(result[MAX]) == 4
     assert 0 < max(result[MAX]) < 1e-3
     assert result["changed"] == []
+    assert len(result["loads"]) >= 4
+    assert min(result["loads"]) == max(result["loads"]) > 20  # all of them in each call
 
 
 @pytest.mark.slow
@@ -74,6 +77,20 @@ def test_benchmarks_are_sampled_as_they_say_and_rollouts_as_before(tmp_path):
     assert last["completions"] != first["completions"]
     samples = read_samples(tmp_path / "run" / "eval" / "step-4" / "playground_opsd" / "samples.jsonl")
     assert [sample.num_tokens for sample in samples] == [len(ids) for ids in result["expected"]]
+
+
+@pytest.mark.slow
+def test_rollouts_follow_from_the_seed_in_a_resumed_run_too(tmp_path):
+    same = {"shuffle_dataset": False, "save_strategy": "steps", "save_steps": 2}
+    whole = train(tmp_path, "lora", "float32", **same, seed=1)
+    resumed = train(tmp_path, "lora", "float32", **same, seed=1, resume=str(tmp_path / "run" / "checkpoint-2"))
+    other = train(tmp_path, "lora", "float32", **same, seed=2, max_steps=1)
+
+    assert len(whole["calls"]) == 4
+    assert resumed["calls"] == whole["calls"][2:]
+    assert resumed["loss"] == whole["loss"]
+    assert other["calls"][0]["prompts"] == whole["calls"][0]["prompts"]
+    assert other["calls"][0]["completions"] != whole["calls"][0]["completions"]
 
 
 @pytest.mark.slow

@@ -39,6 +39,26 @@ def record_calls(llm) -> list[dict]:
     return calls
 
 
+def record_loads(llm) -> list[int]:
+    """The number of weights in every call that loads some from now on."""
+    loads: list[int] = []
+    model = llm.llm_engine.model_executor.driver_worker.model_runner.model
+    load_weights = model.load_weights
+
+    def recording(weights):
+        loads.append(0)
+
+        def count():
+            for pair in weights:
+                loads[-1] += 1
+                yield pair
+
+        return load_weights(count())
+
+    model.load_weights = recording
+    return loads
+
+
 def greedy_completions(model, call: dict) -> list[list[int]]:
     """What transformers gives to the prompts of a call."""
     model.eval()
@@ -51,6 +71,8 @@ def greedy_completions(model, call: dict) -> list[list[int]]:
 
 
 def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
+    settings = dict(settings)
+    resume = settings.pop("resume", None)
     # On the CPU, vLLM would compute in bf16 what the trainer does in fp32. Compiling takes half of an engine's start,
     # so one run does it for all.
     engine = {"dtype": dtype, "enforce_eager": dtype == "float32"}
@@ -58,12 +80,10 @@ def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
     args = SelfDistillationConfig(
         output_dir=f"{folder}/run",
         model_init_kwargs={"dtype": dtype},
-        **SETTINGS,
-        use_vllm=True,
-        vllm_mode="colocate",
-        vllm_max_model_length=512,
-        vllm_gpu_memory_utilization=0.1,
-        **settings,
+        **SETTINGS
+        | {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 512}
+        | {"vllm_gpu_memory_utilization": 0.1}
+        | settings,
     )
     shard_small_weights(args)
     trainer = SelfDistillationTrainer(
@@ -76,7 +96,8 @@ def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
     frozen = {name: p for name, p in parameters if not p.requires_grad and "teacher" not in name.split(".")}
     before = {name: part_of(parameter).clone() for name, parameter in frozen.items()}
     calls = record_calls(trainer.vllm_generation.llm)
-    trainer.train()
+    loads = record_loads(trainer.vllm_generation.llm)
+    trainer.train(resume_from_checkpoint=resume)
     names = ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "loss")
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     result = {name: [entry[name] for entry in steps] for name in names}
@@ -91,6 +112,7 @@ def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
     result["world"] = [trainer.accelerator.num_processes, None if plugin is None else plugin.zero_stage]
     result["share"] = share_held(trainer.model)
     result["calls"] = calls
+    result["loads"] = loads
     if trainer.args.eval_benchmarks:
         result["expected"] = greedy_completions(trainer.model, calls[-1])
     return result

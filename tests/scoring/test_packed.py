@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from flash_attention import FlashAttention, TorchFlashAttention, use_flash_attention
 from peft import LoraConfig, get_peft_model
+from placement import place
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import (
@@ -171,7 +172,7 @@ def flash(monkeypatch):
 @pytest.mark.parametrize("name", PACKING)
 def test_states_and_gradients_equal_those_of_padded_rows(name, lora, rows, flash):
     torch.manual_seed(0)
-    model = PACKING[name]()
+    model = place(PACKING[name]())
     if lora:
         model = get_peft_model(model, LORA)
         for parameter_name, parameter in model.named_parameters():
@@ -197,7 +198,7 @@ def test_network_reads_no_padding(flash, monkeypatch):
 
     monkeypatch.setattr(modeling_flash_attention_utils, "_is_packed_sequence", search)
     torch.manual_seed(0)
-    model = PACKING["qwen3"]()
+    model = place(PACKING["qwen3"]())
     batch = make_batch("many lengths")
     padded = states_and_gradients(model, batch)
     read = []
@@ -228,7 +229,7 @@ def test_layers_that_are_handed_no_boundaries_find_them(flash):
 
 def test_gradient_checkpointing(flash):
     torch.manual_seed(0)
-    model = PACKING["gemma3-sliding"]()
+    model = place(PACKING["gemma3-sliding"]())
     batch = make_batch("many lengths")
     padded = states_and_gradients(model, batch)
     use_flash_attention(model).train()
@@ -242,7 +243,7 @@ def test_gradient_checkpointing(flash):
 def test_positions_tell_rows_apart_where_masks_are_made_of_them(name, implementation):
     """What transformers makes of packed rows without flash attention: exact, but quadratic in all tokens."""
     torch.manual_seed(0)
-    model = PACKING[name]()
+    model = place(PACKING[name]())
     model.config._attn_implementation = implementation
     batch = make_batch("many lengths")
     padded = states_and_gradients(model, batch)
@@ -253,7 +254,7 @@ def test_positions_tell_rows_apart_where_masks_are_made_of_them(name, implementa
 @pytest.mark.parametrize("name", ["qwen3", "gemma3-sliding", "mistral-sliding"])
 def test_padded_rows_under_flash_attention(name, rows, flash):
     torch.manual_seed(0)
-    model = PACKING[name]()
+    model = place(PACKING[name]())
     batch = make_batch(rows)
     expected = states_and_gradients(model, batch)
     assert_equal(expected, states_and_gradients(use_flash_attention(model), batch))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from flash_attention import FlashAttention, use_flash_attention
 from peft import LoraConfig
+from placement import place
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -90,7 +91,7 @@ def batch():
 def test_states_equal_those_of_whole_sequences(name, batch):
     ids, mask, groups = batch
     torch.manual_seed(0)
-    model = SHARING[name]().eval()
+    model = place(SHARING[name]()).eval()
     assert can_share_prompts(model)
     backbone = model.base_model
     expected = backbone(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).last_hidden_state
@@ -109,7 +110,7 @@ def test_states_equal_under_flash_attention(name, batch, monkeypatch):
     flash.install(monkeypatch)
     ids, mask, groups = batch
     torch.manual_seed(0)
-    model = SHARING[name]().eval()
+    model = place(SHARING[name]()).eval()
     selected = mask[:, -9:].bool()
     expected = states_with_shared_prompts(model.base_model, ids, mask, 9, groups)[selected]
     use_flash_attention(model)
@@ -138,3 +139,21 @@ def test_models_that_remember_more_than_keys_and_values_do_not_share(name):
 def test_shares_where_it_was_measured_to_be_faster(num_rows, num_prompts, prompt, completion, expected):
     shared = num_prompts * prompt + num_rows * completion
     assert pays_off(num_rows * (prompt + completion), shared) is expected
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "intermediate_size", "saved", "expected"),
+    [
+        (1024, 3072, 3500, False),  # Qwen3-0.6B
+        (1024, 3072, 3700, True),
+        (4096, 12288, 200, False),  # Qwen3-8B
+        (4096, 12288, 300, True),
+        (16384, 53248, 127, False),
+    ],
+)
+def test_a_gpu_shares_where_a_layer_has_more_to_save_than_its_launches(
+    hidden_size, intermediate_size, saved, expected
+):
+    config = Qwen3Config(hidden_size=hidden_size, intermediate_size=intermediate_size)
+
+    assert pays_off(2 * saved, saved, config) is expected

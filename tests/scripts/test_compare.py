@@ -83,7 +83,7 @@ def test_other_versions_of_the_scorer(tmp_path, capsys):
     assert "Run the older one's `trl-opsd eval` again" in error
 
 
-def test_files(folders, tmp_path, capsys):
+def test_files(folders, tmp_path, drawn):
     output_dir = tmp_path / "some" / "comparison"
     assert main([*folders, "--output_dir", str(output_dir)]) == 0
     assert "### aime, 2 problems" in (output_dir / "comparison.md").read_text(encoding="utf-8")
@@ -93,6 +93,16 @@ def test_files(folders, tmp_path, capsys):
     assert [comparison["benchmark"] for comparison in content["comparisons"]] == ["aime", "amc"]
     for name in ("accuracy", "lengths", "changes"):
         assert (output_dir / "aime" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    labels = {
+        "accuracy": "right within the budget (%)",
+        "lengths": "completions (%)",
+        "changes": "change of accuracy (points)",
+    }
+    for benchmark, num_problems in (("aime", 2), ("amc", 1)):
+        axes = {name: drawn[output_dir / benchmark / f"{name}.png"].axes[0] for name in labels}
+        assert {name: one.get_ylabel() for name, one in axes.items()} == labels
+        assert axes["changes"].get_xlabel() == f"{num_problems} problems, sorted"
+        assert [line.get_label() for line in axes["accuracy"].lines] == ["first", "second"]
 
 
 def test_nothing_graded(tmp_path):

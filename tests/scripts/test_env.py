@@ -9,5 +9,6 @@ def test_env_names_our_version(monkeypatch, capsys):
 
     output = capsys.readouterr().out
     assert "- trl-opsd version: 1.2.3\n" in output
+    assert "- Divergence kernel: compiled on cpu\n" in output or "- Divergence kernel: triton on cuda:0" in output
     for name in ("Python", "TRL", "PyTorch", "Transformers", "Accelerate", "DeepSpeed", "PEFT", "vLLM"):
         assert f"- {name} version: " in output

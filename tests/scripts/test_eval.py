@@ -23,6 +23,7 @@ from trl_opsd.eval.backends.transformers import TransformersBackend
 from trl_opsd.eval.run_folder import read_samples
 from trl_opsd.eval.samples import Sample
 from trl_opsd.eval.scorer import Verdict
+from trl_opsd.files import locked
 from trl_opsd.scripts import eval as command
 
 
@@ -56,7 +57,7 @@ def files_of(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_the_embedded_world_end_to_end(run, tmp_path, capsys):
+def test_the_embedded_world_end_to_end(run, tmp_path, capsys, drawn):
     assert run() == 0
 
     found = samples(tmp_path / "run")
@@ -82,6 +83,12 @@ def test_the_embedded_world_end_to_end(run, tmp_path, capsys):
     assert "avg@k" in (tmp_path / "run/summary.md").read_text()
     for name in ("accuracy", "lengths"):
         assert (tmp_path / f"run/playground_opsdc/{name}.png").read_bytes().startswith(b"\x89PNG")
+    accuracy, lengths = (
+        drawn[tmp_path / f"run/playground_opsdc/{name}.png"].axes[0] for name in ("accuracy", "lengths")
+    )
+    assert [line.get_label() for line in accuracy.lines] == ["run"]
+    assert accuracy.get_ylabel() == "right within the budget (%)"
+    assert lengths.lines[0].get_xdata()[0] == sum(sample.num_tokens for sample in found) / len(found)
 
 
 def test_a_finished_run_is_only_summed_up_and_a_larger_one_goes_on(run, tmp_path, monkeypatch):
@@ -139,7 +146,7 @@ def test_another_version_of_the_scorer_grades_anew_and_generates_nothing(run, tm
 
 
 def test_another_run_in_the_same_folder_is_refused(run, tmp_path, capsys):
-    with run_folder.locked(tmp_path / "run"):
+    with locked(tmp_path / "run"):
         assert run("--overwrite") == 2
     assert f"Another run works in {tmp_path / 'run'}" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]

@@ -12,7 +12,7 @@ from trl_opsd.scripts import distill, opsd, opsdc
 
 
 @pytest.fixture
-def recipe(tmp_path, model_path):
+def recipe(tmp_path, model_path, device):
     rows = [{"problem": f"What is {n} + {n}?", "reference": f"[b]{2 * n}[/b]"} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -23,7 +23,7 @@ def recipe(tmp_path, model_path):
             "column_mapping": {"reference": "solution"},
             "prompt_template": "{problem} [red]Brief![/red]",
             "output_dir": str(tmp_path / "out"),
-            "use_cpu": True,
+            "use_cpu": device.type == "cpu",
             "bf16": False,
             "report_to": "none",
             "disable_tqdm": True,
@@ -118,15 +118,27 @@ def test_distill_with_lora_rewards_and_evaluation(recipe, tmp_path, monkeypatch,
     assert "JSD, weight 0.5" in output
 
 
+@pytest.mark.cpu("launched so")
 @pytest.mark.slow
 def test_accelerate_launch(recipe, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += ["-m", "trl_opsd.scripts.opsd", "--config", recipe(), "--max_steps", "1", "--use_cpu"]
 
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1200
     )
 
     assert done.returncode == 0, done.stderr
     assert "Who trains whom" in done.stdout
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_an_interrupted_run_says_how_to_go_on(recipe, tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_opsd.OPSDTrainer.train", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        train(opsd, "--config", recipe())
+    said = f"Interrupted. `--resume_from_checkpoint auto` goes on from the last checkpoint in {tmp_path / 'out'}"
+    assert said in capsys.readouterr().err

@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import fields
 
 import pytest
@@ -75,6 +76,67 @@ def test_bare_no_is_a_strategy(tmp_path, recipe):
     training = opsd.make_parser().parse_args_and_config(["--config", path])[1]
 
     assert training.save_strategy == training.logging_strategy == "no"
+
+
+def read(recipe, line):
+    path = recipe()
+    with open(path, "a") as file:
+        file.write(f"{line}\n")
+    parsed = opsd.make_parser().parse_args_and_config(["--config", path])
+    key = line.partition(":")[0]
+    return next(getattr(one, key) for one in parsed if hasattr(one, key))
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        (
+            "lr_scheduler_kwargs: {min_lr: 1e-7, nested: [2E5, 1.5e3, .5e-1], text: '1e-7'}",
+            {"min_lr": 1e-7, "nested": [2e5, 1.5e3, 0.05], "text": "1e-7"},
+        ),
+        ("reward_weights: [1e-3, 2]", [1e-3, 2.0]),
+        ("learning_rate: 1e-7", 1e-7),
+        ("learning_rate: 1", 1.0),
+        ("model_revision: 12e4567", "12e4567"),  # a commit, not a number
+        ("run_name: 2024", "2024"),
+        ("resume_from_checkpoint: true", "True"),
+        ("divergence_clip: null", None),
+        ("lora_target_modules: all-linear", "all-linear"),
+    ],
+)
+def test_values_of_a_recipe(recipe, line, value):
+    found = read(recipe, line)
+    assert found == value
+    assert type(found) is type(value) or isinstance(found, int)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("seed: null", "`seed` must be of type int, got None"),
+        ("max_steps: 2.5", "`max_steps` must be of type int, got 2.5"),
+        ("max_steps: true", "`max_steps` must be of type int, got True"),
+        ("learning_rate: [1e-6]", "`learning_rate` must be of type float, got"),
+        ("bf16: {on: true}", "`bf16` must be of type bool .* got"),
+        ("reward_weights: [a, 1]", "`reward_weights` must be of type list.* got"),
+        ("num_generations: 2.0", "`num_generations` must be of type int.* got 2.0"),
+    ],
+)
+def test_values_of_another_type(recipe, line, message):
+    with pytest.raises(ValueError, match=message):
+        read(recipe, line)
+
+
+def test_recipe_that_is_no_mapping(tmp_path):
+    (tmp_path / "list.yaml").write_text("- a list\n")
+    with pytest.raises(ValueError, match="must be a mapping of fields to values"):
+        opsd.make_parser().parse_args_and_config(["--config", str(tmp_path / "list.yaml")])
+
+
+def test_environment_of_a_recipe(recipe, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    opsd.make_parser().parse_args_and_config(["--config", recipe(env={"SOME_NUMBER": 1})])
+    assert os.environ["SOME_NUMBER"] == "1"
 
 
 @pytest.mark.parametrize("text", ['{"question": "prompt", "n": "m"}', "{question: prompt, n: m}"])

@@ -88,7 +88,7 @@ class FakeServer:
     def score(self, ids, top_k):
         assert len(ids) < self.max_model_len
         with torch.no_grad():
-            logits = self.model(torch.tensor([ids])).logits[0].float()
+            logits = self.model(torch.tensor([ids], device=self.model.device)).logits[0].float()
         scores = logits if self.info["logprobs_mode"] == "raw_logits" else logits.log_softmax(-1)
         positions = [None]
         for log_p, token in zip(scores, ids[1:], strict=False):

@@ -3,10 +3,15 @@
 import pytest
 import torch
 from datasets import Dataset
+from placement import place
 from tiny import make_model
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.serving import ServerError, TeacherServer, connect
+
+
+def letter_reward(completions, **kwargs):
+    return [float(completion[0]["content"].count("e")) for completion in completions]
 
 
 @pytest.fixture
@@ -15,7 +20,7 @@ def teacher(tokenizer, tmp_path):
     path = str(tmp_path / "external")
     make_model(tokenizer, seed=5, hidden_size=48).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    return type(make_model(tokenizer)).from_pretrained(path), path
+    return place(type(make_model(tokenizer)).from_pretrained(path)), path
 
 
 @pytest.fixture
@@ -25,7 +30,11 @@ def make_trainer(tokenizer, dataset, training_args):
         args = SelfDistillationConfig(**{**training_args, "max_steps": 3, **settings})
         rows = Dataset.from_list(list(dataset) * 4)
         return SelfDistillationTrainer(
-            make_model(tokenizer), args=args, train_dataset=rows, processing_class=tokenizer
+            make_model(tokenizer),
+            reward_funcs=letter_reward if args.policy_loss_coef else None,
+            args=args,
+            train_dataset=rows,
+            processing_class=tokenizer,
         )
 
     return make
@@ -37,8 +46,10 @@ def make_trainer(tokenizer, dataset, training_args):
         {},
         {"divergence_tail": "renormalize", "divergence": "jsd"},
         {"divergence_support": "sampled_token", "divergence": "reverse_kl"},
+        {"divergence_support": "sampled_token", "divergence_top_k": 1},
         {"gradient_accumulation_steps": 2},
         {"num_generations": 2},
+        {"num_generations": 4, "policy_loss_coef": 1.0, "loss_type": "cispo"},
         {"max_tokens_per_microbatch": 1024, "mask_truncated_completions": True},
         {"num_iterations": 2, "steps_per_generation": 2},
     ],
@@ -69,7 +80,7 @@ def test_completions_of_any_length(serve, model, tokenizer):
     assert fake.num_requests == 2  # the probe, and the one row to score
 
     with torch.no_grad():
-        log_p = model(torch.tensor([prompt + completion])).logits[0, 2:4].log_softmax(-1)
+        log_p = model(torch.tensor([prompt + completion])).logits[0, 2:4].log_softmax(-1).cpu()
     torch.testing.assert_close(scores.top_log_probs[0, :2], log_p.topk(3).values)
     assert torch.equal(scores.top_tokens[0, :2].long(), log_p.topk(3).indices)
     torch.testing.assert_close(scores.log_probs[0, :2], log_p[range(2), completion])

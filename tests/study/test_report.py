@@ -66,6 +66,35 @@ def test_a_complete_study_says_what_the_numbers_say(tmp_path):
     assert "tokens-verbose.png" in text
 
 
+def test_plots_show_the_arms_of_their_base(tmp_path, drawn):
+    report(tmp_path, PLAN)
+    figures = {path.name: figure for path, figure in drawn.items()}
+    assert set(figures) == {
+        f"{name}-{base}.png"
+        for name, base in [
+            *(("accuracy", base) for base in PLAN.bases),
+            ("long", "middling"),
+            ("tokens", "verbose"),
+        ]
+    }
+    shown = {name: {line.get_label() for line in figure.axes[0].lines} for name, figure in figures.items()}
+    pairs = {base: {arm for arm, its in PLAN.pairs() if its == base} for base in PLAN.bases}
+    for base in ("weak", "middling"):
+        assert shown[f"accuracy-{base}.png"] == {ARMS[arm].title for arm in pairs[base] if not arm.endswith("_long")}
+        assert figures[f"accuracy-{base}.png"].axes[0].get_title() == f"Accuracy against generated tokens, {base} base"
+    assert shown["long-middling.png"] == {ARMS[arm].title for arm in pairs["middling"] if arm.endswith("_long")}
+    assert shown["tokens-verbose.png"] == shown["accuracy-verbose.png"]
+    assert ARMS["opsdc_50"].title in shown["tokens-verbose.png"]
+
+
+def test_an_arm_whose_runs_are_those_of_another_is_drawn_once(tmp_path, drawn):
+    report(tmp_path, PLAN)  # at one rate, opsdc_1_same is opsdc_1
+    labels = [line.get_label() for line in drawn[tmp_path / "study" / "tokens-verbose.png"].axes[0].lines]
+    its = [arm for arm, base in PLAN.pairs() if base == "verbose"]
+    assert sorted(labels) == sorted(ARMS[arm].title for arm in its if ARMS[arm].trained_as is None)
+    assert len(labels) < len(its)
+
+
 def test_tables_are_whole(tmp_path):
     text, _ = report(tmp_path, PLAN)
     tables = re.findall(r"(?:^\|.*\|$\n)+", text, re.MULTILINE)

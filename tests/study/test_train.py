@@ -12,6 +12,8 @@ from trl_opsd.study.tasks import Split
 from trl_opsd.study.train import Run, run
 
 
+pytestmark = pytest.mark.cpu("so is the study")
+
 TRAINED = [arm for arm in ARMS.values() if arm.trainer != "none"]
 
 

@@ -57,6 +57,11 @@ def test_solution_without_content(refused, value, problem):
     refused([{}, {"solution": value}], f"row 1: `solution` {problem}")
 
 
+def test_solution_that_is_no_text(refused):
+    both = {"solution": ["It is 7.", "Seven."], "completion": [{"role": "assistant", "content": "7"}]}
+    refused([{**ROW, **both}], "row 0: `solution` is of type list", lmbda=0.5)
+
+
 def test_prompt_that_ends_in_an_assistant_turn(refused):
     answer = {"role": "assistant", "content": "7"}
     refused([{}, {}, {"prompt": [MESSAGE, answer]}], "row 2: `prompt` ends in an assistant turn")
@@ -93,10 +98,32 @@ def test_context_too_short_for_prompt_and_completion(refused, settings, match):
     refused([{}], match, **settings)
 
 
+def test_completions_without_a_limit(refused):
+    match = r"`max_completion_length=None` sets no limit.*20 tokens.*context of 4096"
+    refused([{}], match, max_completion_length=None)
+
+
 def test_tokenizer_without_anything_to_pad_with(refused):
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = None
     refused([{}], "neither a pad token nor an eos token", processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("role", ["pad_token", "eos_token"])
+def test_special_token_without_an_embedding(refused, role):
+    tokenizer = make_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({role: "[NEW]"})
+    match = rf"'\[NEW\]' is token {size} of the tokenizer, .* `model.resize_token_embeddings\({size + 1}\)`"
+    refused([{}], match, processing_class=tokenizer)
+
+
+def test_token_of_a_prompt_without_an_embedding(refused):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["[THINK]"])
+    refused([{}, {"solution": "[THINK] 7"}], r"Row 1 of `train_dataset`: '\[THINK\]' is", processing_class=tokenizer)
+    tokenizer.chat_template = "[THINK]" + tokenizer.chat_template
+    refused([{}], r"'\[THINK\]' is token", processing_class=tokenizer)
 
 
 def test_conversational_prompts_without_a_chat_template(refused):

@@ -1,8 +1,10 @@
 """Evaluation on benchmarks while a model trains."""
 
 import json
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -91,9 +93,24 @@ def test_evaluates_before_while_and_after_training(
     assert "sums" in capsys.readouterr().out
 
 
+def draw_from_all_generators():
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return [random.random(), np.random.rand(), *(torch.rand((), device=device).item() for device in devices)]
+
+
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_training_is_what_it_would_have_been(temperature, make_trainer, benchmark, model):
+def test_training_is_what_it_would_have_been(temperature, make_trainer, benchmark, model, monkeypatch):
+    """Whatever generator the engine draws from: on a GPU, vLLM takes the seeds of requests from NumPy's."""
     initial = {name: value.clone() for name, value in model.state_dict().items()}
+    sample = SelfDistillationTrainer._sample
+    drawn = []
+
+    def drawing(*args):
+        drawn.append(draw_from_all_generators())
+        return sample(*args)
+
+    monkeypatch.setattr(SelfDistillationTrainer, "_sample", drawing)
     runs = []
     for settings in (
         {},
@@ -108,12 +125,15 @@ def test_training_is_what_it_would_have_been(temperature, make_trainer, benchmar
         config = trainer.generation_config.to_dict()
         trainer.train()
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-        runs.append([{k: v for k, v in entry.items() if k != "step_time"} for entry in steps])
+        steps = [{k: v for k, v in entry.items() if k != "step_time"} for entry in steps]
+        runs.append((steps, draw_from_all_generators()))
         assert trainer.generation_config.to_dict() == config
     assert runs[0] == runs[1]
+    assert len(drawn) == len({tuple(numbers) for numbers in drawn}) > 6
     assert len(evaluations(trainer)) == 6
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_server_that_fails_in_an_evaluation(make_trainer, benchmark, model, monkeypatch):
     initial = {name: value.clone() for name, value in model.state_dict().items()}
     settings = {"eval_benchmarks": [benchmark], "eval_benchmarks_steps": 2}
@@ -194,7 +214,7 @@ def test_training_that_is_stopped_is_evaluated_at_its_end(make_trainer, benchmar
     assert list(evaluations(trainer)) == [0, 2, 3]
 
 
-def test_greedy_evaluation_gives_what_the_model_says(make_trainer, benchmark, tokenizer, model):
+def test_greedy_evaluation_gives_what_the_model_says(make_trainer, benchmark, tokenizer, model, device):
     model.generation_config.repetition_penalty = 5.0
     trainer = make_trainer(
         eval_benchmarks=[benchmark],
@@ -210,7 +230,7 @@ def test_greedy_evaluation_gives_what_the_model_says(make_trainer, benchmark, to
         prompt = tokenizer.apply_chat_template(
             message, add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True
         )
-        output = trainer.model.generate(**prompt, max_new_tokens=6, do_sample=False, repetition_penalty=1.0)
+        output = trainer.model.generate(**prompt.to(device), max_new_tokens=6, do_sample=False, repetition_penalty=1.0)
         said = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         assert sample.completion == said
 

@@ -101,6 +101,10 @@ def test_docstrings_and_help_cover_every_field(config_class):
             {"use_vllm": True, "vllm_importance_sampling_correction": True, "top_p": 0.95},
             "contradicts truncated sampling",
         ),
+        (
+            {"use_vllm": True, "vllm_enable_sleep_mode": True, "skip_memory_metrics": False},
+            r"`skip_memory_metrics=False` reports.*torch\.cuda\.mem_get_info",
+        ),
         ({"policy_loss_coef": -1.0}, "`policy_loss_coef` must not be negative"),
         ({"policy_loss_coef": 1.0}, "needs `num_generations` of at least 2"),
         ({"loss_type": "mean"}, "`loss_type` must be one of"),

@@ -275,9 +275,10 @@ def test_loss_falls_when_training_on_fixed_rollouts(make_trainer, model, dataset
     assert after < 0.5 * before
 
 
-def test_defaults_train(tokenizer, dataset, tmp_path):
+def test_defaults_train(tokenizer, dataset, tmp_path, device):
     """`OPSDConfig()` itself, but for the device and the number of tokens and steps."""
-    args = OPSDConfig(str(tmp_path), use_cpu=True, max_completion_length=4, max_steps=1, report_to="none")
+    settings = {"use_cpu": device.type == "cpu", "max_completion_length": 4, "max_steps": 1, "report_to": "none"}
+    args = OPSDConfig(str(tmp_path), **settings)
     rows = Dataset.from_list(list(dataset) * 2)
     trainer = OPSDTrainer(make_model(tokenizer), args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.train()

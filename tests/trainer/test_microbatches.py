@@ -115,6 +115,45 @@ class TestTokenBudget:
             assert num_rows * width <= 1200
         assert len(students) == 3
 
+    def test_passes_keep_all_that_belongs_to_a_row(self, make_trainer, dataset):
+        """Also what only a sampler or a method to come puts into the batch."""
+        trainer = make_trainer(max_tokens_per_microbatch=1)
+        trainer.current_gradient_accumulation_steps = 1
+        batch = trainer._generate_and_score_completions(list(dataset.select(range(4))))
+        shape = batch["completion_ids"].shape
+        own = {
+            "sampling_per_token_logps": torch.rand(shape),
+            "importance_sampling_ratio": torch.rand(len(batch["completion_ids"]), 1),
+            "a_stream_to_come": torch.rand(shape),
+            "a_number_to_come": torch.rand(len(batch["completion_ids"])),
+            "pictures_to_come": torch.rand(len(batch["completion_ids"]), 3, 2, 2),
+        }
+        shared = {"a_scalar": torch.tensor(2.0), "a_setting": "both"}
+        whole = {**batch, **own, **shared, "student_mask": batch["loss_mask"]}
+        *_, passes = trainer.loss(trainer.model, whole, 1, 1)
+        assert len(passes) == 4
+        for rows in passes:
+            assert whole.keys() <= rows.keys()
+            [row] = (whole["a_number_to_come"] == rows["a_number_to_come"]).nonzero()
+            for name, value in whole.items():
+                if isinstance(value, torch.Tensor) and value.ndim:
+                    assert torch.equal(rows[name], value[row]), name
+                else:
+                    assert rows[name] is value
+
+    def test_the_sampler_is_compared_over_all_passes(self, make_trainer, dataset):
+        differences = []
+        for max_tokens in (None, 1500):
+            trainer = make_trainer(max_tokens_per_microbatch=max_tokens)
+            trainer.current_gradient_accumulation_steps = 1
+            trainer._compares_with_sampler = True  # as with vLLM
+            batch = trainer._generate_and_score_completions(list(dataset.select(range(4))))
+            batch["sampling_per_token_logps"] = -torch.arange(batch["loss_mask"].numel()).view_as(batch["loss_mask"])
+            trainer._compute_loss(trainer.model, batch)
+            values = trainer.statistics["train"].take()
+            differences.append([values[f"sampling/sampling_logp_difference/{name}"] for name in ("mean", "max")])
+        assert differences[1] == pytest.approx(differences[0], rel=1e-5)
+
     def test_gradients_are_synchronised_once_per_optimizer_step(self, make_trainer, monkeypatch):
         trainer = make_trainer(gradient_accumulation_steps=2, max_tokens_per_microbatch=1, max_steps=2)
         flags = []

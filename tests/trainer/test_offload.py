@@ -31,6 +31,7 @@ def result(trainer):
     return metrics, trainer.model.state_dict()
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("teacher", ["initial", "periodic", "ema", "external"])
 @pytest.mark.parametrize("num_generations", [1, 4])  # rollouts of a prompt share the teacher's pass over it
 def test_offloaded_teacher_is_the_same_teacher(teacher, num_generations, train):

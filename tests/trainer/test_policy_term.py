@@ -56,7 +56,8 @@ SKIP_OVERLONG = {"max_teacher_prompt_length": 600, "overlong_teacher_prompt": "s
 
 
 def noisy(log_probs, seed):
-    return log_probs + 0.3 * torch.randn(log_probs.shape, generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    return log_probs + 0.3 * torch.randn_like(log_probs)
 
 
 def make_batch(trainer, rows):
@@ -150,11 +151,11 @@ def test_whatever_grpo_reads(make_trainer, rows, loss_type, changes):
     for name in changes.keys() - {"beta", "without_old", "advantages_of_tokens", *settings}:
         setattr(trainer, name, changes[name])
     if trainer.use_vllm:
-        batch["importance_sampling_ratio"] = torch.rand(batch["completion_ids"].shape) + 0.5
+        batch["importance_sampling_ratio"] = torch.rand_like(batch["old_per_token_logps"]) + 0.5
     if "without_old" in changes:
         del batch["old_per_token_logps"]
     if "advantages_of_tokens" in changes:
-        batch["advantages"] = batch["advantages"].unsqueeze(1) * torch.rand(batch["completion_ids"].shape)
+        batch["advantages"] = batch["advantages"].unsqueeze(1) * torch.rand_like(batch["old_per_token_logps"])
     assert_is_sum(trainer, batch)
 
 
@@ -168,6 +169,20 @@ def test_values_that_do_not_matter_are_not_computed(make_trainer, rows, loss_typ
     monkeypatch.setattr(trainer.loss, "_log_probs_of", lambda *args: calls.append(1) or log_probs_of(*args))
     assert_is_sum(trainer, batch)
     assert len(calls) == (loss_type in ("cispo", "vespo"))
+
+
+def test_rounding_takes_no_part_in_a_ratio(make_trainer, rows, monkeypatch):
+    """In half precision, log-probabilities computed in two ways differ by hundredths."""
+    trainer = make_trainer(num_iterations=2)
+    trainer.model.to(torch.bfloat16)
+    batch = trainer._generate_and_score_completions(rows)
+    found = []
+    log_probs_of = trainer.loss._log_probs_of
+    monkeypatch.setattr(trainer.loss, "_log_probs_of", lambda *args: found.append(log_probs_of(*args)) or found[-1])
+    loss_and_gradient(trainer, batch)
+    difference = (found[0][0] - batch["old_per_token_logps"]) * batch["completion_mask"]
+    assert found[0][0].std() > 0.1
+    assert difference.abs().max() < 1e-3
 
 
 @pytest.mark.parametrize(("loss_type", "level"), [("grpo", "token"), ("bnpo", "sequence"), ("cispo", "token")])

@@ -13,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_chat_template
 
 from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer, SelfDistillationTrainer
+from trl_opsd.trainer import self_distillation_trainer
 from trl_opsd.trainer.loss import SelfDistillationLoss
 
 
@@ -101,7 +102,7 @@ def test_grpo_script_with_two_names_changed(trainer_class, config_class, tokeniz
     assert (config_class is GRPOConfig) != bool(logged(trainer, "distillation_loss"))
 
 
-def test_tools(training_args, dataset):
+def test_tools_are_in_both_prompts(training_args, dataset):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = qwen3_chat_template
     trainer = OPSDTrainer(
@@ -115,8 +116,6 @@ def test_tools(training_args, dataset):
     student, teacher = (tokenizer.decode(ids) for ids in trainer.preview_prompts())
     for prompt in (student, teacher):
         assert '"name": "add"' in prompt
-    trainer.train()
-    assert logged(trainer, "tools/call_frequency") == [0.0, 0.0]
 
 
 def test_metrics_without_rewards(make_trainer):
@@ -440,3 +439,17 @@ def test_sampler_is_compared_with_the_weights_it_sampled_with(make_trainer, data
         assert entry[f"{name}/max"] == pytest.approx(difference.max().item(), rel=1e-5)
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert all(f"eval_{name}/max" in entry for entry in evaluations)
+
+
+def test_each_process_measures_its_share_of_the_prompts(make_trainer, dataset, monkeypatch):
+    """The student's prompts, for an engine that has to take them."""
+    rows = [{**row, "prompt": [{"role": "user", "content": "What? " * (1 + i)}]} for i, row in enumerate(dataset)]
+    trainer = make_trainer(train_dataset=Dataset.from_list(rows))
+    lengths = [len(ids) for ids in trainer._tokenize_prompts([row["prompt"] for row in rows])[0]]
+    assert trainer._longest_prompt() == max(lengths)
+    tokenize, measured = trainer._tokenize_prompts, []
+    monkeypatch.setattr(trainer, "_tokenize_prompts", lambda prompts: measured.extend(prompts) or tokenize(prompts))
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(self_distillation_trainer, "gather_object", lambda own: [*own, 7])
+    assert trainer._longest_prompt() == max(lengths[::2])
+    assert len(measured) == len(rows) // 2

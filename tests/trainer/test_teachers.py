@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from tiny import make_model
 
 from trl_opsd import OPSDConfig
@@ -48,3 +48,13 @@ def test_base_model_that_trains_is_refused(make, teacher, settings, trained):
 )
 def test_all_that_belongs_to_an_adapter_may_train(make, teacher, settings):
     make(teacher, **settings)
+
+
+@pytest.mark.parametrize("teacher", ["periodic", "ema"])
+def test_adapters_that_can_have_no_twin_are_refused(tokenizer, tmp_path, teacher):
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"])
+    policy = get_peft_model(make_model(tokenizer), config)
+    args = OPSDConfig(str(tmp_path), use_cpu=True, teacher=teacher)
+    world = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=None))
+    with pytest.raises(ValueError, match=rf"`teacher='{teacher}'` needs a second adapter .*AdaLora.*`teacher='live'`"):
+        make_teacher(args, world, policy, adapter_starts_at_zero=True)

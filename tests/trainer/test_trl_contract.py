@@ -4,6 +4,7 @@ What the trainer relies on in TRL's private methods. A new TRL release that move
 
 import inspect
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ SIGNATURES = {
     "_compute_loss": ["self", "model", "inputs"],
     "_tokenize_prompts": ["self", "prompts"],
     "_save_checkpoint": ["self", "model", "trial"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_best_model": ["self"],
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_set_signature_columns_if_needed": ["self"],
@@ -75,6 +78,21 @@ def test_weights_are_sent_to_vllm_through_one_method():
     assert list(inspect.signature(VLLMGeneration._iter_named_params).parameters) == ["self"]
     assert "_iter_named_params()" in inspect.getsource(VLLMGeneration.sync_weights)
     assert list(inspect.signature(DistributedBackend.gather_params).parameters) == ["self", "params"]
+
+
+def test_weights_of_a_colocated_engine_are_asked_for_once_when_it_is_awake():
+    events = []
+    generation = SimpleNamespace(
+        mode="colocate",
+        enable_sleep_mode=True,
+        accelerator=SimpleNamespace(is_main_process=True),
+        llm=SimpleNamespace(
+            wake_up=lambda tags: events.append("wake up"), reset_prefix_cache=lambda: events.append("reset")
+        ),
+        _iter_named_params=lambda: events.append("weights") or (),
+    )
+    VLLMGeneration.sync_weights(generation)
+    assert events == ["wake up", "weights", "reset"]
 
 
 def test_vllm_samples_by_attributes_that_an_evaluation_changes():

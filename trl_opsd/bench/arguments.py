@@ -4,6 +4,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from itertools import product
+from operator import ne
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,15 +16,18 @@ class BenchArguments(ABC):
 
     Args:
         contenders (`list[str]`, *optional*):
-            Names of the contenders to run, in this order. `None` runs all of them.
+            Names of the contenders to run, in this order. `None` runs the usual ones.
         repeats (`int`, *optional*, defaults to `5`):
             Timed iterations of each contender, one per round. Fewer than 5 give no median worth quoting.
         warmups (`int`, *optional*, defaults to `1`):
             Iterations of each contender before the first timed one.
         device (`str`, *optional*, defaults to `"auto"`):
             `"cpu"`, `"cuda"`, or `"auto"` for CUDA where there is a GPU.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            `"float32"` or `"bfloat16"`.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            `"float32"`, `"bfloat16"`, or `"auto"` for bfloat16 on a GPU and float32 on a CPU.
+        timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds that a contender may take in one case, from its start to its last iteration. One that takes longer
+            is ended, and the others go on.
         threads (`int`, *optional*):
             CPU threads of each contender. `None` leaves the choice to PyTorch.
         seed (`int`, *optional*, defaults to `0`):
@@ -38,7 +42,7 @@ class BenchArguments(ABC):
     factory: ClassVar[str]
 
     contenders: list[str] | None = field(
-        default=None, metadata={"help": "Names of the contenders to run, in this order. All of them by default."}
+        default=None, metadata={"help": "Names of the contenders to run, in this order. By default the usual ones."}
     )
     repeats: int = field(
         default=5,
@@ -50,7 +54,17 @@ class BenchArguments(ABC):
     device: Literal["auto", "cpu", "cuda"] = field(
         default="auto", metadata={"help": "'cpu', 'cuda', or 'auto' for CUDA where there is a GPU."}
     )
-    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "'float32' or 'bfloat16'."})
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto",
+        metadata={"help": "'float32', 'bfloat16', or 'auto' for bfloat16 on a GPU and float32 on a CPU."},
+    )
+    timeout: float = field(
+        default=600.0,
+        metadata={
+            "help": "Seconds that a contender may take in one case, from its start to its last iteration. One that "
+            "takes longer is ended, and the others go on."
+        },
+    )
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads of each contender. By default PyTorch chooses."}
     )
@@ -64,7 +78,7 @@ class BenchArguments(ABC):
     )
 
     def __post_init__(self) -> None:
-        self.contenders = list(self.all_contenders if self.contenders is None else self.contenders)
+        self.contenders = self.default_contenders() if self.contenders is None else list(self.contenders)
         for name in self.contenders:
             if name not in self.all_contenders:
                 raise ValueError(f"`contenders` knows no {name!r}. Choose from: {', '.join(self.all_contenders)}.")
@@ -72,6 +86,8 @@ class BenchArguments(ABC):
             raise ValueError(f"`contenders` names one twice: {' '.join(self.contenders)}. Name each once.")
         self._check_at_least(1, "repeats", "threads")
         self._check_at_least(0, "warmups")
+        if not self.timeout > 0.0:
+            raise ValueError(f"`timeout` must be positive, got {self.timeout}.")
         if self.output_dir is None:
             self.output_dir = f"bench/{self.name}"
 
@@ -105,6 +121,10 @@ class BenchArguments(ABC):
             ) from None
         return folder
 
+    def default_contenders(self) -> list[str]:
+        """Names of the contenders that run where none are named."""
+        return list(self.all_contenders)
+
     @abstractmethod
     def cases(self) -> list[dict[str, Any]]:
         """What is measured, one after the other: settings that a contender's process receives."""
@@ -115,7 +135,7 @@ class LossArguments(BenchArguments):
     """
     Fields of `trl-opsd bench loss`: one forward and backward pass of the divergence, from hidden states.
 
-    The first three take several values each; all combinations are run.
+    The first three take several values each; all combinations are run, or one size is varied at a time.
 
     Args:
         num_tokens (`list[int]`, *optional*, defaults to `[512]`):
@@ -124,6 +144,8 @@ class LossArguments(BenchArguments):
             Width H of the hidden states.
         vocab_size (`list[int]`, *optional*, defaults to `[151936]`):
             Size V of the vocabulary.
+        one_at_a_time (`bool`, *optional*, defaults to `False`):
+            Whether each size is varied while the others keep the first of their values.
         divergence (`str`, *optional*, defaults to `"jsd"`):
             `"forward_kl"`, `"reverse_kl"` or `"jsd"` (with β = 0.5).
         support (`str`, *optional*, defaults to `"full"`):
@@ -144,6 +166,8 @@ class LossArguments(BenchArguments):
 
     name: ClassVar[str] = "loss"
     all_contenders: ClassVar[tuple[str, ...]] = (
+        "ours",
+        "ours-triton",
         "ours-compiled",
         "ours-eager",
         "trl-chunked",
@@ -163,6 +187,13 @@ class LossArguments(BenchArguments):
     vocab_size: list[int] = field(
         default_factory=lambda: [151936],
         metadata={"help": "Size V of the vocabulary; several values make a sweep."},
+    )
+    one_at_a_time: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether each size is varied while the others keep the first of their values, instead of running "
+            "all combinations."
+        },
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = field(
         default="jsd", metadata={"help": "'forward_kl', 'reverse_kl' or 'jsd' (with beta = 0.5)."}
@@ -206,33 +237,58 @@ class LossArguments(BenchArguments):
         if self.clip is not None and not self.clip > 0.0:
             raise ValueError(f"`clip` must be positive, got {self.clip}. Leave it out for no clipping.")
 
+    def default_contenders(self) -> list[str]:
+        # What `ours` runs is one of these two
+        return [name for name in self.all_contenders if name not in ("ours-triton", "ours-compiled")]
+
     def cases(self) -> list[dict[str, Any]]:
         shared = {
             name: getattr(self, name)
             for name in ("dtype", "divergence", "support", "frozen_head", "clip", "token_weights", "metrics", "seed")
         }
-        sizes = product(self.num_tokens, self.hidden_size, self.vocab_size)
+        values = (self.num_tokens, self.hidden_size, self.vocab_size)
+        sizes = list(dict.fromkeys(product(*values)))
+        if self.one_at_a_time:
+            first = sizes[0]
+            sizes = [size for size in sizes if sum(map(ne, size, first)) <= 1]
         return [{"num_tokens": n, "hidden_size": h, "vocab_size": v, **shared} for n, h, v in sizes]
 
 
 @dataclass
 class StepArguments(BenchArguments):
     """
-    Fields of `trl-opsd bench step`: whole optimizer steps of trainers, generation timed apart from learning.
+    Fields of `trl-opsd bench step`: whole optimizer steps of trainers, from rollouts that are given or sampled.
 
     Args:
+        preset (`str`, *optional*, defaults to `"tiny"`):
+            Shape of a model with random weights, made on the device: `"qwen3-0.6b"`, `"qwen3-1.7b"`, `"qwen3-8b"`, or
+            `"tiny"` for one of 14 million parameters.
         model (`str`, *optional*):
-            Id or folder of the model. `None` makes a small Qwen3 with random weights.
+            Id or folder of a model to load instead.
         lora (`bool`, *optional*, defaults to `False`):
             Whether to train a LoRA adapter of rank 16 on all linear layers instead of all weights.
         num_rollouts (`int`, *optional*, defaults to `4`):
-            Rollouts of a step, all in one batch, each of a prompt of its own.
+            Rollouts of a step, all in one batch.
+        num_generations (`int`, *optional*, defaults to `1`):
+            Rollouts of each prompt. GRPO's policy loss, that is `self-distillation+grpo`, needs 2 or more.
         prompt_tokens (`int`, *optional*, defaults to `64`):
             Length of every student prompt, in tokens.
         teacher_prompt_tokens (`int`, *optional*, defaults to `192`):
             Length of every teacher prompt, in tokens.
+        equal_teacher_tokens (`bool`, *optional*, defaults to `True`):
+            Whether the teacher of TRL's `DistillationTrainer`, which has no privileged context, is made to read what
+            the other teachers read. Otherwise it reads the student's prompt, as that trainer has it.
         max_new_tokens (`int`, *optional*, defaults to `128`):
-            Length of every rollout, in tokens. None ends earlier.
+            Length of every rollout, in tokens.
+        sample (`bool`, *optional*, defaults to `False`):
+            Whether the rollouts are sampled from the policy. Otherwise they are random tokens, which cost nothing.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether they are sampled by a vLLM engine in the trainer's process instead of by transformers.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Share of the GPU's memory that the engine takes.
+        sequential (`bool`, *optional*, defaults to `False`):
+            Whether the contenders run one after the other, each with the device to itself, instead of taking turns.
+            With `use_vllm` they always do.
         divergence (`str`, *optional*, defaults to `"jsd"`):
             `"forward_kl"`, `"reverse_kl"` or `"jsd"` (with β = 0.5), over the whole vocabulary.
         gradient_checkpointing (`bool`, *optional*, defaults to `False`):
@@ -240,24 +296,64 @@ class StepArguments(BenchArguments):
     """
 
     name: ClassVar[str] = "step"
-    all_contenders: ClassVar[tuple[str, ...]] = ("self-distillation", "sdft", "distillation")
+    all_contenders: ClassVar[tuple[str, ...]] = (
+        "self-distillation",
+        "self-distillation+grpo",
+        "sdft",
+        "distillation",
+    )
     factory: ClassVar[str] = "trl_opsd.bench.step:serve"
 
-    model: str | None = field(
-        default=None,
-        metadata={"help": "Id or folder of the model. By default a small Qwen3 with random weights is made."},
+    preset: Literal["tiny", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b"] = field(
+        default="tiny",
+        metadata={
+            "help": "Shape of a model with random weights, made on the device. 'tiny' has 14 million parameters."
+        },
     )
+    model: str | None = field(default=None, metadata={"help": "Id or folder of a model to load instead."})
     lora: bool = field(
         default=False,
         metadata={"help": "Whether to train a LoRA adapter of rank 16 on all linear layers instead of all weights."},
     )
-    num_rollouts: int = field(
-        default=4, metadata={"help": "Rollouts of a step, all in one batch, each of a prompt of its own."}
+    num_rollouts: int = field(default=4, metadata={"help": "Rollouts of a step, all in one batch."})
+    num_generations: int = field(
+        default=1,
+        metadata={
+            "help": "Rollouts of each prompt. GRPO's policy loss, that is `self-distillation+grpo`, needs 2 or more."
+        },
     )
     prompt_tokens: int = field(default=64, metadata={"help": "Length of every student prompt, in tokens."})
     teacher_prompt_tokens: int = field(default=192, metadata={"help": "Length of every teacher prompt, in tokens."})
-    max_new_tokens: int = field(
-        default=128, metadata={"help": "Length of every rollout, in tokens. None ends earlier."}
+    equal_teacher_tokens: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the teacher of TRL's `DistillationTrainer`, which has no privileged context, is made to "
+            "read what the other teachers read. Otherwise it reads the student's prompt, as that trainer has it."
+        },
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Length of every rollout, in tokens."})
+    sample: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the rollouts are sampled from the policy. Otherwise they are random tokens, which cost "
+            "nothing."
+        },
+    )
+    use_vllm: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether they are sampled by a vLLM engine in the trainer's process instead of by transformers."
+        },
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of the GPU's memory that the engine takes."}
+    )
+    sequential: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the contenders run one after the other, each with the device to itself, instead of "
+            "taking turns. With `use_vllm` they always do."
+        },
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = field(
         default="jsd",
@@ -269,21 +365,38 @@ class StepArguments(BenchArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_at_least(1, "num_rollouts", "prompt_tokens", "max_new_tokens")
+        self._check_at_least(1, "num_rollouts", "num_generations", "prompt_tokens", "max_new_tokens")
+        if self.num_rollouts % self.num_generations != 0:
+            raise ValueError(
+                f"`num_rollouts={self.num_rollouts}` must be a multiple of `num_generations={self.num_generations}`."
+            )
         if self.teacher_prompt_tokens <= self.prompt_tokens:
             raise ValueError(
                 f"`teacher_prompt_tokens={self.teacher_prompt_tokens}` must be more than `prompt_tokens="
                 f"{self.prompt_tokens}`: the teacher reads the prompt and the privileged context."
             )
+        if self.use_vllm and not self.sample:
+            raise ValueError(
+                "`use_vllm=True` samples the rollouts, which `sample=False` does without. Add `--sample`."
+            )
+
+    def default_contenders(self) -> list[str]:
+        return [name for name in self.all_contenders if self.num_generations > 1 or not name.endswith("+grpo")]
 
     def cases(self) -> list[dict[str, Any]]:
         names = (
+            "preset",
             "model",
             "lora",
             "num_rollouts",
+            "num_generations",
             "prompt_tokens",
             "teacher_prompt_tokens",
+            "equal_teacher_tokens",
             "max_new_tokens",
+            "sample",
+            "use_vllm",
+            "vllm_gpu_memory_utilization",
             "divergence",
             "gradient_checkpointing",
             "dtype",
@@ -300,8 +413,10 @@ class TeacherArguments(BenchArguments):
     Fields of `trl-opsd bench teacher`: the teacher's pass over rollouts that share one privileged prompt.
 
     Args:
+        preset (`str`, *optional*, defaults to `"tiny"`):
+            Shape of a model with random weights, see [`StepArguments`].
         model (`str`, *optional*):
-            Id or folder of the model. `None` makes a small Qwen3 with random weights.
+            Id or folder of a model to load instead.
         num_rollouts (`int`, *optional*, defaults to `8`):
             Rollouts of the prompt.
         teacher_prompt_tokens (`int`, *optional*, defaults to `2048`):
@@ -314,10 +429,13 @@ class TeacherArguments(BenchArguments):
     all_contenders: ClassVar[tuple[str, ...]] = ("shared-prompt", "whole-sequences")
     factory: ClassVar[str] = "trl_opsd.bench.teacher:serve"
 
-    model: str | None = field(
-        default=None,
-        metadata={"help": "Id or folder of the model. By default a small Qwen3 with random weights is made."},
+    preset: Literal["tiny", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b"] = field(
+        default="tiny",
+        metadata={
+            "help": "Shape of a model with random weights, made on the device. 'tiny' has 14 million parameters."
+        },
     )
+    model: str | None = field(default=None, metadata={"help": "Id or folder of a model to load instead."})
     num_rollouts: int = field(default=8, metadata={"help": "Rollouts of the prompt."})
     teacher_prompt_tokens: int = field(default=2048, metadata={"help": "Length of the teacher's prompt, in tokens."})
     max_new_tokens: int = field(default=256, metadata={"help": "Length of every rollout, in tokens."})
@@ -327,5 +445,5 @@ class TeacherArguments(BenchArguments):
         self._check_at_least(1, "num_rollouts", "teacher_prompt_tokens", "max_new_tokens")
 
     def cases(self) -> list[dict[str, Any]]:
-        names = ("model", "num_rollouts", "teacher_prompt_tokens", "max_new_tokens", "dtype", "seed")
+        names = ("preset", "model", "num_rollouts", "teacher_prompt_tokens", "max_new_tokens", "dtype", "seed")
         return [{name: getattr(self, name) for name in names}]

@@ -5,6 +5,7 @@ The teacher has the student's head, as in self-distillation, and hidden states n
 cannot do it says with a reason, instead of doing something else.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch.nn import functional as F
 
-from ..objective import Divergence, Head, Objective, Support, fused_divergence
+from ..objective import Divergence, Head, Objective, Support, default_kernel, fused_divergence
 from .channel import CannotRun, Channel
 from .measure import PeakMemory, release_memory, synchronize
 
@@ -22,6 +23,8 @@ from .measure import PeakMemory, release_memory, synchronize
 # Slice on which gradients are checked: its float64 reference must stay cheap beside the benchmark
 _CHECKED_TOKENS = 16
 _CHECKED_VOCABULARY = 4096
+
+_GPU_WARMUP_SECONDS = 0.1
 
 # Rows of one product of the floor. More make a product no faster, and a whole [N, V] tensor may not fit
 _FLOOR_ROWS = 1024
@@ -135,8 +138,8 @@ class LossInputs:
         self.hidden.grad = self.weight.grad = None
 
 
-def ours(inputs: LossInputs, case: LossCase, compile: bool) -> torch.Tensor:
-    """[`fused_divergence`]. It always yields the metrics."""
+def ours(inputs: LossInputs, case: LossCase, kernel: str | None = None) -> torch.Tensor:
+    """[`fused_divergence`], with the kernel that it chooses or with another one. It always yields the metrics."""
     head = Head(weight=inputs.weight)
     return fused_divergence(
         inputs.hidden,
@@ -146,7 +149,7 @@ def ours(inputs: LossInputs, case: LossCase, compile: bool) -> torch.Tensor:
         inputs.token_ids,
         inputs.weights,
         Objective(cast(Divergence, case.divergence), support=cast(Support, case.support), clip=case.clip),
-        kernel="compiled" if compile else "eager",
+        kernel=kernel,
     ).loss
 
 
@@ -197,8 +200,10 @@ def dense(inputs: LossInputs, case: LossCase) -> torch.Tensor:
 
 
 LOSSES: dict[str, Callable[[LossInputs, LossCase], torch.Tensor]] = {
-    "ours-compiled": partial(ours, compile=True),
-    "ours-eager": partial(ours, compile=False),
+    "ours": ours,
+    "ours-triton": partial(ours, kernel="triton"),
+    "ours-compiled": partial(ours, kernel="compiled"),
+    "ours-eager": partial(ours, kernel="eager"),
     "trl-chunked": trl_chunked,
     "liger": liger,
     "dense": dense,
@@ -219,6 +224,8 @@ def missing_feature(name: str, case: LossCase) -> str | None:
         `str`, *optional*:
             The reason, `None` if it has everything.
     """
+    if name == "ours-triton" and case.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton is for GPUs"
     if case.support != "full" and not name.startswith("ours"):
         return "it sums over the whole vocabulary"
     if name in ("trl-chunked", "liger") and case.clip is not None:
@@ -324,10 +331,28 @@ def serve(name: str, settings: dict[str, Any], channel: Channel) -> None:
     """
     case = LossCase(**settings)
     device = torch.device(case.device)
-    contender = Floor(case) if name == "floor" else Loss(name, case)
-    channel.send({"threads": torch.get_num_threads()})
-    while (command := channel.receive()) is not None:
-        channel.send(_obey(command, contender, device))
+    contender: Loss | Floor | None = make_contender(name, case)
+    facts: dict[str, Any] = {"threads": torch.get_num_threads()}
+    if name.startswith("ours"):
+        wide = torch.promote_types(getattr(torch, case.dtype), torch.float32)
+        facts["kernel"] = name.partition("-")[2] or default_kernel(device, case.vocab_size, wide)
+    answer = facts
+    while True:
+        if device.type == "cuda":
+            # The contenders share the device: nobody holds anything while it is another one's turn
+            contender = None
+            release_memory(device)
+        channel.send(answer)
+        command = channel.receive()
+        if command is None:
+            return
+        contender = contender or make_contender(name, case)
+        answer = _obey(command, contender, device)
+
+
+def make_contender(name: str, case: LossCase) -> Loss | Floor:
+    """The contender of a name, with its inputs."""
+    return Floor(case) if name == "floor" else Loss(name, case)
 
 
 def _obey(command: str, contender: Loss | Floor, device: torch.device) -> dict[str, float]:
@@ -342,6 +367,21 @@ def _obey(command: str, contender: Loss | Floor, device: torch.device) -> dict[s
         extra = peak.stop() - contender.kept_bytes()
         contender.clear()
         return {"peak_extra_bytes": max(0, extra)}
+    if command == "time" and device.type == "cuda":
+        _run_for(_GPU_WARMUP_SECONDS, contender, device)
+    seconds = _timed(contender, device)
+    if command == "warmup":
+        release_memory(torch.device("cpu"))  # what compilers leave behind
+    return {"seconds": seconds}
+
+
+def _run_for(seconds: float, contender: Loss | Floor, device: torch.device) -> None:
+    """Fills PyTorch's cache and brings the clock up, as in a run that has been going on for a while."""
+    while seconds > 0.0:
+        seconds -= _timed(contender, device)
+
+
+def _timed(contender: Loss | Floor, device: torch.device) -> float:
     synchronize(device)
     started = time.perf_counter()
     contender.run()
@@ -349,6 +389,4 @@ def _obey(command: str, contender: Loss | Floor, device: torch.device) -> dict[s
     seconds = time.perf_counter() - started
     if isinstance(contender, Loss):
         contender.clear()
-    if command == "warmup":
-        release_memory(torch.device("cpu"))  # what compilers leave behind; a GPU's cache stays warm
-    return {"seconds": seconds}
+    return seconds

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,29 @@ def synchronize(device: torch.device) -> None:
     """Waits until the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def mark(device: torch.device) -> torch.cuda.Event | float:
+    """A moment, for [`seconds_between`]: on a GPU the one at which it gets here, without waiting for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first: torch.cuda.Event | float, second: torch.cuda.Event | float) -> float:
+    """Seconds from one moment to a later one. On a GPU both must have passed."""
+    if isinstance(first, torch.cuda.Event):
+        assert isinstance(second, torch.cuda.Event)
+        return first.elapsed_time(second) / 1000
+    assert not isinstance(second, torch.cuda.Event)
+    return second - first
+
+
+def allocation_retries(device: torch.device) -> int:
+    """How often PyTorch found the GPU full and gave back its cache first, which takes time."""
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0)) if device.type == "cuda" else 0
 
 
 def release_memory(device: torch.device) -> None:
@@ -52,7 +76,7 @@ class PeakMemory:
     def __init__(self, device: torch.device):
         self._device = device
         release_memory(device)
-        self._before = memory_in_use(device)
+        self.start = memory_in_use(device)
         self._sampler: _Sampler | None = None
         self.restart()
 
@@ -75,13 +99,13 @@ class PeakMemory:
             `int`:
                 Peak above the start, in bytes.
         """
+        return max(0, self.highest() - self.start)
+
+    def highest(self) -> int:
+        """Highest memory in use, in bytes. It ends the measurement."""
         if self._device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self._device)
-        elif self._sampler is not None:
-            peak = self._sampler.stop()
-        else:
-            peak = _status_bytes("VmHWM")
-        return max(0, peak - self._before)
+            return torch.cuda.max_memory_allocated(self._device)
+        return self._sampler.stop() if self._sampler is not None else _status_bytes("VmHWM")
 
 
 class _Sampler(threading.Thread):

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 _SIZES = ("num_tokens", "hidden_size", "vocab_size")
 _AXIS_LABELS = {"num_tokens": "tokens N", "hidden_size": "hidden size H", "vocab_size": "vocabulary V"}
 _COLORS = {
-    "ours-compiled": "#2f6fde",
+    "ours": "#2f6fde",
+    "ours-triton": "#1d4fa8",
+    "ours-compiled": "#5289e6",
     "ours-eager": "#7aa7ef",
     "trl-chunked": "#d9822b",
     "liger": "#3a9d6e",
@@ -28,7 +30,8 @@ _COLORS = {
     "shared-prompt": "#2f6fde",
     "whole-sequences": "#b8405e",
 }
-_GENERATION, _LEARNING, _WEIGHTS = "#c9d3de", "#2f6fde", "#9aa5b1"
+_GENERATION, _WEIGHTS, _PEAK = "#c9d3de", "#9aa5b1", "#2f6fde"
+_PARTS = {"preparation": "#d9822b", "forward": "#2f6fde", "backward": "#7aa7ef", "optimizer": "#3a9d6e"}
 
 
 @dataclass
@@ -48,6 +51,11 @@ class CaseResult:
     case: dict[str, Any]
     rows: list[Row]
     order: list[str]
+
+    def with_rows(self, rows: Sequence[Row], order: Sequence[str]) -> "CaseResult":
+        """The same with more rows, which replace those of the same contenders."""
+        known = {row.contender: row for row in (*self.rows, *rows)}
+        return CaseResult(self.case, list(known.values()), [*self.order, *order])
 
     def median_of(self, *names: str) -> float | None:
         """Median seconds of the first of some contenders that has one."""
@@ -121,7 +129,7 @@ def _range(row: Row, key: str = "seconds") -> str:
 def _table(title: str, caption: str, columns: Sequence[str], result: CaseResult) -> Table:
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for column in columns:
-        table.add_column(column, justify="right" if column != "contender" else "left")
+        table.add_column(column, justify="right" if column != "contender" else "left", no_wrap=True)
     if any(row.error for row in result.rows):
         table.add_column("", justify="left")
     return table
@@ -145,9 +153,10 @@ def loss_table(result: CaseResult) -> Table:
     caption = "Forward and backward. Extra memory is beyond inputs and their gradients."
     checked = any("gradient_error" in row.facts for row in result.rows)
     columns = ["contender", "median s", "min … max", "× floor", "× ours", "peak extra MiB"]
+    columns += ["kernel"] if any("kernel" in row.facts for row in result.rows) else []
     columns += ["gradient error"] if checked else []
     table = _table(_described(result.case), caption, columns, result)
-    floor, own = result.median_of("floor"), result.median_of("ours-compiled", "ours-eager")
+    floor, own = result.median_of("floor"), result.median_of("ours", "ours-compiled", "ours-triton", "ours-eager")
     for row in result.rows:
         value = row.median()
         cells = [
@@ -158,6 +167,8 @@ def loss_table(result: CaseResult) -> Table:
             _ratio(value, own),
             _mib(row.facts.get("peak_extra_bytes")),
         ]
+        if "kernel" in columns:
+            cells.append(row.facts.get("kernel", "–"))
         if checked:
             error = row.facts.get("gradient_error")
             cells.append("–" if error is None else f"{error:.0e}")
@@ -228,23 +239,35 @@ def _bars(
 def _loss_lines(results: Sequence[CaseResult]) -> "Figure":
     from matplotlib.figure import Figure
 
-    # The size with most values is the axis; each combination of the others gets a row of panels
-    values = {size: sorted({result.case[size] for result in results}) for size in _SIZES}
-    axis = max(_SIZES, key=lambda size: len(values[size]))
-    groups: dict[tuple[int, ...], list[CaseResult]] = {}
-    for result in sorted(results, key=lambda result: result.case[axis]):
-        groups.setdefault(tuple(result.case[size] for size in _SIZES if size != axis), []).append(result)
-    figure = Figure(figsize=(11, 0.8 + 3.8 * len(groups)), layout="constrained")
+    sweeps = _sweeps(results)
+    figure = Figure(figsize=(11, 0.8 + 3.8 * len(sweeps)), layout="constrained")
     figure.suptitle("Divergence and gradients")
-    panels = figure.subplots(len(groups), 2, squeeze=False)
-    for (time_axes, memory_axes), group in zip(panels, groups.values(), strict=True):
-        time_axes.set_title(_described(group[0].case, without=axis), loc="left", fontsize=10)
-        _lines(time_axes, axis, group, lambda row: row.median(), "median seconds")
-        _lines(memory_axes, axis, group, _extra_mib, "peak extra MiB")
+    panels = figure.subplots(len(sweeps), 2, squeeze=False)
+    for (time_axes, memory_axes), (axis, sweep) in zip(panels, sweeps, strict=True):
+        time_axes.set_title(_described(sweep[0].case, without=axis), loc="left", fontsize=10)
+        _lines(time_axes, axis, sweep, lambda row: row.median(), "median seconds")
+        _lines(memory_axes, axis, sweep, _extra_mib, "peak extra MiB")
     # A contender that ran out of memory in one panel may still be in another
     lines = {line.get_label(): line for axes in panels[:, 0] for line in axes.lines}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines) or 1, frameon=False)
     return figure
+
+
+def _sweeps(results: Sequence[CaseResult]) -> list[tuple[str, list[CaseResult]]]:
+    """Cases that differ in one size alone, with its name, in the order of that size: those that make up all cases."""
+    values = {size: {result.case[size] for result in results} for size in _SIZES}
+    sweeps = []
+    covered: set[int] = set()
+    # The size with most values first: of all combinations, it covers every case
+    for axis in sorted(_SIZES, key=lambda size: -len(values[size])):
+        groups: dict[tuple[int, ...], list[CaseResult]] = {}
+        for result in sorted(results, key=lambda result: result.case[axis]):
+            groups.setdefault(tuple(result.case[size] for size in _SIZES if size != axis), []).append(result)
+        for group in groups.values():
+            if len(group) > 1 and not covered.issuperset(map(id, group)):
+                covered.update(map(id, group))
+                sweeps.append((axis, group))
+    return sweeps
 
 
 def _extra_mib(row: Row) -> float | None:
@@ -293,44 +316,57 @@ def step_table(result: CaseResult) -> Table:
             The table.
     """
     case = result.case
-    title = (
-        f"{Path(case['model']).name}, {'LoRA' if case['lora'] else 'all weights'}, {case['divergence']}, "
-        f"{case['num_rollouts']} rollouts of {case['max_new_tokens']} tokens, prompts of {case['prompt_tokens']}, "
-        f"teacher prompts of {case['teacher_prompt_tokens']}, {case['dtype']} on {case['device']}"
-    )
-    caption = (
-        "Medians of an optimizer step; learning is the step without the sampling. Weights are the parameters and "
-        "buffers of all models in the process. Peak is while learning, above what was in use before the step. The "
-        "teacher of `distillation` is a second model and reads the student's prompt, having no privileged context."
-    )
-    columns = [
-        "contender",
-        "step s",
-        "generation s",
-        "learning s",
-        "min … max",
-        "learning × ours",
-        "weights MiB",
-        "loaded MiB",
-        "peak MiB",
-    ]
-    table = _table(title, caption, columns, result)
+    sampled = [("step s", "seconds"), ("generation s", "generation_seconds")] if case["sample"] else []
+    columns = ["contender", *(name for name, _ in sampled), "learning s", "min … max", "× ours"]
+    columns += [f"{part} s" for part in _PARTS]
+    columns += ["first s", "weights MiB", "peak MiB", "in all MiB"]
+    table = _table(_step_title(case), _step_caption(result), columns, result)
     own = next((row.median("learning_seconds") for row in result.rows if row.contender == "self-distillation"), None)
     for row in result.rows:
         learning = row.median("learning_seconds")
         cells = [
             row.contender,
-            _seconds(row.median()),
-            _seconds(row.median("generation_seconds")),
+            *(_seconds(row.median(key)) for _, key in sampled),
             _seconds(learning),
             _range(row, "learning_seconds"),
             _ratio(learning, own),
+            *(_seconds(row.median(f"{part}_seconds")) for part in _PARTS),
+            _seconds(row.facts.get("first_seconds")),
             _mib(row.facts.get("model_bytes")),
-            _mib(row.facts.get("loading_bytes")),
             _mib(row.facts.get("peak_learning_bytes")),
+            _mib(row.facts.get("peak_bytes")),
         ]
         table.add_row(*cells, *([row.error] if row.error else []))
     return table
+
+
+def _step_title(case: dict[str, Any]) -> str:
+    rollouts = f"{case['num_rollouts']} {'sampled' if case['sample'] else 'given'} rollouts"
+    if case["num_generations"] > 1:
+        rollouts += f" ({case['num_generations']} of each prompt)"
+    return (
+        f"{Path(case['model']).name}, {'LoRA' if case['lora'] else 'all weights'}, {case['divergence']}, "
+        f"{rollouts} of {case['max_new_tokens']} tokens, prompts of {case['prompt_tokens']}, "
+        f"teacher prompts of {case['teacher_prompt_tokens']}, {case['dtype']} on {case['device']}"
+    )
+
+
+def _step_caption(result: CaseResult) -> str:
+    caption = (
+        "Medians of an optimizer step. Learning is the step without the sampling: preparation of the batch, forward "
+        "passes and loss, backward pass, optimizer. First is the first step of all. Weights are the parameters and "
+        "buffers of all models in the process, peak what learning takes beyond what was in use before the step, in "
+        "all both together. "
+    )
+    if any(row.contender == "distillation" for row in result.rows):
+        reads = "what the others read" if result.case["equal_teacher_tokens"] else "the student's prompt"
+        caption += f"The teacher of `distillation`, a second model, reads {reads}. "
+    alone = [row.contender for row in result.rows if row.alone]
+    if not alone:
+        return caption + "The contenders took turns."
+    if len(alone) == len(result.rows):
+        return caption + "The contenders ran one after the other."
+    return caption + f"The contenders took turns, but for {', '.join(alone)}: beside the others, memory was short."
 
 
 def step_plot(results: Sequence[CaseResult]) -> "Figure":
@@ -348,28 +384,22 @@ def step_plot(results: Sequence[CaseResult]) -> "Figure":
     from matplotlib.figure import Figure
 
     [result] = results
-    case = result.case
     rows = [row for row in result.rows if row.median() is not None]
-    figure = Figure(figsize=(11, 2.0 + 0.55 * len(rows)), layout="constrained")
-    figure.suptitle(
-        f"One optimizer step: {Path(case['model']).name}, {'LoRA' if case['lora'] else 'all weights'}, "
-        f"{case['num_rollouts']} × {case['max_new_tokens']} tokens, {case['dtype']} on {case['device']}"
-    )
+    figure = Figure(figsize=(12, 2.2 + 0.55 * len(rows)), layout="constrained")
+    figure.suptitle(_step_title(result.case), fontsize=11)
     time_axes, memory_axes = figure.subplots(1, 2, sharey=True)
     names = [row.contender for row in rows]
-    generation = [row.median("generation_seconds") or 0.0 for row in rows]
-    learning = [row.median("learning_seconds") or 0.0 for row in rows]
-    _stacked(time_axes, names, ("generation", generation, _GENERATION), ("learning", learning, _LEARNING), _seconds)
+    colors = {"generation": _GENERATION} if result.case["sample"] else {}
+    colors |= _PARTS
+    seconds = {part: [row.median(f"{part}_seconds") or 0.0 for row in rows] for part in colors}
+    _stacked(time_axes, names, seconds, colors, _seconds)
     time_axes.set_xlabel("median seconds")
-    weights = [row.facts["model_bytes"] / 2**20 for row in rows]
-    peak = [row.facts.get("peak_learning_bytes", 0) / 2**20 for row in rows]
-    _stacked(
-        memory_axes,
-        names,
-        ("weights", weights, _WEIGHTS),
-        ("peak while learning", peak, _LEARNING),
-        lambda value: f"{value:,.0f}",
-    )
+    mib = {
+        label: [row.facts.get(key, 0) / 2**20 for row in rows]
+        for label, key in (("weights", "model_bytes"), ("peak while learning", "peak_learning_bytes"))
+    }
+    colors = {"weights": _WEIGHTS, "peak while learning": _PEAK}
+    _stacked(memory_axes, names, mib, colors, lambda value: f"{value:,.0f}")
     memory_axes.set_xlabel("MiB")
     time_axes.invert_yaxis()
     return figure
@@ -378,17 +408,18 @@ def step_plot(results: Sequence[CaseResult]) -> "Figure":
 def _stacked(
     axes: "Axes",
     names: Sequence[str],
-    first: tuple[str, Sequence[float], str],
-    second: tuple[str, Sequence[float], str],
+    values: dict[str, list[float]],
+    colors: dict[str, str],
     label: Callable[[float], str],
 ) -> None:
-    left: Sequence[float] = [0.0] * len(names)
-    for name, values, color in (first, second):
-        bars = axes.barh(names, values, left=left, color=color, height=0.6, label=name)
-        ink = "white" if color == _LEARNING else "black"
-        axes.bar_label(bars, [label(value) for value in values], label_type="center", color=ink)
-        left = values
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    left = [0.0] * len(names)
+    longest = max((sum(row) for row in zip(*values.values(), strict=True)), default=0.0)
+    for name, lengths in values.items():
+        bars = axes.barh(names, lengths, left=left, color=colors[name], height=0.6, label=name)
+        texts = [label(length) if length > 0.08 * longest else "" for length in lengths]
+        axes.bar_label(bars, texts, label_type="center", fontsize=9)
+        left = [start + length for start, length in zip(left, lengths, strict=True)]
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(values), fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import count
@@ -15,8 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .arguments import BenchArguments, StepArguments
+from .measure import release_memory
+from .models import save_config, save_model
 from .report import REPORTS, CaseResult, write_json
-from .runner import run_case
+from .runner import Contenders, Row
 
 
 _PACKAGES = ("trl-opsd", "torch", "transformers", "trl", "peft", "accelerate", "liger-kernel", "triton")
@@ -60,25 +63,16 @@ def run(arguments: BenchArguments, folder: Path, device: str, command: str) -> i
             Exit status.
     """
     # Where there is no terminal, its width would be taken for 80 columns
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     contenders = arguments.contenders
     assert contenders is not None
+    cases = [_completed(case, arguments, folder, device) for case in arguments.cases()]
     commands = ["memory"]
-    cases = [{**case, "device": device} for case in arguments.cases()]
-    for case in cases:
-        if isinstance(arguments, StepArguments):
-            case["output_dir"] = str(folder / "trainer")
-        if "model" in case and case["model"] is None:
-            from .step import save_tiny_model
-
-            model = folder / "random-qwen3"
-            save_tiny_model(model, arguments.seed)
-            case["model"] = str(model)
     if getattr(arguments, "check", False):
         commands.append("check")
 
     report = REPORTS[arguments.name]
-    results: list[CaseResult] = []
+    results = [CaseResult(case, [], []) for case in cases]
     record = {
         "benchmark": arguments.name,
         "command": command,
@@ -97,6 +91,9 @@ def run(arguments: BenchArguments, folder: Path, device: str, command: str) -> i
         console=console,
         transient=True,
     )
+    trains = isinstance(arguments, StepArguments)
+    takes_turns = not (isinstance(arguments, StepArguments) and (arguments.sequential or arguments.use_vllm))
+    groups = [contenders] if takes_turns else [[name] for name in contenders]
     with progress:
         task = progress.add_task("", total=len(cases) * rounds * len(contenders))
         turns_before = count()
@@ -104,22 +101,25 @@ def run(arguments: BenchArguments, folder: Path, device: str, command: str) -> i
         def on_turn(phase: str, name: str) -> None:
             progress.update(task, description=f"{phase}: {name}", completed=next(turns_before))
 
-        for number, case in enumerate(cases):
-            rows, order = run_case(
-                arguments.factory,
-                contenders,
-                case,
-                folder / "logs" / str(number),
-                arguments.repeats,
-                arguments.warmups,
-                commands,
-                arguments.threads,
-                on_turn,
-            )
-            results.append(CaseResult(case, rows, order))
-            # After every case: a long sweep that is interrupted has not been for nothing
-            write_json(folder / "results.json", record, results)
-            console.print(report.table(results[-1]))
+        def keep(number: int, rows: list[Row], order: list[str]) -> list[CaseResult]:
+            kept = [*results[:number], results[number].with_rows(rows, order), *results[number + 1 :]]
+            write_json(folder / "results.json", record, [result for result in kept if result.rows])
+            return kept
+
+        while groups:
+            names = groups.pop(0)
+            with Contenders(arguments.factory, names, folder / "logs", arguments.threads, arguments.timeout) as group:
+                for number, case in enumerate(cases):
+                    # Kept after every round: whatever happens to the rest, it has not been for nothing
+                    rows, order = group.run_case(
+                        case, arguments.repeats, arguments.warmups, commands, on_turn, partial(keep, number)
+                    )
+                    results = keep(number, rows, order)
+                    if trains and len(names) > 1:
+                        # Trainers hold their memory between their turns
+                        groups += [[row.contender] for row in rows if row.lacked_memory()]
+                    if not groups:
+                        console.print(report.table(results[number]))
 
     if arguments.repeats < 5:
         console.print(f"With `repeats={arguments.repeats}` these are no medians to quote: use 5 or more.")
@@ -133,6 +133,27 @@ def run(arguments: BenchArguments, folder: Path, device: str, command: str) -> i
         report.plot(results).savefig(folder / "plot.png", dpi=120)
         console.print(f"Plot:    {folder / 'plot.png'}")
     return 0
+
+
+def _completed(case: dict[str, Any], arguments: BenchArguments, folder: Path, device: str) -> dict[str, Any]:
+    """A case with what depends on the device, and with a model."""
+    case = {**case, "device": device}
+    if case["dtype"] == "auto":
+        case["dtype"] = "bfloat16" if device == "cuda" else "float32"
+    if isinstance(arguments, StepArguments):
+        case["output_dir"] = str(folder / "trainer")
+    if "preset" in case:
+        preset = case.pop("preset")
+        case["random_weights"] = case["model"] is None
+        if case["model"] is None:
+            model = folder / f"random-{preset}"
+            save_config(model, preset)
+            case["model"] = str(model)
+            if case.get("use_vllm"):  # which loads them by itself
+                save_model(model, device, case["dtype"], case["seed"])
+                case["random_weights"] = False
+                release_memory(torch.device(device))
+    return case
 
 
 def describe_device(device: str) -> dict[str, Any]:

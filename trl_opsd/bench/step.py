@@ -1,36 +1,45 @@
 """
-The contenders of `trl-opsd bench step`: one optimizer step on the same model, prompts and batch.
+The contenders of `trl-opsd bench step`: one optimizer step on the same model, prompts, rollouts and batch.
 
-All of them sample with transformers, compute the same divergence over the whole vocabulary, and use the same
-optimizer. What still differs: the teacher of TRL's `DistillationTrainer` is a second model that reads the student's
-prompt, since that trainer has no privileged context.
+All of them compute the same divergence over the whole vocabulary and use the same optimizer. Each runs as it does in
+training, from the rows of its dataset to the optimizer's step; only its sampling is replaced, by rollouts that are
+given, unless it is to be measured too.
 """
 
 import gc
 import random
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .channel import Channel
-from .measure import PeakMemory, memory_in_use, release_memory, synchronize
+from .channel import CannotRun, Channel
+from .measure import (
+    PeakMemory,
+    allocation_retries,
+    mark,
+    memory_in_use,
+    release_memory,
+    seconds_between,
+    synchronize,
+)
+from .models import WORDS, random_model
 
-
-_WORDS = "the of and to in is for that on with as by from at this one two red blue green"
-_TINY_VOCABULARY = 32768
 
 _TRAINERS = (
     "trl.experimental.sdft.sdft_trainer",
     "trl.trainer.distillation_trainer",
-    "trl_opsd.trainer.self_distillation_trainer",
+    "trl.trainer.grpo_trainer",  # which ours loads with
 )
+PARTS = ("preparation", "forward", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -40,29 +49,41 @@ class StepCase:
 
     Args:
         model (`str`): Id or folder of the model.
+        random_weights (`bool`): Whether the folder has no weights, and they are made on the device.
         device (`str`): `"cpu"` or `"cuda"`.
         output_dir (`str`): Folder that the trainers are given.
         num_steps (`int`): Number of steps that will be asked for.
         lora (`bool`): Whether a LoRA adapter is trained.
         num_rollouts (`int`): Rollouts of a step.
+        num_generations (`int`): Rollouts of a prompt.
         prompt_tokens (`int`): Length of the student's prompts.
         teacher_prompt_tokens (`int`): Length of the teacher's prompts.
+        equal_teacher_tokens (`bool`): Whether all teachers read them.
         max_new_tokens (`int`): Length of the rollouts.
+        sample (`bool`): Whether the rollouts are sampled.
+        use_vllm (`bool`): Whether vLLM samples them.
+        vllm_gpu_memory_utilization (`float`): Share of the GPU's memory that it takes.
         divergence (`str`): `"forward_kl"`, `"reverse_kl"` or `"jsd"`, β = 0.5.
         gradient_checkpointing (`bool`): Whether activations are recomputed.
         dtype (`str`): Dtype of the weights. With `"bfloat16"`, autocast is on.
-        seed (`int`): Seed of prompts and rollouts.
+        seed (`int`): Seed of weights, prompts and rollouts.
     """
 
     model: str
+    random_weights: bool
     device: str
     output_dir: str
     num_steps: int
     lora: bool
     num_rollouts: int
+    num_generations: int
     prompt_tokens: int
     teacher_prompt_tokens: int
+    equal_teacher_tokens: bool
     max_new_tokens: int
+    sample: bool
+    use_vllm: bool
+    vllm_gpu_memory_utilization: float
     divergence: str
     gradient_checkpointing: bool
     dtype: str
@@ -77,48 +98,6 @@ class StepCase:
 # What all contenders share
 
 
-def save_tiny_model(folder: Path, seed: int = 0) -> None:
-    """
-    Saves a Qwen3 with random weights, 14 million parameters and a vocabulary of 32,768 words.
-
-    Args:
-        folder (`Path`):
-            Where the model and its tokenizer go.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the weights.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    words = ["<pad>", "<eos>", "<unk>", *_WORDS.split()]
-    words += [f"w{index}" for index in range(len(words), _TINY_VOCABULARY)]
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=_TINY_VOCABULARY,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def make_rows(tokenizer: Any, case: StepCase) -> list[dict[str, str]]:
     """
     Makes prompts of exactly the lengths asked for.
@@ -131,12 +110,12 @@ def make_rows(tokenizer: Any, case: StepCase) -> list[dict[str, str]]:
 
     Returns:
         `list[dict[str, str]]`:
-            One row per rollout of a step, with the student's `prompt` and, in `privileged_context`, what the teacher
+            One row per prompt of a step, with the student's `prompt` and, in `privileged_context`, what the teacher
             reads after it.
     """
     generator = random.Random(case.seed)
     rows = []
-    for _ in range(case.num_rollouts):
+    for _ in range(case.num_rollouts // case.num_generations):
         prompt = _extended("", case.prompt_tokens, tokenizer, generator)
         whole = _extended(f"{prompt} ", case.teacher_prompt_tokens, tokenizer, generator)
         rows.append({"prompt": prompt, "privileged_context": whole[len(prompt) + 1 :]})
@@ -151,12 +130,37 @@ def _extended(text: str, num_tokens: int, tokenizer: Any, generator: random.Rand
 
     start = len(text)
     # Each word has a token or more, so this is long enough
-    text += " ".join(generator.choices(_WORDS.split(), k=num_tokens))
+    text += " ".join(generator.choices(WORDS.split(), k=num_tokens))
     while count(text) > num_tokens and len(text) > start:
         text = text[:-1]
     if count(text) != num_tokens:
         raise ValueError(f"The tokenizer makes {count(text)} tokens of a text that should have {num_tokens}.")
     return text
+
+
+class GivenRollouts:
+    """
+    Random tokens in the place of a policy's rollouts. Those of a prompt in a step are the same for all contenders.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer whose ordinary tokens are taken.
+        case ([`StepCase`]):
+            Case.
+    """
+
+    def __init__(self, tokenizer: Any, case: StepCase):
+        special = set(tokenizer.all_special_ids)
+        self._ids = [token for token in range(len(tokenizer)) if token not in special]
+        self._case = case
+
+    def __call__(self, step: int, prompt_ids: list[list[int]]) -> list[list[int]]:
+        rollouts, seen = [], Counter[tuple[int, ...]]()
+        for ids in map(tuple, prompt_ids):
+            generator = random.Random(repr((self._case.seed, step, ids, seen[ids])))
+            seen[ids] += 1
+            rollouts.append(generator.choices(self._ids, k=self._case.max_new_tokens))
+        return rollouts
 
 
 @dataclass
@@ -171,15 +175,18 @@ class Contender:
             Name of its method that samples rollouts, whose first argument is the token ids of the prompts.
         completions (`Callable[[Any], list[list[int]]]`):
             Takes the rollouts' token ids out of what that method returns.
+        result (`Callable[[list[list[int]], list[list[int]]], Any]`):
+            Makes what it returns of prompts and rollouts.
     """
 
     trainer: Any
     method: str
     completions: Callable[[Any], list[list[int]]]
+    result: Callable[[list[list[int]], list[list[int]]], Any]
 
 
 def _arguments(case: StepCase) -> dict[str, Any]:
-    return {
+    arguments = {
         "output_dir": case.output_dir,
         "use_cpu": case.device == "cpu",
         "bf16": case.dtype == "bfloat16",
@@ -199,6 +206,15 @@ def _arguments(case: StepCase) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
     }
+    if case.use_vllm:
+        arguments |= {
+            "use_vllm": True,
+            "vllm_mode": "colocate",
+            "vllm_gpu_memory_utilization": case.vllm_gpu_memory_utilization,
+            "vllm_max_model_length": case.prompt_tokens + case.max_new_tokens,
+            "generation_kwargs": {"ignore_eos": True, "min_tokens": case.max_new_tokens},
+        }
+    return arguments
 
 
 def _shared(case: StepCase) -> dict[str, Any]:
@@ -215,21 +231,55 @@ def _shared(case: StepCase) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def random_weights(case: StepCase) -> Iterator[None]:
+    """TRL's trainers make the random models of a case where they would load one."""
+
+    def make(path: str, *args: Any, **kwargs: Any) -> Any:
+        return random_model(path, case.device, case.dtype, case.seed)
+
+    modules: list[Any] = list(map(import_module, _TRAINERS))
+    loaders = [module.create_model_from_path for module in modules]
+    try:
+        for module in modules if case.random_weights else ():
+            module.create_model_from_path = make
+        yield
+    finally:
+        for module, loader in zip(modules, loaders, strict=True):
+            module.create_model_from_path = loader
+
+
 # The contenders
 
 
-def self_distillation(case: StepCase) -> Contender:
+def self_distillation(case: StepCase, **kwargs: Any) -> Contender:
     """[`SelfDistillationTrainer`], the teacher being the initial policy."""
     from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 
+    reward_funcs = kwargs.pop("reward_funcs", None)
     args = SelfDistillationConfig(
         **_arguments(case),
+        num_generations=case.num_generations,
         divergence=case.divergence,
         privileged_context="template",
         context_kwargs={"template": "{prompt} {privileged_context}"},
+        **kwargs,
     )
-    trainer = SelfDistillationTrainer(case.model, args=args, **_shared(case))
-    return Contender(trainer, "_generate_single_turn", lambda result: result[0])
+    trainer = SelfDistillationTrainer(case.model, reward_funcs, args=args, **_shared(case))
+    return Contender(
+        trainer, "_generate_single_turn", lambda result: result[0], lambda prompts, rollouts: (rollouts, None)
+    )
+
+
+def self_distillation_with_grpo(case: StepCase) -> Contender:
+    """The same with GRPO's policy loss in its loss, every other rollout being rewarded."""
+    if case.num_generations < 2:
+        raise CannotRun("GRPO's policy loss needs `--num_generations` of 2 or more")
+
+    def reward(completions: list[str], **kwargs: Any) -> list[float]:
+        return [float(index % 2) for index in range(len(completions))]
+
+    return self_distillation(case, policy_loss_coef=1.0, reward_funcs=[reward])
 
 
 def sdft(case: StepCase) -> Contender:
@@ -238,27 +288,54 @@ def sdft(case: StepCase) -> Contender:
 
     args = SDFTConfig(
         **_arguments(case),
-        num_generations=1,
+        num_generations=case.num_generations,
         max_prompt_length=None,
         distillation_mode="full_logits",
         distillation_alpha=case.beta,
         teacher_prompt_template="{prompt} {privileged_context}",
     )
     trainer = SDFTTrainer(case.model, args=args, **_shared(case))
-    return Contender(trainer, "_generate", lambda result: result[1])
+    return Contender(trainer, "_generate", lambda result: result[1], lambda prompts, rollouts: (prompts, rollouts))
 
 
 def distillation(case: StepCase) -> Contender:
-    """TRL's distillation trainer, the teacher being a second copy of the model that reads the student's prompt."""
+    """TRL's distillation trainer, the teacher being a second copy of the model."""
+    from datasets import concatenate_datasets
     from trl import DistillationConfig, DistillationTrainer
 
+    class ContextDistillationTrainer(DistillationTrainer):
+        """Its teacher reads the privileged context too."""
+
+        def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+            batch = super()._generate_and_score_completions(inputs)
+            texts = [f"{row['prompt']} {row['privileged_context']}" for row in inputs]
+            prompts = self._tokenizer(texts, return_tensors="pt").to(self.accelerator.device)
+            return batch | {"teacher_prompt_ids": prompts["input_ids"], "teacher_mask": prompts["attention_mask"]}
+
+        def _compute_loss(self, student: Any, inputs: dict[str, Any], *args: Any) -> Any:
+            self._teacher_inputs = (
+                torch.cat([inputs["teacher_prompt_ids"], inputs["completion_ids"]], dim=1),
+                torch.cat([inputs["teacher_mask"], inputs["completion_mask"]], dim=1),
+            )
+            return super()._compute_loss(student, inputs, *args)
+
+        def _get_last_hidden_state(self, model: Any, input_ids: Any, attention_mask: Any, *args: Any) -> Any:
+            if model is self.accelerator.unwrap_model(self.teacher_model):
+                input_ids, attention_mask = self._teacher_inputs
+            return super()._get_last_hidden_state(model, input_ids, attention_mask, *args)
+
     args = DistillationConfig(**_arguments(case), beta=case.beta, teacher_model_init_kwargs={"dtype": case.dtype})
-    trainer = DistillationTrainer(case.model, teacher_model=case.model, args=args, **_shared(case))
-    return Contender(trainer, "_generate_single_turn", lambda result: result)
+    shared = _shared(case)
+    # It samples each row once
+    shared["train_dataset"] = concatenate_datasets([shared["train_dataset"]] * case.num_generations)
+    trainer_class = ContextDistillationTrainer if case.equal_teacher_tokens else DistillationTrainer
+    trainer = trainer_class(case.model, teacher_model=case.model, args=args, **shared)
+    return Contender(trainer, "_generate_single_turn", lambda result: result, lambda prompts, rollouts: rollouts)
 
 
 CONTENDERS: dict[str, Callable[[StepCase], Contender]] = {
     "self-distillation": self_distillation,
+    "self-distillation+grpo": self_distillation_with_grpo,
     "sdft": sdft,
     "distillation": distillation,
 }
@@ -279,11 +356,12 @@ def serve(name: str, settings: dict[str, Any], channel: Channel) -> None:
     case = StepCase(**settings)
     device = torch.device(case.device)
     # All of them in every process, so that what is loaded later is the contender's own
-    for module in _TRAINERS:
+    for module in (*_TRAINERS, "trl_opsd.trainer.self_distillation_trainer"):
         import_module(module)
     release_memory(device)
     before = memory_in_use(device)
-    contender = CONTENDERS[name](case)
+    with random_weights(case):
+        contender = CONTENDERS[name](case)
     tensors = model_tensors()
     for tensor in tensors:
         tensor.sum()  # weights mapped from a file only count once they have been read
@@ -295,6 +373,7 @@ def serve(name: str, settings: dict[str, Any], channel: Channel) -> None:
     }
     contender.trainer.add_callback(_StepByStep(contender, case, channel, facts))
     contender.trainer.train()
+    channel.receive()  # the end of the case
 
 
 def model_tensors() -> list[torch.Tensor]:
@@ -313,12 +392,18 @@ class _StepByStep(TrainerCallback):
     def __init__(self, contender: Contender, case: StepCase, channel: Channel, facts: dict[str, Any]):
         self._channel, self._facts, self._case = channel, facts, case
         self._device = torch.device(case.device)
-        self._generate = getattr(contender.trainer, contender.method)
-        self._completions = contender.completions
-        self._command = ""
+        trainer, self._contender = contender.trainer, contender
+        self._sample = getattr(trainer, contender.method)
+        self._given = None if case.sample else GivenRollouts(trainer.processing_class, case)
         self._started = self._generation_seconds = 0.0
+        self._step = 0
+        self._marks: list[Any] = []
         self._peak: PeakMemory | None = None
-        setattr(contender.trainer, contender.method, self._timed_generation)
+        setattr(trainer, contender.method, self._rollouts)
+        # The parts of a step end where these return, the last one with the step
+        trainer._prepare_inputs = self._marked(trainer._prepare_inputs)
+        trainer.compute_loss = self._marked(trainer.compute_loss)
+        trainer.accelerator.backward = self._marked(trainer.accelerator.backward)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._channel.send(self._facts)
@@ -327,33 +412,52 @@ class _StepByStep(TrainerCallback):
         command = self._channel.receive()
         if command is None:
             raise SystemExit
-        self._command = command
         self._peak = PeakMemory(self._device) if command == "memory" else None
+        self._step = state.global_step
         self._generation_seconds = 0.0
         self._started = self._now()
+        self._marks = [mark(self._device)]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._peak is not None:
-            synchronize(self._device)
-            self._channel.send({"peak_learning_bytes": self._peak.stop()})
-            return
+        self._marks.append(mark(self._device))
         seconds = self._now() - self._started
+        if self._peak is not None:
+            highest = self._peak.highest()
+            extra = max(0, highest - self._peak.start)
+            self._channel.send({"peak_learning_bytes": extra, "peak_bytes": highest})
+            return
+        parts = dict(zip(PARTS, map(seconds_between, self._marks[:-1], self._marks[1:]), strict=True))
+        parts["preparation"] -= self._generation_seconds
         self._channel.send(
             {
                 "seconds": seconds,
                 "generation_seconds": self._generation_seconds,
                 "learning_seconds": seconds - self._generation_seconds,
+                **{f"{name}_seconds": value for name, value in parts.items()},
+                "allocation_retries": allocation_retries(self._device),
             }
         )
 
-    def _timed_generation(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+    def _marked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            self._marks.append(mark(self._device))
+            return result
+
+        return call
+
+    def _rollouts(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         started = self._now()
-        result = self._generate(prompt_ids, *args, **kwargs)
+        if self._given is None:
+            result = self._sample(prompt_ids, *args, **kwargs)
+        else:
+            result = self._contender.result(prompt_ids, self._given(self._step, prompt_ids))
         self._generation_seconds += self._now() - started
         case = self._case
         for what, ids, length in (
             ("prompts", prompt_ids, case.prompt_tokens),
-            ("rollouts", self._completions(result), case.max_new_tokens),
+            ("rollouts", self._contender.completions(result), case.max_new_tokens),
         ):
             lengths = [len(tokens) for tokens in ids]
             if lengths != [length] * case.num_rollouts:

@@ -11,6 +11,7 @@ import torch
 from ..scoring import can_share_prompts, causal_lm, positions, states_with_shared_prompts
 from .channel import CannotRun, Channel
 from .measure import PeakMemory, release_memory, synchronize
+from .models import random_model
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class TeacherCase:
 
     Args:
         model (`str`): Id or folder of the model.
+        random_weights (`bool`): Whether the folder has no weights, and they are made on the device.
         device (`str`): `"cpu"` or `"cuda"`.
         num_rollouts (`int`): Rollouts of the one prompt.
         teacher_prompt_tokens (`int`): Length of the teacher's prompt.
@@ -29,6 +31,7 @@ class TeacherCase:
     """
 
     model: str
+    random_weights: bool
     device: str
     num_rollouts: int
     teacher_prompt_tokens: int
@@ -51,7 +54,10 @@ class Teacher:
     def __init__(self, name: str, case: TeacherCase):
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(case.model, dtype=case.dtype).to(case.device).eval()
+        if case.random_weights:
+            model = random_model(case.model, case.device, case.dtype, case.seed)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(case.model, dtype=case.dtype).to(case.device).eval()
         if name == "shared-prompt" and not can_share_prompts(model):
             raise CannotRun("this model keeps more of a prompt than keys and values")
         self._backbone, self._shares, self._case = causal_lm(model).base_model, name == "shared-prompt", case

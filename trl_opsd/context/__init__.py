@@ -5,9 +5,9 @@ import os
 import sys
 from typing import Any
 
-from .base import Message, PrivilegedContext, Rollouts
+from .base import Message, PrivilegedContext, Rollouts, as_text
 from .concise import ConciseContext
-from .rendering import TeacherPrompt, thinking_prefix
+from .rendering import TeacherPrompt, check_embedded, thinking_prefix, without_end
 from .solution import AnswerContext, SolutionContext
 from .template import TemplateContext
 
@@ -21,8 +21,11 @@ __all__ = [
     "SolutionContext",
     "TeacherPrompt",
     "TemplateContext",
+    "as_text",
+    "check_embedded",
     "make_context",
     "thinking_prefix",
+    "without_end",
 ]
 
 CONTEXTS = {

@@ -52,7 +52,8 @@ class PrivilegedContext(Protocol):
 
         Args:
             row (`Mapping[str, Any]`):
-                Dataset row. `row["prompt"]` is a list of messages; a plain-text prompt arrives as one user message.
+                Dataset row. `row["prompt"]` is a list of messages, whose content is a string; a plain-text prompt
+                arrives as one user message.
             rollouts ([`Rollouts`], *optional*):
                 The rollouts of this prompt. `None` before they exist: when prompts are checked and shown before
                 training, and when the teacher itself samples (`seq_kd`).
@@ -62,6 +63,16 @@ class PrivilegedContext(Protocol):
             no context for this rollout, which is then left out of the loss and counted.
         """
         ...
+
+
+def as_text(messages: list[Message]) -> list[Message]:
+    """Messages whose content is a list of text parts, as some data formats have it, with the text itself instead."""
+    return [
+        {**message, "content": "".join(part["text"] for part in message["content"])}
+        if isinstance(message["content"], list)
+        else message
+        for message in messages
+    ]
 
 
 def last_user_turn(messages: list[Message]) -> int:

@@ -1,14 +1,15 @@
 """From messages to the token ids the teacher reads."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, logging
 
-from .base import Message, PrivilegedContext, Rollouts
+from .base import Message, PrivilegedContext, Rollouts, as_text
 
 
 logger = logging.get_logger(__name__)
@@ -31,6 +32,10 @@ class TeacherPrompt:
             Keyword arguments of the teacher's chat template.
         generation_prefix (`str`):
             Text appended right before the completion.
+        num_embeddings (`int`, *optional*):
+            Number of tokens the model has an embedding for.
+        chat_prefix (`str`, *optional*, defaults to `""`):
+            The same, of prompts that a chat template has rendered.
         max_length (`int`, *optional*):
             Budget in tokens.
         skip_overlong (`bool`):
@@ -46,10 +51,16 @@ class TeacherPrompt:
     max_length: int | None
     skip_overlong: bool
     chat_template: str | None = None
-    _prefix_ids: list[int] = field(init=False)
+    num_embeddings: int | None = None
+    chat_prefix: str = ""
+    _plain_prefix_ids: list[int] = field(init=False)
+    _chat_prefix_ids: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._prefix_ids = self.tokenizer(self.generation_prefix, add_special_tokens=False)["input_ids"]
+        self._plain_prefix_ids, self._chat_prefix_ids = (
+            self.tokenizer(prefix, add_special_tokens=False)["input_ids"]
+            for prefix in (self.generation_prefix, self.chat_prefix + self.generation_prefix)
+        )
 
     def token_ids(
         self, row: Mapping[str, Any], rollouts: Rollouts | None, tools: list[Callable[..., Any]] | None = None
@@ -66,33 +77,51 @@ class TeacherPrompt:
                 Tools shown by the chat template, as for the student.
 
         Raises:
-            ValueError: If the prompt is longer than `max_length` tokens and `skip_overlong` is `False`.
+            ValueError: If the prompt is longer than `max_length` tokens and `skip_overlong` is `False`, or has a token
+                without an embedding, or if the context returned no messages.
         """
         ids = self._all_ids(row, rollouts, tools)
-        if ids is not None and self.max_length is not None and len(ids) > self.max_length:
-            if self.skip_overlong:
-                return None
-            raise ValueError(
-                f"The teacher's prompt has {len(ids)} tokens, {len(ids) - self.max_length} more than the budget of "
-                f"{self.max_length}. It is never truncated: raise `max_teacher_prompt_length` (and the model's "
-                "context, or lower `max_completion_length`), shorten the privileged column, drop the row, or set "
-                "`overlong_teacher_prompt='skip'` to leave such rows out of the loss."
-            )
-        return ids
+        return None if ids is None or self._is_skipped(ids) else ids
+
+    def _is_skipped(self, ids: list[int]) -> bool:
+        """Whether a prompt is over budget, where that is no error."""
+        if self.max_length is None or len(ids) <= self.max_length:
+            return False
+        if self.skip_overlong:
+            return True
+        raise ValueError(
+            f"The teacher's prompt has {len(ids)} tokens, {len(ids) - self.max_length} more than the budget of "
+            f"{self.max_length}. It is never truncated: raise `max_teacher_prompt_length` (and the model's context, "
+            "or lower `max_completion_length`), shorten the privileged column, drop the row, or set "
+            "`overlong_teacher_prompt='skip'` to leave such rows out of the loss."
+        )
 
     def _all_ids(
         self, row: Mapping[str, Any], rollouts: Rollouts | None, tools: list[Callable[..., Any]] | None
     ) -> list[int] | None:
         plain = isinstance(row["prompt"], str)
-        prompt = [{"role": "user", "content": row["prompt"]}] if plain else row["prompt"]
+        prompt = [{"role": "user", "content": row["prompt"]}] if plain else as_text(row["prompt"])
         messages = self.context.teacher_messages({**row, "prompt": prompt}, rollouts)
         if messages is None:
             return None
-        return (self._plain_ids(messages) if plain else self._chat_ids(messages, tools)) + self._prefix_ids
+        if problem := _problem(messages):
+            raise ValueError(
+                f"The privileged context {type(self.context).__name__} returned {problem}. `teacher_messages` returns "
+                "a list of messages, dictionaries with `role` and `content`, that ends before the assistant's turn, "
+                "or `None` for a rollout to leave out."
+            )
+        messages = as_text(messages)
+        if plain:
+            ids = self._plain_ids(messages) + self._plain_prefix_ids
+        else:
+            ids = self._chat_ids(messages, tools) + self._chat_prefix_ids
+        check_embedded(ids, self.tokenizer, self.num_embeddings)
+        return ids
 
     def check_rows(self, dataset: Any, name: str, tools: list[Callable[..., Any]] | None = None) -> None:
         """
-        Find rows over budget before training starts. The rows of a streaming dataset are checked as they arrive.
+        Find rows over budget before training starts. Every process checks its share of the rows, and all hear of the
+        outcome. The rows of a streaming dataset are checked as they arrive.
 
         Args:
             dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -103,23 +132,36 @@ class TeacherPrompt:
                 Tools shown by the chat template.
 
         Raises:
-            ValueError: If a row is over budget and `skip_overlong` is `False`, with its index.
+            ValueError: If a row is over budget and `skip_overlong` is `False`, with the index of the first one found.
         """
         if self.max_length is None or not hasattr(dataset, "__len__"):
             return
-        num_skipped = 0
-        disable = None if PartialState().is_local_main_process else True  # None: no bar where there is no terminal
-        for index, row in enumerate(
-            tqdm(dataset, f"Checking teacher prompts of {name}", leave=False, disable=disable)
-        ):
+        state = PartialState()
+        indices = range(state.process_index, len(dataset), state.num_processes)
+        progress = tqdm(
+            dataset.select(indices),
+            f"Checking teacher prompts of {name}",
+            leave=False,
+            disable=None if state.is_local_main_process else True,  # None: no bar where there is no terminal
+        )
+        num_skipped, failure, error = 0, None, None
+        for index, row in zip(indices, progress, strict=True):
             try:
-                if self.token_ids(row, None, tools) is None:
-                    # Rows whose context waits for the rollouts are not over budget
-                    num_skipped += self._all_ids(row, None, tools) is not None
-            except ValueError as error:
-                raise ValueError(f"Row {index} of `{name}`: {error}") from None
-        if self.skip_overlong and num_skipped:
-            logger.warning(f"{num_skipped} of {len(dataset)} rows of `{name}` will be left out of the loss.")
+                ids = self._all_ids(row, None, tools)
+                # Rows whose context waits for the rollouts are not over budget
+                num_skipped += ids is not None and self._is_skipped(ids)
+            except Exception as caught:  # the others wait to hear of it
+                failure, error = (index, str(caught) if isinstance(caught, ValueError) else repr(caught)), caught
+                break
+        outcomes = gather_object([(num_skipped, failure)])
+        if error is not None and not isinstance(error, ValueError):
+            raise error
+        if failures := [failure for _, failure in outcomes if failure is not None]:
+            index, message = min(failures)
+            raise ValueError(f"Row {index} of `{name}`: {message}")
+        total = sum(num_skipped for num_skipped, _ in outcomes)
+        if total and state.is_main_process:
+            logger.warning(f"{total} of {len(dataset)} rows of `{name}` will be left out of the loss.")
 
     def _chat_ids(self, messages: list[Message], tools: list[Callable[..., Any]] | None) -> list[int]:
         return self.tokenizer.apply_chat_template(
@@ -133,10 +175,57 @@ class TeacherPrompt:
         )["input_ids"]
 
     def _plain_ids(self, messages: list[Message]) -> list[int]:
-        ids = self.tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
+        text = "\n\n".join(message["content"] for message in messages)
+        ids = without_end(self.tokenizer, self.tokenizer(text)["input_ids"])
         bos = self.tokenizer.bos_token_id
         # A prompt that spells out the BOS token gets a second one from the tokenizer
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def _problem(messages: Any) -> str | None:
+    """What the user's context returned instead of messages of text."""
+    if not isinstance(messages, list):
+        return f"{type(messages).__name__}"
+    if not messages:
+        return "an empty list"
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            return f"the message {message!r:.80}"
+        content = message["content"]
+        parts = content if isinstance(content, list) else [{"text": content}]
+        is_text = all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts)
+        if not is_text and not (content is None and message.get("tool_calls")):
+            return f"a message whose content is {content!r:.80}"
+    return "an assistant turn at the end" if messages[-1]["role"] == "assistant" else None
+
+
+def check_embedded(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None) -> None:
+    """
+    Refuse tokens that the model has no embedding for: they would be read past its end.
+
+    Raises:
+        ValueError: Naming the first one.
+    """
+    for token_id in token_ids:
+        if num_embeddings is not None and token_id >= num_embeddings:
+            token = tokenizer.convert_ids_to_tokens(token_id)
+            raise ValueError(
+                f"{token!r} is token {token_id} of the tokenizer, and the model has embeddings for {num_embeddings} "
+                f"tokens. Call `model.resize_token_embeddings({len(tokenizer)})` and save it, or use a token the "
+                "model has (to pad with, for one: `tokenizer.pad_token = tokenizer.eos_token`)."
+            )
+
+
+def without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """
+    Token ids of a text without the special tokens that some tokenizers end every text with, after which a model would
+    have nothing to go on from.
+    """
+    probe = tokenizer("a")["input_ids"]
+    num_last = 0
+    while num_last < len(probe) and probe[-1 - num_last] in tokenizer.all_special_ids:
+        num_last += 1
+    return ids[: len(ids) - num_last]
 
 
 def thinking_prefix(

@@ -2,7 +2,7 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Message, Rollouts, last_user_turn
+from .base import Message, Rollouts, as_text, last_user_turn
 
 
 class TemplateContext:
@@ -43,12 +43,9 @@ class TemplateContext:
         self.columns = tuple(dict.fromkeys(name for name in names if name != "prompt"))
 
     def teacher_messages(self, row: Mapping[str, Any], rollouts: Rollouts | None) -> list[Message]:
-        messages = list(row["prompt"])
+        messages = as_text(row["prompt"])
         turn = last_user_turn(messages)
-        content = messages[turn]["content"]
-        if not isinstance(content, str):  # typed parts, of which the validation let only text through
-            content = "".join(part["text"] for part in content)
-        values = {**row, "prompt": content}
+        values = {**row, "prompt": messages[turn]["content"]}
         # Not `str.format`, which would take the dots and brackets of a column's name for look-ups
         text = "".join(literal + ("" if name is None else str(values[name])) for literal, name in self._parts)
         messages[turn] = {**messages[turn], "content": text}

@@ -1,4 +1,5 @@
 import logging
+import math
 from collections.abc import Iterable
 from string import Formatter
 from typing import Any
@@ -143,10 +144,11 @@ def _fill(template: list[tuple[str, str | None]], row: dict[str, Any], index: in
         if field is None:
             continue
         value = row[field]
-        if not isinstance(value, str | int | float):
+        is_missing = value is None or (isinstance(value, float) and math.isnan(value))
+        if is_missing or not isinstance(value, str | int | float):
             raise ValueError(
                 f"`prompt_template` needs text, but the column `{field}` of row {index} holds "
-                f"{'nothing' if value is None else type(value).__name__}."
+                f"{'nothing' if is_missing else type(value).__name__}."
             )
         filled += str(value)
     return filled

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,13 +9,18 @@ _BATCH_SIZE = 1000
 
 
 def validate_rows(
-    dataset: Dataset | IterableDataset, columns: Sequence[str], *, name: str = "train_dataset"
+    dataset: Dataset | IterableDataset,
+    columns: Sequence[str],
+    *,
+    name: str = "train_dataset",
+    structured: Sequence[str] = (),
 ) -> Dataset | IterableDataset:
     """
     Refuse a dataset that cannot be trained on, before anything is put on a device.
 
     Every row needs a prompt that a model can answer (a non-empty string, or messages of text with a user turn that do
-    not end in an assistant turn) and a value in each privileged column.
+    not end in an assistant turn) and a value in each privileged column: text, or what is written as itself, such as a
+    number.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -23,6 +29,8 @@ def validate_rows(
             Privileged columns, besides `prompt`.
         name (`str`, *optional*, defaults to `"train_dataset"`):
             What error messages call the dataset.
+        structured (`Sequence[str]`, *optional*):
+            Privileged columns whose reader knows what to do with lists and mappings.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]:
@@ -53,7 +61,9 @@ def validate_rows(
 
     def check(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         for column in required:
-            find_problem = _prompt_problem if column == "prompt" else _problem
+            find_problem = _problem if column in structured else _text_problem
+            if column == "prompt":
+                find_problem = _prompt_problem
             for index, value in zip(indices, rows[column], strict=True):
                 if problem := find_problem(value):
                     raise ValueError(
@@ -80,20 +90,33 @@ def validate_rows(
 def _problem(value: Any) -> str | None:
     if value is None:
         return "is null"
+    if isinstance(value, float) and math.isnan(value):
+        return "is NaN, which is how pandas writes a missing value"
     if isinstance(value, str | list | dict) and not (value.strip() if isinstance(value, str) else value):
         return "is empty"
     return None
 
 
-def _prompt_problem(prompt: Any) -> str | None:
-    if problem := _problem(prompt):
+def _text_problem(value: Any) -> str | None:
+    if problem := _problem(value):
         return problem
-    if isinstance(prompt, str):
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return (
+            f"is of type {type(value).__name__}, and the teacher would read Python's notation of it. Put the text it "
+            "is to read into a column, or write a `privileged_context` of your own, which may read anything"
+        )
+    return None
+
+
+def _prompt_problem(value: Any) -> str | None:
+    if problem := _problem(value):
+        return problem
+    if isinstance(value, str):
         return None
-    if not isinstance(prompt, list):
-        return f"is of type {type(prompt).__name__}, neither a string nor a list of messages"
+    if not isinstance(value, list):
+        return f"is of type {type(value).__name__}, neither a string nor a list of messages"
     has_user_turn = False
-    for position, message in enumerate(prompt):
+    for position, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             return f"has a message, number {position}, that is not a dictionary with `role` and `content`"
         text = _text(message["content"])
@@ -105,7 +128,7 @@ def _prompt_problem(prompt: Any) -> str | None:
                 return f"has a user turn, message number {position}, that is empty"
     if not has_user_turn:
         return "has no user turn"
-    if prompt[-1]["role"] == "assistant":
+    if value[-1]["role"] == "assistant":
         return "ends in an assistant turn, so there is nothing left to answer"
     return None
 

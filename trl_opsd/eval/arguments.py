@@ -3,7 +3,7 @@
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast
 
 import yaml
 
@@ -259,7 +259,8 @@ class EvalArguments:
     def __post_init__(self) -> None:
         if isinstance(self.benchmarks, str):  # as a file may name a single one
             self.benchmarks = [self.benchmarks]
-        self._check_types()
+        if not all(isinstance(benchmark, str) for benchmark in self.benchmarks or []):
+            raise ValueError(f"`benchmarks` must be names or files, got {self.benchmarks!r}.")
         if not self.model_name_or_path:
             raise ValueError("No model to evaluate: set `model_name_or_path` to a Hub id or a local folder.")
         for name in ("chat_template_kwargs", "model_init_kwargs"):
@@ -296,20 +297,6 @@ class EvalArguments:
             top_k=cast(int, self.top_k),
             max_new_tokens=cast(int, self.max_new_tokens),
         )
-
-    def _check_types(self) -> None:
-        # Argparse checks flags, and not what comes from a file
-        for name, hint in get_type_hints(EvalArguments).items():
-            value = getattr(self, name)
-            if get_origin(hint) is Literal:
-                if value not in get_args(hint):
-                    raise ValueError(f"`{name}` must be one of {', '.join(get_args(hint))}, got {value!r}.")
-                continue
-            types = {get_origin(one) or one for one in get_args(hint) or [hint]}
-            if type(value) not in types | ({int} if float in types else set()):
-                raise ValueError(f"`{name}` must be of type {getattr(hint, '__name__', hint)}, got {value!r}.")
-        if not all(isinstance(benchmark, str) for benchmark in self.benchmarks or []):
-            raise ValueError(f"`benchmarks` must be names or files, got {self.benchmarks!r}.")
 
     def _check_numbers(self) -> None:
         self.sampling()

@@ -3,13 +3,10 @@
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from .samples import Sample
 from .scorer import score
@@ -19,29 +16,6 @@ logger = logging.getLogger(__name__)
 
 _MISSING = object()
 _FIELDS = {field.name for field in fields(Sample)}
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """
-    Keeps other runs out of a folder.
-
-    Args:
-        folder (`Path`):
-            Folder of a run.
-
-    Raises:
-        ValueError: If another run works in the folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"Another run works in {folder}. Wait for its end, or choose another `output_dir`."
-        ) from error
-    with lock:
-        yield
 
 
 def open_run(folder: Path, settings: Mapping[str, Any], details: Mapping[str, Any], overwrite: bool = False) -> None:

@@ -86,10 +86,11 @@ def default_memory(device: torch.device, head_gradient_bytes: int, free_bytes: i
     """
     if device.type != "cuda":
         return 256.0
-    if free_bytes is None:
-        free, _ = torch.cuda.mem_get_info(device)
-        free_bytes = free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     budget = max(_GPU_BUDGET, head_gradient_bytes * 8 / 7 / MIB)
+    if free_bytes is None:
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        if _SHARE_OF_FREE_MEMORY * free_bytes < budget * MIB:  # PyTorch's cache is free too, but takes longer to ask
+            free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     # Halves, so that a little more or less free memory does not change the order of a sum
     while budget * MIB > _SHARE_OF_FREE_MEMORY * free_bytes and budget > 64.0:
         budget /= 2

@@ -23,7 +23,7 @@ from .memory import empty_block, reuse_freed_memory
 from .objective import Objective
 from .products import add_outer, project, project_back
 from .support import top_k_agreement
-from .top_log_probs import TopLogProbs
+from .top_log_probs import TopLogProbs, finite_rows
 
 
 # Rows whose top k are compared, out of all of a call. It feeds the log alone
@@ -289,22 +289,34 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         weights = weights.to(wide)
         if likelihood_weights is not None:
             likelihood_weights = likelihood_weights.to(wide)
-        peak = _peak(dtype, weights, likelihood_weights)
+        # Kept relative to their peak, or fp16 would round small gradients to 0 before a loss scale reaches them
+        peak = None
+        if dtype == torch.float16 and num_rows:
+            both = weights if likelihood_weights is None else torch.cat([weights, likelihood_weights])
+            peak = both.abs().max().clamp(min=torch.finfo(wide).tiny)
 
         student_block, teacher_block = (empty_block(block_rows, vocabulary, wide, device) for _ in range(2))
         grad_block = student_block
         if device.type == "cuda" and dtype != wide:  # the first half of each row's memory
             grad_block = student_block.view(dtype)[:, :vocabulary]
         fixed = kernel == "compiled"
-        padding = (0, slice_rows if fixed else 0)  # rows past the last token are computed with the others, and ignored
-        token_ids = pad(token_ids, padding)
-        factors = pad(weights / peak / objective.temperature, padding)
-        likelihood_factors = None
-        if likelihood_weights is not None:
-            likelihood_factors = pad(likelihood_weights / peak / objective.temperature, padding)
-        statistics = torch.zeros(len(STATISTICS), num_rows + padding[1], dtype=wide, device=device)
-        agreement = torch.full((2, num_rows), math.nan, dtype=wide, device=device)
-        search_every = math.ceil(num_rows / NUM_SEARCHED)
+        # A compiled kernel computes some rows past the last token with the others; they are ignored
+        num_ignored = slice_rows if fixed else 0
+
+        def padded(rows: torch.Tensor) -> torch.Tensor:
+            return pad(rows, (0, num_ignored)) if num_ignored else rows
+
+        def as_factors(weights: torch.Tensor) -> torch.Tensor:
+            return padded((weights if peak is None else weights / peak) / objective.temperature)
+
+        token_ids, factors = padded(token_ids), as_factors(weights)
+        likelihood_factors = None if likelihood_weights is None else as_factors(likelihood_weights)
+        statistics = torch.empty(len(STATISTICS), num_rows + num_ignored, dtype=wide, device=device)
+        top_k = min(objective.top_k, vocabulary)
+        search_every = max(1, math.ceil(num_rows / NUM_SEARCHED))
+        num_searched = math.ceil(num_rows / search_every)
+        overlap = torch.empty(num_searched, dtype=wide, device=device)
+        top_logits = torch.empty(num_searched, top_k, dtype=wide, device=device)
         finishes = [
             Finish(None, 1.0, None) if head is None else _detached(head, wide) for head in (student_head, teacher_head)
         ]
@@ -327,17 +339,18 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                     teacher_rows = teacher_states[rows]
                     project(teacher_rows.to(dtype), teacher_head.weight, teacher_block[:size], dtype)
                 # Checked here, because a softcap hides infinite ones
-                valid = pad(hidden[rows].isfinite().all(dim=-1) & teacher_rows.isfinite().all(dim=-1), padding)
+                valid = padded(finite_rows(hidden[rows]) & finite_rows(teacher_rows))
                 for part in _slices(size, slice_rows):
                     first = part.start + -(start + part.start) % search_every
                     if first < part.stop:
                         searched = slice(first, part.stop, search_every)
-                        agreement[:, start + first : start + part.stop : search_every] = torch.stack(
-                            top_k_agreement(
-                                objective,
-                                finishes[0].logits(student_block[searched]),
-                                finishes[1].logits(teacher_block[searched]),
-                            )
+                        student_logits = finishes[0].logits(student_block[searched])
+                        teacher_logits = finishes[1].logits(teacher_block[searched])
+                        index = (start + first) // search_every
+                        into = slice(index, index + len(student_logits))
+                        tokens = token_ids[start + first : start + part.stop : search_every]
+                        overlap[into], top_logits[into] = top_k_agreement(
+                            student_logits, teacher_logits, tokens, top_k
                         )
                     if fixed:
                         part = slice(part.start, part.start + slice_rows)
@@ -367,15 +380,19 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                     add_outer(grad, student_rows, grad_weight, dtype, first=start == 0)
 
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.on_gpu = kernel == "triton" and device.type == "cuda"
+        ctx.by_triton = kernel == "triton"
         ctx.save_for_backward(peak, grad_hidden, grad_weight, grad_bias)
-        outputs = (*statistics[:, :num_rows].unbind(0), *agreement.unbind(0))
+        outputs = list(statistics[:, :num_rows].unbind(0))
+        finite, log_prob = (outputs[STATISTICS.index(name)] for name in ("finite", "student_log_prob"))
+        agreement = torch.full((2, num_rows), math.nan, dtype=wide, device=device)
+        agreement[0, ::search_every] = overlap
+        log_probs = top_logits / objective.temperature + log_prob[::search_every].unsqueeze(1)
+        agreement[1, ::search_every] = log_probs.exp().sum(dim=-1)
+        outputs += agreement.unbind(0)
         loss = (outputs[0] * weights).sum()
         if likelihood_weights is not None:
-            finite, log_prob = outputs[STATISTICS.index("finite")], outputs[STATISTICS.index("student_log_prob")]
-            loss = (
-                loss - torch.where(finite.bool() & (likelihood_weights != 0), likelihood_weights * log_prob, 0.0).sum()
-            )
+            counted = finite.bool() & (likelihood_weights != 0)
+            loss = loss - torch.where(counted, likelihood_weights * log_prob, 0.0).sum()
         ctx.mark_non_differentiable(*outputs)
         return loss, *outputs
 
@@ -383,33 +400,22 @@ class _FusedDivergenceFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         peak, *grads = ctx.saved_tensors
-        factor = grad_loss * peak
+        factor = grad_loss if peak is None else grad_loss * peak
         needed_again = torch._C._autograd._get_current_graph_task_keep_graph()
         grads = [
-            None if grad is None else _scaled(grad, factor, dtype, ctx.on_gpu, needed_again)
+            None if grad is None else _scaled(grad, factor, dtype, ctx.by_triton, needed_again)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
         return *grads, *[None] * 9
 
 
-def _peak(dtype: torch.dtype, weights: torch.Tensor, likelihood_weights: torch.Tensor | None) -> torch.Tensor:
-    """What the gradients are kept relative to: fp16 would round small ones to 0 before a loss scale reaches them."""
-    if dtype != torch.float16 or not weights.numel():
-        return weights.new_ones(())
-    peak = weights.abs().max()
-    if likelihood_weights is not None:
-        peak = torch.maximum(peak, likelihood_weights.abs().max())
-    return peak.clamp(min=torch.finfo(weights.dtype).tiny)
-
-
 def _scaled(
-    grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, on_gpu: bool, needed_again: bool
+    grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, by_triton: bool, needed_again: bool
 ) -> torch.Tensor:
-    if grad.dtype != dtype or needed_again:  # in one go, not as a product that is then converted
-        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
-    if on_gpu:
-        from .triton_kernel import scale_in_place
+    # Converted as it is multiplied, so that it is read once
+    out = torch.empty_like(grad, dtype=dtype) if grad.dtype != dtype or needed_again else grad
+    if by_triton:
+        from .triton_kernel import scale
 
-        scale_in_place(grad, factor)
-        return grad
-    return grad if factor == 1.0 else grad.mul_(factor)
+        return scale(grad, factor, out)
+    return torch.mul(grad, factor, out=out)

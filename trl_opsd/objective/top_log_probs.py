@@ -1,5 +1,6 @@
 """A teacher that is known by the log-probabilities of a few tokens, as an inference server reports them."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -50,10 +51,6 @@ class TopLogProbs(NamedTuple):
                 "a few tokens cannot be brought to another temperature."
             )
 
-    def isfinite(self) -> torch.Tensor:
-        """Whether all that is known of a row is finite, of shape `(N, k + 1)`."""
-        return torch.cat([self.top_log_probs, self.sampled_log_probs.unsqueeze(1)], dim=1).isfinite()
-
     def to(self, device: torch.device) -> "TopLogProbs":
         """The same on a device."""
         return TopLogProbs(*(tensor.to(device) for tensor in self))
@@ -83,3 +80,11 @@ class TopLogProbs(NamedTuple):
         out.copy_(rest.log().minimum(below).unsqueeze(1).expand_as(out))
         out.scatter_(1, self.top_tokens, self.top_log_probs.to(out.dtype))
         out.scatter_(1, self.sampled_tokens.unsqueeze(1), self.sampled_log_probs.unsqueeze(1).to(out.dtype))
+
+
+def finite_rows(states: torch.Tensor | TopLogProbs) -> torch.Tensor:
+    """Whether all that is known of a row is finite, of shape `(N,)`, from hidden states of shape `(N, H)` or else."""
+    if isinstance(states, TopLogProbs):
+        states = torch.cat([states.top_log_probs, states.sampled_log_probs.unsqueeze(1)], dim=1)
+    # The norm of a NaN is no number, and compares as false
+    return torch.linalg.vector_norm(states, math.inf, dim=-1) < math.inf

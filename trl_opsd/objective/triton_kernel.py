@@ -298,18 +298,25 @@ def triton_token_log_probs(
     return side.log_prob, side.entropy
 
 
-def scale_in_place(tensor: torch.Tensor, factor: torch.Tensor) -> None:
+def scale(tensor: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """
-    tensor *= factor. It is not read where the factor is 1, which the device finds out by itself.
+    out = tensor · factor. In place it costs nothing where the factor is 1, which the device finds out by itself.
 
     Args:
         tensor (`torch.Tensor`):
-            Contiguous, of any shape.
+            Contiguous, of any shape, fp32.
         factor (`torch.Tensor`):
-            Scalar.
+            Scalar, fp32.
+        out (`torch.Tensor`):
+            Result, of the same shape and any dtype. It may be `tensor`.
+
+    Returns:
+        `torch.Tensor`: `out`.
     """
     if tensor.numel():
-        scale_kernel[(triton.cdiv(tensor.numel(), _BLOCK),)](tensor, factor, tensor.numel(), BLOCK=_BLOCK)
+        grid = (triton.cdiv(tensor.numel(), _BLOCK),)
+        scale_kernel[grid](tensor, out, factor, tensor.numel(), IN_PLACE=out is tensor, BLOCK=_BLOCK)
+    return out
 
 
 def smoke_test(device: torch.device) -> None:

@@ -338,9 +338,10 @@ def softmax_grad_kernel(
         tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def scale_kernel(ptr, factor_ptr, size, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["size"])
+def scale_kernel(ptr, out_ptr, factor_ptr, size, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
-    if factor != 1.0:
+    if (not IN_PLACE) or factor != 1.0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        tl.store(ptr + at, tl.load(ptr + at, mask=at < size) * factor, mask=at < size)
+        product = tl.load(ptr + at, mask=at < size) * factor
+        tl.store(out_ptr + at, product.to(out_ptr.dtype.element_ty), mask=at < size)

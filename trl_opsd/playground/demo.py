@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from .present import find_recipe, quiet, stage, write_page
+from .present import find_recipe, quiet, refuse_flags, stage, write_page
 
 
 if TYPE_CHECKING:
@@ -33,7 +33,21 @@ METHODS = {
 }
 TOLD = {"opsd": "base, reading the solution", "opsdc": "base, told to be brief"}
 
-
+# What the demo makes itself, and trains on whatever the recipe says
+_OWN_FIELDS = {
+    "model_name_or_path",
+    "model_revision",
+    "dataset_name",
+    "dataset_config",
+    "dataset_streaming",
+    "dataset_train_split",
+    "dataset_test_split",
+    "datasets",
+    "column_mapping",
+    "prompt_template",
+    "system_prompt",
+    "resume_from_checkpoint",
+}
 _REWARD = "rewards/accuracy_reward/mean"
 
 
@@ -127,6 +141,7 @@ def run_demo(
     quiet()
     console.rule(f"[bold]{method.upper()}[/bold], seed {seed}")
     console.print(METHODS[method])
+    refuse_flags(overrides, _OWN_FIELDS, "The demo makes its own base model, problems and checkpoints")
 
     base, model_dir = folder / "base", folder / "model"
     settings = {
@@ -150,7 +165,7 @@ def run_demo(
     folder.mkdir(parents=True, exist_ok=True)
     settings_file.write_text(json.dumps(settings, indent=2))
 
-    script_args, training_args, _, _ = (
+    script_args, training_args, model_args, _ = (
         {"opsd": opsd, "opsdc": opsdc}[method]
         .make_parser()
         .parse_args_and_config(
@@ -202,7 +217,9 @@ def run_demo(
     checkpoint = find_checkpoint("auto", str(model_dir))
     if checkpoint is not None:
         console.print(f"Going on from {checkpoint}.")
-    trainer = _make_trainer(method, base, script_args, training_args, load_rows(str(folder / "train.jsonl")))
+    model_args.model_name_or_path = str(base)
+    rows = load_rows(str(folder / "train.jsonl"))
+    trainer = _make_trainer(method, script_args, training_args, model_args, rows)
     with stage(f"Running {method.upper()}", training_args.max_steps, console) as (progress, task):
         trainer.add_callback(_progress_callback(progress, task))
         trainer.add_callback(PromptPreviewCallback(trainer, console))
@@ -214,7 +231,7 @@ def run_demo(
         after = answer(model_dir, test["prompt"])
     timings["total"] = time.perf_counter() - started
 
-    rows = [row for row in trainer.state.log_history if "distillation_loss" in row]
+    logs = [row for row in trainer.state.log_history if "distillation_loss" in row]
     keys = {"divergence": "distillation_loss", "accuracy": _REWARD, "tokens": "completions/mean_length"}
     results = {
         "method": method,
@@ -224,10 +241,10 @@ def run_demo(
         "told": _without_responses(told),
         "after": _without_responses(after),
         "steps": trainer.state.global_step,
-        "num_generated_tokens": int(rows[-1]["num_generated_tokens"]),
+        "num_generated_tokens": int(logs[-1]["num_generated_tokens"]),
         "seconds": {name: round(seconds, 1) for name, seconds in timings.items()},
-        "curve": {"step": [row["step"] for row in rows]}
-        | {name: [row.get(key) for row in rows] for name, key in keys.items()},
+        "curve": {"step": [row["step"] for row in logs]}
+        | {name: [row.get(key) for row in logs] for name, key in keys.items()},
         "examples": [
             {
                 "problem": test[index]["prompt"][-1]["content"],
@@ -245,20 +262,16 @@ def run_demo(
     return results
 
 
-def _make_trainer(method: str, base: Path, script_args: Any, training_args: Any, rows: Any) -> Any:
+def _make_trainer(method: str, script_args: Any, training_args: Any, model_args: Any, rows: Any) -> Any:
     from transformers import PrinterCallback, ProgressCallback
 
     from trl_opsd import OPSDCTrainer, OPSDTrainer
 
-    from ..scripts.utils import load_reward_funcs
+    from ..scripts.utils import load_reward_funcs, make_trainer
 
     trainer_class = {"opsd": OPSDTrainer, "opsdc": OPSDCTrainer}[method]
-    trainer = trainer_class(
-        model=str(base),
-        reward_funcs=load_reward_funcs(script_args),
-        args=training_args,
-        train_dataset=rows,
-    )
+    rewards = load_reward_funcs(script_args)
+    trainer = make_trainer(trainer_class, script_args, training_args, model_args, rows, reward_funcs=rewards)
     # One line of progress takes their place.
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

@@ -4,7 +4,7 @@ import base64
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,30 @@ def find_recipe(name: str) -> Path:
     package = Path(__file__).parents[1]
     shipped = package / "recipes"
     return (shipped if shipped.is_dir() else package.parent / "recipes") / f"{name}.yaml"
+
+
+def refuse_flags(flags: Sequence[str], fields: Collection[str], reason: str) -> None:
+    """
+    Refuses the flags of a recipe's fields that a demo does not read.
+
+    Args:
+        flags (`Sequence[str]`):
+            Flags that take precedence over the recipe, with their values.
+        fields (`Collection[str]`):
+            Fields that must not be among them.
+        reason (`str`):
+            Why not.
+
+    Raises:
+        ValueError: Naming the first such flag.
+    """
+    for flag in flags:
+        name = flag.partition("=")[0]
+        if name.startswith("--") and name[2:].replace("-", "_") in fields:
+            raise ValueError(
+                f"{reason}: `{name}` would change nothing. Leave it out, or train with `trl-opsd` and a recipe of "
+                "your own."
+            )
 
 
 def quiet() -> None:

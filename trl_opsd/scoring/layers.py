@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from .heads import backbone_of
+
 
 def remembers_keys_and_values_only(model: Any) -> bool:
     """
@@ -11,7 +13,9 @@ def remembers_keys_and_values_only(model: Any) -> bool:
     than text, are not relied on.
     """
     config = model.config
-    code = type(model.base_model).forward.__module__  # FSDP2 gives the class, but not its methods, a module of its own
+    code = type(
+        backbone_of(model)
+    ).forward.__module__  # FSDP2 gives the class, but not its methods, a module of its own
     return (
         code.startswith("transformers.models.")
         and config.get_text_config() is config

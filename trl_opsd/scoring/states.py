@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .heads import causal_lm
+from .heads import backbone_of
 from .packed import packed_states
 from .positions import positions
 from .shared_prefix import states_with_shared_prompts
@@ -41,7 +41,7 @@ def completion_states(
     Returns:
         `torch.Tensor` of shape `(number of selected tokens, H)`, row by row.
     """
-    backbone = causal_lm(model).base_model
+    backbone = backbone_of(model)
     width = selected.size(1)
     if shared_groups is not None:
         return states_with_shared_prompts(backbone, input_ids, attention_mask, width, shared_groups)[selected]
@@ -58,10 +58,12 @@ def completion_states(
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; after, in the mode it was in."""
-    training = model.training
-    model.eval()
+    """Inside, the model is in evaluation mode; after, each of its modules is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.__dict__["training"] = False  # a module's attributes take long to set, and there are thousands
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.__dict__["training"] = True

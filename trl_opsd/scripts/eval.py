@@ -124,7 +124,8 @@ def run(arguments: EvalArguments) -> "list[Summary]":
     from trl_opsd.eval.backends.loading import load_backend
     from trl_opsd.eval.chat import ChatFormat
     from trl_opsd.eval.evaluate import evaluate
-    from trl_opsd.eval.run_folder import SampleFile, locked
+    from trl_opsd.eval.run_folder import SampleFile
+    from trl_opsd.files import locked
 
     if find_spec("matplotlib") is None:
         raise ValueError("The plots need matplotlib: pip install 'trl-opsd[eval]'.")

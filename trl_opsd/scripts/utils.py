@@ -8,12 +8,15 @@ from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
+
+from trl_opsd.scripts.recipe_values import field_types, read_recipe, recipe_value
 
 
 if TYPE_CHECKING:
@@ -103,6 +106,7 @@ class RecipeParser(TrlParser):
         # Abbreviations would let a misspelt flag through, and take launch flags for ours.
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self._launch_hint = launch_hint
+        self._field_types = field_types(self.dataclass_types)
         for action in self._actions:
             if f"--no_{action.dest}" in action.option_strings:
                 action.help = f"Sets `{action.dest}` to false."
@@ -151,12 +155,15 @@ class RecipeParser(TrlParser):
         ours, others = self.split_args(list(sys.argv[1:] if args is None else args))
         if others:
             raise ValueError(self.explain_unknown(others[0]))
-        try:
-            return super().parse_args_and_config(
-                ours, return_remaining_strings, fail_with_unknown_args, separate_remaining_strings
-            )
-        except yaml.YAMLError as error:
-            raise ValueError(f"The file of `--config` is not YAML: {' '.join(str(error).split())}") from error
+        if "--config" in ours:
+            position = ours.index("--config")
+            values = read_recipe(ours[position + 1])
+            del ours[position : position + 2]
+            os.environ.update({name: str(value) for name, value in values.pop("env", {}).items()})
+            self.set_defaults_with_config(**values)
+        return super().parse_args_and_config(
+            ours, return_remaining_strings, fail_with_unknown_args, separate_remaining_strings
+        )
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         known = [action.dest for action in self._actions]
@@ -166,6 +173,7 @@ class RecipeParser(TrlParser):
             # YAML reads a bare `no` as false.
             if key.endswith("_strategy") and value is False:
                 kwargs[key] = "no"
+            kwargs[key] = recipe_value(key, kwargs[key], self._field_types.get(key, Any))
         return super().set_defaults_with_config(**kwargs)
 
     def explain_unknown(self, name: str) -> str:
@@ -222,6 +230,27 @@ def make_recipe_parser(help: str, config_class: type["SelfDistillationConfig"], 
     )
 
 
+def says_how_to_resume(command: Callable[..., None]) -> Callable[..., None]:
+    """Make Ctrl-C end a training command in words, with status 130."""
+
+    @wraps(command)
+    def interruptible(*args: Any) -> None:
+        try:
+            command(*args)
+        except KeyboardInterrupt:
+            (training_args,) = (argument for argument in args if hasattr(argument, "output_dir"))
+            if training_args.process_index == 0:
+                print(
+                    "Interrupted. `--resume_from_checkpoint auto` goes on from the last checkpoint in "
+                    f"{training_args.output_dir}, if there is one.",
+                    file=sys.stderr,
+                )
+            raise SystemExit(130) from None
+
+    return interruptible
+
+
+@says_how_to_resume
 def run(
     trainer_class: type["SelfDistillationTrainer"],
     script_args: SelfDistillationScriptArguments,
@@ -247,7 +276,6 @@ def run(
     """
     import transformers
     from packaging.version import Version
-    from trl import get_peft_config, get_quantization_config
 
     from trl_opsd.report import PromptPreviewCallback
 
@@ -257,31 +285,19 @@ def run(
         logging.getLogger("trl_opsd").setLevel(logging.ERROR)
     checkpoint = find_checkpoint(training_args.resume_from_checkpoint, str(training_args.output_dir))
 
-    model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    }
-    model_init_kwargs.update(cast(dict[str, Any], training_args.model_init_kwargs or {}))
-    training_args.model_init_kwargs = model_init_kwargs
-    if training_args.eval_benchmarks is not None and training_args.eval_benchmarks_system_prompt is None:
-        training_args.eval_benchmarks_system_prompt = script_args.system_prompt
-
     # The main process fills the cache of `datasets`, the others read it.
     with training_args.main_process_first(desc="loading the dataset"):
         train_dataset, eval_dataset = load_datasets(
             script_args, dataset_args, with_eval=training_args.eval_strategy != "no"
         )
-
-    trainer = trainer_class(
-        model=model_args.model_name_or_path,
-        reward_funcs=load_reward_funcs(script_args),
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+    trainer = make_trainer(
+        trainer_class,
+        script_args,
+        training_args,
+        model_args,
+        train_dataset,
+        eval_dataset,
+        load_reward_funcs(script_args),
     )
     trainer.add_callback(PromptPreviewCallback(trainer))
 
@@ -301,6 +317,61 @@ def run(
 
     if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()
+
+
+def make_trainer(
+    trainer_class: type["SelfDistillationTrainer"],
+    script_args: SelfDistillationScriptArguments,
+    training_args: "SelfDistillationConfig",
+    model_args: ModelConfig,
+    train_dataset: "Dataset | IterableDataset",
+    eval_dataset: "Dataset | IterableDataset | None" = None,
+    reward_funcs: Any = None,
+) -> "SelfDistillationTrainer":
+    """
+    Make the trainer that a recipe describes, on rows that have been loaded.
+
+    Args:
+        trainer_class (`type[SelfDistillationTrainer]`):
+            Trainer to make.
+        script_args ([`SelfDistillationScriptArguments`]):
+            Its system prompt is also that of benchmarks which have none of their own.
+        training_args ([`SelfDistillationConfig`]):
+            Arguments of the trainer. `model_init_kwargs` is completed with what `model_args` says, and wins over it.
+        model_args ([`~trl.ModelConfig`]):
+            Model, LoRA and quantization.
+        train_dataset (`Dataset` or `IterableDataset`):
+            Rows to train on.
+        eval_dataset (`Dataset` or `IterableDataset`, *optional*):
+            Rows to evaluate on.
+        reward_funcs (*optional*):
+            Reward functions, as the trainer takes them.
+
+    Returns:
+        [`SelfDistillationTrainer`]:
+            The trainer.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    model_init_kwargs.update(cast(dict[str, Any], training_args.model_init_kwargs or {}))
+    training_args.model_init_kwargs = model_init_kwargs
+    if training_args.eval_benchmarks is not None and training_args.eval_benchmarks_system_prompt is None:
+        training_args.eval_benchmarks_system_prompt = script_args.system_prompt
+    return trainer_class(
+        model=model_args.model_name_or_path,
+        reward_funcs=reward_funcs,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
 
 
 def load_datasets(

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..eval.run_folder import locked
+from ..files import locked
 from .arms import ARMS, BASES, LEARNING_RATES, SEEDS, TUNING_SEED
 from .train import Run, write_result
 

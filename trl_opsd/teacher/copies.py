@@ -1,14 +1,18 @@
 """The ways to hold the teacher's weights beside the student's."""
 
 import copy
-import dataclasses
+import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -19,6 +23,11 @@ from .sharding import copy_parameter, part_of, write_part
 
 
 ADAPTER_NAME = "teacher"
+_ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+class NoSecondAdapterError(ValueError):
+    """An adapter of which peft allows only one."""
 
 
 class TeacherCopy(ABC):
@@ -55,27 +64,46 @@ class AdapterCopy(TeacherCopy):
                 f"The model already has an adapter named {ADAPTER_NAME!r}, the name of the teacher's. Delete it with "
                 f"`model.delete_adapter({ADAPTER_NAME!r})`, or load it under another name."
             )
-        config = policy.peft_config[self._student_adapter]
+        # With what peft has noted in it: which layers are tied is not found out anew once they are wrapped
+        config = copy.deepcopy(policy.peft_config[self._student_adapter])
         if hasattr(config, "init_lora_weights"):
-            # Initialisations such as PiSSA would change the base weights a second time
-            config = dataclasses.replace(config, init_lora_weights=True)
-        policy.add_adapter(ADAPTER_NAME, config, autocast_adapter_dtype=False)
-        for _, student, teacher in self.pairs():
+            config.init_lora_weights = True  # ones such as PiSSA would change the base weights a second time
+        if tied := getattr(config, "target_modules_to_tie", None):
+            config.ensure_weight_tying = False  # peft would forget them; all values are copied anyway
+            if isinstance(config.target_modules, str):
+                config.target_modules += "|" + "|".join(map(re.escape, tied))
+            else:
+                config.target_modules |= tied
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`")
+            try:
+                policy.add_adapter(ADAPTER_NAME, config, autocast_adapter_dtype=False)
+                pairs = list(self.pairs())
+            except (KeyError, NotImplementedError, TypeError, ValueError) as error:
+                raise NoSecondAdapterError(
+                    f"needs a second adapter of the policy's kind ({type(config).__name__}), which peft does not "
+                    f"give: {error}"
+                ) from error
+        for _, student, teacher in pairs:
             teacher.requires_grad_(False)
             if not hasattr(teacher, "ds_id"):
                 teacher.data = teacher.data.to(student.dtype)
             copy_parameter(student, teacher)
 
     def weights(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
-        return _with_adapter(policy, ADAPTER_NAME)
+        return with_adapter(policy, ADAPTER_NAME)
 
     def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-        parameters = dict(self._policy.named_parameters())
+        parameters = dict(self._policy.named_parameters(remove_duplicate=False))
+        seen: set[nn.Parameter] = set()
         for name, parameter in parameters.items():
             parts = name.split(".")
             if self._student_adapter in parts:
                 twin = ".".join(ADAPTER_NAME if part == self._student_adapter else part for part in parts)
-                yield twin, parameter, parameters[twin]
+                teacher = parameters[twin]
+                if teacher not in seen:  # one that two modules share has two names
+                    seen.add(teacher)
+                    yield twin, parameter, teacher
 
 
 class ModelCopy(TeacherCopy):
@@ -123,11 +151,32 @@ def copy_of(policy: PreTrainedModel | PeftModel, shard: Callable[[nn.Module], nn
 
 
 @contextmanager
-def _with_adapter(policy: nn.Module, adapter_name: str | None) -> Iterator[nn.Module]:
-    with use_adapter(extract_model_from_parallel(policy), adapter_name):
+def with_adapter(policy: nn.Module, adapter_name: str | None) -> Iterator[nn.Module]:
+    """
+    The policy with another of its adapters, for passes without a gradient.
+
+    Args:
+        policy ([`~peft.PeftModel`]):
+            Policy, possibly wrapped.
+        adapter_name (`str`, *optional*):
+            Name of the adapter. `None` switches all adapters off.
+    """
+    model = extract_model_from_parallel(policy)
+    if model.active_peft_config.is_adaption_prompt:  # which peft takes out of the model
+        with use_adapter(model, adapter_name):
+            yield policy
+        return
+    # Only the flags that the layers' forward passes read. peft looks through the whole model before it sets them, and
+    # lets go of the gradients of each adapter's weights, which nobody asks for here: a tenth of a step
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, _ADAPTED)]
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    try:
+        for layer in layers:
+            if adapter_name is None:
+                layer._disable_adapters = True
+            else:
+                layer._active_adapter = [adapter_name]
         yield policy
-
-
-def without_adapter(policy: nn.Module) -> AbstractContextManager[nn.Module]:
-    """Context manager that yields the policy with its adapter switched off."""
-    return _with_adapter(policy, None)
+    finally:
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .base import Teacher
-from .copies import AdapterCopy, copy_of, without_adapter
+from .copies import AdapterCopy, copy_of, with_adapter
 
 
 class InitialTeacher(Teacher):
@@ -37,7 +37,7 @@ class InitialTeacher(Teacher):
         self._copy = None if shares_weights else copy_of(policy, shard)
 
     def weights(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
-        return without_adapter(policy) if self._copy is None else self._copy.weights(policy)
+        return with_adapter(policy, None) if self._copy is None else self._copy.weights(policy)
 
     def save(self, directory: Path, is_main_process: bool) -> None:
         if isinstance(self._copy, AdapterCopy):

@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
@@ -20,6 +19,7 @@ from ..eval.run_folder import SampleFile, keep_problems, open_run, write_json
 from ..eval.samples import Sample
 from ..eval.scorer import SCORER_VERSION
 from ..serving import ServerError
+from .random_numbers import random_numbers
 
 
 def load_problems(benchmarks: Sequence[str], limit: int | None) -> dict[str, list[Problem]]:
@@ -167,7 +167,6 @@ class BenchmarkCallback(TrainerCallback):
 
     def _evaluate(self, args: Any, state: Any, control: Any) -> None:
         step = state.global_step
-        devices = [] if args.device.type == "cpu" else [args.device]
         problems = [problem for rows in self._problems.values() for problem in rows]
         generated: Iterator[Any]
         if state.is_world_process_zero:
@@ -186,8 +185,7 @@ class BenchmarkCallback(TrainerCallback):
             leave=False,
         )
         try:
-            with torch.random.fork_rng(devices, device_type=args.device.type if devices else "cuda"):
-                torch.manual_seed(hash((args.seed, step, self._stream)) % 2**32)
+            with random_numbers(args.seed, step, self._stream, device=args.device):
                 samples = list(progress)
         except ServerError as error:
             raise self._on_failure(error) from error

@@ -5,12 +5,16 @@ A process can die at any moment. So a checkpoint's state file says that it is in
 written, and is replaced, in one go, by one that lists all files once they are all there.
 """
 
+import copy
 import json
 import os
 import warnings
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
 from transformers.trainer_utils import sort_checkpoints
 
 
@@ -103,6 +107,45 @@ def read_state(directory: Path) -> dict[str, Any]:
                 "from an earlier one."
             )
     return state
+
+
+def load_weights(directory: Path, model: PreTrainedModel) -> None:
+    """
+    Load the weights of a checkpoint into a model, as `from_pretrained` reads them: files may hold them under other
+    names and in other pieces than the model does, such as a tensor for each expert of a mixture.
+
+    Args:
+        directory (`Path`):
+            The checkpoint, written by `save_pretrained`.
+        model ([`~transformers.PreTrainedModel`]):
+            Model, neither wrapped nor sharded. Its parameters keep their dtype and device.
+
+    Raises:
+        ValueError: If the checkpoint lacks a weight of the model, or has one that the model lacks or has in another
+            shape.
+    """
+    own = model.state_dict()
+    # The widest of the dtypes, in which the values of all others are exact
+    dtype = reduce(torch.promote_types, (value.dtype for value in own.values() if value.is_floating_point()))
+    loaded, info = type(model).from_pretrained(
+        directory,
+        config=copy.deepcopy(model.config),
+        dtype=dtype,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+        output_loading_info=True,
+    )
+    for what, names in (
+        ("lacks", info["missing_keys"]),
+        ("has, and the model lacks,", info["unexpected_keys"]),
+        ("has in another shape", [name for name, *_ in info["mismatched_keys"]]),
+    ):
+        if names:
+            first = min(names)
+            raise ValueError(
+                f"{directory} {what} {len(names)} weights of the policy, {first!r} among them, so the run cannot go "
+                "on from it. Resume with the model it was written with, or from an earlier checkpoint."
+            )
+    model.load_state_dict(loaded.state_dict())
 
 
 def _files(directory: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from ..objective import (
 from ..scoring import (
     can_pack,
     causal_lm,
+    check_logits,
     completion_states,
     cut_by_tokens,
     cut_into,
@@ -109,6 +110,7 @@ class SelfDistillationLoss:
         # Where parameters are gathered, every process has to run as many forward passes
         self._is_sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None or is_deepspeed_zero3_enabled()
         self._forward_redirection = _ForwardRedirection()
+        self._has_checked_logits = False
 
     def __call__(
         self,
@@ -134,6 +136,8 @@ class SelfDistillationLoss:
                 A loss that depends on the student through its log-probabilities alone, aggregated as `loss_type` says
                 and divided by the number of micro-batches. It is added, from the same forward pass.
         """
+        if not self._has_checked_logits:
+            self.check_logits(model)
         tokens = inputs["loss_mask"]
         if policy is not None:
             tokens = inputs["completion_mask"] * inputs.get("tool_mask", 1)
@@ -155,6 +159,33 @@ class SelfDistillationLoss:
         loss = torch.stack([output.loss for output in outputs]).sum() / num_micro_batches
         statistics = FusedDivergence(loss.detach(), *map(torch.cat, list(zip(*outputs, strict=True))[1:]))
         return MicroBatchLoss(loss, statistics, passes)
+
+    @torch.no_grad()
+    def check_logits(self, model: nn.Module) -> None:
+        """
+        Refuse a student or a teacher whose logits are not those that the loss computes. This is done once, before the
+        first pass at the latest: earlier where the model is on its device and whole.
+
+        Args:
+            model (`nn.Module`):
+                Policy, wrapped as it is trained, if it will be.
+
+        Raises:
+            ValueError: See [`~trl_opsd.scoring.check_logits`].
+        """
+        with nullcontext(model) if self.teacher is None else self.teacher.weights(model) as teacher:
+            self._check_logits(teacher)
+        self._check_logits(model)
+        self._has_checked_logits = True
+
+    def _check_logits(self, model: nn.Module) -> None:
+        unwrapped = self._accelerator.unwrap_model(model)
+
+        def within(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+            return self._forward_redirection(model, unwrapped, forward)
+
+        with self._accelerator.autocast():
+            check_logits(unwrapped, self._accelerator.device, within)
 
     def log_probs(
         self,
@@ -355,7 +386,9 @@ class SelfDistillationLoss:
         counts = torch.tensor([[num_tokens, num_shared]], device=self._accelerator.device)
         if self._is_sharded:
             counts = self._accelerator.gather(counts)  # all wait for the slowest
-        return pays_off(*counts.amax(dim=0).tolist())
+        num_tokens, num_shared = counts.amax(dim=0).tolist()
+        on_gpu = self._accelerator.device.type == "cuda"
+        return pays_off(num_tokens, num_shared, causal_lm(teacher).config.get_text_config() if on_gpu else None)
 
     def _student_loss(
         self,
@@ -394,7 +427,6 @@ class SelfDistillationLoss:
                     weights=weights,
                     objective=self._objective,
                 )
-
             value, factors = policy(rows, partial(self._log_probs_of, hidden, student_head, token_ids, selected))
             factors = factors[selected]
             with_context = rows["loss_mask"].bool()[selected]
@@ -407,7 +439,7 @@ class SelfDistillationLoss:
                 objective=self._objective,
                 likelihood_weights=factors[with_context],
             )
-            loss = output.loss + _likelihood(output, factors[with_context])
+            loss = value + _without_likelihood(output, factors[with_context])
             others = ~with_context
             if others.any():  # nothing but their likelihood counts, so the student may be its own teacher
                 rest = fused(
@@ -419,8 +451,8 @@ class SelfDistillationLoss:
                     objective=Objective(temperature=self._objective.temperature),
                     likelihood_weights=factors[others],
                 )
-                loss = loss + rest.loss + _likelihood(rest, factors[others])
-            return output._replace(loss=loss + value)
+                loss = loss + _without_likelihood(rest, factors[others])
+            return output._replace(loss=loss)
 
     def _rows_log_probs(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, selected: torch.Tensor
@@ -458,9 +490,9 @@ def _scaled(policy: PolicyTerm, factor: torch.Tensor) -> PolicyTerm:
     return scaled
 
 
-def _likelihood(output: FusedDivergence, factors: torch.Tensor) -> torch.Tensor:
-    """What the likelihood term adds to a loss, with its sign turned: it is there for its gradient only."""
-    return (factors * output.student_log_prob).where(output.finite.bool(), 0.0).sum()
+def _without_likelihood(output: FusedDivergence, factors: torch.Tensor) -> torch.Tensor:
+    """The loss without the value of its likelihood term, which is there for its gradient."""
+    return output.loss + (factors * output.student_log_prob).where(output.finite.bool(), 0.0).sum()
 
 
 def _rows_of(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:

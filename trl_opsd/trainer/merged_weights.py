@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -77,11 +77,65 @@ def check_mergeable(policy: PeftModel) -> None:
                 f"The adapter on {name} ({type(module).__name__}) cannot be merged into the weights that vLLM samples "
                 "with. Leave `trainable_token_indices` unset, or set `use_vllm=False`."
             )
-        if isinstance(module, BaseTunerLayer) and hasattr(module.get_base_layer().weight, "quant_state"):
+    layers = {name: module for name, module in policy.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, layer in layers.items():
+        if any(hasattr(parameter, "quant_state") for parameter in layer.get_base_layer().parameters()):
             raise ValueError(
                 f"{name} is quantised: merging its adapter for vLLM would quantise it anew at every synchronisation. "
                 "Train on an unquantised base, or set `use_vllm=False`."
             )
+        has_bias = getattr(layer.get_base_layer(), "bias", None) is not None
+        if not has_bias and any(getattr(layer, "lora_bias", {}).get(adapter) for adapter in policy.active_adapters):
+            raise ValueError(
+                f"{name} has no bias that the adapter's could be merged into for vLLM. Set `lora_bias=False` in the "
+                "adapter's configuration, or set `use_vllm=False`."
+            )
+    _check_tied(policy.get_base_model())
+    _try_to_merge(layers)
+
+
+def _check_tied(model: Any) -> None:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or _original(embedding).weight is not _original(head).weight:
+        return
+    if _added(embedding) != _added(head):
+        raise ValueError(
+            "The policy's embedding and head are tied, and its adapter does not change both alike: vLLM keeps one "
+            "matrix for both and would sample with another policy. Name `modules_to_save: [embed_tokens]` with "
+            "`ensure_weight_tying: true` in the adapter's configuration, leave the embedding and the head out of "
+            "`modules_to_save` and `target_modules`, or set `use_vllm=False`."
+        )
+
+
+def _original(module: Any) -> Any:
+    if isinstance(module, BaseTunerLayer):
+        return module.get_base_layer()
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def _added(module: nn.Module) -> set[int]:
+    """What tells the parameters that adapters add to a module: their place in memory, or themselves if sharded."""
+    original = set(_original(module).parameters())
+    return {added.data_ptr() or id(added) for added in module.parameters() if added not in original}
+
+
+def _try_to_merge(layers: dict[str, BaseTunerLayer]) -> None:
+    """Find out at once what peft would refuse at the first synchronisation, with one layer of each kind."""
+    tried = set()
+    for name, layer in layers.items():
+        kind = (type(layer), *map(type, getattr(layer, "lora_variant", {}).values()))
+        is_sharded = any(hasattr(parameter, "ds_id") for parameter in layer.parameters())
+        if kind in tried or is_sharded:
+            continue
+        tried.add(kind)
+        try:
+            with _merged(layer):
+                pass
+        except Exception as error:
+            raise ValueError(
+                f"The adapter on {name} ({type(layer).__name__}) cannot be merged into the weights that vLLM samples "
+                f"with: {error} Choose other settings of the adapter, or set `use_vllm=False`."
+            ) from error
 
 
 @contextmanager
@@ -89,6 +143,7 @@ def _merged(module: BaseTunerLayer) -> Iterator[None]:
     layers = [module]
     while isinstance(layers[-1].base_layer, BaseTunerLayer):  # one for each parameter of a mixture's experts
         layers.append(layers[-1].base_layer)
+    original_layers = [layer.base_layer for layer in layers]
     base = module.get_base_layer()
     originals = []
     for parameter in base.parameters():
@@ -102,8 +157,11 @@ def _merged(module: BaseTunerLayer) -> Iterator[None]:
             layer.merge()
         yield
     finally:
-        for layer in layers:
-            layer.merged_adapters.clear()
+        for layer, original_layer in zip(layers, original_layers, strict=True):
+            if layer.base_layer is original_layer:
+                layer.merged_adapters.clear()
+            else:  # LN tuning merges by exchanging the layers
+                layer.unmerge()
         for parameter, original in zip(base.parameters(), originals, strict=True):
             if isinstance(parameter, DTensor):
                 parameter.to_local().detach().copy_(original)

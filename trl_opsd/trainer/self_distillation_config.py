@@ -560,6 +560,12 @@ class SelfDistillationConfig(GRPOConfig):
                 "distribution, so the ratio would fall towards 0 with every token. Set the correction to `False`, or "
                 "sample from the whole distribution (`top_p=1.0`, `top_k=0`, `min_p=None`)."
             )
+        if self.use_vllm and self.vllm_enable_sleep_mode and not self.skip_memory_metrics:
+            raise ValueError(
+                "`skip_memory_metrics=False` reports PyTorch's count of allocated memory, in which the weights and "
+                "cache of an engine that sleeps (`vllm_enable_sleep_mode=True`) are still there. Leave it `True`, and "
+                "ask `torch.cuda.mem_get_info()`."
+            )
         if self.policy_loss_coef < 0.0:
             raise ValueError(f"`policy_loss_coef` must not be negative, got {self.policy_loss_coef}.")
         if self.policy_loss_coef > 0.0 and self.num_generations == 1:

@@ -19,13 +19,16 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
   that list anew, shuffled, whenever it generates: when `_step`, which counts micro-batches, is a multiple of
   `steps_per_generation * num_iterations`.
 - `vllm_generation._iter_named_params()` yields the weights that vLLM is sent; `vllm_generation._dist.gather_params(
-  parameters)` makes them whole under ZeRO-3.
+  parameters)` makes them whole under ZeRO-3. `sync_weights()` asks for them once, in colocate mode when the engine is
+  awake, and resets its prefix cache afterwards. That engine is `vllm_generation.llm`.
 - `vllm_generation.generate(...)` and, on the main process in server mode, `vllm_generation.vllm_client`, whose
   `update_named_params`, `reset_prefix_cache` and `generate` are all that is used of it.
 - `vllm_generation.generate` samples by its attributes `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`,
   `max_completion_length`, `structured_outputs_regex` and `generation_kwargs`.
 - `_run_epoch(...)`, of transformers, takes the steps of an epoch, at least one.
 - `_get_train_sampler(dataset)` returns a sampler that draws the order of each epoch from its `generator`.
+- `_load_from_checkpoint(checkpoint, model)` and `_load_best_model()`, of transformers, load the policy's weights; with
+  DeepSpeed only the second is called.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
@@ -36,20 +39,22 @@ import math
 import textwrap
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
-    AutoProcessor,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -59,11 +64,21 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id, pad
 
-from ..context import Rollouts, TeacherPrompt, make_context, thinking_prefix
+from ..context import (
+    Rollouts,
+    TeacherPrompt,
+    TemplateContext,
+    as_text,
+    check_embedded,
+    make_context,
+    thinking_prefix,
+    without_end,
+)
 from ..data import validate_rows
 from ..eval.backends import Sampling
 from ..eval.benchmark import Problem
 from ..eval.chat import ChatFormat
+from ..files import locked
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
     Divergence,
@@ -87,10 +102,12 @@ from ..serving import (
 )
 from ..teacher import ServedTeacher, Teacher, fingerprint
 from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
-from .checkpoints import begin, finish, is_complete, newest_complete, read_state
+from .checkpoints import begin, finish, is_complete, load_weights, newest_complete, read_state
+from .checks import check_completion_length, check_special_tokens
 from .loss import SelfDistillationLoss
 from .merged_weights import check_mergeable, merged_weights
 from .metrics import Metrics, add_divergence, add_policy, add_sampler_difference
+from .random_numbers import random_numbers
 from .self_distillation_config import SelfDistillationConfig
 from .teachers import check_external_teacher, check_world, make_teacher
 
@@ -207,7 +224,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         if processing_class is None:
-            processing_class = AutoProcessor.from_pretrained(
+            # Not a processor, which multimodal checkpoints have too: what is trained on is text
+            processing_class = AutoTokenizer.from_pretrained(
                 model_id,
                 revision=revision,
                 truncation_side="left",
@@ -219,15 +237,13 @@ class SelfDistillationTrainer(GRPOTrainer):
                 f"{type(self).__name__} trains on text and needs a tokenizer, got {type(processing_class).__name__}. "
                 "Pass `processing_class=AutoTokenizer.from_pretrained(...)`."
             )
-        if processing_class.pad_token is None and processing_class.eos_token is None:
-            raise ValueError(
-                "The tokenizer has neither a pad token nor an eos token to pad with. Set `tokenizer.pad_token`."
-            )
         model_config = (
             AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
             if isinstance(model, str)
             else model.config
         )
+        check_special_tokens(processing_class, getattr(model_config.get_text_config(), "vocab_size", None))
+        check_completion_length(args, model_config, samples_itself=rollout_func is None)
         self._teacher_server = None
         if args.teacher_server_base_url is not None:
             self._teacher_server = self._connect_teacher_server(args, processing_class, model_config)
@@ -270,6 +286,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
         # Set by the generation methods for the batch in hand
         self._first_turn = False
+        self._last_draw: tuple[tuple[int, ...], int] = (), 0
         self._generation_step = -1
         self._first_micro_batch = 0
         self._train_sampler = None
@@ -351,6 +368,11 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.vllm_generation._iter_named_params = partial(
                 merged_weights, self.model, self.vllm_generation._dist.gather_params
             )
+        if self._samples_in_process:
+            weights = self.vllm_generation._iter_named_params
+            self.vllm_generation._iter_named_params = partial(self._load_into_engine, weights)
+            # The engine has seeded this process anew, by its number alone
+            set_seed(self.args.seed + self._sampler_index)
         self._context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if self.use_vllm:
             self._context_length = self._check_sampler()
@@ -376,6 +398,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             packs_rows,
             self.pad_to_multiple_of,
         )
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self.loss.check_logits(self.model)
         (self._fingerprints,) = broadcast_object_list([self._fingerprints])
         self._dataset_summary = self._summarize(self.train_dataset)
         self._guard = SkipNonFiniteSteps()
@@ -386,15 +410,24 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     # Construction
 
+    @property
+    def _samples_in_process(self) -> bool:
+        return self.use_vllm and self.vllm_mode == "colocate"
+
+    @property
+    def _sampler_index(self) -> int:
+        """Which of several streams of random numbers this process samples by: tensor-parallel ones share theirs."""
+        return self.accelerator.process_index // (self.args.vllm_tensor_parallel_size if self.use_vllm else 1)
+
     def _make_teacher_prompt(
         self, args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any
     ) -> TeacherPrompt:
         student_kwargs = cast(dict[str, Any], args.chat_template_kwargs or {})
         teacher_kwargs = cast(dict[str, Any] | None, args.teacher_chat_template_kwargs)
         teacher_kwargs = student_kwargs if teacher_kwargs is None else teacher_kwargs
-        prefix = args.teacher_generation_prefix
+        prefix, chat_prefix = args.teacher_generation_prefix, ""
         if prefix is None:
-            prefix = thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
+            prefix, chat_prefix = "", thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
 
         budget = args.max_teacher_prompt_length
         longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
@@ -417,6 +450,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             generation_prefix=prefix,
             max_length=budget,
             skip_overlong=args.overlong_teacher_prompt == "skip",
+            num_embeddings=getattr(model_config.get_text_config(), "vocab_size", None),
+            chat_prefix=chat_prefix,
         )
 
     def _check_dataset(self, dataset: Any, name: str, tools: list[Callable] | None) -> Any:
@@ -427,7 +462,10 @@ class SelfDistillationTrainer(GRPOTrainer):
             raise ValueError(
                 f"`{name}` has the column {sorted(images)[0]!r}, but the teacher's prompt is text only. Remove it."
             )
-        dataset = validate_rows(dataset, self._data_columns, name=name)
+        # Completions may be messages, and a context of the user's may read anything
+        texts = self.context.columns if isinstance(self.context, TemplateContext) else ()
+        structured = [column for column in self._data_columns if column not in texts]
+        dataset = validate_rows(dataset, self._data_columns, name=name, structured=structured)
         first = next(iter(dataset))
         if not isinstance(first["prompt"], str) and self.teacher_prompt.tokenizer.chat_template is None:
             raise ValueError(
@@ -479,10 +517,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             raise ValueError(failure)
         if self.vllm_mode == "server" and self.rollout_func is None:  # which may talk to the client itself
             report_failures(self.vllm_generation)
-        longest = 0
-        if isinstance(self.train_dataset, Dataset) and not self.environment_factories:
-            for rows in self.train_dataset.iter(1000):
-                longest = max(longest, *map(len, self._tokenize_prompts(rows["prompt"])[0]))
+        longest = 0 if self.environment_factories else self._longest_prompt()
         if longest + (self.max_completion_length or 1) > limit:
             field = "vllm_max_model_length" if self.vllm_mode == "colocate" else "--max-model-len"
             raise ValueError(
@@ -491,6 +526,24 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "`max_completion_length`."
             )
         return limit
+
+    def _longest_prompt(self) -> int:
+        """Tokens of the longest student prompt, of which each process measures its share; 0 for a stream."""
+        if not isinstance(self.train_dataset, Dataset):
+            return 0
+        accelerator, num_rows = self.accelerator, len(self.train_dataset)
+        share = self.train_dataset.select(range(accelerator.process_index, num_rows, accelerator.num_processes))
+        longest = 0
+        with tqdm(
+            total=len(share),
+            desc="Measuring prompts of `train_dataset`",
+            leave=False,
+            disable=None if accelerator.is_local_main_process else True,  # None: no bar where there is no terminal
+        ) as progress:
+            for rows in share.iter(1000):
+                longest = max(longest, *map(len, self._tokenize_prompts(rows["prompt"])[0]))
+                progress.update(len(rows["prompt"]))
+        return max(gather_object([longest]))
 
     @staticmethod
     def _connect_teacher_server(
@@ -522,8 +575,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             Sampling(**cast(dict[str, Any], self.args.eval_benchmarks_sampling)),
             self.args.eval_benchmarks_num_samples,
             self.args.eval_benchmarks_steps,
-            # The processes of a tensor-parallel engine have to draw the same
-            self.accelerator.process_index // (self.args.vllm_tensor_parallel_size if self.use_vllm else 1),
+            self._sampler_index,
             self._log_evaluation,
             self._saved,
         )
@@ -552,6 +604,15 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     # Rollouts
 
+    def _tokenize_prompts(self, prompts: list):
+        plain = isinstance(prompts[0], str)
+        prompt_ids, *others = super()._tokenize_prompts(prompts if plain else [as_text(prompt) for prompt in prompts])
+        if plain:
+            prompt_ids = [without_end(self._tokenizer, ids) for ids in prompt_ids]
+        for ids in prompt_ids:
+            check_embedded(ids, self._tokenizer, self.teacher_prompt.num_embeddings)
+        return prompt_ids, *others
+
     def _generate(self, prompts: list):
         self._first_turn = True
         self._empty_rollouts = set()
@@ -566,12 +627,10 @@ class SelfDistillationTrainer(GRPOTrainer):
     ) -> tuple[list[list[int]], list[list[float | None]] | None]:
         first_turn, self._first_turn = self._first_turn, False
         if not first_turn:
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
+            return self._sample_rollouts(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
         off_policy = self._off_policy_completions(len(prompt_ids)) if self.model.training else {}
         if not off_policy:
-            completion_ids, logprobs = super()._generate_single_turn(
+            completion_ids, logprobs = self._sample_rollouts(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
         else:
@@ -581,14 +640,32 @@ class SelfDistillationTrainer(GRPOTrainer):
             logprobs = [[None] * len(ids) for ids in completion_ids] if self.use_vllm else None
             if on_policy:
                 # The groups are broken up, so every prompt is sampled by itself
-                sampled, sampled_logprobs = super()._generate_single_turn(
-                    [prompt_ids[i] for i in on_policy], None, {}, 1
-                )
+                sampled, sampled_logprobs = self._sample_rollouts([prompt_ids[i] for i in on_policy], None, {}, 1)
                 for position, index in enumerate(on_policy):
                     completion_ids[index] = sampled[position]
                     if logprobs is not None:
                         logprobs[index] = sampled_logprobs[position]
         return self._mark_empty_rollouts(completion_ids, logprobs)
+
+    def _sample_rollouts(self, *args: Any) -> tuple[list[list[int]], Any]:
+        if not self._samples_in_process:
+            return super()._generate_single_turn(*args)
+        # By step, so that a resumed run draws the same, and so do the processes of a tensor-parallel engine, whose own
+        # random numbers part ways in training
+        key = (self.args.seed, self.state.global_step, int(self.model.training), self._sampler_index)
+        last_key, num_draws = self._last_draw
+        self._last_draw = key, num_draws + 1 if key == last_key else 0
+        with random_numbers(*key, self._last_draw[1], device=self.accelerator.device):
+            return super()._generate_single_turn(*args)
+
+    def _load_into_engine(self, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> Iterable[Any]:
+        """
+        Load all weights into a colocated engine in one call, which takes them one after another, and leave none to
+        TRL. In a call for each, vLLM would walk through its whole model every time: most of a synchronisation.
+        """
+        executor = self.vllm_generation.llm.llm_engine.model_executor
+        executor.driver_worker.model_runner.model.load_weights(weights())
+        return ()
 
     def _sample(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[list[int]]:
         """Completions by the engine of the rollouts, sampled in another way. For all processes, with as many each."""
@@ -697,7 +774,7 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _dataset_completion(self, row: Mapping[str, Any]) -> list[int]:
         completion = row["completion"]
         if not isinstance(completion, str):
-            completion = "".join(message["content"] for message in completion)
+            completion = "".join(message["content"] for message in as_text(completion))
         ids = self.processing_class(completion, add_special_tokens=False)["input_ids"] + [self.eos_token_ids[0]]
         if self.max_completion_length is not None and len(ids) > self.max_completion_length:
             raise ValueError(
@@ -780,7 +857,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         batch["loss_mask"] = loss_mask
         with_context = torch.tensor(has_context, device=device)
         num_rows, num_empty = torch.tensor([len(has_context), len(self._empty_rollouts)], device=device)
-        num_generated = model_tokens.sum() - self._dataset_tokens - num_empty
+        num_stand_ins = model_tokens[sorted(self._empty_rollouts)].sum()
+        num_generated = model_tokens.sum() - self._dataset_tokens - num_stand_ins
         counts = torch.stack([loss_mask.sum(), num_generated]).float()
         batch["num_loss_tokens"], num_generated = self.accelerator.reduce(counts, "sum")
         if mode == "train":
@@ -927,7 +1005,23 @@ class SelfDistillationTrainer(GRPOTrainer):
                 )
         if resume_from_checkpoint:
             self._check_same_run(resume_from_checkpoint, read_state(Path(resume_from_checkpoint)))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._alone_in_output_dir():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @contextmanager
+    def _alone_in_output_dir(self) -> Iterator[None]:
+        failure = None
+        with ExitStack() as stack:
+            if self.accelerator.is_main_process:
+                try:
+                    # Of a name that is not pushed to the Hub with the rest
+                    stack.enter_context(locked(Path(cast(str, self.args.output_dir)), "_lock"))
+                except ValueError as error:  # the others wait to hear of it
+                    failure = str(error)
+            (failure,) = broadcast_object_list([failure])
+            if failure is not None:
+                raise ValueError(failure)
+            yield
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -961,6 +1055,18 @@ class SelfDistillationTrainer(GRPOTrainer):
                     f"the same `{name}` in the same dtype. (What training made of the policy comes from the "
                     "checkpoint.)"
                 )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled or isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _load_best_model(self):
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel):
+            super()._load_best_model()
+        else:
+            load_weights(Path(cast(str, self.state.best_model_checkpoint)), self.model)
 
     def _save_checkpoint(self, model, trial):
         directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -21,6 +21,7 @@ from ..teacher import (
     fingerprint,
     offload,
 )
+from ..teacher.copies import NoSecondAdapterError
 from .self_distillation_config import SelfDistillationConfig
 
 
@@ -177,12 +178,15 @@ def make_teacher(
             return prepare_fsdp(copy, accelerator)
         return accelerator.prepare_model(copy, evaluation_mode=True)
 
-    if args.teacher == "initial":
-        return InitialTeacher(policy, adapter_starts_at_zero, shard), None
-    if args.teacher == "periodic":
-        return PeriodicTeacher(policy, cast(int, args.teacher_update_steps), shard), None
-    if args.teacher == "ema":
-        return EMATeacher(policy, cast(float, args.teacher_update_rate), shard), None
+    try:
+        if args.teacher == "initial":
+            return InitialTeacher(policy, adapter_starts_at_zero, shard), None
+        if args.teacher == "periodic":
+            return PeriodicTeacher(policy, cast(int, args.teacher_update_steps), shard), None
+        if args.teacher == "ema":
+            return EMATeacher(policy, cast(float, args.teacher_update_rate), shard), None
+    except NoSecondAdapterError as error:
+        raise ValueError(f"`teacher='{args.teacher}'` {error} Train with LoRA, or set `teacher='live'`.") from error
     if args.teacher == "external":
         model = _load_external_teacher(args, is_sharded=fsdp is not None or is_deepspeed_zero3_enabled())
         external_fingerprint = fingerprint(model)

@@ -1,0 +1,176 @@
+"""An engine in the process of the trainer: here one that does with transformers what TRL wants of vLLM."""
+
+import math
+import os
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.utils import set_seed
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+from trl.generation import vllm_generation
+
+from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
+
+
+DIFFERENCE = "sampling/sampling_logp_difference/max"
+
+
+class Engine:
+    """
+    Seeds the process when it starts, and takes the seed of each request from NumPy's generator, as vLLM does on a GPU.
+    """
+
+    def __init__(self, model, seed, max_model_len, **kwargs):
+        set_seed(seed)
+        self.model = AutoModelForCausalLM.from_pretrained(model).eval()
+        self.model_config = SimpleNamespace(max_model_len=max_model_len)
+        self.calls, self.loads, self.seeds = [], [], []
+        self.while_loading = lambda: None
+        worker = SimpleNamespace(model_runner=SimpleNamespace(model=self))
+        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+
+    def load_weights(self, weights):
+        names = []
+        for name, value in weights:
+            self.while_loading()
+            self.model.get_parameter(name).data.copy_(value)
+            names.append(name)
+        self.loads.append(names)
+
+    def reset_prefix_cache(self):
+        pass
+
+    @torch.no_grad()
+    def generate(self, prompts, sampling_params, use_tqdm):
+        outputs = [self._complete(prompt["prompt_token_ids"], sampling_params) for prompt in prompts]
+        self.calls.append([output.outputs[0].token_ids for output in outputs])
+        return outputs
+
+    def _complete(self, prompt, sampling):
+        self.seeds.append(np.random.randint(2**31))
+        generator = torch.Generator().manual_seed(self.seeds[-1])
+        ids, log_probs = list(prompt), []
+        for _ in range(sampling.max_tokens):
+            distribution = self.model(torch.tensor([ids], device=self.model.device)).logits[0, -1].log_softmax(-1)
+            token = torch.multinomial(distribution.exp(), 1, generator=generator).item()
+            ids.append(token)
+            log_probs.append({token: SimpleNamespace(logprob=distribution[token].item(), rank=1)})
+        output = SimpleNamespace(token_ids=ids[len(prompt) :], logprobs=log_probs)
+        return SimpleNamespace(prompt_token_ids=prompt, outputs=[output])
+
+
+@pytest.fixture
+def make_trainer(model_path, dataset, tokenizer, training_args, monkeypatch):
+    monkeypatch.setattr("trl_opsd.trainer.self_distillation_trainer.check_vllm_installed", lambda: None)
+    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(vllm_generation, "LLM", Engine, raising=False)
+    monkeypatch.setattr(vllm_generation, "SamplingParams", SimpleNamespace, raising=False)
+
+    def make(peft_config=None, eval_dataset=None, **settings):
+        args = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 512, "max_steps": 4}
+        with mock.patch.dict(os.environ):  # TRL tells the engine of its process there, and accelerate would hear of it
+            return SelfDistillationTrainer(
+                model_path,
+                args=SelfDistillationConfig(**training_args | args | {"learning_rate": 0.05} | settings),
+                train_dataset=dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                peft_config=peft_config,
+            )
+
+    return make
+
+
+def steps_of(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["full", "lora"])
+def test_all_weights_are_loaded_in_one_call(peft_config, make_trainer):
+    trainer = make_trainer(peft_config)
+    engine = trainer.vllm_generation.llm
+    merged = [module for module in trainer.model.modules() if hasattr(module, "merged_adapters")]
+    most = []
+    engine.while_loading = lambda: most.append(sum(bool(module.merged_adapters) for module in merged))
+
+    trainer.train()
+
+    names = [name for name, _ in engine.model.named_parameters()]
+    assert engine.loads == [names] * 4
+    assert max(most) == (0 if peft_config is None else 1)
+    differences = [entry[DIFFERENCE] for entry in steps_of(trainer)]
+    assert len(differences) == 4
+    assert 0.0 < max(differences) < 1e-4  # with the weights of a step ago, above 0.1
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_seed_reaches_rollouts_and_training(make_trainer):
+    def run(seed):
+        trainer = make_trainer(seed=seed, shuffle_dataset=False, max_steps=2)
+        drawn = torch.rand(()).item()  # as dropout does
+        trainer.train()
+        return trainer.vllm_generation.llm.calls, drawn
+
+    calls, drawn = run(1)
+    assert len(calls) == 2
+    assert calls[0] != calls[1]
+    assert run(1) == (calls, drawn)
+    other_calls, other_drawn = run(2)
+    assert other_calls[0] != calls[0]
+    assert other_drawn != drawn
+
+
+def test_processes_of_an_engine_sample_by_the_same_random_numbers():
+    def index(process_index, **settings):
+        args = SimpleNamespace(vllm_tensor_parallel_size=2)
+        trainer = SimpleNamespace(args=args, accelerator=SimpleNamespace(process_index=process_index), **settings)
+        return SelfDistillationTrainer._sampler_index.fget(trainer)
+
+    assert [index(rank, use_vllm=True) for rank in range(4)] == [0, 0, 1, 1]
+    assert [index(rank, use_vllm=False) for rank in range(4)] == [0, 1, 2, 3]
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_resumed_equals_uninterrupted(make_trainer):
+    peft_config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5)
+    settings = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(peft_config, **settings)
+    whole.train()
+    resumed = make_trainer(peft_config, **settings)
+    torch.rand(5)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
+
+    calls, seeds = whole.vllm_generation.llm.calls, whole.vllm_generation.llm.seeds
+    assert len(calls) == 8  # two in each step
+    assert len(set(seeds)) == len(seeds) == 8 * 4
+    assert resumed.vllm_generation.llm.calls == calls[4:]
+    assert [entry["loss"] for entry in steps_of(resumed)] == [entry["loss"] for entry in steps_of(whole)]
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_evaluations_leave_rollouts_as_they_are(make_trainer, dataset, tmp_path):
+    Dataset.from_list([{"question": "What is 1 + 2?", "answer": "3"}]).to_json(tmp_path / "problems.jsonl")
+    benchmark = tmp_path / "sums.yaml"
+    benchmark.write_text(yaml.safe_dump({"dataset_name": str(tmp_path / "problems.jsonl")}))
+
+    def run(**settings):
+        trainer = make_trainer(**settings)
+        trainer.train()
+        evaluations = [entry for entry in trainer.state.log_history if any(name.startswith("eval") for name in entry)]
+        return [entry["loss"] for entry in steps_of(trainer)], trainer.vllm_generation.llm.calls, len(evaluations)
+
+    losses, calls, _ = run()
+    settings = {"eval_benchmarks": [str(benchmark)], "eval_benchmarks_steps": 1}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "num_generations_eval": 1}
+    found_losses, found_calls, num_evaluations = run(eval_dataset=dataset.select(range(4)), **settings)
+
+    assert num_evaluations == 9
+    assert found_losses == losses
+    assert not any(math.isnan(loss) for loss in losses)
+    assert [call for call in found_calls if call in calls] == calls

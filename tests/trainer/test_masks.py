@@ -1,0 +1,331 @@
+"""What tools and environments write is in the completion and read, but it is not what the model is trained on."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import make_model, make_tokenizer
+from trl import GRPOTrainer
+from trl.chat_template_utils import qwen3_chat_template
+
+from trl_opsd import SelfDistillationTrainer
+
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 4}}\n</tool_call><|im_end|>'
+ANSWERS = ["So it is 7.<|im_end|>", "I guess 12.<|im_end|>", "No.<|im_end|>", "It is what it is.<|im_end|>"]
+# What the model writes in each row of a batch
+TURNS = [(CALL, ANSWERS[0]), *((answer,) for answer in ANSWERS[1:])]
+
+
+def length_reward(completions, **kwargs):
+    return [float(len(completion[-1]["content"])) for completion in completions]
+
+
+@pytest.fixture
+def tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = qwen3_chat_template
+    return tokenizer
+
+
+@pytest.fixture
+def scripted(monkeypatch, tokenizer):
+    """The first rollout of each batch calls `add` and then answers, the others answer at once."""
+
+    def generate(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        texts = [CALL, *ANSWERS[1:]] if len(prompt_ids) == 4 else ANSWERS[: len(prompt_ids)]
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts], None
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate)
+
+
+@pytest.fixture
+def make_trainer(tokenizer, dataset, training_args, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    def make(reward_funcs=length_reward, **settings):
+        names = ("tools", "rollout_func", "environment_factory", "peft_config")
+        arguments = {name: settings.pop(name) for name in names if name in settings}
+        settings = {
+            "divergence": "forward_kl",
+            "teacher": "live",
+            "loss_type": "dapo",
+            "temperature": 1.0,
+            "distillation_temperature": 1.0,
+            "max_completion_length": 300,
+            "num_generations": 2,
+            **settings,
+        }
+        trainer = SelfDistillationTrainer(
+            model=make_model(tokenizer),
+            args=SelfDistillationTrainer.config_class(**{**training_args, **settings}),
+            reward_funcs=reward_funcs,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            **arguments,
+        )
+        trainer.current_gradient_accumulation_steps = 1
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def rows(dataset):
+    return [row for row in dataset.select(range(2)) for _ in range(2)]
+
+
+def add(a: int, b: int) -> int:
+    """
+    Add two numbers.
+
+    Args:
+        a: First number.
+        b: Second number.
+    """
+    add.calls.append((a, b))
+    return a + b
+
+
+class Abacus:
+    """An environment with a tool, which says what it is about and counts its uses."""
+
+    def reset(self, **row):
+        self.calls = []
+        return f" Your abacus has {len(row['answer'])} rods."
+
+    def add(self, a: int, b: int) -> int:
+        """
+        Add two numbers.
+
+        Args:
+            a: First number.
+            b: Second number.
+        """
+        self.calls.append((a, b))
+        return a + b
+
+    def get_reward(self):
+        return float(len(self.calls))
+
+
+class Silence:
+    """An environment with another tool, which adds nothing to the prompt."""
+
+    def reset(self, **row):
+        pass
+
+    def listen(self) -> str:
+        """
+        Listen.
+
+        Returns:
+            What was heard.
+        """
+        return "nothing"
+
+
+def read_and_written(batch, tokenizer):
+    """The completions as text, and their parts that are in the loss."""
+    completions, mask = batch["completion_ids"], batch["completion_mask"].bool()
+    in_loss = batch["loss_mask"].bool()
+    assert not (in_loss & ~mask).any()
+    decode = tokenizer.decode
+    return (
+        [decode(ids[its]) for ids, its in zip(completions, mask, strict=True)],
+        [decode(ids[its]) for ids, its in zip(completions, in_loss, strict=True)],
+    )
+
+
+def plain_loss(trainer, batch, turns, coefficient):
+    """Forward KL per token that the model wrote, and GRPO's loss of the same tokens, from dense logits."""
+    divergences, policy = [], []
+    for row, its in enumerate(turns):
+        ids = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+        written = torch.zeros(len(ids), dtype=torch.bool)
+        lengths = [len(trainer.processing_class(turn, add_special_tokens=False)["input_ids"]) for turn in its]
+        written[: lengths[0]] = written[len(ids) - lengths[-1] :] = True
+        assert written.sum() == (sum(lengths) if len(lengths) > 1 else len(ids))
+        log_probs = []
+        for side in ("teacher_prompt", "prompt"):
+            prompt = batch[f"{side}_ids"][row][batch[f"{side}_mask"][row].bool()]
+            logits = trainer.model(torch.cat([prompt, ids])[None]).logits[0, len(prompt) - 1 : -1]
+            log_probs.append(logits.log_softmax(-1)[written])
+        teacher, student = log_probs[0].detach(), log_probs[1]
+        divergences.append((teacher.exp() * (teacher - student)).sum(-1))
+        chosen = student.gather(1, ids[written][:, None])
+        policy.append(-batch["advantages"][row] * (chosen - chosen.detach()).exp())
+    return torch.cat(divergences).mean() + coefficient * torch.cat(policy).mean()
+
+
+def gradient(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def check_trained_on(trainer, batch, turns, coefficient=0.0):
+    """The loss, its gradient and the counts are those of the tokens that the model wrote: its turns of each row."""
+    tokenizer = trainer.processing_class
+    num_written = sum(len(tokenizer("".join(its), add_special_tokens=False)["input_ids"]) for its in turns)
+    assert batch["num_loss_tokens"] == num_written
+    assert trainer._num_generated_tokens == num_written
+    expected = plain_loss(trainer, batch, turns, coefficient)
+    expected_gradient = gradient(trainer.model, expected)
+    loss = trainer._compute_loss(trainer.model, batch)
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient(trainer.model, loss), expected_gradient, rtol=1e-3, atol=1e-5)
+    assert trainer.statistics["train"].take()["distillation_loss"] == pytest.approx(
+        plain_loss(trainer, batch, turns, 0.0).item(), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 1.0])
+def test_what_a_tool_returns_is_read_and_not_learned(make_trainer, scripted, rows, tokenizer, coefficient):
+    add.calls = []
+    trainer = make_trainer(tools=[add], policy_loss_coef=coefficient)
+    batch = trainer._generate_and_score_completions(rows)
+    assert add.calls == [(3, 4)]
+    read, written = read_and_written(batch, tokenizer)
+    assert "<tool_response>\n7\n</tool_response>" in read[0]
+    assert written == ["".join(its) for its in TURNS]
+    check_trained_on(trainer, batch, TURNS, coefficient)
+
+
+def test_a_run_counts_the_tokens_of_the_model_only(make_trainer, scripted, tokenizer):
+    add.calls = []
+    trainer = make_trainer(tools=[add])
+    trainer.train()
+    assert add.calls == 2 * [(3, 4)]
+    written = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in [CALL, *ANSWERS])
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["tools/call_frequency"] for entry in steps] == [0.25, 0.25]
+    assert [entry["num_generated_tokens"] for entry in steps] == [written, 2 * written]
+    assert [entry["completions/mean_length"] for entry in steps] == [written / 4, written / 4]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo"])
+def test_passes_share_a_loss_by_what_the_model_wrote(make_trainer, scripted, rows, loss_type):
+    """A pass with a long answer of a tool counts no more for it."""
+    add.calls = []
+    settings = {"tools": [add], "policy_loss_coef": 1.0, "loss_type": loss_type}
+    trainer = make_trainer(**settings)
+    batch = trainer._generate_and_score_completions(rows)
+    expected = gradient(trainer.model, trainer._compute_loss(trainer.model, batch))
+    cut = make_trainer(**settings, max_tokens_per_microbatch=1500)
+    assert len(cut.loss.passes({**batch, "student_mask": batch["loss_mask"]})) > 1
+    loss = cut._compute_loss(cut.model, batch)
+    loss.backward()
+    actual = torch.cat([p.grad.flatten() for p in cut.model.parameters() if p.grad is not None])
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_rates_of_grpos_loss_count_what_the_model_wrote(make_trainer, scripted, rows, tokenizer):
+    add.calls = []
+    adapter = LoraConfig(r=4, target_modules=["q_proj"])
+    trainer = make_trainer(tools=[add], beta=0.1, policy_loss_coef=1.0, peft_config=adapter)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:  # away from the reference model
+            parameter.data.fill_(0.1)
+    batch = trainer._generate_and_score_completions(rows)
+    halves = [
+        {
+            name: value[part] if isinstance(value, torch.Tensor) and value.ndim else value
+            for name, value in batch.items()
+        }
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+
+    def logged_kl(*micro_batches):
+        trainer.statistics["train"].take()
+        for micro_batch in micro_batches:
+            trainer._compute_loss(trainer.model, micro_batch)
+        return trainer.statistics["train"].take()["kl"]
+
+    kls = [logged_kl(half) for half in halves]
+    counts = [half["loss_mask"].sum().item() for half in halves]
+    assert kls[0] != pytest.approx(kls[1], rel=0.01)
+    expected = sum(kl * count for kl, count in zip(kls, counts, strict=True)) / sum(counts)
+    assert logged_kl(*halves) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 1.0])
+def test_what_an_environment_says_in_a_rollout_function_is_not_learned(make_trainer, rows, tokenizer, coefficient):
+    turns = [
+        ("Let me look.", "[a wall]", "Left."),
+        ("Hm", "[nothing]", " no"),
+        ("Go", "[?!]", "!"),
+        ("W", "[w w]", "W"),
+    ]
+
+    def rollout(prompts, trainer):
+        encoded = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in three] for three in turns]
+        return {
+            "prompt_ids": trainer._tokenize_prompts(prompts)[0],
+            "completion_ids": [[*first, *said, *last] for first, said, last in encoded],
+            "env_mask": [[1] * len(first) + [0] * len(said) + [1] * len(last) for first, said, last in encoded],
+            "logprobs": None,
+        }
+
+    trainer = make_trainer(rollout_func=rollout, policy_loss_coef=coefficient)
+    batch = trainer._generate_and_score_completions(rows)
+    read, written = read_and_written(batch, tokenizer)
+    assert read == ["".join(three) for three in turns]
+    assert written == [first + last for first, _, last in turns]
+    check_trained_on(trainer, batch, [(first, last) for first, _, last in turns], coefficient)
+
+
+def test_an_empty_rollout_of_an_environment_counts_as_no_token(make_trainer, rows):
+    def rollout(prompts, trainer):
+        return {
+            "prompt_ids": trainer._tokenize_prompts(prompts)[0],
+            "completion_ids": [[], [20, 21, 22], [23, 24], [25]],
+            "env_mask": [[], [1, 0, 1], [0, 1], [1]],
+            "logprobs": None,
+        }
+
+    trainer = make_trainer(rollout_func=rollout)
+    batch = trainer._generate_and_score_completions(rows)
+    assert batch["loss_mask"].tolist() == [[0, 0, 0], [1, 0, 1], [0, 1, 0], [1, 0, 0]]
+    assert batch["tool_mask"][0, 0] == 0
+    assert batch["num_loss_tokens"] == 4
+    assert trainer._num_generated_tokens == 4
+
+
+def test_an_environment_is_reset_asked_and_rewarded_and_its_answers_are_not_learned(
+    make_trainer, scripted, rows, tokenizer
+):
+    made = []
+
+    def factory():
+        made.append(Abacus())
+        return made[-1]
+
+    trainer = make_trainer(environment_factory=factory, reward_funcs=None)
+    batch = trainer._generate_and_score_completions(rows)
+    assert [environment.calls for environment in made] == [[(3, 4)], [], [], []]
+    read, written = read_and_written(batch, tokenizer)
+    assert "<tool_response>\n7\n</tool_response>" in read[0]
+    assert written == ["".join(its) for its in TURNS]
+    for index, row in enumerate(rows):
+        for side in ("prompt", "teacher_prompt"):
+            prompt = tokenizer.decode(batch[f"{side}_ids"][index][batch[f"{side}_mask"][index].bool()])
+            assert f"{row['prompt'][0]['content']} Your abacus has {len(row['answer'])} rods." in prompt
+            assert '"name": "add"' in prompt
+        assert row["solution"] in prompt
+    assert trainer._rollouts["rewards"].tolist() == [[1.0], [0.0], [0.0], [0.0]]
+    check_trained_on(trainer, batch, TURNS)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/Abacus/mean"] == 0.25
+
+
+def test_the_teacher_is_told_of_the_tools_of_its_rows_environment(make_trainer, scripted, rows, tokenizer):
+    names = ["abacus", "abacus", "silence", "silence"]
+    trainer = make_trainer(environment_factory={"abacus": Abacus, "silence": Silence})
+    batch = trainer._generate_and_score_completions(
+        [{**row, "environment": name} for row, name in zip(rows, names, strict=True)]
+    )
+    for index, name in enumerate(names):
+        for side in ("prompt", "teacher_prompt"):
+            prompt = tokenizer.decode(batch[f"{side}_ids"][index][batch[f"{side}_mask"][index].bool()])
+            assert ('"name": "add"' in prompt) == (name == "abacus")
+            assert ('"name": "listen"' in prompt) == (name == "silence")

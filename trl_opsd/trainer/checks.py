@@ -1,0 +1,47 @@
+"""What cannot work, refused before the model is loaded."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..context import check_embedded
+from .self_distillation_config import SelfDistillationConfig
+
+
+def check_completion_length(args: SelfDistillationConfig, model_config: Any, samples_itself: bool) -> None:
+    """
+    Refuse completions without a limit, which transformers would end after 20 tokens.
+
+    Args:
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+        model_config (`PreTrainedConfig`):
+            Configuration of the policy.
+        samples_itself (`bool`):
+            Whether this trainer samples the completions, and not a `rollout_func`.
+
+    Raises:
+        ValueError: If there is no limit.
+    """
+    if args.max_completion_length is None and samples_itself:
+        context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+        most = "" if context is None else f": at most what the model's context of {context} leaves beside the prompts"
+        raise ValueError(
+            "`max_completion_length=None` sets no limit, and rollouts would end after a default of 20 tokens. Set it "
+            f"to a number of tokens{most}."
+        )
+
+
+def check_special_tokens(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None) -> None:
+    """
+    Refuse a tokenizer that has nothing to pad with, or pads or ends with a token that the model does not have.
+
+    Raises:
+        ValueError: Naming the token and the way out.
+    """
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ValueError(
+            "The tokenizer has neither a pad token nor an eos token to pad with. Set `tokenizer.pad_token`."
+        )
+    given = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    check_embedded([token_id for token_id in given if token_id is not None], tokenizer, num_embeddings)
