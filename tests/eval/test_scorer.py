@@ -19,6 +19,7 @@ from trl_opsd.eval.equivalence import compare
 from trl_opsd.eval.scorer import Verdict, check_reference, score
 
 
+pytestmark = pytest.mark.needs("math_verify")
 TIME_LIMIT = equivalence.TIME_LIMIT
 FIXTURES = [json.loads(line) for line in Path(__file__).with_name("completions.jsonl").open(encoding="utf-8")]
 

@@ -82,6 +82,7 @@ def test_opsdc_resumes_from_the_newest_checkpoint(recipe, tmp_path, capsys):
     assert state["global_step"] == 2
 
 
+@pytest.mark.needs("math_verify")
 def test_distill_with_lora_rewards_and_evaluation(recipe, tmp_path, monkeypatch, capsys):
     (tmp_path / "rewards_of_test_training.py").write_text(
         "def brief(completions, **kwargs):\n    return [1.0 for _ in completions]\n"

@@ -1,5 +1,6 @@
 """From a question to the token ids a model reads, and from those it writes to text."""
 
+import re
 from dataclasses import asdict
 from typing import Any
 
@@ -7,6 +8,30 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .benchmark import Problem
+
+
+# How models mark where a thought begins and ends, in the order in which it is looked for. Of GPT-OSS' channels, the
+# final one is the answer.
+_MARKS = [
+    (re.compile(r"<\|channel\|>final\b[^<]*<\|message\|>"), "</think>"),
+    (re.compile(r"<\|channel\|>[^<]*(?:<\|message\|>|$)"), "<think>"),
+    (re.compile(r"<\|channel>\w*|\[THINK\]|<\|START_THINKING\|>|<seed:think>|◁think▷"), "<think>"),
+    (re.compile(r"<channel\|>|\[/THINK\]|<\|END_THINKING\|>|</seed:think>|◁/think▷"), "</think>"),
+]
+_TOKENS = {
+    "<|channel|>",
+    "<|message|>",
+    "<|channel>",
+    "<channel|>",
+    "[THINK]",
+    "[/THINK]",
+    "<|START_THINKING|>",
+    "<|END_THINKING|>",
+    "<seed:think>",
+    "</seed:think>",
+    "◁think▷",
+    "◁/think▷",
+}
 
 
 class ChatFormat:
@@ -50,11 +75,10 @@ class ChatFormat:
         self._system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         self._apply_chat_template = apply_chat_template
         # The scorer needs to see where the thinking ends, also where the tags count as special tokens
-        self._hidden = {
-            index
-            for index, token in tokenizer.added_tokens_decoder.items()
-            if token.special and token.content not in ("<think>", "</think>")
-        }
+        added = tokenizer.added_tokens_decoder
+        shown = {"<think>", "</think>"} | _TOKENS
+        self._hidden = {index for index, token in added.items() if token.special and token.content not in shown}
+        self._marks = _MARKS if any(token.content in _TOKENS for token in added.values()) else []
 
     def encode(self, prompt: str) -> list[int]:
         """
@@ -107,9 +131,16 @@ class ChatFormat:
     def _text(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids))
 
+    def _marked(self, token_ids: list[int]) -> str:
+        text = self._text(token_ids)
+        for mark, tag in self._marks:
+            text = mark.sub(tag, text)
+        return text.replace("<|message|>", "")
+
     def decode(self, prompt_ids: list[int], completion_ids: list[int]) -> str:
         """
-        Text of a completion, without special tokens other than think tags.
+        Text of a completion, without special tokens other than think tags, which are `<think>` and `</think>` whatever
+        the model marks its thoughts with.
 
         Args:
             prompt_ids (`list[int]`):
@@ -121,7 +152,7 @@ class ChatFormat:
             `str`:
                 Text. It begins with `<think>` also if the chat template had opened the thinking part.
         """
-        text = str(self._tokenizer.decode([token for token in completion_ids if token not in self._hidden]))
+        text = self._marked([token for token in completion_ids if token not in self._hidden])
         # Sixteen tokens hold the tag, however it is cut
-        opened = self._text(prompt_ids[-16:]).rstrip().endswith("<think>")
+        opened = self._marked(prompt_ids[-16:]).rstrip().endswith("<think>")
         return f"<think>\n{text}" if opened else text
