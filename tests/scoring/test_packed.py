@@ -38,7 +38,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from trl_opsd.scoring import can_pack, completion_states, packed_states
+from trl_opsd.scoring import can_pack, check_packing, completion_states, packed_states
 
 
 SIZES = {
@@ -111,6 +111,7 @@ NOT_PACKING = {
     "text and images": text_and_images,
     "other code": other_code,
 }
+TELLS_APART = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids"}
 # Tokens of the prompt and of the completion of each row, and the completion tokens that are not selected
 ROWS = {
     "many lengths": ([(20, 9), (1, 1), (3, 0), (13, 5), (7, 9)], [(0, 0), (0, 3), (4, 8)]),
@@ -225,6 +226,32 @@ def test_layers_that_are_handed_no_boundaries_find_them(flash):
 
     torch.testing.assert_close(packed_states(backbone, *batch), expected, rtol=1e-5, atol=1e-5)
     assert flash.boundaries == [[0, 29, 31, 34, 52, 68]] * 4
+
+
+class TestCheck:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("name", PACKING)
+    def test_rows_that_are_told_apart(self, name, dtype, flash):
+        torch.manual_seed(0)
+        model = use_flash_attention(PACKING[name]().to(dtype))
+        check_packing(model, model.device)
+        assert flash.boundaries[0] == [0, 6, 13, 21]
+        assert model.training
+
+    @pytest.mark.parametrize("name", PACKING)
+    def test_rows_that_are_taken_for_one_sequence(self, name, flash):
+        """As by a model that hands neither boundaries nor positions on to its attention."""
+        torch.manual_seed(0)
+        model = use_flash_attention(PACKING[name]())
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, {k: v for k, v in kwargs.items() if k not in TELLS_APART}),
+                with_kwargs=True,
+            )
+        with pytest.raises(
+            ValueError, match=r"differ by \d+%. Load it with another `attn_implementation` than 'flash"
+        ):
+            check_packing(model, model.device)
 
 
 def test_gradient_checkpointing(flash):

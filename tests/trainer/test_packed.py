@@ -5,6 +5,7 @@ import torch
 from flash_attention import FlashAttention, use_flash_attention
 from peft import LoraConfig
 from tiny import make_model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from trl_opsd import OPSDConfig, OPSDTrainer
 
@@ -106,6 +107,18 @@ def test_passes_read_tokens_only(make_trainer):
     for (_, (num_rows, num_tokens)), (_, shape) in zip(packed.read, padded.read, strict=True):
         assert num_rows == 1
         assert num_tokens < shape.numel()
+
+
+def test_model_that_takes_rows_for_one_sequence_is_refused(make_trainer, monkeypatch):
+    forward = Qwen3Attention.forward
+
+    def without_boundaries(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **_):
+        return forward(self, hidden_states, position_embeddings, attention_mask, past_key_values)
+
+    monkeypatch.setattr(Qwen3Attention, "forward", without_boundaries)
+    make_trainer(flash=False)
+    with pytest.raises(ValueError, match="reads rows without padding between them otherwise than apart"):
+        make_trainer()
 
 
 class TestBudget:

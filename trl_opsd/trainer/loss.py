@@ -26,6 +26,7 @@ from ..scoring import (
     can_pack,
     causal_lm,
     check_logits,
+    check_packing,
     completion_states,
     cut_by_tokens,
     cut_into,
@@ -163,7 +164,7 @@ class SelfDistillationLoss:
     @torch.no_grad()
     def check_logits(self, model: nn.Module) -> None:
         """
-        Refuse a student or a teacher whose logits are not those that the loss computes. This is done once, before the
+        Refuse a student or a teacher that is not read as it reads by itself. This is done once, before the
         first pass at the latest: earlier where the model is on its device and whole.
 
         Args:
@@ -171,7 +172,7 @@ class SelfDistillationLoss:
                 Policy, wrapped as it is trained, if it will be.
 
         Raises:
-            ValueError: See [`~trl_opsd.scoring.check_logits`].
+            ValueError: See [`~trl_opsd.scoring.check_logits`] and [`~trl_opsd.scoring.check_packing`].
         """
         with nullcontext(model) if self.teacher is None else self.teacher.weights(model) as teacher:
             self._check_logits(teacher)
@@ -186,6 +187,8 @@ class SelfDistillationLoss:
 
         with self._accelerator.autocast():
             check_logits(unwrapped, self._accelerator.device, within)
+            if self._packs(unwrapped):
+                check_packing(unwrapped, self._accelerator.device, within)
 
     def log_probs(
         self,
