@@ -1,6 +1,7 @@
 """The device of the tests, and tiny, offline stand-ins for a model, its tokenizer and its data."""
 
 import os
+import random
 import sys
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -9,17 +10,20 @@ from importlib.util import find_spec
 # Read when Triton is imported, which transformers does. The processes of a parallel run inherit it
 os.environ.setdefault("TRITON_INTERPRET", "0" if {"cuda", "--device=cuda"} & set(sys.argv) else "1")
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from placement import Placement
 from tiny import make_model, make_tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 
 # The same examples on every machine, however slow it is
-settings.register_profile("reproducible", deadline=None, derandomize=True)
+settings.register_profile(
+    "reproducible", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("reproducible")
 
 
@@ -56,6 +60,22 @@ def pytest_collection_modifyitems(config, items):
 def device(pytestconfig) -> torch.device:
     """Where the tests run."""
     return torch.empty(0, device=pytestconfig.getoption("device")).device
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    """A test draws the same numbers, whichever tests its process has run before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _patience():
+    """A busy machine changes no verdict on an answer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trl_opsd.eval.equivalence.TIME_LIMIT", 300.0)
+        yield
 
 
 @pytest.fixture

@@ -210,7 +210,7 @@ def test_ctrl_c_ends_a_training_command_in_words(tmp_path, model_path):
         while run.poll() is None and not (tmp_path / "run" / "checkpoint-2").exists():
             time.sleep(0.2)
         os.killpg(run.pid, signal.SIGINT)  # as a terminal does
-        *_, last = run.communicate(timeout=120)[1].splitlines()
+        *_, last = run.communicate(timeout=600)[1].splitlines()
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)

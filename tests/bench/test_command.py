@@ -201,7 +201,7 @@ def test_what_was_measured_is_written_while_it_runs(tmp_path, monkeypatch, figur
     monkeypatch.setattr(bench_run, "write_json", write)
     args = ["--contenders", "floor", "--repeats", "2", "--num_tokens", "8", "9", "--output_dir", str(tmp_path)]
     assert cli.main([*LOSS, *args]) == 0
-    assert written == [[1], [2], [2], [2, 1], [2, 2], [2, 2]]
+    assert written == [[], [1], [2], [2], [2, 1], [2, 2], [2, 2]]
 
 
 @pytest.mark.slow
@@ -258,6 +258,8 @@ def test_a_request_to_end_is_an_interruption():
 
 
 def test_interrupted(tmp_path):
+    for name in ("results.json", "plot.png"):
+        (tmp_path / name).write_text("of an earlier run")
     args = ["--contenders", "floor", "--repeats", "1000000", "--output_dir", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-m", "trl_opsd.cli", *LOSS, *args],
@@ -268,13 +270,16 @@ def test_interrupted(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     children = []
-    while not children and process.poll() is None:
+    # One that computes has been started to the end: the command knows what it is to stop
+    while process.poll() is None and not (children and children[0].cpu_times().user > 0.2):
         time.sleep(0.05)
         children = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGINT)
 
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 130
     assert error.splitlines()[-1] == "trl-opsd bench loss: interrupted, no contender is left running"
     assert len(children) == 1
     assert not any(child.is_running() for child in children)
+    assert json.loads((tmp_path / "results.json").read_text())["repeats"] == 1000000
+    assert not (tmp_path / "plot.png").exists()

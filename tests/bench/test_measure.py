@@ -10,9 +10,12 @@ from trl_opsd.bench.measure import PeakMemory
 MIB = 2**20
 
 
-def allocate(mib, seconds=0.0):
+def allocate(mib, seen_by=None):
+    """Memory that is in use, and is held until samples, where they are taken, have seen it."""
     tensor = torch.ones(mib * MIB, dtype=torch.uint8)
-    time.sleep(seconds)
+    sampler = getattr(seen_by, "_sampler", None)
+    while sampler is not None and sampler.peak < measure.memory_in_use(tensor.device):
+        time.sleep(0.001)
     return tensor
 
 
@@ -21,7 +24,7 @@ def test_known_allocation(resettable, monkeypatch, device):
     if not resettable:
         monkeypatch.setattr(measure, "_reset_high_water_mark", lambda: False)
     peak = PeakMemory(device)
-    allocate(64, seconds=0.1)
+    allocate(64, seen_by=peak)
     assert 60 <= peak.stop() / MIB <= 72
 
 
@@ -31,9 +34,9 @@ def test_restart_forgets_the_peak_but_not_the_start(resettable, monkeypatch, dev
         monkeypatch.setattr(measure, "_reset_high_water_mark", lambda: False)
     peak = PeakMemory(device)
     kept = allocate(16)
-    allocate(128, seconds=0.05)
+    allocate(128, seen_by=peak)
     peak.restart()
-    allocate(32, seconds=0.1)
+    allocate(32, seen_by=peak)
     assert 44 <= peak.stop() / MIB <= 56
     assert kept.size(0) == 16 * MIB
 

@@ -19,6 +19,8 @@ def loss_result(case, scale=1.0):
     return CaseResult({**case, "device": "cpu"}, rows, ["ours-eager", "dense", "floor"] * 3)
 
 
+pytestmark = pytest.mark.needs("matplotlib")
+
 PARTS = {"preparation": 0.25, "forward": 0.5, "backward": 1.0, "optimizer": 0.25}
 
 

@@ -5,8 +5,19 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset, IterableDataset
 from tiny import CHAT_TEMPLATE, make_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from trl_opsd.context import Rollouts, SolutionContext, TeacherPrompt, TemplateContext, rendering, thinking_prefix
+from trl_opsd.context import (
+    Rollouts,
+    SolutionContext,
+    TeacherPrompt,
+    TemplateContext,
+    rendering,
+    thinking_prefix,
+    without_end,
+)
 
 
 PLAIN = {"prompt": "2 + 2?", "hint": "4"}
@@ -353,3 +364,16 @@ def test_a_context_may_return_text_in_parts(tokenizer):
             return [{"role": "user", "content": [{"type": "text", "text": "2 "}, {"type": "text", "text": "+ 2?"}]}]
 
     assert render(tokenizer, PLAIN, Parts()) == "2 + 2?"
+
+
+@pytest.mark.parametrize(("template", "kept"), [("$A", 3), ("<s> $A", 4), ("$A </s>", 3), ("<s> $A </s> </s>", 4)])
+def test_what_a_tokenizer_ends_with_goes_and_nothing_else(template, kept):
+    # Its vocabulary lacks what is used to find out, so that the text is an unknown token, which is a special one
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "one": 3, "two": 4}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    ids = tokenizer("one two three")["input_ids"]
+
+    assert without_end(tokenizer, ids) == ids[:kept]

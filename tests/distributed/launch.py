@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 
 SCRIPT = Path(__file__).with_name("train.py")
+TIMEOUT = 3600.0  # of a machine with much else to do
 RECIPES = SCRIPT.parents[2] / "recipes" / "accelerate"
 ENVIRONMENT = {
     **os.environ,
@@ -64,7 +65,7 @@ def launch(backend: str, jobs: list[dict[str, Any]], folder: Path) -> dict[str, 
     Returns what each wrote: `result.json`, and the weights of the student, of the teacher, and for vLLM.
     """
     done = subprocess.run(
-        command(backend, jobs, folder), env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
+        command(backend, jobs, folder), env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return {job["name"]: read(folder / job["name"]) for job in jobs}

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from distributed.launch import ENVIRONMENT, SCRIPT, job, read, write_jobs
+from distributed.launch import ENVIRONMENT, SCRIPT, TIMEOUT, job, read, write_jobs
 
 
 MAX_STEPS = 16
@@ -27,7 +27,7 @@ SETTINGS = {
 def test_killed_runs_reach_the_same_weights(tmp_path):
     write_jobs(tmp_path, [job("opsd", "full", name, "auto", **SETTINGS) for name in ("whole", "killed")])
     run = [sys.executable, str(SCRIPT.with_name("crash.py")), str(tmp_path)]
-    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr[-5000:]
 
     crash = json.loads((tmp_path / "crash.json").read_text())

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 import torch
-from distributed.launch import ENVIRONMENT, command, job, launch, with_deepspeed
+from distributed.launch import ENVIRONMENT, TIMEOUT, command, job, launch, with_deepspeed
 from distributed.resume import BETWEEN, assert_resumed, pair
 
 
@@ -190,6 +190,6 @@ def test_micro_batches_equal_one_batch(one_process):
 @pytest.mark.distributed
 def test_processes_that_accelerate_does_not_start_are_missed(tmp_path):
     run = command("MULTI_CPU", JOBS[:1], tmp_path)
-    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode != 0
     assert "was asked for several processes (`num_processes`) and started one" in done.stderr

@@ -26,6 +26,7 @@ class Scripted:
             yield index, Completion(ids if index % 3 else ids[:-1], terminated=index % 3 != 0)
 
 
+@pytest.mark.needs("math_verify")
 def test_samples(tokenizer):
     backend = Scripted(tokenizer)
     chat = ChatFormat(tokenizer)
@@ -81,6 +82,7 @@ def test_seeds_differ_and_stay():
     assert sample_seed(0, "a", 0) == 2256114219
 
 
+@pytest.mark.needs("math_verify")
 def test_answer_that_cannot_be_compared_says_why(tokenizer):
     class Rambling(Scripted):
         def generate(self, requests, sampling):

@@ -22,6 +22,8 @@ from trl_opsd.eval.equivalence import compare
 from trl_opsd.eval.scorer import Verdict, check_reference, score
 
 
+pytestmark = pytest.mark.needs("math_verify")
+TIME_LIMIT = equivalence.TIME_LIMIT
 FIXTURES = [json.loads(line) for line in Path(__file__).with_name("completions.jsonl").open(encoding="utf-8")]
 
 FORMATS = {
@@ -199,9 +201,10 @@ def test_the_answer_after_a_long_completion_is_found():
 
 
 def test_an_endless_comparison_is_stopped_and_reported(monkeypatch):
-    monkeypatch.setattr(equivalence, "TIME_LIMIT", 1.0)
     compare.cache_clear()
-    verdict = score(r"$\boxed{9^{9^{9^{9}}}}$", "3")
+    with monkeypatch.context() as patch:
+        patch.setattr(equivalence, "TIME_LIMIT", 1.0)
+        verdict = score(r"$\boxed{9^{9^{9^{9}}}}$", "3")
     assert (verdict.correct, verdict.answer) == (False, "9^{9^{9^{9}}}")
     assert "no verdict within 1 seconds" in verdict.error
     # The next one is graded by a new process.
@@ -239,7 +242,7 @@ def test_process_that_compares_ends_by_itself_when_nobody_stops_it():
     pid = equivalence._checker._process.pid
     used = sum(psutil.Process(pid).cpu_times()[:2])
     soft, _ = resource.prlimit(pid, resource.RLIMIT_CPU)
-    assert used < soft <= used + 3 * equivalence.TIME_LIMIT + 1
+    assert used < soft <= used + 3 * TIME_LIMIT + 1
 
 
 def test_worker_threads():
@@ -253,7 +256,7 @@ def test_an_endless_comparison_in_a_thread(monkeypatch):
     verdicts = []
     thread = threading.Thread(target=lambda: verdicts.append(score(r"\boxed{8^{8^{8^{8}}}}", "3")))
     thread.start()
-    thread.join(60)
+    thread.join(600)
     assert "no verdict" in verdicts[0].error
 
 
@@ -263,7 +266,7 @@ def test_a_forked_process_has_its_own():
         child = os.fork()
         if child == 0:
             # Ends the child, should it wait for the lock.
-            signal.alarm(60)
+            signal.alarm(600)
             os._exit(0 if score(r"\boxed{3 + 1}", "4").correct else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert score(r"\boxed{3 + 2}", "5").correct is True

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import torch
+from plain_loop import divergence_entries, top_k_mask
 
 from trl_opsd.objective import Head, Objective, fused_divergence
 
@@ -97,58 +98,11 @@ def probabilities(hidden, head, temperature):
     return torch.softmax(logits / temperature, dim=-1)
 
 
-def log_ratio(p, q):
-    """log p/q, 0 where p is 0."""
-    return torch.where(p > 0, p, 1.0).log() - torch.where(p > 0, q, 1.0).log()
-
-
-def entries_of(p_s, p_t, objective):
-    beta = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(objective.divergence, objective.jsd_weight)
-    if beta == 0.0:
-        return p_t * log_ratio(p_t, p_s)
-    if beta == 1.0:
-        return p_s * log_ratio(p_s, p_t)
-    m = beta * p_t + (1 - beta) * p_s
-    return beta * p_t * log_ratio(p_t, m) + (1 - beta) * p_s * log_ratio(p_s, m)
-
-
-def top_k_mask(p, k):
-    top = p.detach().topk(min(k, p.size(1))).indices
-    return torch.zeros_like(p, dtype=torch.bool).scatter(1, top, True)
-
-
-def reduced(p, inside, tail):
-    if tail == "renormalize":
-        return p * inside / (p * inside).sum(-1, keepdim=True)
-    return torch.cat([p * inside, (p * ~inside).sum(-1, keepdim=True)], dim=-1)
-
-
-def sampled_token_coefficients(p_s, p_t, objective):
-    """What ∇ log p_S(y) is multiplied by: each averages to a multiple of ∇D, as Σ_v p_S,v ∇ log p_S,v = 0."""
-    if objective.divergence == "forward_kl":
-        return 1 - p_t / p_s
-    if objective.divergence == "reverse_kl":
-        return torch.log(p_s / p_t)
-    beta = objective.jsd_weight
-    return (1 - beta) * torch.log(p_s / (beta * p_t + (1 - beta) * p_s))
-
-
 def plain_entries(case, objective):
     """The entries before the clip, differentiable; and both distributions over the vocabulary."""
     p_s = probabilities(case.student_hidden, case.student_head, objective.temperature)
     p_t = probabilities(case.teacher_hidden, case.teacher_head, objective.temperature).detach()
-    if objective.support in TOP_K:
-        teacher, student = top_k_mask(p_t, objective.top_k), top_k_mask(p_s, objective.top_k)
-        inside = {"teacher_top_k": teacher, "student_top_k": student, "union_top_k": teacher | student}
-        restricted = (reduced(p, inside[objective.support], objective.tail) for p in (p_s, p_t))
-        return entries_of(*restricted, objective), p_s, p_t
-    if objective.support == "full":
-        return entries_of(p_s, p_t, objective), p_s, p_t
-    y = case.token_ids[:, None]
-    q_s, q_t = p_s.gather(1, y), p_t.gather(1, y)
-    values = (entries_of(q_s, q_t, objective) / q_s).detach()
-    pull = sampled_token_coefficients(q_s, q_t, objective).detach() * q_s.log()
-    return values + pull - pull.detach(), p_s, p_t
+    return divergence_entries(p_s, p_t, case.token_ids[:, None], objective), p_s, p_t
 
 
 def plain_loss(case, objective):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl_opsd.playground import demo, world
 
 
-pytestmark = pytest.mark.cpu("so are the demo's recipes")
+pytestmark = [pytest.mark.cpu("so are the demo's recipes"), pytest.mark.needs("matplotlib")]
 
 METHODS = ["opsd", "opsdc"]
 OVERRIDES = [

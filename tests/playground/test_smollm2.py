@@ -3,7 +3,6 @@ import math
 import subprocess
 import sys
 from base64 import b64encode
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from trl_opsd.data import load_rows
 from trl_opsd.playground import smollm2
 
 
-needs_reasoning_gym = pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="needs reasoning-gym")
+needs_reasoning_gym = pytest.mark.needs("reasoning_gym")
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +208,7 @@ def small_run(tmp_path, model_path, dataset, console):
     return run
 
 
+@pytest.mark.needs("matplotlib")
 @pytest.mark.cpu("so are the demo's recipes")
 @pytest.mark.parametrize("method", list(smollm2.METHODS))
 @pytest.mark.parametrize("overrides", [(), ("--use_peft", "false")], ids=["lora", "full"])
@@ -257,6 +257,7 @@ def made_results(**overrides):
     }
 
 
+@pytest.mark.needs("matplotlib")
 def test_plot_shows_three_divergences():
     [axes] = smollm2.plot(made_results()).axes
     curves = {line.get_label(): [list(values) for values in line.get_data()] for line in axes.lines}
@@ -276,6 +277,7 @@ def test_the_demos_own_grader_is_not_replaced(small_run):
         small_run("opsd", "--reward_funcs", "accuracy_reward")
 
 
+@pytest.mark.needs("matplotlib")
 def test_page_shows_model_output_as_text(tmp_path):
     example = {"problem": "2 < 3?", "answer": "1", "before": "yes", "after": "<script>alert(1)</script>"}
     results = made_results(examples=[example])

@@ -138,6 +138,7 @@ def test_json(tmp_path):
 # Plots
 
 
+@pytest.mark.needs("matplotlib")
 def test_budget_plot():
     samples = [
         make_sample(f"p{problem}", index, problem > 0, num_tokens=30 * 4**index)
@@ -159,6 +160,7 @@ def test_budget_plot():
     assert axes.get_xscale() == "log"
 
 
+@pytest.mark.needs("matplotlib")
 @pytest.mark.parametrize("lengths", [[7], [1, 1, 2], [10, 12, 13, 40] * 10, [100, 38912]])
 def test_length_plot(lengths):
     axes = length_plot({"base": lengths, "new": [2 * length for length in lengths]}).axes[0]
@@ -178,11 +180,13 @@ def test_length_plot(lengths):
     ]
 
 
+@pytest.mark.needs("matplotlib")
 def test_length_plot_of_equal_lengths():
     axes = length_plot({"base": [7, 7]}).axes[0]
     assert axes.patches[0].get_xy()[:, 0].tolist() == [7, 7, 8, 8, 7]
 
 
+@pytest.mark.needs("matplotlib")
 @pytest.mark.parametrize("num_problems", [10, 50])
 def test_change_plot(num_problems):
     base = make_run(*[[True, False]] * num_problems)

@@ -38,7 +38,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from trl_opsd.scoring import can_pack, completion_states, packed_states
+from trl_opsd.scoring import can_pack, check_packing, completion_states, packed_states
 
 
 SIZES = {
@@ -111,6 +111,7 @@ NOT_PACKING = {
     "text and images": text_and_images,
     "other code": other_code,
 }
+TELLS_APART = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids"}
 # Tokens of the prompt and of the completion of each row, and the completion tokens that are not selected
 ROWS = {
     "many lengths": ([(20, 9), (1, 1), (3, 0), (13, 5), (7, 9)], [(0, 0), (0, 3), (4, 8)]),
@@ -139,9 +140,9 @@ def make_batch(name):
     return ids * mask, mask, selected
 
 
-def states_and_gradients(model, batch, read=completion_states, **settings):
+def states_and_gradients(model, batch, pack=False):
     """States, and the gradients of a sum of them in which each counts differently."""
-    states = read(model, *batch, **settings)
+    states = completion_states(model, *batch, pack=pack)
     factors = torch.sin(torch.arange(states.numel(), dtype=torch.float32, device=states.device)).view_as(states)
     (states * factors).sum().backward()
     gradients = {
@@ -183,7 +184,7 @@ def test_states_and_gradients_equal_those_of_padded_rows(name, lora, rows, flash
     assert not flash.boundaries
 
     use_flash_attention(model)
-    packed = states_and_gradients(model, batch)
+    packed = states_and_gradients(model, batch, pack=True)
     assert flash.boundaries
     assert_equal(padded, packed)
     assert packed[0].shape == (batch[2].sum(), 32)
@@ -192,8 +193,7 @@ def test_states_and_gradients_equal_those_of_padded_rows(name, lora, rows, flash
         assert any(gradient.abs().max() > 1e-3 for gradient in packed[1].values())
 
 
-@pytest.mark.parametrize("pad_to_multiple_of", [None, 16])
-def test_network_reads_no_padding(flash, pad_to_multiple_of, monkeypatch):
+def test_network_reads_no_padding(flash, monkeypatch):
     def search(*_):
         raise AssertionError("boundaries are given, so that no layer has to search for them in the positions")
 
@@ -204,17 +204,54 @@ def test_network_reads_no_padding(flash, pad_to_multiple_of, monkeypatch):
     padded = states_and_gradients(model, batch)
     read = []
     use_flash_attention(model).get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
-    packed = states_and_gradients(model, batch, pad_to_multiple_of=pad_to_multiple_of)
+    packed = states_and_gradients(model, batch, pack=True)
     assert_equal(padded, packed)
 
     (token_ids,) = read
     ids, mask, _ = batch
-    boundaries = [0, 29, 31, 34, 52, 68]
-    assert token_ids[0, :68].tolist() == ids[mask.bool()].tolist()
-    if pad_to_multiple_of is not None:
-        boundaries.append(80)
-    assert token_ids.shape == (1, boundaries[-1])
-    assert flash.boundaries == [boundaries] * 4
+    assert token_ids.tolist() == [ids[mask.bool()].tolist()]
+    assert flash.boundaries == [[0, 29, 31, 34, 52, 68]] * 4
+
+
+def test_layers_that_are_handed_no_boundaries_find_them(flash):
+    """Some models of transformers let the positions through and nothing else."""
+    torch.manual_seed(0)
+    model = PACKING["qwen3"]()
+    batch = make_batch("many lengths")
+    expected = completion_states(model, *batch)
+    use_flash_attention(model)
+
+    def backbone(input_ids, position_ids, use_cache, **_):
+        return model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
+
+    torch.testing.assert_close(packed_states(backbone, *batch), expected, rtol=1e-5, atol=1e-5)
+    assert flash.boundaries == [[0, 29, 31, 34, 52, 68]] * 4
+
+
+class TestCheck:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("name", PACKING)
+    def test_rows_that_are_told_apart(self, name, dtype, flash):
+        torch.manual_seed(0)
+        model = use_flash_attention(PACKING[name]().to(dtype))
+        check_packing(model, model.device)
+        assert flash.boundaries[0] == [0, 6, 13, 21]
+        assert model.training
+
+    @pytest.mark.parametrize("name", PACKING)
+    def test_rows_that_are_taken_for_one_sequence(self, name, flash):
+        """As by a model that hands neither boundaries nor positions on to its attention."""
+        torch.manual_seed(0)
+        model = use_flash_attention(PACKING[name]())
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, {k: v for k, v in kwargs.items() if k not in TELLS_APART}),
+                with_kwargs=True,
+            )
+        with pytest.raises(
+            ValueError, match=r"differ by \d+%. Load it with another `attn_implementation` than 'flash"
+        ):
+            check_packing(model, model.device)
 
 
 def test_gradient_checkpointing(flash):
@@ -224,7 +261,7 @@ def test_gradient_checkpointing(flash):
     padded = states_and_gradients(model, batch)
     use_flash_attention(model).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_equal(padded, states_and_gradients(model, batch))
+    assert_equal(padded, states_and_gradients(model, batch, pack=True))
     assert len(flash.boundaries) == 2 * 6  # every layer is run again in the backward pass
 
 
@@ -237,20 +274,16 @@ def test_positions_tell_rows_apart_where_masks_are_made_of_them(name, implementa
     model.config._attn_implementation = implementation
     batch = make_batch("many lengths")
     padded = states_and_gradients(model, batch)
-    assert_equal(
-        padded, states_and_gradients(model, batch, lambda model, *batch: packed_states(model.base_model, *batch))
-    )
+    assert_equal(padded, states_and_gradients(model, batch, pack=True))
 
 
 @pytest.mark.parametrize("rows", ["many lengths", "equal lengths", "one row"])
 @pytest.mark.parametrize("name", ["qwen3", "gemma3-sliding", "mistral-sliding"])
-def test_padded_rows_under_flash_attention(name, rows, flash, monkeypatch):
-    """Models that do not pack read padded rows with flash attention, which sees through the padding."""
+def test_padded_rows_under_flash_attention(name, rows, flash):
     torch.manual_seed(0)
     model = place(PACKING[name]())
     batch = make_batch(rows)
     expected = states_and_gradients(model, batch)
-    monkeypatch.setattr("trl_opsd.scoring.states.can_pack", lambda model: False)
     assert_equal(expected, states_and_gradients(use_flash_attention(model), batch))
 
 
@@ -316,7 +349,7 @@ class TestOnGPU:
         return request.param
 
     @pytest.mark.parametrize("name", ["qwen3", "gemma3-sliding"])
-    def test_packed_is_as_exact_as_padded(self, name, implementation, monkeypatch):
+    def test_packed_is_as_exact_as_padded(self, name, implementation):
         torch.manual_seed(0)
         model = PACKING[name]().cuda()
         batch = tuple(tensor.cuda() for tensor in make_batch("many lengths"))
@@ -324,8 +357,7 @@ class TestOnGPU:
 
         model.to(torch.bfloat16)
         model.config._attn_implementation = implementation
-        packed = states_and_gradients(model, batch)
-        monkeypatch.setattr("trl_opsd.scoring.states.can_pack", lambda model: False)
+        packed = states_and_gradients(model, batch, pack=True)
         padded = states_and_gradients(model, batch)
         for of_packed, of_padded in zip(errors(exact, packed), errors(exact, padded), strict=True):
             assert of_packed < 1.5 * of_padded + 1e-3

@@ -105,12 +105,14 @@ def test_files(folders, tmp_path, drawn):
         assert [line.get_label() for line in axes["accuracy"].lines] == ["first", "second"]
 
 
+@pytest.mark.needs("matplotlib")
 def test_nothing_graded(tmp_path):
     runs = [write_run(tmp_path / name, {}, aime=make_run([None])) for name in "ab"]
     assert main([*runs, "--output_dir", str(tmp_path / "out")]) == 0
     assert [path.name for path in (tmp_path / "out" / "aime").iterdir()] == ["lengths.png"]
 
 
+@pytest.mark.needs("matplotlib")
 def test_common_only(tmp_path, capsys, monkeypatch):
     drawn = []
     monkeypatch.setattr(evaluation, "length_plot", lambda lengths: drawn.append(lengths) or length_plot(lengths))
@@ -140,6 +142,7 @@ def test_common_only_is_passed_on(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.needs("matplotlib")
 def test_bad_folders(folders, tmp_path, capsys):
     def error_of(*args):
         assert main(args) == 2

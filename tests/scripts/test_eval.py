@@ -27,6 +27,8 @@ from trl_opsd.files import locked
 from trl_opsd.scripts import eval as command
 
 
+pytestmark = pytest.mark.needs("math_verify", "matplotlib")
+
 QUICK = ["--num_samples", "2", "--max_new_tokens", "6", "--limit", "3", "--batch_size", "2"]
 
 

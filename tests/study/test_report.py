@@ -12,6 +12,8 @@ from trl_opsd.study.runner import FULL, QUICK, Results
 from trl_opsd.study.train import Run, write_result
 
 
+pytestmark = pytest.mark.needs("matplotlib")
+
 PLAN = replace(FULL, seeds=(1, 2))
 
 

@@ -19,6 +19,9 @@ from trl_opsd.trainer import benchmarks
 from trl_opsd.trainer.benchmarks import BenchmarkCallback, RolloutBackend
 
 
+pytestmark = pytest.mark.needs("math_verify")
+
+
 @pytest.fixture
 def benchmark(tmp_path):
     """A file that describes five problems, and asks them without a word more."""

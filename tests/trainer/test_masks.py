@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
+from plain_loop import Method, Row, loss_and_gradient
 from tiny import make_model, make_tokenizer
 from trl import GRPOTrainer
 from trl.chat_template_utils import qwen3_chat_template
@@ -136,25 +137,19 @@ def read_and_written(batch, tokenizer):
     )
 
 
-def plain_loss(trainer, batch, turns, coefficient):
-    """Forward KL per token that the model wrote, and GRPO's loss of the same tokens, from dense logits."""
-    divergences, policy = [], []
+def plain_rows(trainer, batch, turns):
+    """The rollouts, in which the model wrote its turns: the first begins a completion and the last ends it."""
+    rows = []
     for row, its in enumerate(turns):
-        ids = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
-        written = torch.zeros(len(ids), dtype=torch.bool)
+        prompt, teacher_prompt, completion = (
+            batch[f"{name}_ids"][row][batch[f"{name}_mask"][row].bool()].tolist()
+            for name in ("prompt", "teacher_prompt", "completion")
+        )
         lengths = [len(trainer.processing_class(turn, add_special_tokens=False)["input_ids"]) for turn in its]
-        written[: lengths[0]] = written[len(ids) - lengths[-1] :] = True
-        assert written.sum() == (sum(lengths) if len(lengths) > 1 else len(ids))
-        log_probs = []
-        for side in ("teacher_prompt", "prompt"):
-            prompt = batch[f"{side}_ids"][row][batch[f"{side}_mask"][row].bool()]
-            logits = trainer.model(torch.cat([prompt, ids])[None]).logits[0, len(prompt) - 1 : -1]
-            log_probs.append(logits.log_softmax(-1)[written])
-        teacher, student = log_probs[0].detach(), log_probs[1]
-        divergences.append((teacher.exp() * (teacher - student)).sum(-1))
-        chosen = student.gather(1, ids[written][:, None])
-        policy.append(-batch["advantages"][row] * (chosen - chosen.detach()).exp())
-    return torch.cat(divergences).mean() + coefficient * torch.cat(policy).mean()
+        others = len(completion) - sum(lengths)
+        by_student = [1] * lengths[0] + [0] * others + [1] * sum(lengths[1:])
+        rows.append(Row(prompt, teacher_prompt, completion, by_student, batch["advantages"][row].item()))
+    return rows
 
 
 def gradient(model, loss):
@@ -169,14 +164,15 @@ def check_trained_on(trainer, batch, turns, coefficient=0.0):
     num_written = sum(len(tokenizer("".join(its), add_special_tokens=False)["input_ids"]) for its in turns)
     assert batch["num_loss_tokens"] == num_written
     assert trainer._num_generated_tokens == num_written
-    expected = plain_loss(trainer, batch, turns, coefficient)
-    expected_gradient = gradient(trainer.model, expected)
+    rows = plain_rows(trainer, batch, turns)
+    method = Method(loss_type="dapo", policy_loss_coef=coefficient)
+    expected_loss, expected_gradient = loss_and_gradient(trainer.model, trainer.model, rows, method)
     loss = trainer._compute_loss(trainer.model, batch)
-    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(gradient(trainer.model, loss), expected_gradient, rtol=1e-3, atol=1e-5)
-    assert trainer.statistics["train"].take()["distillation_loss"] == pytest.approx(
-        plain_loss(trainer, batch, turns, 0.0).item(), rel=1e-4
-    )
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-4, abs=1e-6)
+    expected = torch.cat([value.flatten() for value in expected_gradient.values()])
+    torch.testing.assert_close(gradient(trainer.model, loss).double(), expected, rtol=1e-3, atol=1e-5)
+    divergence, _ = loss_and_gradient(trainer.model, trainer.model, rows, Method(loss_type="dapo"))
+    assert trainer.statistics["train"].take()["distillation_loss"] == pytest.approx(divergence, rel=1e-4)
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 1.0])

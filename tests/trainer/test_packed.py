@@ -5,6 +5,7 @@ import torch
 from flash_attention import FlashAttention, use_flash_attention
 from peft import LoraConfig
 from tiny import make_model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from trl_opsd import OPSDConfig, OPSDTrainer
 
@@ -99,16 +100,25 @@ def test_training_is_the_same(make_trainer, peft_config, settings, flash):
     assert flash.boundaries
 
 
-@pytest.mark.parametrize("pad_to_multiple_of", [None, 32])
-def test_passes_read_tokens_only(make_trainer, pad_to_multiple_of):
-    settings = {"max_steps": 1, "pad_to_multiple_of": pad_to_multiple_of}
-    packed, padded = (train(make_trainer(flash, **settings)) for flash in (True, False))
+def test_passes_read_tokens_only(make_trainer):
+    packed, padded = (train(make_trainer(flash, max_steps=1)) for flash in (True, False))
     assert [who for who, _ in packed.read] == [who for who, _ in padded.read] == ["teacher", "student"]
     assert all(shape[0] == 4 for _, shape in padded.read)
     for (_, (num_rows, num_tokens)), (_, shape) in zip(packed.read, padded.read, strict=True):
         assert num_rows == 1
-        assert num_tokens % (pad_to_multiple_of or 1) == 0
         assert num_tokens < shape.numel()
+
+
+def test_model_that_takes_rows_for_one_sequence_is_refused(make_trainer, monkeypatch):
+    forward = Qwen3Attention.forward
+
+    def without_boundaries(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **_):
+        return forward(self, hidden_states, position_embeddings, attention_mask, past_key_values)
+
+    monkeypatch.setattr(Qwen3Attention, "forward", without_boundaries)
+    make_trainer(flash=False)
+    with pytest.raises(ValueError, match="reads rows without padding between them otherwise than apart"):
+        make_trainer()
 
 
 class TestBudget:
@@ -125,6 +135,12 @@ class TestBudget:
         assert packed[0][1].numel() == longest_two
         assert packed[2][1].numel() <= longest_two
         assert len(padded) > len(packed)
+
+    def test_counts_padding_that_is_asked_for(self, make_trainer, longest_two, flash):
+        settings = {"pad_to_multiple_of": 32, "max_tokens_per_microbatch": longest_two}
+        trainer = train(make_trainer(max_steps=1, **settings))
+        assert flash.boundaries
+        assert all(shape[1] % 32 == 0 and shape.numel() <= longest_two for _, shape in trainer.read)
 
     def test_counts_padding_where_the_teacher_pads(self, make_trainer, longest_two, model_path):
         teacher = {"teacher": "external", "teacher_model_name_or_path": model_path}
@@ -151,8 +167,7 @@ class TestSharedPrompts:
         ("lengths", "packed", "padded"),
         [
             ([60, 60, 60, 60], 100 + 4 * 60, 100 + 4 * 60),
-            ([400, 1, 1, 1], 4 * 100 + 403, 100 + 4 * 400),  # sharing would pad the completions
-            ([30, 20, 10, 30], 100 + 4 * 30, 100 + 4 * 30),
+            ([400, 1, 1, 1], 4 * 100 + 403, 100 + 4 * 400),  # sharing pads completions
         ],
     )
     def test_where_fewer_tokens_are_read(self, make_trainer, lengths, packed, padded):

@@ -56,14 +56,14 @@ def test_the_folder_is_free_after_a_run_that_failed(make_trainer):
 
 def test_another_process_is_kept_out_until_it_dies(tmp_path):
     code = f"""
-import time
+import sys
 from pathlib import Path
 from trl_opsd.files import locked
 with locked(Path({str(tmp_path)!r}), "_lock"):
     print("in", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "in\n"
         with pytest.raises(ValueError, match="Another run works in"), locked(tmp_path, "_lock"):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 
-WORDS = "the of and to in is for that on with as by from at this one two red blue green"
+WORDS = "the of and a to in is for that on with as by from at this one two red blue green"
 _NUM_WORDS = 32768
 
 _QWEN3: dict[str, Any] = {

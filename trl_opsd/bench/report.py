@@ -104,7 +104,10 @@ def write_json(path: Path, record: dict[str, Any], results: Sequence[CaseResult]
         }
         for result in results
     ]
-    path.write_text(json.dumps({**record, "cases": cases}, indent=2) + "\n", encoding="utf-8")
+    # Whole or not at all: it is written over and over, and the run may be killed meanwhile
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps({**record, "cases": cases}, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def _seconds(value: float | None) -> str:

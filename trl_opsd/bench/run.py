@@ -82,6 +82,9 @@ def run(arguments: BenchArguments, folder: Path, device: str, command: str) -> i
         "device": describe_device(device),
         "versions": versions(),
     }
+    # What an earlier run left would be taken for this one's, should it be interrupted
+    write_json(folder / "results.json", record, [])
+    (folder / "plot.png").unlink(missing_ok=True)
     rounds = 1 + arguments.warmups + arguments.repeats + len(commands)
     progress = Progress(
         TextColumn("{task.description}"),

@@ -221,11 +221,12 @@ def without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]
     Token ids of a text without the special tokens that some tokenizers end every text with, after which a model would
     have nothing to go on from.
     """
-    probe = tokenizer("a")["input_ids"]
-    num_last = 0
-    while num_last < len(probe) and probe[-1 - num_last] in tokenizer.all_special_ids:
-        num_last += 1
-    return ids[: len(ids) - num_last]
+    whole = tokenizer("a")["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    # The text itself may be an unknown token, which is a special one too
+    starts = range(len(whole) - len(bare) + 1)
+    start = next((start for start in starts if whole[start : start + len(bare)] == bare), len(whole) - len(bare))
+    return ids[: len(ids) - (len(whole) - start - len(bare))]
 
 
 def thinking_prefix(

@@ -19,17 +19,18 @@ _MARKS = [
     (re.compile(r"<channel\|>|\[/THINK\]|<\|END_THINKING\|>|</seed:think>|◁/think▷"), "</think>"),
 ]
 _TOKENS = {
-    *(
-        "<|channel|>",
-        "<|message|>",
-        "<|channel>",
-        "<channel|>",
-        "[THINK]",
-        "[/THINK]",
-        "<seed:think>",
-        "</seed:think>",
-    ),
-    *("<|START_THINKING|>", "<|END_THINKING|>", "◁think▷", "◁/think▷"),
+    "<|channel|>",
+    "<|message|>",
+    "<|channel>",
+    "<channel|>",
+    "[THINK]",
+    "[/THINK]",
+    "<|START_THINKING|>",
+    "<|END_THINKING|>",
+    "<seed:think>",
+    "</seed:think>",
+    "◁think▷",
+    "◁/think▷",
 }
 
 

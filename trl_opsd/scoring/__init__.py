@@ -1,7 +1,7 @@
 """From token ids to the hidden states that predict a completion, and the head that reads them."""
 
 from .heads import backbone_of, causal_lm, head_of, unsharded
-from .logits import check_logits
+from .logits import check_logits, check_packing
 from .packed import can_pack, packed_states
 from .passes import cut_by_tokens, cut_into, keep_groups_together, padded_length, used_width
 from .positions import positions
@@ -15,6 +15,7 @@ __all__ = [
     "can_share_prompts",
     "causal_lm",
     "check_logits",
+    "check_packing",
     "completion_states",
     "cut_by_tokens",
     "cut_into",

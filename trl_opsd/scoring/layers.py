@@ -13,9 +13,8 @@ def remembers_keys_and_values_only(model: Any) -> bool:
     than text, are not relied on.
     """
     config = model.config
-    code = type(
-        backbone_of(model)
-    ).forward.__module__  # FSDP2 gives the class, but not its methods, a module of its own
+    # FSDP2 gives the class, but not its methods, a module of its own
+    code = type(backbone_of(model)).forward.__module__
     return (
         code.startswith("transformers.models.")
         and config.get_text_config() is config

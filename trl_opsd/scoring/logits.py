@@ -1,4 +1,4 @@
-"""Whether backbone and head give the logits that the model itself gives."""
+"""Whether what the losses read of a model is what the model itself gives."""
 
 from collections.abc import Callable
 
@@ -62,6 +62,45 @@ def check_logits(
             f"{name} cannot be trained: its logits are not those of its head ({type(head).__name__}) applied to the "
             f"last hidden states, which the loss computes: {problem}. There is another layer, factor or cap between, "
             "which its configuration does not declare in a known way. Choose a model of another architecture."
+        )
+
+
+@torch.no_grad()
+def check_packing(
+    model: nn.Module,
+    device: torch.device,
+    within: Callable[[Callable[[], torch.Tensor]], torch.Tensor] = lambda forward: forward(),
+) -> None:
+    """
+    Refuse a model that takes packed rows for one sequence, as one does that keeps from its attention where they begin.
+    The states of a few short rows are compared with those of the same rows, padded.
+
+    Args:
+        model (`nn.Module`):
+            Causal language model for which [`can_pack`] holds, or a `PeftModel` of one. Where its parameters are
+            sharded, every process calls this.
+        device (`torch.device`):
+            Where its forward pass runs.
+        within (`Callable`, *optional*):
+            Runs a forward pass it is given inside that of a wrapper.
+
+    Raises:
+        ValueError: If they differ by more than rounding, and the experts it chooses, can explain.
+    """
+    policy = causal_lm(model)
+    size = policy.config.get_text_config().vocab_size
+    ids = (size // 2 + torch.arange(3 * _NUM_TOKENS)).remainder(size).view(3, _NUM_TOKENS).to(device)
+    mask = torch.ones_like(ids).tril(diagonal=_NUM_TOKENS - 3)
+    selected = mask[:, 1:].bool()
+    with evaluation_mode(model):
+        packed = within(lambda: completion_states(model, ids, mask, selected, pack=True)).float()
+        padded = within(lambda: completion_states(model, ids, mask, selected)).float()
+    difference = ((packed - padded).norm() / padded.norm()).item()
+    if not difference < 0.1:
+        raise ValueError(
+            f"{type(policy).__name__} reads rows without padding between them otherwise than apart: its hidden states "
+            f"differ by {difference:.0%}. Load it with another `attn_implementation` than "
+            f"{policy.config._attn_implementation!r}, such as 'sdpa', with which rows are padded."
         )
 
 

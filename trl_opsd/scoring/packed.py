@@ -28,11 +28,7 @@ def can_pack(model: Any) -> bool:
 
 
 def packed_states(
-    backbone: Any,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    selected: torch.Tensor,
-    pad_to_multiple_of: int | None = None,
+    backbone: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, selected: torch.Tensor
 ) -> torch.Tensor:
     """
     Hidden states that predict the selected completion tokens, from a pass in which no row is padded.
@@ -46,8 +42,6 @@ def packed_states(
             1 for tokens, 0 for padding.
         selected (`torch.Tensor` of shape `(B, T)`, bool):
             The completion tokens.
-        pad_to_multiple_of (`int`, *optional*):
-            What the number of tokens of the pass is a multiple of. Those that it takes are a row of their own.
 
     Returns:
         `torch.Tensor` of shape `(number of selected tokens, H)`, row by row.
@@ -56,23 +50,16 @@ def packed_states(
     predicts = torch.zeros_like(is_token)
     predicts[:, -selected.size(1) - 1 : -1] = selected
     lengths = is_token.sum(dim=1)
-    token_ids, position_ids = input_ids[is_token], positions(attention_mask)[is_token]
-    num_tokens = len(token_ids)
-    if num_added := -num_tokens % (pad_to_multiple_of or 1):
-        token_ids = pad(token_ids, (0, num_added))
-        added = torch.arange(num_added, device=token_ids.device)
-        position_ids, lengths = torch.cat([position_ids, added]), pad(lengths, (0, 1), value=num_added)
-
-    # Flash attention would find the boundaries in the positions too, by a search in every layer
     boundaries = pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
     longest = int(lengths.max())
+    # Positions tell rows apart too, by a search in every layer; that is what models do that leave the boundaries out
     states = backbone(
-        input_ids=token_ids[None],
-        position_ids=position_ids[None],
+        input_ids=input_ids[is_token][None],
+        position_ids=positions(attention_mask)[is_token][None],
         cu_seq_lens_q=boundaries,
         cu_seq_lens_k=boundaries,
         max_length_q=longest,
         max_length_k=longest,
         use_cache=False,
-    ).last_hidden_state[0, :num_tokens]
+    ).last_hidden_state[0]
     return states[predicts[is_token]]

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .heads import backbone_of, causal_lm
-from .packed import can_pack, packed_states
+from .heads import backbone_of
+from .packed import packed_states
 from .positions import positions
 from .shared_prefix import states_with_shared_prompts
 
@@ -18,10 +18,10 @@ def completion_states(
     attention_mask: torch.Tensor,
     selected: torch.Tensor,
     shared_groups: torch.Tensor | None = None,
-    pad_to_multiple_of: int | None = None,
+    pack: bool = False,
 ) -> torch.Tensor:
     """
-    Hidden states that predict the selected completion tokens, without padding where the model [`can_pack`] rows.
+    Hidden states that predict the selected completion tokens.
 
     Args:
         model (`nn.Module`):
@@ -34,8 +34,9 @@ def completion_states(
             The completion tokens.
         shared_groups (`torch.Tensor` of shape `(B,)`, *optional*):
             The same number for rows with the same prompt, which is then read once.
-        pad_to_multiple_of (`int`, *optional*):
-            What the number of tokens of a packed pass is a multiple of.
+        pack (`bool`, *optional*, defaults to `False`):
+            Whether rows that share no prompt are read without padding, for which the model has to be one that
+            [`can_pack`].
 
     Returns:
         `torch.Tensor` of shape `(number of selected tokens, H)`, row by row.
@@ -44,8 +45,8 @@ def completion_states(
     width = selected.size(1)
     if shared_groups is not None:
         return states_with_shared_prompts(backbone, input_ids, attention_mask, width, shared_groups)[selected]
-    if can_pack(causal_lm(model)):
-        return packed_states(backbone, input_ids, attention_mask, selected, pad_to_multiple_of)
+    if pack:
+        return packed_states(backbone, input_ids, attention_mask, selected)
     states = backbone(
         input_ids=input_ids,
         attention_mask=attention_mask,

@@ -26,6 +26,7 @@ from ..scoring import (
     can_pack,
     causal_lm,
     check_logits,
+    check_packing,
     completion_states,
     cut_by_tokens,
     cut_into,
@@ -83,7 +84,7 @@ class SelfDistillationLoss:
         can_share_prompts (`bool`):
             Whether the teacher may read a prompt once for several rows.
         packs_rows (`bool`):
-            Whether neither the student's passes nor the teacher's hold padding, so that
+            Whether student and teacher both read rows without padding, which `pad_to_multiple_of` rules out. Then
             `max_tokens_per_microbatch` counts none.
         pad_to_multiple_of (`int`, *optional*):
             What the widths of prompts and completions are multiples of.
@@ -101,7 +102,7 @@ class SelfDistillationLoss:
     ):
         self.teacher = teacher
         self.can_share_prompts = can_share_prompts
-        self._packs_rows = packs_rows
+        self._packs_rows = packs_rows and pad_to_multiple_of is None
         self._args = args
         self._accelerator = accelerator
         self._objective = objective
@@ -163,7 +164,7 @@ class SelfDistillationLoss:
     @torch.no_grad()
     def check_logits(self, model: nn.Module) -> None:
         """
-        Refuse a student or a teacher whose logits are not those that the loss computes. This is done once, before the
+        Refuse a student or a teacher that is not read as it reads by itself. This is done once, before the
         first pass at the latest: earlier where the model is on its device and whole.
 
         Args:
@@ -171,7 +172,7 @@ class SelfDistillationLoss:
                 Policy, wrapped as it is trained, if it will be.
 
         Raises:
-            ValueError: See [`~trl_opsd.scoring.check_logits`].
+            ValueError: See [`~trl_opsd.scoring.check_logits`] and [`~trl_opsd.scoring.check_packing`].
         """
         with nullcontext(model) if self.teacher is None else self.teacher.weights(model) as teacher:
             self._check_logits(teacher)
@@ -186,6 +187,8 @@ class SelfDistillationLoss:
 
         with self._accelerator.autocast():
             check_logits(unwrapped, self._accelerator.device, within)
+            if self._packs(unwrapped):
+                check_packing(unwrapped, self._accelerator.device, within)
 
     def log_probs(
         self,
@@ -370,16 +373,17 @@ class SelfDistillationLoss:
         shared_groups: torch.Tensor | None = None,
     ) -> torch.Tensor:
         with self._accelerator.autocast():  # inside the wrapped model's forward, which may have an opinion of its own
-            return completion_states(
-                model, input_ids, attention_mask, selected, shared_groups, self._pad_to_multiple_of
-            )
+            return completion_states(model, input_ids, attention_mask, selected, shared_groups, self._packs(model))
+
+    def _packs(self, model: nn.Module) -> bool:
+        return self._pad_to_multiple_of is None and can_pack(causal_lm(model))
 
     def _should_share_prompts(
         self, teacher: nn.Module, attention_mask: torch.Tensor, completion_width: int, groups: torch.Tensor
     ) -> bool:
         if not self.can_share_prompts:
             return False
-        num_tokens = int(attention_mask.sum()) if can_pack(causal_lm(teacher)) else attention_mask.numel()
+        num_tokens = int(attention_mask.sum()) if self._packs(teacher) else attention_mask.numel()
         prompt_width = attention_mask.size(1) - completion_width
         num_shared = len(groups.unique()) * prompt_width + len(groups) * completion_width
         counts = torch.tensor([[num_tokens, num_shared]], device=self._accelerator.device)

@@ -158,9 +158,10 @@ class SelfDistillationConfig(GRPOConfig):
         max_tokens_per_microbatch (`int`, *optional*):
             Most tokens, padding included, that go through the network at once. The `per_device_train_batch_size` rows
             of a micro-batch are sorted by length and cut into forward-backward passes of at most this many: rows ×
-            (longest prompt of student and teacher + longest completion). Gradients and metrics remain those of the
-            whole micro-batch, while memory is bounded and one long row no longer pads all others. A single row that
-            is longer than this gets a pass of its own; it is never truncated. `None` makes one pass.
+            (longest prompt of student and teacher + longest completion), or with flash attention, under which rows are
+            not padded, the tokens they hold. Gradients and metrics remain those of the whole micro-batch, while memory
+            is bounded and one long row no longer pads all others. A single row that is longer than this gets a pass of
+            its own; it is never truncated. `None` makes one pass.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:

@@ -1,0 +1,158 @@
+"""
+The loss of a method and its gradient, the long way round: what a trainer is compared with.
+
+Neither the library nor TRL takes part. One row at a time goes through a plain model, all logits are kept, divergences
+are summed over the whole vocabulary in float64, and autograd does the rest.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Method:
+    """The settings that a loss depends on, under the names of the configuration."""
+
+    divergence: str = "forward_kl"
+    jsd_weight: float = 0.5
+    support: str = "full"
+    top_k: int = 16
+    tail: str = "bucket"
+    clip: float | None = None
+    temperature: float = 1.0
+    loss_type: str = "grpo"
+    max_completion_length: int = 0
+    policy_loss_coef: float = 0.0
+    likelihood_coef: float = 0.0
+    epsilon: float = 0.2
+
+
+@dataclass
+class Row:
+    """A rollout. Lists are as long as the completion; what is left out is 1 for every token."""
+
+    prompt: list[int]
+    teacher_prompt: list[int] | None  # None: without a context
+    completion: list[int]
+    by_student: list[int] | None = None  # 0 for what a tool or an environment wrote
+    advantage: float = 0.0
+    old_log_probs: list[float] | None = None  # None: those of the student
+    divergence_weights: list[float] | None = None
+    likelihood_weights: list[float] | None = None
+
+
+def loss_and_gradient(
+    student: torch.nn.Module, teacher: torch.nn.Module, rows: list[Row], method: Method
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Of one micro-batch that is all there is. The models stay as they are."""
+    student, teacher = plain(student).requires_grad_(), plain(teacher)
+    terms: dict[str, list[torch.Tensor]] = {"divergence": [], "policy": [], "likelihood": []}
+    masks = {name: [] for name in terms}
+    for row in rows:
+        token_ids = torch.tensor(row.completion)[:, None]
+        by_student = _given(row.by_student, token_ids)
+        p_s = probabilities(student, row.prompt, row.completion, method.temperature)
+        with torch.no_grad():
+            p_t = probabilities(teacher, row.teacher_prompt or row.prompt, row.completion, method.temperature)
+        log_probs = p_s.gather(1, token_ids)[:, 0].log()
+        old = log_probs.detach() if row.old_log_probs is None else torch.tensor(row.old_log_probs)
+        ratio = (log_probs - old).exp()
+        clipped = ratio.clamp(1 - method.epsilon, 1 + method.epsilon)
+        entries = divergence_entries(p_s, p_t, token_ids, method)
+        divergence = entries.clamp(max=torch.inf if method.clip is None else method.clip).sum(-1)
+        terms["divergence"].append(divergence * _given(row.divergence_weights, token_ids))
+        terms["policy"].append(-torch.min(ratio * row.advantage, clipped * row.advantage))
+        terms["likelihood"].append(-log_probs * _given(row.likelihood_weights, token_ids))
+        masks["divergence"].append(by_student * (row.teacher_prompt is not None))
+        masks["policy"].append(by_student)
+        masks["likelihood"].append(by_student)
+    factors = {"divergence": 1.0, "policy": method.policy_loss_coef, "likelihood": method.likelihood_coef}
+    loss = sum(factors[name] * aggregate(terms[name], masks[name], method) for name in terms)
+    loss.backward()
+    return loss.item(), {name: value.grad for name, value in student.named_parameters() if value.grad is not None}
+
+
+def plain(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy in float64. A `forward` that a trainer has patched would go on to call the original's."""
+    model = copy.deepcopy(model).double()
+    model.__dict__.pop("forward", None)
+    return model
+
+
+def _given(values: list[Any] | None, token_ids: torch.Tensor) -> torch.Tensor:
+    return torch.ones(len(token_ids)) if values is None else torch.tensor(values).float()
+
+
+def probabilities(
+    model: torch.nn.Module, prompt: list[int], completion: list[int], temperature: float
+) -> torch.Tensor:
+    """The distribution of each token of a completion, of shape (T, V): the logits before a token predict it."""
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    return torch.softmax(logits / temperature, dim=-1)
+
+
+def aggregate(values: list[torch.Tensor], masks: list[torch.Tensor], method: Method) -> torch.Tensor:
+    """One number from the tokens of all rows, as `loss_type` says. A row without a token counts as a row of loss 0."""
+    sums = torch.stack([(value * mask).sum() for value, mask in zip(values, masks, strict=True)])
+    counts = torch.stack([mask.sum() for mask in masks])
+    if method.loss_type == "grpo":
+        return (sums / counts.clamp(min=1)).mean()
+    if method.loss_type == "luspo":
+        return sums.mean()
+    if method.loss_type == "dr_grpo":
+        return sums.mean() / method.max_completion_length
+    assert method.loss_type in ("bnpo", "dapo")
+    return sums.sum() / counts.sum().clamp(min=1)
+
+
+def divergence_entries(p_s: torch.Tensor, p_t: torch.Tensor, token_ids: torch.Tensor, method: Any) -> torch.Tensor:
+    """What a divergence sums of each token, before the clip: of shape (T, entries)."""
+    if method.support == "full":
+        return entries_of(p_s, p_t, method)
+    if method.support == "sampled_token":
+        q_s, q_t = p_s.gather(1, token_ids), p_t.gather(1, token_ids)
+        values = (entries_of(q_s, q_t, method) / q_s).detach()
+        pull = sampled_token_coefficients(q_s, q_t, method).detach() * q_s.log()
+        return values + pull - pull.detach()
+    teacher, student = top_k_mask(p_t, method.top_k), top_k_mask(p_s, method.top_k)
+    inside = {"teacher_top_k": teacher, "student_top_k": student, "union_top_k": teacher | student}[method.support]
+    return entries_of(reduced(p_s, inside, method.tail), reduced(p_t, inside, method.tail), method)
+
+
+def entries_of(p_s: torch.Tensor, p_t: torch.Tensor, method: Any) -> torch.Tensor:
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(method.divergence, method.jsd_weight)
+    if beta == 0.0:
+        return p_t * log_ratio(p_t, p_s)
+    if beta == 1.0:
+        return p_s * log_ratio(p_s, p_t)
+    m = beta * p_t + (1 - beta) * p_s
+    return beta * p_t * log_ratio(p_t, m) + (1 - beta) * p_s * log_ratio(p_s, m)
+
+
+def log_ratio(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """log p/q, 0 where p is 0."""
+    return torch.where(p > 0, p, 1.0).log() - torch.where(p > 0, q, 1.0).log()
+
+
+def top_k_mask(p: torch.Tensor, k: int) -> torch.Tensor:
+    top = p.detach().topk(min(k, p.size(1))).indices
+    return torch.zeros_like(p, dtype=torch.bool).scatter(1, top, True)
+
+
+def reduced(p: torch.Tensor, inside: torch.Tensor, tail: str) -> torch.Tensor:
+    if tail == "renormalize":
+        return p * inside / (p * inside).sum(-1, keepdim=True)
+    return torch.cat([p * inside, (p * ~inside).sum(-1, keepdim=True)], dim=-1)
+
+
+def sampled_token_coefficients(p_s: torch.Tensor, p_t: torch.Tensor, method: Any) -> torch.Tensor:
+    """What ∇ log p_S(y) is multiplied by: each averages to a multiple of ∇D, as Σ_v p_S,v ∇ log p_S,v = 0."""
+    if method.divergence == "forward_kl":
+        return 1 - p_t / p_s
+    if method.divergence == "reverse_kl":
+        return torch.log(p_s / p_t)
+    beta = method.jsd_weight
+    return (1 - beta) * torch.log(p_s / (beta * p_t + (1 - beta) * p_s))
