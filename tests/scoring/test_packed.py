@@ -216,7 +216,7 @@ def test_network_reads_no_padding(flash, monkeypatch):
 def test_layers_that_are_handed_no_boundaries_find_them(flash):
     """Some models of transformers let the positions through and nothing else."""
     torch.manual_seed(0)
-    model = PACKING["qwen3"]()
+    model = place(PACKING["qwen3"]())
     batch = make_batch("many lengths")
     expected = completion_states(model, *batch)
     use_flash_attention(model)
@@ -233,7 +233,7 @@ class TestCheck:
     @pytest.mark.parametrize("name", PACKING)
     def test_rows_that_are_told_apart(self, name, dtype, flash):
         torch.manual_seed(0)
-        model = use_flash_attention(PACKING[name]().to(dtype))
+        model = use_flash_attention(place(PACKING[name]()).to(dtype))
         check_packing(model, model.device)
         assert flash.boundaries[0] == [0, 6, 13, 21]
         assert model.training
@@ -242,7 +242,7 @@ class TestCheck:
     def test_rows_that_are_taken_for_one_sequence(self, name, flash):
         """As by a model that hands neither boundaries nor positions on to its attention."""
         torch.manual_seed(0)
-        model = use_flash_attention(PACKING[name]())
+        model = use_flash_attention(place(PACKING[name]()))
         for layer in model.model.layers:
             layer.self_attn.register_forward_pre_hook(
                 lambda _, args, kwargs: (args, {k: v for k, v in kwargs.items() if k not in TELLS_APART}),
