@@ -1,4 +1,4 @@
-"""What cannot work, refused before the model is loaded."""
+"""What cannot work, in the order in which it becomes known: all but the last before the model is loaded."""
 
 from typing import Any
 
@@ -45,3 +45,24 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, num_embeddings: int
         )
     given = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     check_embedded([token_id for token_id in given if token_id is not None], tokenizer, num_embeddings)
+
+
+def check_grpo_pass(policy: Any, router_aux_loss_coef: float) -> None:
+    """
+    Refuse a forward pass of GRPOTrainer's own with a model in which it does not find the backbone.
+
+    Args:
+        policy ([`~transformers.PreTrainedModel`]):
+            Causal language model.
+        router_aux_loss_coef (`float`):
+            Weight of the loss that balances experts.
+
+    Raises:
+        ValueError: If the model has its backbone under another name than it states, as Llama 4 has.
+    """
+    if policy.base_model is policy:
+        raise ValueError(
+            f"{type(policy).__name__} can be trained, but GRPOTrainer's own forward pass does not find its backbone. "
+            f"Leave out what asks for that pass: `router_aux_loss_coef={router_aux_loss_coef}` (set it to 0.0), "
+            "`entropy_coef`, or a `distillation_temperature` other than `temperature` with GRPO's loss."
+        )

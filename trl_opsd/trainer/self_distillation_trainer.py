@@ -103,7 +103,7 @@ from ..serving import (
 from ..teacher import ServedTeacher, Teacher, fingerprint
 from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
 from .checkpoints import begin, finish, is_complete, load_weights, newest_complete, read_state
-from .checks import check_completion_length, check_special_tokens
+from .checks import check_completion_length, check_grpo_pass, check_special_tokens
 from .loss import SelfDistillationLoss
 from .merged_weights import check_mergeable, merged_weights
 from .metrics import Metrics, add_divergence, add_policy, add_sampler_difference
@@ -335,6 +335,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             and not self.aux_loss_enabled
             and args.distillation_temperature == self.temperature
         )
+        if self._has_grpo_terms and not self._shares_student_pass:
+            check_grpo_pass(causal_lm(self.model), self.router_aux_loss_coef)
         if self.args.max_tokens_per_microbatch is not None and self.aux_loss_enabled:
             raise ValueError(
                 f"`max_tokens_per_microbatch={self.args.max_tokens_per_microbatch}` cannot be combined with the "
