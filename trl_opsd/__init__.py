@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from trl_opsd.trainer.config import SelfDistillationConfig
     from trl_opsd.trainer.opsd_config import OPSDConfig
     from trl_opsd.trainer.opsd_trainer import OPSDTrainer
     from trl_opsd.trainer.opsdc_config import OPSDCConfig
     from trl_opsd.trainer.opsdc_trainer import OPSDCTrainer
-    from trl_opsd.trainer.self_distillation_config import SelfDistillationConfig
-    from trl_opsd.trainer.self_distillation_trainer import SelfDistillationTrainer
+    from trl_opsd.trainer.trainer import SelfDistillationTrainer
 
     __version__: str
 
@@ -30,8 +30,8 @@ _MODULES = {
     "OPSDCTrainer": "trl_opsd.trainer.opsdc_trainer",
     "OPSDConfig": "trl_opsd.trainer.opsd_config",
     "OPSDTrainer": "trl_opsd.trainer.opsd_trainer",
-    "SelfDistillationConfig": "trl_opsd.trainer.self_distillation_config",
-    "SelfDistillationTrainer": "trl_opsd.trainer.self_distillation_trainer",
+    "SelfDistillationConfig": "trl_opsd.trainer.config",
+    "SelfDistillationTrainer": "trl_opsd.trainer.trainer",
 }
 
 

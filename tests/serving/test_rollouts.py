@@ -6,7 +6,7 @@ import pytest
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.serving import ServerError, report_failures, rollouts
-from trl_opsd.trainer import self_distillation_trainer
+from trl_opsd.trainer import trainer as trainer_module
 
 
 class Client:
@@ -127,8 +127,8 @@ def test_server_that_does_not_answer_at_the_start_is_refused_on_every_process(
     args = SelfDistillationConfig(**training_args, **settings, vllm_server_timeout=0.5)
     if not is_main_process:
         monkeypatch.setattr(SelfDistillationConfig, "process_index", 1)
-        monkeypatch.setattr(self_distillation_trainer, "wait_for_server", None)  # the main process asks
+        monkeypatch.setattr(trainer_module, "wait_for_server", None)  # the main process asks
         told = [f"No vLLM server answers at {server.url}"]
-        monkeypatch.setattr(self_distillation_trainer, "broadcast_object_list", lambda objects: told)
+        monkeypatch.setattr(trainer_module, "broadcast_object_list", lambda objects: told)
     with pytest.raises(ValueError, match=f"No vLLM server answers at {server.url}"):
         SelfDistillationTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)

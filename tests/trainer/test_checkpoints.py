@@ -419,7 +419,7 @@ def test_older_checkpoints_go_when_the_new_one_is_complete(make_trainer, monkeyp
         there.append(sorted(path.name for path in directory.parent.glob("checkpoint-*")))
         finish(directory, state)
 
-    monkeypatch.setattr("trl_opsd.trainer.self_distillation_trainer.finish", watching_finish)
+    monkeypatch.setattr("trl_opsd.trainer.trainer.finish", watching_finish)
     trainer.train()
     assert there == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-6"]]
     assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-6"]

@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_chat_template
 
 from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer, SelfDistillationTrainer
-from trl_opsd.trainer import self_distillation_trainer
+from trl_opsd.trainer import trainer as trainer_module
 from trl_opsd.trainer.loss import SelfDistillationLoss
 
 
@@ -450,6 +450,6 @@ def test_each_process_measures_its_share_of_the_prompts(make_trainer, dataset, m
     tokenize, measured = trainer._tokenize_prompts, []
     monkeypatch.setattr(trainer, "_tokenize_prompts", lambda prompts: measured.extend(prompts) or tokenize(prompts))
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
-    monkeypatch.setattr(self_distillation_trainer, "gather_object", lambda own: [*own, 7])
+    monkeypatch.setattr(trainer_module, "gather_object", lambda own: [*own, 7])
     assert trainer._longest_prompt() == max(lengths[::2])
     assert len(measured) == len(rows) // 2

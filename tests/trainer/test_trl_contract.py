@@ -44,7 +44,7 @@ SIGNATURES = {
 def test_signature(name):
     found = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)
     assert found == SIGNATURES[name], (
-        f"GRPOTrainer.{name} now takes {found}; trl_opsd/trainer/self_distillation_trainer.py overrides or calls it "
+        f"GRPOTrainer.{name} now takes {found}; trl_opsd/trainer/trainer.py overrides or calls it "
         f"with {SIGNATURES[name]}."
     )
 

@@ -356,7 +356,7 @@ def serve(name: str, settings: dict[str, Any], channel: Channel) -> None:
     case = StepCase(**settings)
     device = torch.device(case.device)
     # All of them in every process, so that what is loaded later is the contender's own
-    for module in (*_TRAINERS, "trl_opsd.trainer.self_distillation_trainer"):
+    for module in (*_TRAINERS, "trl_opsd.trainer.trainer"):
         import_module(module)
     release_memory(device)
     before = memory_in_use(device)

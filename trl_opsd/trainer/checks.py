@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..context import check_embedded
-from .self_distillation_config import SelfDistillationConfig
+from .config import SelfDistillationConfig
 
 
 def check_completion_length(args: SelfDistillationConfig, model_config: Any, samples_itself: bool) -> None:

@@ -39,7 +39,7 @@ from ..scoring import (
 )
 from ..serving import Scores
 from ..teacher import Teacher
-from .self_distillation_config import SelfDistillationConfig
+from .config import SelfDistillationConfig
 
 
 # From some rows, and a function that gives log-probabilities of their completions and entropies, both of shape (B, T):

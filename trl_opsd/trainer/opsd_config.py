@@ -1,7 +1,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from .self_distillation_config import SelfDistillationConfig
+from .config import SelfDistillationConfig
 
 
 @dataclass

@@ -1,7 +1,7 @@
 from typing import ClassVar
 
 from .opsd_config import OPSDConfig
-from .self_distillation_trainer import SelfDistillationTrainer
+from .trainer import SelfDistillationTrainer
 
 
 class OPSDTrainer(SelfDistillationTrainer):

@@ -2,7 +2,7 @@ from dataclasses import dataclass, field
 
 from trl.trainer.base_config import _BaseConfig
 
-from .self_distillation_config import SelfDistillationConfig
+from .config import SelfDistillationConfig
 
 
 @dataclass

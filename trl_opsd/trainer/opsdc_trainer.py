@@ -2,7 +2,7 @@ import textwrap
 from typing import ClassVar
 
 from .opsdc_config import OPSDCConfig
-from .self_distillation_trainer import SelfDistillationTrainer
+from .trainer import SelfDistillationTrainer
 
 
 class OPSDCTrainer(SelfDistillationTrainer):

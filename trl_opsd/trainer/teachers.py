@@ -22,7 +22,7 @@ from ..teacher import (
     offload,
 )
 from ..teacher.copies import NoSecondAdapterError
-from .self_distillation_config import SelfDistillationConfig
+from .config import SelfDistillationConfig
 
 
 def check_world(args: SelfDistillationConfig, accelerator: Accelerator, policy: PreTrainedModel | PeftModel) -> None:

@@ -104,11 +104,11 @@ from ..teacher import ServedTeacher, Teacher, fingerprint
 from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
 from .checkpoints import begin, finish, is_complete, load_weights, newest_complete, read_state
 from .checks import check_completion_length, check_grpo_pass, check_special_tokens
+from .config import SelfDistillationConfig
 from .loss import SelfDistillationLoss
 from .merged_weights import check_mergeable, merged_weights
 from .metrics import Metrics, add_divergence, add_policy, add_sampler_difference
 from .random_numbers import random_numbers
-from .self_distillation_config import SelfDistillationConfig
 from .teachers import check_external_teacher, check_world, make_teacher
 
 
