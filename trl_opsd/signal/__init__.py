@@ -3,8 +3,8 @@
 from .advantage import ADVANTAGES, Advantage
 from .batch import Batch, TokenScores
 from .schedule import SCHEDULES, Schedule
-from .streams import COEFFICIENTS, Signals, policy_weights
-from .weighting import TOKEN_WEIGHTS, TokenWeighting
+from .streams import COEFFICIENTS, Signals
+from .weighting import TOKEN_WEIGHTS, PolicyWeighting, TokenWeighting
 
 
 __all__ = [
@@ -14,9 +14,9 @@ __all__ = [
     "TOKEN_WEIGHTS",
     "Advantage",
     "Batch",
+    "PolicyWeighting",
     "Schedule",
     "Signals",
     "TokenScores",
     "TokenWeighting",
-    "policy_weights",
 ]

@@ -24,9 +24,6 @@ class Batch:
         success_rate (`torch.Tensor` of shape `(B, 1)`):
             Share of correct rollouts among those of the same prompt, on all processes, fp32, NaN where there are no
             rewards.
-        old_log_probs (`torch.Tensor` of shape `(B, T)`, *optional*):
-            Log-probabilities of the tokens under the policy that sampled them, NaN where they are unknown. `None`
-            where that is the current policy.
     """
 
     completion_ids: torch.Tensor
@@ -35,7 +32,6 @@ class Batch:
     rewards: torch.Tensor
     correct: torch.Tensor
     success_rate: torch.Tensor
-    old_log_probs: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

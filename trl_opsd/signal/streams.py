@@ -1,6 +1,6 @@
 """From rewards and scores to the streams of the loss's three terms."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from .advantage import Advantage
 from .batch import Batch, TokenScores
 from .schedule import Schedule
-from .weighting import TokenWeighting
+from .weighting import PolicyWeighting, TokenWeighting
 
 
 # Of the three terms. A part's own are named after it
@@ -31,7 +31,7 @@ class Signals:
             Of the three terms, by their names in the configuration.
         advantage ([`Advantage`]):
             Writes A.
-        weightings (`Mapping[str, TokenWeighting]`):
+        weightings (`Mapping[str, TokenWeighting | PolicyWeighting]`):
             Write w and v, multiplied, by name.
         schedules (`Mapping[str, Schedule]`):
             Of a term's coefficient, or of a field of a part: `"advantage.mix"`,
@@ -45,7 +45,7 @@ class Signals:
         self,
         coefficients: Mapping[str, float],
         advantage: Advantage,
-        weightings: Mapping[str, TokenWeighting],
+        weightings: Mapping[str, TokenWeighting | PolicyWeighting],
         schedules: Mapping[str, Schedule],
     ):
         self.coefficients = dict(coefficients)
@@ -66,8 +66,13 @@ class Signals:
 
     @property
     def weightings(self) -> list[TokenWeighting]:
-        """Write w and v, with their coefficients of this step."""
-        return [part for name, part in self._parts.items() if name != "advantage"]
+        """Write w and v when rollouts are there, with their coefficients of this step."""
+        return [part for part in self._parts.values() if isinstance(part, TokenWeighting)]
+
+    @property
+    def policy_weightings(self) -> list[PolicyWeighting]:
+        """Write w and v in the loss, with their coefficients of this step."""
+        return [part for part in self._parts.values() if isinstance(part, PolicyWeighting)]
 
     def begin_step(self, step: int) -> None:
         """Set all coefficients to what they are in the step after `step` others."""
@@ -116,8 +121,6 @@ class Signals:
         """
         mask, weights = batch.mask, torch.ones_like(batch.mask, dtype=torch.float32)
         for part in self.weightings:
-            if part.reads_policy:
-                continue
             factors = self._checked(part, part(batch, scores), batch)
             if part.selects:
                 mask = mask & (factors != 0)
@@ -155,26 +158,3 @@ class Signals:
 
 def _shape_of(values: Any) -> str:
     return str(tuple(values.shape)) if isinstance(values, torch.Tensor) else type(values).__name__
-
-
-def policy_weights(weightings: Sequence[TokenWeighting], batch: Batch, log_probs: torch.Tensor) -> torch.Tensor:
-    """
-    Product of the weights that depend on the policy as it is in the loss.
-
-    Args:
-        weightings (`Sequence[TokenWeighting]`):
-            Those with `reads_policy`.
-        batch ([`Batch`]):
-            Some rollouts.
-        log_probs (`torch.Tensor` of shape `(B, T)`):
-            The current student's of their tokens, fp32.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`.
-    """
-    nothing = torch.zeros_like(log_probs)
-    scores = TokenScores(batch.mask, log_probs, nothing, nothing, nothing, nothing)
-    weights = torch.ones_like(log_probs)
-    for part in weightings:
-        weights = weights * part(batch, scores)
-    return weights

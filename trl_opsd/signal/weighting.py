@@ -14,14 +14,12 @@ class TokenWeighting(ABC):
     A factor for each token.
 
     One that `selects` gives 0 or 1, and what it leaves out is not counted in the normaliser either: the loss is the
-    mean over what is kept. One with `reads_policy` is called in the loss instead, once for each pass, with the current
-    log-probabilities of the student as `scores`' only known field, where the policy may have moved since it sampled.
+    mean over what is kept.
     """
 
     selects: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
     needs_reward: ClassVar[bool] = False
-    reads_policy: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
@@ -74,11 +72,30 @@ class SkipFirst(TokenWeighting):
         return torch.arange(batch.mask.size(1), device=batch.mask.device) >= self.num_tokens
 
 
+class PolicyWeighting(ABC):
+    """A factor for each token that depends on the policy as it is in the loss. It is called for each pass."""
+
+    @abstractmethod
+    def __call__(self, log_probs: torch.Tensor, old_log_probs: torch.Tensor) -> torch.Tensor:
+        """
+        The factors.
+
+        Args:
+            log_probs (`torch.Tensor` of shape `(B, T)`):
+                Log-probabilities of the tokens under the current student, fp32, in nats.
+            old_log_probs (`torch.Tensor` of shape `(B, T)`):
+                The same under the policy that sampled them, NaN where they are unknown.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`.
+        """
+
+
 @dataclass(frozen=True)
-class ImportanceClip(TokenWeighting):
+class ImportanceClip(PolicyWeighting):
     """
     min(p_S(y_t) / p_old(y_t), most): corrects for a policy that has moved since it sampled, or for an engine whose
-    probabilities differ, as [SDPO](https://huggingface.co/papers/2601.20802) does.
+    probabilities differ, as [SDPO](https://huggingface.co/papers/2601.20802) does. 1 where neither can be.
 
     Args:
         most (`float`, *optional*, defaults to `2.0`):
@@ -86,16 +103,13 @@ class ImportanceClip(TokenWeighting):
     """
 
     most: float = 2.0
-    reads_policy: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.most > 0:
             raise ValueError(f"`most` must be positive, got {self.most}.")
 
-    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
-        if batch.old_log_probs is None or scores is None:
-            return torch.ones_like(batch.mask, dtype=torch.float32)
-        log_ratio = (scores.student_log_prob - batch.old_log_probs).nan_to_num(0.0)
+    def __call__(self, log_probs: torch.Tensor, old_log_probs: torch.Tensor) -> torch.Tensor:
+        log_ratio = (log_probs - old_log_probs).nan_to_num(0.0)
         return log_ratio.clamp(-20.0, 20.0).exp().clamp(max=self.most)
 
 

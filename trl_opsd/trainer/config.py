@@ -115,10 +115,32 @@ class SelfDistillationConfig(GRPOConfig):
             does not clip.
         distillation_temperature (`float`, *optional*):
             Temperature both sets of logits are divided by inside the loss. `None` uses the sampling `temperature`.
+        divergence_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of the divergence. At `0.0`, the teacher does not take part in the loss, and reads rollouts only if
+            a part of the method asks for its scores.
         policy_loss_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of GRPO's own policy loss, added to the divergence. It needs a reward and more than one rollout per
-            prompt, and no forward pass of its own unless `distillation_temperature` is another than `temperature`. At
-            `0.0`, reward functions are evaluated and logged only.
+            Weight of GRPO's own policy loss. It needs a reward and more than one rollout per prompt (unless
+            `advantage` needs neither), and no forward pass of its own unless `distillation_temperature` is another
+            than `temperature`. At `0.0`, reward functions are evaluated and logged only.
+        likelihood_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of −log p_student of the sampled tokens, at `distillation_temperature`, aggregated as `loss_type`
+            says. It takes no forward pass of its own.
+        token_weights (`dict[str, dict]` or `str`, *optional*):
+            Factors of each token in the divergence and the likelihood, multiplied, as name and keyword arguments:
+            `"correct_only"` keeps rollouts whose reward reaches `success_threshold`, `"skip_first"` (`num_tokens`)
+            leaves out the first tokens, `"importance_clip"` (`most`) corrects for a policy that has moved since it
+            sampled; or the import path of a subclass of [`TokenWeighting`]. What `correct_only` and `skip_first` leave
+            out counts in no mean.
+        advantage (`str`, *optional*, defaults to `"grpo"`):
+            What makes GRPO's advantage of a rollout one of each token: `"grpo"` leaves it as it is; or the import path
+            of a subclass of [`Advantage`], such as `"trl_opsd.methods.rlrt.ReversedTeacher"`.
+        advantage_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of that class.
+        schedules (`dict[str, dict]` or `str`, *optional*):
+            Coefficients that change with the optimizer steps, by name: `"divergence_coef"`, `"policy_loss_coef"`,
+            `"likelihood_coef"`, or the field of a part, such as `"advantage.mix"`. `{"start": 0.5, "end": 0.0,
+            "num_steps": 50}` is linear (`"delay"`: steps before it begins); `{"kind": "hysteresis", "value": 0.5}` is
+            a gate (see [`Hysteresis`]); `"kind"` may be the import path of a subclass of [`Schedule`].
         lmbda (`float`, *optional*, defaults to `1.0`):
             Share of on-policy sequences, as in [`~trl.experimental.gkd.GKDConfig`]. The other sequences take the
             dataset's `completion` column, or a sample of the teacher with `seq_kd=True`. Evaluation is always
@@ -174,6 +196,9 @@ class SelfDistillationConfig(GRPOConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *GRPOConfig._VALID_DICT_FIELDS,
         "context_kwargs",
+        "token_weights",
+        "advantage_kwargs",
+        "schedules",
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
         "eval_benchmarks_sampling",
@@ -355,6 +380,20 @@ class SelfDistillationConfig(GRPOConfig):
             "help": "Temperature both sets of logits are divided by inside the loss. None uses the sampling "
             "temperature."
         },
+    )
+    divergence_coef: float = field(default=1.0, metadata={"help": "Weight of the divergence."})
+    likelihood_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the negative log-likelihood of the sampled tokens."}
+    )
+    token_weights: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Factors of each token, as name and keyword arguments."}
+    )
+    advantage: str = field(default="grpo", metadata={"help": "What makes an advantage for each token."})
+    advantage_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of `advantage`."}
+    )
+    schedules: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Coefficients that change with the optimizer steps, by name."}
     )
     policy_loss_coef: float = field(
         default=0.0,
@@ -567,13 +606,9 @@ class SelfDistillationConfig(GRPOConfig):
                 "cache of an engine that sleeps (`vllm_enable_sleep_mode=True`) are still there. Leave it `True`, and "
                 "ask `torch.cuda.mem_get_info()`."
             )
-        if self.policy_loss_coef < 0.0:
-            raise ValueError(f"`policy_loss_coef` must not be negative, got {self.policy_loss_coef}.")
-        if self.policy_loss_coef > 0.0 and self.num_generations == 1:
-            raise ValueError(
-                f"`policy_loss_coef={self.policy_loss_coef}` needs `num_generations` of at least 2: in a group of one "
-                "every advantage is zero. Raise `num_generations`, or set `policy_loss_coef=0.0`."
-            )
+        for name in ("divergence_coef", "policy_loss_coef", "likelihood_coef"):
+            if getattr(self, name) < 0.0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.max_tokens_per_microbatch is not None:
             self._check_max_tokens_per_microbatch(self.max_tokens_per_microbatch)
         for name in ("vllm_server_base_url", "teacher_server_base_url"):
