@@ -1,5 +1,4 @@
 import difflib
-import importlib
 import logging
 import os
 import re
@@ -17,6 +16,7 @@ from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
 from trl_opsd.help import help_from_docstring
+from trl_opsd.parts import import_object
 from trl_opsd.scripts.recipe_values import field_types, read_recipe, recipe_value
 
 
@@ -417,17 +417,13 @@ def load_reward_funcs(script_args: GRPOScriptArguments) -> list[str | Callable[.
         if name in names:
             found.append(names[name])
             continue
-        module_path, _, function = name.rpartition(".")
-        sys.path.insert(0, os.getcwd())
         try:
-            found.append(getattr(importlib.import_module(module_path), function))
-        except (ImportError, AttributeError, ValueError) as error:
+            found.append(import_object(name))
+        except ImportError as error:
             raise ValueError(
                 f"Cannot load the reward function {name!r}: {error}. Give the import path of a function, or one of "
                 f"{', '.join([*names, 'get_soft_overlong_punishment'])}."
             ) from error
-        finally:
-            sys.path.pop(0)
     return found
 
 
