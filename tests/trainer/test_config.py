@@ -95,7 +95,7 @@ def test_settings_of_one_kind_of_teacher(settings, name, default, tmp_path):
             r"`skip_memory_metrics=False` reports.*torch\.cuda\.mem_get_info",
         ),
         ({"policy_loss_coef": -1.0}, "`policy_loss_coef` must not be negative"),
-        ({"policy_loss_coef": 1.0}, "needs `num_generations` of at least 2"),
+        ({"likelihood_coef": -1.0}, "`likelihood_coef` must not be negative"),
         ({"loss_type": "mean"}, "`loss_type` must be one of"),
         ({"loss_type": "dr_grpo", "max_completion_length": None}, "divides by `max_completion_length`"),
         ({"teacher": "live", "teacher_offload": True}, "`teacher_offload=True` has no effect"),

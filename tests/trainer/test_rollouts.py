@@ -310,7 +310,7 @@ def test_policy_loss_is_added_with_its_weight(make_trainer, dataset):
 
     gradients = {}
     for coefficient in (0.0, 0.5, 1.0):
-        trainer.args.policy_loss_coef = coefficient
+        trainer.signals.coefficients["policy_loss_coef"] = coefficient
         gradients[coefficient] = gradient(trainer._compute_loss)
     trainer._shares_student_pass = trainer._has_grpo_terms = False
     divergence = gradient(trainer._compute_loss)
