@@ -1,4 +1,3 @@
-import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import Field, dataclass, field
@@ -14,6 +13,10 @@ from ..help import did_you_mean, help_from_docstring
 from ..objective.kernels import KERNELS
 from ..objective.top_log_probs import SERVED_SUPPORTS
 from .method import Method
+
+
+class _DefaultLength(int):
+    """A length that nobody has set."""
 
 
 class _SingleRollout(int):
@@ -172,6 +175,10 @@ class SelfDistillationConfig(GRPOConfig):
 
         > Parameters whose defaults differ from those of [`~trl.GRPOConfig`]
 
+        max_completion_length (`int`, *optional*, defaults to `512`):
+            Longest completion, in tokens. Where the default does not fit the model's context, completions get what
+            the prompts leave of it (half of it, if these are not known before training), which a warning says. A
+            length that is set has to fit. `None`, for a `rollout_func`, sets no limit.
         num_generations (`int`, *optional*, defaults to `1`):
             Rollouts of each prompt, a divisor of the effective batch size. One is enough, where GRPO has 8: the
             divergence needs no group.
@@ -196,6 +203,7 @@ class SelfDistillationConfig(GRPOConfig):
         "eval_benchmarks_sampling",
     ]
 
+    max_completion_length: int | None = _DefaultLength(512)
     num_generations: int | None = 1
     loss_type: str = field(
         default="grpo",
@@ -267,6 +275,8 @@ class SelfDistillationConfig(GRPOConfig):
                     f"{cls.__name__} has a default for `{name}`, which is no field. "
                     f"{did_you_mean(name, fields, f'`{parent.__name__}` lists the fields.')}"
                 )
+            if isinstance(fields[name].default, _DefaultLength):
+                value = _DefaultLength(value)
             settings: dict[str, Any] = {"metadata": fields[name].metadata}
             settings |= (
                 {"default_factory": partial(deepcopy, value)} if isinstance(value, dict | list) else {"default": value}
@@ -282,6 +292,9 @@ class SelfDistillationConfig(GRPOConfig):
             raise TypeError(
                 f"{type(self).__name__} states defaults, and needs the decorator `@dataclass` to have them."
             )
+        self.has_default_completion_length = isinstance(self.max_completion_length, _DefaultLength)
+        if self.has_default_completion_length:
+            self.max_completion_length = int(cast(int, self.max_completion_length))
         if (self.use_vllm and self.vllm_mode == "server") or self.teacher_server_base_url is not None:
             longest_wait = int(2 * self.vllm_server_request_timeout) + 600
             self.ddp_timeout: int = max(self.ddp_timeout, longest_wait)
@@ -292,13 +305,6 @@ class SelfDistillationConfig(GRPOConfig):
         if single_rollout:
             self.num_generations = 1
 
-        default_epochs = type(self).__dataclass_fields__["num_train_epochs"].default
-        if self.max_steps > 0 and self.num_train_epochs != default_epochs:
-            warnings.warn(
-                f"`num_train_epochs={self.num_train_epochs}` has no effect because `max_steps={self.max_steps}`. Set "
-                "`max_steps=-1` to train by epochs.",
-                stacklevel=3,
-            )
         for name in ("loss_type", "overlong_teacher_prompt", "teacher", "divergence", "divergence_support"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:

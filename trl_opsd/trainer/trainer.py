@@ -104,6 +104,7 @@ from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
 from .checkpoints import begin, finish, is_complete, load_weights, newest_complete, read_state
 from .checks import check_completion_length, check_grpo_pass, check_special_tokens
 from .config import SelfDistillationConfig
+from .lengths import fit_completions, prompt_budget
 from .loss import SelfDistillationLoss
 from .merged_weights import check_mergeable, merged_weights
 from .method import Method
@@ -240,7 +241,10 @@ class SelfDistillationTrainer(GRPOTrainer):
             self._teacher_server = self._connect_teacher_server(args, processing_class, model_config)
         elif args.teacher == "external":
             check_external_teacher(args, processing_class, model_config)
-        self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config)
+        context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+        if self._teacher_server is not None:
+            context_length = int(min(context_length or math.inf, self._teacher_server.context_length))
+        self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config, context_length)
         self._data_columns = self.context.columns
         if args.lmbda < 1.0 and not args.seq_kd:
             self._data_columns = (*self._data_columns, "completion")
@@ -262,6 +266,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 )
             elif eval_dataset is not None:
                 eval_dataset = self._check_dataset(eval_dataset, "eval_dataset", tools)
+        fit_completions(args, context_length, self.teacher_prompt.longest or self.teacher_prompt.max_length or 0)
         if args.teacher == "live" and self._teacher_server is not None and rollout_func is not None:
             raise ValueError(
                 "`teacher_server_base_url` with `teacher='live'` cannot be combined with `rollout_func`: the server "
@@ -419,7 +424,11 @@ class SelfDistillationTrainer(GRPOTrainer):
         return self.accelerator.process_index // (self.args.vllm_tensor_parallel_size if self.use_vllm else 1)
 
     def _make_teacher_prompt(
-        self, args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any
+        self,
+        args: SelfDistillationConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        model_config: Any,
+        context_length: int | None,
     ) -> TeacherPrompt:
         student_kwargs = cast(dict[str, Any], args.chat_template_kwargs or {})
         teacher_kwargs = cast(dict[str, Any] | None, args.teacher_chat_template_kwargs)
@@ -428,26 +437,12 @@ class SelfDistillationTrainer(GRPOTrainer):
         if prefix is None:
             prefix, chat_prefix = "", thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
 
-        budget = args.max_teacher_prompt_length
-        longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-        if self._teacher_server is not None:
-            longest = min(longest or math.inf, self._teacher_server.context_length)
-        if longest is not None:
-            available = longest - (args.max_completion_length or 0)
-            if available < (budget or 1):
-                what = "any prompt" if budget is None else f"`max_teacher_prompt_length={budget}`"
-                raise ValueError(
-                    f"The teacher's context of {longest} tokens leaves {max(available, 0)} beside "
-                    f"`max_completion_length={args.max_completion_length}`, too little for {what}. Lower "
-                    "`max_completion_length`."
-                )
-            budget = available if budget is None else budget
         return TeacherPrompt(
             context=self.context,
             tokenizer=tokenizer,
             chat_template_kwargs=teacher_kwargs,
             generation_prefix=prefix,
-            max_length=budget,
+            max_length=prompt_budget(args, context_length),
             skip_overlong=args.overlong_teacher_prompt == "skip",
             num_embeddings=getattr(model_config.get_text_config(), "vocab_size", None),
             chat_prefix=chat_prefix,
