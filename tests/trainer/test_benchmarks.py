@@ -12,8 +12,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer, cli
-from trl_opsd.eval.backends import Request, Sampling
 from trl_opsd.eval.run_folder import read_samples
+from trl_opsd.sampling import Request, Sampling
 from trl_opsd.serving import ServerError
 from trl_opsd.trainer import benchmarks
 from trl_opsd.trainer.benchmarks import BenchmarkCallback, RolloutBackend

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 
 import yaml
 
-from .backends.base import Sampling
+from ..sampling import Sampling
 
 
 PRESETS: dict[str, dict[str, Any]] = {

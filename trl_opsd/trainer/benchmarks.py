@@ -10,7 +10,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from ..eval.backends import Completion, Request, Sampling
 from ..eval.benchmark import Problem, load_benchmark
 from ..eval.chat import ChatFormat
 from ..eval.evaluate import evaluate, make_requests
@@ -18,6 +17,7 @@ from ..eval.metrics import Summary, summarize
 from ..eval.run_folder import SampleFile, keep_problems, open_run, write_json
 from ..eval.samples import Sample
 from ..eval.scorer import SCORER_VERSION
+from ..sampling import Completion, Request, Sampling
 from ..serving import ServerError
 from .random_numbers import random_numbers
 
@@ -77,7 +77,7 @@ class RolloutBackend:
         self.max_length = max_length
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
-        """See [`~trl_opsd.eval.backends.Backend`]."""
+        """See [`~trl_opsd.sampling.Backend`]."""
         num_processes, rank = self._accelerator.num_processes, self._accelerator.process_index
         together = self._batch_size * num_processes if self._batch_size else max(1, len(requests))
         for start in range(0, len(requests), together):
@@ -110,7 +110,7 @@ class BenchmarkCallback(TrainerCallback):
             What generates.
         chat ([`~trl_opsd.eval.chat.ChatFormat`]):
             Renders the prompts.
-        sampling ([`~trl_opsd.eval.backends.Sampling`]):
+        sampling ([`~trl_opsd.sampling.Sampling`]):
             How to draw tokens.
         num_samples (`int`):
             Completions of each problem.

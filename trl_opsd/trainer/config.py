@@ -5,9 +5,9 @@ from typing import Any, ClassVar, cast
 
 from trl import GRPOConfig
 
-from ..eval.backends import Sampling
 from ..objective.kernels import KERNELS
 from ..objective.top_log_probs import SERVED_SUPPORTS
+from ..sampling import Sampling
 
 
 class _SingleRollout(int):

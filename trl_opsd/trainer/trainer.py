@@ -75,7 +75,6 @@ from ..context import (
     without_end,
 )
 from ..data import validate_rows
-from ..eval.backends import Sampling
 from ..eval.benchmark import Problem
 from ..eval.chat import ChatFormat
 from ..files import locked
@@ -87,6 +86,7 @@ from ..objective import (
     Tail,
     generalized_jsd_loss,
 )
+from ..sampling import Sampling
 from ..scoring import can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
     ServerError,
