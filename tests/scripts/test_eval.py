@@ -346,11 +346,6 @@ def test_errors_are_one_line(args, message, run, capsys):
     assert message in error
 
 
-def test_a_split_the_embedded_world_has_not(run, capsys):
-    assert run("--dataset_name", "playground/opsd", "--dataset_split", "dev", benchmark=None) == 2
-    assert "playground/opsd has no split 'dev', only" in capsys.readouterr().err
-
-
 def test_references_that_cannot_be_read_at_all(run, tmp_path, capsys, monkeypatch):
     rows = [{"question": f"{n}+1?", "answer": f"We add one to {n}, which makes {n + 1}."} for n in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

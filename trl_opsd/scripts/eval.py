@@ -393,6 +393,8 @@ def _list_benchmarks() -> None:
     table.add_column("source", overflow="fold", min_width=24)
     table.add_column("licence")
     for benchmark in map(load_benchmark, benchmark_names()):
-        source = " ".join(filter(None, [benchmark.dataset_name, benchmark.dataset_config, benchmark.dataset_split]))
+        path = Path(benchmark.dataset_name)
+        name = path.name if path.exists() else benchmark.dataset_name
+        source = " ".join(filter(None, [name, benchmark.dataset_config, benchmark.dataset_split]))
         table.add_row(benchmark.name, benchmark.description, source, benchmark.licence)
     Console().print(table)
