@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from trl_opsd.help import help_from_docstring
 
 
 if TYPE_CHECKING:
     from trl_opsd import SelfDistillationConfig
 
 
+@help_from_docstring
 @dataclass
 class BenchmarkArguments:
     """
@@ -35,28 +38,12 @@ class BenchmarkArguments:
             System message before each question. By default `system_prompt`.
     """
 
-    eval_benchmarks: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Benchmarks to evaluate on before training, every `eval_benchmarks_steps` steps and at the end: "
-            "names that `trl-opsd eval --list` shows, or YAML files."
-        },
-    )
-    eval_benchmarks_steps: int = field(default=50, metadata={"help": "Optimizer steps between two evaluations."})
-    eval_benchmarks_num_samples: int = field(default=1, metadata={"help": "Completions of each problem."})
-    eval_benchmarks_limit: int | None = field(
-        default=None, metadata={"help": "Number of problems of each benchmark, from its beginning. All by default."}
-    )
-    eval_benchmarks_sampling: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "How the completions are sampled, e.g. '{temperature: 0.6, max_new_tokens: 4096}'. What it leaves "
-            "out is as in the rollouts."
-        },
-    )
-    eval_benchmarks_system_prompt: str | None = field(
-        default=None, metadata={"help": "System message before each question. By default `system_prompt`."}
-    )
+    eval_benchmarks: list[str] | None = None
+    eval_benchmarks_steps: int = 50
+    eval_benchmarks_num_samples: int = 1
+    eval_benchmarks_limit: int | None = None
+    eval_benchmarks_sampling: dict[str, Any] | str | None = None
+    eval_benchmarks_system_prompt: str | None = None
 
     def __post_init__(self) -> None:
         sampling: Any = self.eval_benchmarks_sampling
