@@ -110,7 +110,7 @@ def test_importance_clip():
     log_probs = torch.tensor([[-1.0, -2.0, -3.0]])
     old = torch.tensor([[-1.5, -1.0, torch.nan]])
     weights = ImportanceClip(most=1.5)(log_probs, old)
-    assert weights.tolist() == [[1.5, pytest.approx(0.367879), 1.0]]
+    assert weights.tolist() == [[1.5, pytest.approx(0.367879, rel=1e-5), 1.0]]
 
 
 def test_schedules_move_terms_and_parts():

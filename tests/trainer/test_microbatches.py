@@ -140,7 +140,7 @@ class TestTokenBudget:
                 if name == "likelihood_mask":
                     continue
                 if isinstance(value, torch.Tensor) and value.ndim:
-                    assert torch.equal(rows[name], value[row]), name
+                    torch.testing.assert_close(rows[name], value[row], rtol=0, atol=0, equal_nan=True, msg=name)
                 else:
                     assert rows[name] is value
 
