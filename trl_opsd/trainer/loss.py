@@ -2,13 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-<<<<<<< HEAD
 from functools import cache, partial
-from typing import Any, NamedTuple
-=======
-from functools import partial
 from typing import Any, NamedTuple, cast
->>>>>>> main
 
 import torch
 from accelerate import Accelerator
@@ -175,81 +170,7 @@ class SelfDistillationLoss:
 
         Args:
             model (`nn.Module`):
-<<<<<<< HEAD
                 Policy, wrapped as it is trained.
-=======
-                Policy, wrapped as it is trained, if it will be.
-
-        Raises:
-            ValueError: See [`~trl_opsd.scoring.check_logits`] and [`~trl_opsd.scoring.check_packing`].
-        """
-        with nullcontext(model) if self.teacher is None else self.teacher.weights(model) as teacher:
-            self._check_logits(teacher)
-        self._check_logits(model)
-        self._has_checked_logits = True
-
-    def _check_logits(self, model: nn.Module) -> None:
-        unwrapped = self._accelerator.unwrap_model(model)
-
-        def within(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-            return self._forward_redirection(model, unwrapped, forward)
-
-        with self._accelerator.autocast():
-            check_logits(unwrapped, self._accelerator.device, within)
-            if self._packs(unwrapped):
-                check_packing(unwrapped, self._accelerator.device, within)
-
-    def log_probs(
-        self,
-        model: nn.Module,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        num_completion_tokens: int,
-        batch_size: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Log-probabilities and entropies, computed as the policy term's are, without a gradient.
-
-        Args:
-            model (`nn.Module`):
-                Any model, possibly wrapped.
-            input_ids (`torch.Tensor` of shape `(B, P + T)`):
-                Left-padded prompts and right-padded completions.
-            attention_mask (`torch.Tensor` of shape `(B, P + T)`):
-                1 for tokens, 0 for padding.
-            num_completion_tokens (`int`):
-                T.
-            batch_size (`int`):
-                Rows that go through the network at once.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: both of shape `(B, T)`, 0 for padding.
-        """
-        unwrapped = self._accelerator.unwrap_model(model)
-        parts = [
-            self._forward_redirection(
-                model, unwrapped, self._rows_log_probs, unwrapped, ids, mask, mask[:, -num_completion_tokens:].bool()
-            )
-            for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
-        ]
-        log_probs, entropies = map(torch.cat, zip(*parts, strict=True))
-        return log_probs, entropies
-
-    def _weights(self, inputs: dict[str, Any], num_generation_batches: int) -> torch.Tensor:
-        num_shares = self._accelerator.num_processes * num_generation_batches
-        num_tokens = inputs["num_loss_tokens"].clamp(min=1.0) / num_shares
-        longest = cast(int, self._args.max_completion_length)  # `None` is refused where it matters
-        weights = aggregation_weights(inputs["loss_mask"], self._args.loss_type, num_tokens, longest)
-        if "importance_sampling_ratio" in inputs:  # the sampler's policy differs a little from the trainer's
-            weights = weights * inputs["importance_sampling_ratio"]
-        return weights
-
-    def passes(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """
-        The rows of a micro-batch with a token in the loss, cut into what goes through the network at once.
-
-        Args:
->>>>>>> main
             inputs (`dict[str, Any]`):
                 Generation batch, whose `divergence_mask` of shape `(B, T)` says which tokens.
             batch_size (`int`):
@@ -297,9 +218,8 @@ class SelfDistillationLoss:
             num_rows, num_tokens = (
                 inputs[f"num_{name}_{what}"].clamp(min=1.0) / num_shares for what in ("rows", "tokens")
             )
-            weights = aggregation_weights(
-                mask, self._args.loss_type, num_rows, num_tokens, self._args.max_completion_length
-            )
+            longest = cast(int, self._args.max_completion_length)  # `None` is refused where it matters
+            weights = aggregation_weights(mask, self._args.loss_type, num_rows, num_tokens, longest)
             weights = coefficient * weights * inputs[f"{name}_weights"]
             if "importance_sampling_ratio" in inputs:  # the sampler's policy differs a little from the trainer's
                 weights = weights * inputs["importance_sampling_ratio"]
