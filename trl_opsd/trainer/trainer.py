@@ -41,7 +41,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -76,19 +76,18 @@ from ..context import (
     without_end,
 )
 from ..data import validate_rows
-from ..eval.backends import Sampling
-from ..eval.benchmark import Problem
-from ..eval.chat import ChatFormat
 from ..files import locked
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
     Divergence,
+    FusedDivergence,
     Objective,
     Support,
     Tail,
     generalized_jsd_loss,
 )
-from ..scoring import can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
+from ..sampling import Sampling
+from ..scoring import Networks, can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
     ServerError,
     TeacherServer,
@@ -101,6 +100,7 @@ from ..serving import (
     report_failures,
     wait_for_server,
 )
+from ..signal import Batch
 from ..teacher import ServedTeacher, Teacher, fingerprint
 from .batch import (
     Generation,
@@ -109,15 +109,17 @@ from .batch import (
     check_feedback,
     joined_feedback,
 )
-from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
 from .checkpoints import begin, finish, is_complete, load_weights, newest_complete, read_state
-from .checks import check_completion_length, check_context, check_grpo_pass, check_special_tokens
+from .checks import check_completion_length, check_context, check_grpo_pass, check_signals, check_special_tokens
 from .config import SelfDistillationConfig
+from .lengths import fit_completions, prompt_budget
 from .loss import SelfDistillationLoss
 from .merged_weights import check_mergeable, merged_weights
 from .method import Method
 from .metrics import Metrics, add_contexts, add_divergence, add_policy, add_sampler_difference
 from .random_numbers import random_numbers
+from .sampling_settings import transformers_settings, vllm_settings
+from .signals import make_signals
 from .teachers import check_external_teacher, check_world, make_teacher
 
 
@@ -218,10 +220,9 @@ class SelfDistillationTrainer(GRPOTrainer):
             check_vllm_installed()
 
         # Everything that can be wrong with the data is found before the model is loaded
-        self._benchmarks = None
-        if args.eval_benchmarks is not None:
-            self._benchmarks = load_problems(args.eval_benchmarks, args.eval_benchmarks_limit)
         self.context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
+        self.signals = make_signals(args)
+        check_signals(self.signals, args, has_reward=bool(reward_funcs))
         gives = [reward_funcs, environment_factory, rollout_func]
         check_context(self.context, cast(int, args.num_generations), train_dataset, *map(bool, gives))
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
@@ -251,7 +252,10 @@ class SelfDistillationTrainer(GRPOTrainer):
             self._teacher_server = self._connect_teacher_server(args, processing_class, model_config)
         elif args.teacher == "external":
             check_external_teacher(args, processing_class, model_config)
-        self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config)
+        context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+        if self._teacher_server is not None:
+            context_length = int(min(context_length or math.inf, self._teacher_server.context_length))
+        self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config, context_length)
         self._data_columns = self.context.columns
         if args.lmbda < 1.0 and not args.seq_kd:
             self._data_columns = (*self._data_columns, "completion")
@@ -273,6 +277,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 )
             elif eval_dataset is not None:
                 eval_dataset = self._check_dataset(eval_dataset, "eval_dataset", tools)
+        fit_completions(args, context_length, self.teacher_prompt.longest or self.teacher_prompt.max_length or 0)
         if args.teacher == "live" and self._teacher_server is not None and rollout_func is not None:
             raise ValueError(
                 "`teacher_server_base_url` with `teacher='live'` cannot be combined with `rollout_func`: the server "
@@ -288,7 +293,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
         # Set by the generation methods for the batch in hand
         self._first_turn = False
-        self._last_draw: tuple[tuple[int, ...], int] = (), 0
+        self._num_draws: dict[tuple[int, ...], tuple[tuple[int, ...], int]] = {}
         self._generation_step = -1
         self._first_micro_batch = 0
         self._train_sampler = None
@@ -320,10 +325,6 @@ class SelfDistillationTrainer(GRPOTrainer):
             for values in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
                 values.pop(0)
             self.reward_weights = self.reward_weights[1:]
-        if self.args.policy_loss_coef > 0.0 and not self.reward_funcs:
-            raise ValueError(
-                f"`policy_loss_coef={self.args.policy_loss_coef}` needs `reward_funcs`. Pass some, or set it to 0."
-            )
         self._teacher_inputs = TeacherInputs(
             self.teacher_prompt,
             self.reward_weights,
@@ -338,7 +339,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         )
         self._has_grpo_terms = (
             self.beta != 0.0
-            or self.args.policy_loss_coef > 0.0
+            or self.signals.has_term("policy_loss_coef")
             or self._entropy_bonus_enabled
             or self.aux_loss_enabled
         )
@@ -389,9 +390,9 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.vllm_generation._iter_named_params = partial(self._load_into_engine, weights)
             # The engine has seeded this process anew, by its number alone
             set_seed(self.args.seed + self._sampler_index)
-        self._context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if self.use_vllm:
-            self._context_length = self._check_sampler()
+            self.context_length = self._check_sampler()
         self._fingerprints: dict[str, str | None] = {"model": fingerprint(self.model)}
         self.teacher: Teacher
         if self._teacher_server is None:
@@ -405,24 +406,25 @@ class SelfDistillationTrainer(GRPOTrainer):
             with self.teacher.weights(self.model) as module:
                 teacher = causal_lm(self.accelerator.unwrap_model(module))
                 shares_prompts, packs_rows = can_share_prompts(teacher), packs_rows and can_pack(teacher)
-        self.loss = SelfDistillationLoss(
-            args,
+        networks = Networks(
             self.accelerator,
             self.teacher if self._teacher_server is None else None,
-            objective,
             shares_prompts,
             packs_rows,
             self.pad_to_multiple_of,
+            args.max_tokens_per_microbatch,
+            objective.temperature,
+            args.divergence_memory,
+            args.divergence_kernel,
         )
+        self.loss = SelfDistillationLoss(args, self.accelerator, networks, objective, self.signals)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            self.loss.check_logits(self.model)
+            networks.check_logits(self.model)
         (self._fingerprints,) = broadcast_object_list([self._fingerprints])
         self._dataset_summary = self._summarize(self.train_dataset)
         self._guard = SkipNonFiniteSteps()
         self.add_callback(self._guard)
         self.add_callback(_StepCallback(self))
-        if self._benchmarks is not None:
-            self.add_callback(self._make_benchmark_callback(self._benchmarks))
 
     # Construction
 
@@ -442,7 +444,11 @@ class SelfDistillationTrainer(GRPOTrainer):
         return self.accelerator.process_index // (self.args.vllm_tensor_parallel_size if self.use_vllm else 1)
 
     def _make_teacher_prompt(
-        self, args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any
+        self,
+        args: SelfDistillationConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        model_config: Any,
+        context_length: int | None,
     ) -> TeacherPrompt:
         student_kwargs = cast(dict[str, Any], args.chat_template_kwargs or {})
         teacher_kwargs = cast(dict[str, Any] | None, args.teacher_chat_template_kwargs)
@@ -451,20 +457,6 @@ class SelfDistillationTrainer(GRPOTrainer):
         if prefix is None:
             prefix, chat_prefix = "", thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
 
-        budget = args.max_teacher_prompt_length
-        longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-        if self._teacher_server is not None:
-            longest = min(longest or math.inf, self._teacher_server.context_length)
-        if longest is not None:
-            available = longest - (args.max_completion_length or 0)
-            if available < (budget or 1):
-                what = "any prompt" if budget is None else f"`max_teacher_prompt_length={budget}`"
-                raise ValueError(
-                    f"The teacher's context of {longest} tokens leaves {max(available, 0)} beside "
-                    f"`max_completion_length={args.max_completion_length}`, too little for {what}. Lower "
-                    "`max_completion_length`."
-                )
-            budget = available if budget is None else budget
         asked = self.context.sampling["max_new_tokens"] if isinstance(self.context, SampledContext) else 0
         policy_context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
         return TeacherPrompt(
@@ -472,7 +464,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             tokenizer=tokenizer,
             chat_template_kwargs=teacher_kwargs,
             generation_prefix=prefix,
-            max_length=budget,
+            max_length=prompt_budget(args, context_length),
             skip_overlong=args.overlong_teacher_prompt == "skip",
             num_embeddings=getattr(model_config.get_text_config(), "vocab_size", None),
             chat_prefix=chat_prefix,
@@ -580,38 +572,6 @@ class SelfDistillationTrainer(GRPOTrainer):
         check_tokenizer(client, "teacher_server_base_url", tokenizer)
         return TeacherServer(client, args.divergence_top_k, model_config.get_text_config().vocab_size)
 
-    def _make_benchmark_callback(self, problems: dict[str, list[Problem]]) -> BenchmarkCallback:
-        template = self.chat_template or self._tokenizer.chat_template
-        return BenchmarkCallback(
-            problems,
-            RolloutBackend(
-                self._sample,
-                self.accelerator,
-                self.eos_token_ids,
-                self._evaluation_batch_size(),
-                self._context_length,
-            ),
-            ChatFormat(
-                self._tokenizer,
-                chat_template=template,
-                chat_template_kwargs=self.args.chat_template_kwargs,
-                apply_chat_template=template is not None,
-                system_prompt=self.args.eval_benchmarks_system_prompt,
-            ),
-            Sampling(**cast(dict[str, Any], self.args.eval_benchmarks_sampling)),
-            self.args.eval_benchmarks_num_samples,
-            self.args.eval_benchmarks_steps,
-            self._sampler_index,
-            self._log_evaluation,
-            self._saved,
-        )
-
-    def _evaluation_batch_size(self) -> int | None:
-        if not self.use_vllm:
-            return self.args.per_device_eval_batch_size
-        # An engine in the process schedules all by itself; a server has `vllm_server_request_timeout` for each request
-        return None if self.vllm_mode == "colocate" else 64
-
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._data_columns, "feedback"]))
@@ -674,20 +634,19 @@ class SelfDistillationTrainer(GRPOTrainer):
         return self._mark_empty_rollouts(completion_ids, logprobs)
 
     def _sample_rollouts(self, *args: Any) -> tuple[list[list[int]], Any]:
-        with self._own_random_numbers():
+        if not self._samples_in_process:
+            return super()._generate_single_turn(*args)
+        with self._random_numbers():
             return super()._generate_single_turn(*args)
 
-    def _own_random_numbers(self) -> AbstractContextManager[None]:
-        """
-        Those that a colocated engine samples by: by step, so that a resumed run draws the same, and so do the
-        processes of a tensor-parallel engine, whose own random numbers part ways in training.
-        """
-        if not self._samples_in_process:
-            return nullcontext()
+    def _random_numbers(self, *stream: int) -> AbstractContextManager[None]:
+        # By step, so that a resumed run draws the same, and so do the processes of a tensor-parallel engine, whose own
+        # random numbers part ways in training
         key = (self.args.seed, self.state.global_step, int(self.model.training), self._sampler_index)
-        last_key, num_draws = self._last_draw
-        self._last_draw = key, num_draws + 1 if key == last_key else 0
-        return random_numbers(*key, self._last_draw[1], device=self.accelerator.device)
+        last_key, num_draws = self._num_draws.get(stream, (key, -1))
+        num_draws = num_draws + 1 if key == last_key else 0
+        self._num_draws[stream] = key, num_draws
+        return random_numbers(*key, num_draws, *stream, device=self.accelerator.device)
 
     def _load_into_engine(self, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> Iterable[Any]:
         """
@@ -698,31 +657,40 @@ class SelfDistillationTrainer(GRPOTrainer):
         executor.driver_worker.model_runner.model.load_weights(weights())
         return ()
 
-    def _sample(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[list[int]]:
-        """Completions by the engine of the rollouts, sampled in another way. For all processes, with as many each."""
-        target: Any
-        changes: dict[str, Any]
-        if self.use_vllm:
-            target = self.vllm_generation
-            changes = {
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-                "min_p": None,
-                "repetition_penalty": 1.0,
-                "max_completion_length": sampling.max_new_tokens,
-                "structured_outputs_regex": None,
-                "generation_kwargs": {"stop_token_ids": self.eos_token_ids},
-            }
-        else:
-            target = self
-            names = ("pad_token_id", "bos_token_id", "eos_token_id", "cache_implementation")
-            kwargs = {name: self.generation_kwargs.get(name) for name in names}
-            kwargs |= {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
-            if sampling.temperature > 0:
-                kwargs |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-            config = GenerationConfig(**kwargs, disable_compile=True)
-            changes = {"generation_config": config, "generation_kwargs": kwargs}
+    def sample(self, prompt_ids: list[list[int]], sampling: Sampling, stream: int = 0) -> list[list[int]]:
+        """
+        Completions of the current policy, by the engine of the rollouts. All processes call this at once, with as many
+        prompts each. Training goes on with the random numbers it would have had, and a resumed run draws the same.
+
+        Args:
+            prompt_ids (`list[list[int]]`):
+                Prompts of this process, special tokens included.
+            sampling ([`~trl_opsd.sampling.Sampling`]):
+                How to draw tokens. Nothing else applies, whatever the rollouts are sampled by.
+            stream (`int`, *optional*, defaults to `0`):
+                Stream of random numbers to draw from: one of its own for each purpose. Those of evaluations are 1,
+                those of contexts 2.
+
+        Returns:
+            `list[list[int]]`: token ids of each completion, the end-of-turn token included.
+
+        Raises:
+            ServerError: If the vLLM server failed, after a checkpoint where one can be made.
+        """
+        try:
+            with evaluation_mode(self.model), self._sampling_as(sampling), self._random_numbers(stream):
+                return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]
+        except ServerError as error:
+            raise self._saved(error) from error
+
+    @contextmanager
+    def _sampling_as(self, sampling: Sampling) -> Iterator[None]:
+        target: Any = self.vllm_generation if self.use_vllm else self
+        changes = (
+            vllm_settings(sampling, self.eos_token_ids)
+            if self.use_vllm
+            else transformers_settings(sampling, self.generation_kwargs)
+        )
         originals = {name: getattr(target, name) for name in changes}
         vars(target).update(changes)
         # `generate` fills what a configuration leaves open from the model's own, say with a repetition penalty
@@ -730,25 +698,19 @@ class SelfDistillationTrainer(GRPOTrainer):
         own_configs = [model.generation_config for model in models]
         for model in models:
             model.generation_config = GenerationConfig()
-        with evaluation_mode(self.model):
-            try:
-                return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]
-            finally:
-                for model, config in zip(models, own_configs, strict=True):
-                    model.generation_config = config
-                vars(target).update(originals)
-                # FSDP2 leaves it to a backward pass, which does not come, to shard the root module again
-                for module in self.model_wrapped.modules() if self.is_fsdp_enabled else ():
-                    if isinstance(module, FSDPModule):
-                        module.reshard()
+        try:
+            yield
+        finally:
+            for model, config in zip(models, own_configs, strict=True):
+                model.generation_config = config
+            vars(target).update(originals)
+            # FSDP2 leaves it to a backward pass, which does not come, to shard the root module again
+            for module in self.model_wrapped.modules() if self.is_fsdp_enabled else ():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def _sample_for_context(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        with self._own_random_numbers():
-            return self._sample(prompt_ids, Sampling(**cast(SampledContext, self.context).sampling))
-
-    def _log_evaluation(self, logs: dict[str, float]) -> None:
-        with evaluation_mode(self.model):  # or GRPOTrainer would log the metrics of the training step as well
-            self.log(logs)
+        return self.sample(prompt_ids, Sampling(**cast(SampledContext, self.context).sampling), stream=2)
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
@@ -850,7 +812,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         fresh = self._buffered_inputs is not buffered
-        if fresh and self.num_generations > 1 and self.loss.can_share_prompts:
+        if fresh and self.num_generations > 1 and self.loss.networks.can_share_prompts:
             # GRPO's shuffle scatters the rollouts of a prompt over micro-batches, where each would pay for the
             # teacher's prompt again. Rows change places among the micro-batches of one optimizer step only, so that
             # every step keeps the rows the shuffle gave it: the greatest common divisor never straddles two steps.
@@ -869,43 +831,77 @@ class SelfDistillationTrainer(GRPOTrainer):
         if not self.reward_funcs:
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[mode].pop(name, None)
-        return self._add_teacher_inputs(batch, mode)
+        return self._add_streams(self._add_teacher_inputs(batch, mode), mode)
+
+    def _add_streams(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
+        """What the method's parts make of the rollouts: the streams of the loss's terms."""
+        signals, mask = self.signals, (batch.get("tool_mask", 1) * batch["completion_mask"]).bool()
+        mask[sorted(self._empty_rollouts)] = False
+        rollouts = Batch(
+            batch["completion_ids"],
+            mask,
+            has_context=batch["has_context"].unsqueeze(1),
+            rewards=batch["rewards"].unsqueeze(1),
+            correct=batch["correct"].unsqueeze(1) == 1,
+            success_rate=batch["success_rate"].unsqueeze(1),
+        )
+        scores = None
+        if signals.needs_scores:
+            scored = {**batch, "divergence_mask": rollouts.mask & rollouts.has_context}
+            size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+            scores, output = self.loss.scores(self.model_wrapped, scored, size)
+            if not signals.coefficients["divergence_coef"]:
+                self._add_divergence(mode, output)
+        batch |= signals.streams(batch["advantages"], rollouts, scores)
+        counts: dict[str, torch.Tensor] = {}
+        for term in ("divergence", "likelihood"):
+            rows = batch[f"{term}_mask"].any(dim=1)
+            counts |= {f"num_{term}_rows": rows.sum(), f"num_{term}_tokens": batch[f"{term}_mask"].sum()}
+            if signals.coefficients[f"{term}_coef"]:
+                self.statistics[mode].add_rate(f"{term}_row_rate", rows.sum(), torch.ones_like(rows).sum())
+        batch |= self.accelerator.reduce({name: count.float() for name, count in counts.items()}, "sum")
+        if signals.policy_weightings:
+            batch["old_log_probs"] = self._old_log_probs(batch)
+        return batch
+
+    def _old_log_probs(self, batch: dict[str, Any]) -> torch.Tensor | None:
+        """Log-probabilities under the policy that sampled, where it is not the student in every loss to come."""
+        if self._compares_with_sampler and "sampling_per_token_logps" in batch:
+            return batch["sampling_per_token_logps"]
+        return batch.get("old_per_token_logps")
 
     def _add_teacher_inputs(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
         device, size = self.accelerator.device, self.num_generations if mode == "train" else self.num_generations_eval
         student_ids = [
             ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
         ]
-        try:
-            teacher_ids, tensors = self._teacher_inputs(self._generation, student_ids, size, self.statistics[mode])
-            if self._teacher_server is not None:
-                scores = self._score_on_server(self._teacher_server, batch, teacher_ids)
-                batch.update({f"teacher_{name}": values.to(device) for name, values in scores.items()})
-        except ServerError as error:
-            raise self._saved(error) from error
+        teacher_ids, tensors = self._teacher_inputs(self._generation, student_ids, size, self.statistics[mode])
+        if self._teacher_server is not None:
+            scores = self._score_on_server(self._teacher_server, batch, teacher_ids)
+            batch.update({f"teacher_{name}": values.to(device) for name, values in scores.items()})
         groups = tensors.pop("teacher_prompt_groups")  # no work for the device
         batch.update({name: values.to(device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
         model_tokens = batch.get("tool_mask", 1) * batch["completion_mask"]
-        batch["loss_mask"] = model_tokens * batch["has_context"].to(model_tokens.dtype).unsqueeze(1)
-        self._count_tokens(batch, model_tokens, mode)
+        self._count_tokens(model_tokens, mode)
         add_contexts(self.statistics[mode], batch, len(self._empty_rollouts))
         return batch
 
-    @staticmethod
     def _score_on_server(
-        server: TeacherServer, batch: dict[str, Any], teacher_ids: list[list[int] | None]
+        self, server: TeacherServer, batch: dict[str, Any], teacher_ids: list[list[int] | None]
     ) -> dict[str, torch.Tensor]:
         completions = [
             ids[mask].tolist()
             for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
         ]
-        return server.score(teacher_ids, completions, batch["completion_ids"].size(1))._asdict()
+        try:
+            return server.score(teacher_ids, completions, batch["completion_ids"].size(1))._asdict()
+        except ServerError as error:
+            raise self._saved(error) from error
 
-    def _count_tokens(self, batch: dict[str, Any], model_tokens: torch.Tensor, mode: str) -> None:
+    def _count_tokens(self, model_tokens: torch.Tensor, mode: str) -> None:
         num_stand_ins = model_tokens[sorted(self._empty_rollouts)].sum()
         num_generated = model_tokens.sum() - self._dataset_tokens - num_stand_ins
-        counts = torch.stack([batch["loss_mask"].sum(), num_generated]).float()
-        batch["num_loss_tokens"], num_generated = self.accelerator.reduce(counts, "sum")
+        num_generated = self.accelerator.reduce(num_generated, "sum")
         if mode == "train":
             self._num_generated_tokens += int(num_generated)
         self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
@@ -917,23 +913,30 @@ class SelfDistillationTrainer(GRPOTrainer):
         num_micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
         num_generation_batches = self.args.steps_per_generation if mode == "train" else 1
         policy = self._policy_term if self._shares_student_pass else None
-        loss, output, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
+        loss, output, likelihood, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
         metrics = self.statistics[mode]
-        add_divergence(metrics, output, self._teacher_server is None, self.args.divergence_clip is not None)
-        fresh = mode == "eval" or self.state.global_step == self._generation_step
-        if self._compares_with_sampler and fresh and "sampling_per_token_logps" in inputs:
-            sampled = [rows["sampling_per_token_logps"][rows["loss_mask"].bool()] for rows in passes]
-            add_sampler_difference(metrics, output.student_log_prob, torch.cat(sampled))
+        if self.signals.coefficients["divergence_coef"]:
+            self._add_divergence(mode, output)
+            fresh = mode == "eval" or self.state.global_step == self._generation_step
+            if self._compares_with_sampler and fresh and "sampling_per_token_logps" in inputs:
+                sampled = [rows["sampling_per_token_logps"][rows["divergence_mask"].bool()] for rows in passes]
+                add_sampler_difference(metrics, output.student_log_prob, torch.cat(sampled))
+        if self.signals.coefficients["likelihood_coef"]:
+            metrics.add_rate("likelihood_loss", likelihood.sum(), likelihood.new_tensor(len(likelihood)))
         if self._has_grpo_terms and not self._shares_student_pass:
             loss = loss + self._grpo_loss(model, inputs, mode)
         if mode == "eval" or self.accelerator.sync_gradients:
             metrics.reduce(self.accelerator.gather)
         return loss
 
+    def _add_divergence(self, mode: str, output: FusedDivergence) -> None:
+        clips = self.args.divergence_clip is not None
+        add_divergence(self.statistics[mode], output, self._teacher_server is None, clips)
+
     def _grpo_loss(self, model, inputs, mode):
         """GRPO's own loss. What it logs becomes sums and counts."""
         kept, self._metrics[mode] = self._metrics[mode], defaultdict(list)
-        advantages = inputs["advantages"] * self.args.policy_loss_coef
+        advantages = inputs["advantages"] * self.signals.coefficients["policy_loss_coef"]
         try:
             loss = super()._compute_loss(model, {**inputs, "advantages": advantages})
         finally:
@@ -985,7 +988,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             )
         # Ratios are to what is computed in the same way, or rounding would take part in them
         batch_size = batch_size or len(input_ids)
-        return *self.loss.log_probs(model, input_ids, attention_mask, logits_to_keep, batch_size), None
+        return *self.loss.networks.log_probs(model, input_ids, attention_mask, logits_to_keep, batch_size), None
 
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
@@ -1188,8 +1191,10 @@ class _StepCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._trainer._first_micro_batch = self._trainer._step
+        self._trainer.signals.begin_step(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self._trainer
         trainer.teacher.on_step_end(state.global_step)
+        trainer.signals.observe(state.global_step, trainer.statistics["train"].latest)
         trainer._first_micro_batch = trainer._step  # of the next step
