@@ -1,3 +1,4 @@
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import Field, dataclass, field
@@ -39,10 +40,14 @@ class SelfDistillationConfig(GRPOConfig):
         > Parameters that control the privileged context
 
         privileged_context (`str`, *optional*, defaults to `"solution"`):
-            What the teacher reads beyond the student's prompt: `"solution"`, `"answer"`, `"concise"`, `"template"`, or
-            the import path of a class that implements [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
+            What the teacher reads beyond the student's prompt: `"solution"`, `"answer"`, `"hint"`, `"concise"`,
+            `"peers"`, `"feedback"`, `"reflection"`, `"plan"`, `"template"`, the controls `"none"`, `"other_solution"`,
+            `"partial_solution"` and `"shuffled_solution"`, or the import path of a class that implements
+            [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
         context_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of that class, for example `{"column": "reference_solution"}` or `{"template": "..."}`.
+        success_threshold (`float`, *optional*, defaults to `1.0`):
+            Least reward, summed over the weighted reward functions, of a rollout that counts as correct.
         teacher_chat_template_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments for the chat template when it renders the teacher's prompt. `chat_template_kwargs` is the
             student's. `None` uses the student's.
@@ -219,6 +224,7 @@ class SelfDistillationConfig(GRPOConfig):
 
     privileged_context: str = "solution"
     context_kwargs: dict[str, Any] | str | None = None
+    success_threshold: float = 1.0
     teacher_chat_template_kwargs: dict[str, Any] | str | None = None
     teacher_generation_prefix: str | None = None
     max_teacher_prompt_length: int | None = None
@@ -426,6 +432,8 @@ class SelfDistillationConfig(GRPOConfig):
                 "cache of an engine that sleeps (`vllm_enable_sleep_mode=True`) are still there. Leave it `True`, and "
                 "ask `torch.cuda.mem_get_info()`."
             )
+        if not math.isfinite(self.success_threshold):
+            raise ValueError(f"`success_threshold` must be a finite number, got {self.success_threshold}.")
         for name in ("divergence_coef", "policy_loss_coef", "likelihood_coef"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
