@@ -39,9 +39,9 @@ class SDPOConfig(
 
     L = mean over tokens of min(p_S(ŷ_t) / p_old(ŷ_t), 2) · JSD_½(p_T, p_S),
 
-    with p_T = p(· | x, c, ŷ₍<t₎) and p_S = p(· | x, ŷ₍<t₎), over the student's 100 most probable tokens and one entry for all others. A rollout with neither is masked, and
-    counted in no mean: with `loss_type="dapo"` that is the mean over the tokens that the teacher has read. It needs a
-    reward, whose largest value, 1, is success (`success_threshold`; the released code's recipes take 0.5).
+    with p_T = p(· | x, c, ŷ₍<t₎) and p_S = p(· | x, ŷ₍<t₎), over the student's 100 most probable tokens and one entry
+    for all others. A rollout with neither context is masked, and counted in no mean. It needs a reward; 1 is success
+    (`success_threshold`; the released code's recipes take 0.5).
 
     Two sources disagree whether a successful rollout reads itself. As in the released code, it does not; for the
     other, set `include_own: true` in `context_kwargs`. With rich feedback, the paper takes `teacher_update_rate` 0.01,
