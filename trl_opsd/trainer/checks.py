@@ -1,11 +1,36 @@
 """What cannot work, in the order in which it becomes known: all but the last before the model is loaded."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..context import check_embedded
+from ..context import PrivilegedContext, check_embedded
 from .config import SelfDistillationConfig
+
+
+def check_context(
+    context: PrivilegedContext,
+    num_generations: int,
+    train_dataset: Any,
+    has_reward_funcs: bool,
+    has_environments: bool,
+    has_rollout_func: bool,
+) -> None:
+    """
+    Refuse a context that could never be given, and let it see the training set if it wants to.
+
+    Raises:
+        ValueError: If the context says so.
+    """
+    if hasattr(context, "check_run"):
+        columns: Iterable[str] = ()
+        if train_dataset is not None:
+            columns = train_dataset.column_names or next(iter(train_dataset), {})
+        has_rewards = has_reward_funcs or has_environments
+        context.check_run(num_generations, has_rewards, has_rewards or has_rollout_func or "feedback" in columns)
+    if hasattr(context, "read_dataset"):
+        context.read_dataset(train_dataset)
 
 
 def check_completion_length(args: SelfDistillationConfig, model_config: Any, samples_itself: bool) -> None:

@@ -36,10 +36,14 @@ class SelfDistillationConfig(GRPOConfig):
         > Parameters that control the privileged context
 
         privileged_context (`str`, *optional*, defaults to `"solution"`):
-            What the teacher reads beyond the student's prompt: `"solution"`, `"answer"`, `"concise"`, `"template"`, or
-            the import path of a class that implements [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
+            What the teacher reads beyond the student's prompt: `"solution"`, `"answer"`, `"hint"`, `"concise"`,
+            `"peers"`, `"feedback"`, `"reflection"`, `"plan"`, `"template"`, the controls `"none"`, `"other_solution"`,
+            `"partial_solution"` and `"shuffled_solution"`, or the import path of a class that implements
+            [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
         context_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of that class, for example `{"column": "reference_solution"}` or `{"template": "..."}`.
+        success_threshold (`float`, *optional*, defaults to `1.0`):
+            Least reward, summed over the weighted reward functions, of a rollout that counts as correct.
         teacher_chat_template_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments for the chat template when it renders the teacher's prompt. `chat_template_kwargs` is the
             student's. `None` uses the student's.
@@ -184,6 +188,7 @@ class SelfDistillationConfig(GRPOConfig):
 
     privileged_context: str = "solution"
     context_kwargs: dict[str, Any] | str | None = None
+    success_threshold: float = 1.0
     teacher_chat_template_kwargs: dict[str, Any] | str | None = None
     teacher_generation_prefix: str | None = None
     max_teacher_prompt_length: int | None = None
