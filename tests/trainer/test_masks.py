@@ -314,6 +314,18 @@ def test_an_environment_is_reset_asked_and_rewarded_and_its_answers_are_not_lear
     assert trainer.state.log_history[0]["rewards/Abacus/mean"] == 0.25
 
 
+def test_what_an_environment_says_of_a_rollout_reaches_the_teacher(make_trainer, scripted, rows, tokenizer):
+    class Judge(Abacus):
+        @property
+        def feedback(self):
+            return f"Beads moved: {len(self.calls)}."
+
+    trainer = make_trainer(environment_factory=Judge, reward_funcs=None, privileged_context="feedback")
+    batch = trainer._generate_and_score_completions(rows)
+    for index, ids in enumerate(batch["teacher_prompt_ids"]):
+        assert f"Beads moved: {int(index == 0)}." in tokenizer.decode(ids)
+
+
 def test_the_teacher_is_told_of_the_tools_of_its_rows_environment(make_trainer, scripted, rows, tokenizer):
     names = ["abacus", "abacus", "silence", "silence"]
     trainer = make_trainer(environment_factory={"abacus": Abacus, "silence": Silence})
