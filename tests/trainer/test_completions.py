@@ -223,4 +223,4 @@ def test_completion_ids_are_tensors_of_the_loss(make_trainer, dataset, says):
     """Rows that were replaced are in the loss as all others are."""
     trainer = make_trainer(odd_needs_z, completions="hinted_retry")
     batch = trainer._generate_and_score_completions(list(dataset.select(range(4))))
-    assert torch.equal(batch["loss_mask"], batch["completion_mask"])
+    assert torch.equal(batch["divergence_mask"], batch["completion_mask"].bool())

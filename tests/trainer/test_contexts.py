@@ -83,8 +83,8 @@ def test_rollout_without_feedback_is_left_out(make_trainer, dataset):
     prompts, batch = teacher_prompts(trainer, pairs(dataset))
 
     assert [prompt is None for prompt in prompts] == [False, True, False, True]
-    assert not batch["loss_mask"][1].any()
-    assert batch["loss_mask"][0].any()
+    assert not batch["divergence_mask"][1].any()
+    assert batch["divergence_mask"][0].any()
 
 
 def test_static_feedback_of_the_dataset(make_trainer, dataset):
@@ -123,7 +123,7 @@ def test_peers_and_streams(make_trainer, dataset):
     for micro_batch in trainer._buffered_inputs:
         for name in ("rewards", "correct", "success_rate", "has_context"):
             assert micro_batch[name].shape == (4,)
-        assert torch.equal(micro_batch["has_context"], micro_batch["loss_mask"].any(1))
+        assert torch.equal(micro_batch["has_context"], micro_batch["divergence_mask"].any(1))
 
 
 def test_threshold_is_of_the_weighted_sum(make_trainer, dataset):
@@ -144,13 +144,13 @@ def test_without_rewards_nothing_is_known(make_trainer, dataset):
 def test_the_policy_writes_what_the_teacher_reads(make_trainer, dataset, name):
     settings = {"privileged_context": name, "context_kwargs": {"max_new_tokens": 5}, "num_generations": 2}
     trainer = make_trainer([says_why], **settings)
-    asked, sample = [], trainer._sample
+    asked, sample = [], trainer.sample
 
     def recorded(prompt_ids, sampling):
         asked.append((prompt_ids, sampling, sample(prompt_ids, sampling)))
         return asked[-1][2]
 
-    trainer._sample = recorded
+    trainer.sample = recorded
     prompts, batch = teacher_prompts(trainer, pairs(dataset))
     ((questions, sampling, answers),) = asked
     decode = trainer.processing_class.decode
@@ -177,7 +177,7 @@ def test_the_policy_writes_what_the_teacher_reads(make_trainer, dataset, name):
 
 def test_no_other_context_samples(make_trainer, dataset, monkeypatch):
     trainer = make_trainer()
-    monkeypatch.setattr(trainer, "_sample", None)
+    monkeypatch.setattr(trainer, "sample", None)
     trainer._generate_and_score_completions(list(dataset.select(range(4))))
 
 

@@ -1,4 +1,3 @@
-import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import Field, dataclass, field
@@ -26,6 +25,10 @@ GONE = {
         "trainer.",
     ),
 }
+
+
+class _DefaultLength(int):
+    """A length that nobody has set."""
 
 
 class _SingleRollout(int):
@@ -153,10 +156,34 @@ class SelfDistillationConfig(GRPOConfig):
             does not clip.
         distillation_temperature (`float`, *optional*):
             Temperature both sets of logits are divided by inside the loss. `None` uses the sampling `temperature`.
+        > Parameters that control the terms of the loss
+
+        divergence_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of the divergence. At `0.0`, the teacher does not take part in the loss, and reads rollouts only if
+            a part of the method asks for its scores.
         policy_loss_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of GRPO's own policy loss, added to the divergence. It needs a reward and more than one rollout per
-            prompt, and no forward pass of its own unless `distillation_temperature` is another than `temperature`. At
-            `0.0`, reward functions are evaluated and logged only.
+            Weight of GRPO's own policy loss. It needs a reward and more than one rollout per prompt (unless
+            `advantage` needs neither), and no forward pass of its own unless `distillation_temperature` is another
+            than `temperature`. At `0.0`, reward functions are evaluated and logged only.
+        likelihood_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of −log p_student of the sampled tokens, at `distillation_temperature`, aggregated as `loss_type`
+            says. It takes no forward pass of its own.
+        token_weights (`dict[str, dict]` or `str`, *optional*):
+            Factors of each token in the divergence and the likelihood, multiplied, as name and keyword arguments:
+            `"correct_only"` keeps rollouts whose reward reaches `success_threshold`, `"skip_first"` (`num_tokens`)
+            leaves out the first tokens, `"importance_clip"` (`most`) corrects for a policy that has moved since it
+            sampled; or the import path of a subclass of [`TokenWeighting`]. What `correct_only` and `skip_first` leave
+            out counts in no mean.
+        advantage (`str`, *optional*, defaults to `"grpo"`):
+            What makes GRPO's advantage of a rollout one of each token: `"grpo"` leaves it as it is; or the import path
+            of a subclass of [`Advantage`], such as `"trl_opsd.methods.rlrt.ReversedTeacher"`.
+        advantage_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of that class.
+        schedules (`dict[str, dict]` or `str`, *optional*):
+            Coefficients that change with the optimizer steps, by name: `"divergence_coef"`, `"policy_loss_coef"`,
+            `"likelihood_coef"`, or the field of a part, such as `"advantage.mix"`. `{"start": 0.5, "end": 0.0,
+            "num_steps": 50}` is linear (`"delay"`: steps before it begins); `{"kind": "hysteresis", "value": 0.5}` is
+            a gate (see [`Hysteresis`]); `"kind"` may be the import path of a subclass of [`Schedule`].
 
         > Parameters that control the cost of a step
 
@@ -179,6 +206,10 @@ class SelfDistillationConfig(GRPOConfig):
 
         > Parameters whose defaults differ from those of [`~trl.GRPOConfig`]
 
+        max_completion_length (`int`, *optional*, defaults to `512`):
+            Longest completion, in tokens. Where the default does not fit the model's context, completions get what
+            the prompts leave of it (half of it, if these are not known before training), which a warning says. A
+            length that is set has to fit. `None`, for a `rollout_func`, sets no limit.
         num_generations (`int`, *optional*, defaults to `1`):
             Rollouts of each prompt, a divisor of the effective batch size. One is enough, where GRPO has 8: the
             divergence needs no group.
@@ -198,11 +229,15 @@ class SelfDistillationConfig(GRPOConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *GRPOConfig._VALID_DICT_FIELDS,
         "context_kwargs",
+        "token_weights",
+        "advantage_kwargs",
+        "schedules",
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
         "completions_kwargs",
     ]
 
+    max_completion_length: int | None = _DefaultLength(512)
     num_generations: int | None = 1
     loss_type: str = field(
         default="grpo",
@@ -240,7 +275,14 @@ class SelfDistillationConfig(GRPOConfig):
     divergence_tail: str | None = field(default=None, metadata={"choices": ["bucket", "renormalize"]})
     divergence_clip: float | None = None
     distillation_temperature: float | None = None
+
+    divergence_coef: float = 1.0
     policy_loss_coef: float = 0.0
+    likelihood_coef: float = 0.0
+    token_weights: dict[str, Any] | str | None = None
+    advantage: str = "grpo"
+    advantage_kwargs: dict[str, Any] | str | None = None
+    schedules: dict[str, Any] | str | None = None
 
     divergence_memory: int | None = None
     divergence_kernel: str | None = field(default=None, metadata={"choices": list(KERNELS)})
@@ -269,6 +311,8 @@ class SelfDistillationConfig(GRPOConfig):
                     f"{cls.__name__} has a default for `{name}`, which is no field. "
                     f"{did_you_mean(name, fields, f'`{parent.__name__}` lists the fields.')}"
                 )
+            if isinstance(fields[name].default, _DefaultLength):
+                value = _DefaultLength(value)
             settings: dict[str, Any] = {"metadata": fields[name].metadata}
             settings |= (
                 {"default_factory": partial(deepcopy, value)} if isinstance(value, dict | list) else {"default": value}
@@ -289,6 +333,9 @@ class SelfDistillationConfig(GRPOConfig):
             raise TypeError(
                 f"{type(self).__name__} states defaults, and needs the decorator `@dataclass` to have them."
             )
+        self.has_default_completion_length = isinstance(self.max_completion_length, _DefaultLength)
+        if self.has_default_completion_length:
+            self.max_completion_length = int(cast(int, self.max_completion_length))
         if (self.use_vllm and self.vllm_mode == "server") or self.teacher_server_base_url is not None:
             longest_wait = int(2 * self.vllm_server_request_timeout) + 600
             self.ddp_timeout: int = max(self.ddp_timeout, longest_wait)
@@ -299,13 +346,6 @@ class SelfDistillationConfig(GRPOConfig):
         if single_rollout:
             self.num_generations = 1
 
-        default_epochs = type(self).__dataclass_fields__["num_train_epochs"].default
-        if self.max_steps > 0 and self.num_train_epochs != default_epochs:
-            warnings.warn(
-                f"`num_train_epochs={self.num_train_epochs}` has no effect because `max_steps={self.max_steps}`. Set "
-                "`max_steps=-1` to train by epochs.",
-                stacklevel=3,
-            )
         for name in ("loss_type", "overlong_teacher_prompt", "teacher", "divergence", "divergence_support"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
@@ -404,13 +444,9 @@ class SelfDistillationConfig(GRPOConfig):
                 "cache of an engine that sleeps (`vllm_enable_sleep_mode=True`) are still there. Leave it `True`, and "
                 "ask `torch.cuda.mem_get_info()`."
             )
-        if self.policy_loss_coef < 0.0:
-            raise ValueError(f"`policy_loss_coef` must not be negative, got {self.policy_loss_coef}.")
-        if self.policy_loss_coef > 0.0 and self.num_generations == 1:
-            raise ValueError(
-                f"`policy_loss_coef={self.policy_loss_coef}` needs `num_generations` of at least 2: in a group of one "
-                "every advantage is zero. Raise `num_generations`, or set `policy_loss_coef=0.0`."
-            )
+        for name in ("divergence_coef", "policy_loss_coef", "likelihood_coef"):
+            if getattr(self, name) < 0.0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.max_tokens_per_microbatch is not None:
             self._check_max_tokens_per_microbatch(self.max_tokens_per_microbatch)
         for name in ("vllm_server_base_url", "teacher_server_base_url"):

@@ -81,6 +81,7 @@ from ..files import locked
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
     Divergence,
+    FusedDivergence,
     Objective,
     Support,
     Tail,
@@ -89,7 +90,7 @@ from ..objective import (
 from ..parts import make_part
 from ..sampling import Sampling
 from ..sampling.sources import SOURCES, CompletionSource
-from ..scoring import can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
+from ..scoring import Networks, can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
     ServerError,
     TeacherServer,
@@ -102,6 +103,7 @@ from ..serving import (
     report_failures,
     wait_for_server,
 )
+from ..signal import Batch
 from ..teacher import ServedTeacher, Teacher, fingerprint
 from .batch import (
     Generation,
@@ -112,15 +114,24 @@ from .batch import (
     total_rewards,
 )
 from .checkpoints import begin, finish, is_complete, load_weights, newest_complete, read_state
-from .checks import check_completion_length, check_completions, check_context, check_grpo_pass, check_special_tokens
+from .checks import (
+    check_completion_length,
+    check_completions,
+    check_context,
+    check_grpo_pass,
+    check_signals,
+    check_special_tokens,
+)
 from .completing import Completing, Engines, decoded
 from .config import SelfDistillationConfig
+from .lengths import fit_completions, prompt_budget
 from .loss import SelfDistillationLoss
 from .merged_weights import check_mergeable, merged_weights
 from .method import Method
 from .metrics import Metrics, add_contexts, add_divergence, add_policy, add_sampler_difference
 from .random_numbers import random_numbers
 from .sampling_settings import transformers_settings, vllm_settings
+from .signals import make_signals
 from .teachers import check_external_teacher, check_world, make_teacher
 
 
@@ -232,6 +243,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         )
         itself = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
         check_completions(args, self.completion_source, self.context, bool(reward_funcs), itself)
+        self.signals = make_signals(args)
+        check_signals(self.signals, args, has_reward=bool(reward_funcs))
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         if processing_class is None:
             # Not a processor, which multimodal checkpoints have too: what is trained on is text
@@ -259,7 +272,10 @@ class SelfDistillationTrainer(GRPOTrainer):
             self._teacher_server = self._connect_teacher_server(args, processing_class, model_config)
         elif args.teacher == "external":
             check_external_teacher(args, processing_class, model_config)
-        self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config)
+        context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+        if self._teacher_server is not None:
+            context_length = int(min(context_length or math.inf, self._teacher_server.context_length))
+        self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config, context_length)
         self._data_columns = (*self.context.columns, *self.completion_source.columns)
         if environment_factory is None:  # otherwise the prompt comes from the environment
             train_dataset = self._check_dataset(train_dataset, "train_dataset", tools)
@@ -279,6 +295,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 )
             elif eval_dataset is not None:
                 eval_dataset = self._check_dataset(eval_dataset, "eval_dataset", tools)
+        fit_completions(args, context_length, self.teacher_prompt.longest or self.teacher_prompt.max_length or 0)
         if args.teacher == "live" and self._teacher_server is not None and rollout_func is not None:
             raise ValueError(
                 "`teacher_server_base_url` with `teacher='live'` cannot be combined with `rollout_func`: the server "
@@ -321,10 +338,6 @@ class SelfDistillationTrainer(GRPOTrainer):
             for values in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
                 values.pop(0)
             self.reward_weights = self.reward_weights[1:]
-        if self.args.policy_loss_coef > 0.0 and not self.reward_funcs:
-            raise ValueError(
-                f"`policy_loss_coef={self.args.policy_loss_coef}` needs `reward_funcs`. Pass some, or set it to 0."
-            )
         self._teacher_inputs = TeacherInputs(
             self.teacher_prompt,
             self.reward_weights,
@@ -346,7 +359,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 setattr(self, name, value)
         self._has_grpo_terms = (
             self.beta != 0.0
-            or self.args.policy_loss_coef > 0.0
+            or self.signals.has_term("policy_loss_coef")
             or self._entropy_bonus_enabled
             or self.aux_loss_enabled
         )
@@ -413,17 +426,20 @@ class SelfDistillationTrainer(GRPOTrainer):
             with self.teacher.weights(self.model) as module:
                 teacher = causal_lm(self.accelerator.unwrap_model(module))
                 shares_prompts, packs_rows = can_share_prompts(teacher), packs_rows and can_pack(teacher)
-        self.loss = SelfDistillationLoss(
-            args,
+        networks = Networks(
             self.accelerator,
             self.teacher if self._teacher_server is None else None,
-            objective,
             shares_prompts,
             packs_rows,
             self.pad_to_multiple_of,
+            args.max_tokens_per_microbatch,
+            objective.temperature,
+            args.divergence_memory,
+            args.divergence_kernel,
         )
+        self.loss = SelfDistillationLoss(args, self.accelerator, networks, objective, self.signals)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            self.loss.check_logits(self.model)
+            networks.check_logits(self.model)
         (self._fingerprints,) = broadcast_object_list([self._fingerprints])
         self._dataset_summary = self._summarize(self.train_dataset)
         self._guard = SkipNonFiniteSteps()
@@ -448,7 +464,11 @@ class SelfDistillationTrainer(GRPOTrainer):
         return self.accelerator.process_index // (self.args.vllm_tensor_parallel_size if self.use_vllm else 1)
 
     def _make_teacher_prompt(
-        self, args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any
+        self,
+        args: SelfDistillationConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        model_config: Any,
+        context_length: int | None,
     ) -> TeacherPrompt:
         student_kwargs = cast(dict[str, Any], args.chat_template_kwargs or {})
         teacher_kwargs = cast(dict[str, Any] | None, args.teacher_chat_template_kwargs)
@@ -457,20 +477,6 @@ class SelfDistillationTrainer(GRPOTrainer):
         if prefix is None:
             prefix, chat_prefix = "", thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
 
-        budget = args.max_teacher_prompt_length
-        longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-        if self._teacher_server is not None:
-            longest = min(longest or math.inf, self._teacher_server.context_length)
-        if longest is not None:
-            available = longest - (args.max_completion_length or 0)
-            if available < (budget or 1):
-                what = "any prompt" if budget is None else f"`max_teacher_prompt_length={budget}`"
-                raise ValueError(
-                    f"The teacher's context of {longest} tokens leaves {max(available, 0)} beside "
-                    f"`max_completion_length={args.max_completion_length}`, too little for {what}. Lower "
-                    "`max_completion_length`."
-                )
-            budget = available if budget is None else budget
         asked = self.context.sampling["max_new_tokens"] if isinstance(self.context, SampledContext) else 0
         policy_context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
         return TeacherPrompt(
@@ -478,7 +484,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             tokenizer=tokenizer,
             chat_template_kwargs=teacher_kwargs,
             generation_prefix=prefix,
-            max_length=budget,
+            max_length=prompt_budget(args, context_length),
             skip_overlong=args.overlong_teacher_prompt == "skip",
             num_embeddings=getattr(model_config.get_text_config(), "vocab_size", None),
             chat_prefix=chat_prefix,
@@ -824,7 +830,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         fresh = self._buffered_inputs is not buffered
-        if fresh and self.num_generations > 1 and self.loss.can_share_prompts:
+        if fresh and self.num_generations > 1 and self.loss.networks.can_share_prompts:
             # GRPO's shuffle scatters the rollouts of a prompt over micro-batches, where each would pay for the
             # teacher's prompt again. Rows change places among the micro-batches of one optimizer step only, so that
             # every step keeps the rows the shuffle gave it: the greatest common divisor never straddles two steps.
@@ -843,7 +849,44 @@ class SelfDistillationTrainer(GRPOTrainer):
         if not self.reward_funcs:
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[mode].pop(name, None)
-        return self._add_teacher_inputs(batch, mode)
+        return self._add_streams(self._add_teacher_inputs(batch, mode), mode)
+
+    def _add_streams(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
+        """What the method's parts make of the rollouts: the streams of the loss's terms."""
+        signals, mask = self.signals, (batch.get("tool_mask", 1) * batch["completion_mask"]).bool()
+        mask[sorted(self._empty_rollouts)] = False
+        rollouts = Batch(
+            batch["completion_ids"],
+            mask,
+            has_context=batch["has_context"].unsqueeze(1),
+            rewards=batch["rewards"].unsqueeze(1),
+            correct=batch["correct"].unsqueeze(1) == 1,
+            success_rate=batch["success_rate"].unsqueeze(1),
+        )
+        scores = None
+        if signals.needs_scores:
+            scored = {**batch, "divergence_mask": rollouts.mask & rollouts.has_context}
+            size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+            scores, output = self.loss.scores(self.model_wrapped, scored, size)
+            if not signals.coefficients["divergence_coef"]:
+                self._add_divergence(mode, output)
+        batch |= signals.streams(batch["advantages"], rollouts, scores)
+        counts: dict[str, torch.Tensor] = {}
+        for term in ("divergence", "likelihood"):
+            rows = batch[f"{term}_mask"].any(dim=1)
+            counts |= {f"num_{term}_rows": rows.sum(), f"num_{term}_tokens": batch[f"{term}_mask"].sum()}
+            if signals.coefficients[f"{term}_coef"]:
+                self.statistics[mode].add_rate(f"{term}_row_rate", rows.sum(), torch.ones_like(rows).sum())
+        batch |= self.accelerator.reduce({name: count.float() for name, count in counts.items()}, "sum")
+        if signals.policy_weightings:
+            batch["old_log_probs"] = self._old_log_probs(batch)
+        return batch
+
+    def _old_log_probs(self, batch: dict[str, Any]) -> torch.Tensor | None:
+        """Log-probabilities under the policy that sampled, where it is not the student in every loss to come."""
+        if self._compares_with_sampler and "sampling_per_token_logps" in batch:
+            return batch["sampling_per_token_logps"]
+        return batch.get("old_per_token_logps")
 
     def _add_teacher_inputs(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
         device, size = self.accelerator.device, self.num_generations if mode == "train" else self.num_generations_eval
@@ -856,9 +899,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             batch.update({f"teacher_{name}": values.to(device) for name, values in scores.items()})
         groups = tensors.pop("teacher_prompt_groups")  # no work for the device
         batch.update({name: values.to(device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
-        model_tokens = batch.get("tool_mask", 1) * batch["completion_mask"]
-        batch["loss_mask"] = model_tokens * batch["has_context"].to(model_tokens.dtype).unsqueeze(1)
-        self._count_tokens(batch, model_tokens, mode)
+        self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
         add_contexts(self.statistics[mode], batch, len(self._empty_rollouts))
         return batch
 
@@ -872,11 +913,10 @@ class SelfDistillationTrainer(GRPOTrainer):
         ]
         return server.score(teacher_ids, completions, batch["completion_ids"].size(1))._asdict()
 
-    def _count_tokens(self, batch: dict[str, Any], model_tokens: torch.Tensor, mode: str) -> None:
+    def _count_tokens(self, model_tokens: torch.Tensor, mode: str) -> None:
         num_stand_ins = model_tokens[sorted(self._empty_rollouts)].sum()
         num_generated = model_tokens.sum() + self._extra_tokens - num_stand_ins
-        counts = torch.stack([batch["loss_mask"].sum(), num_generated]).float()
-        batch["num_loss_tokens"], num_generated = self.accelerator.reduce(counts, "sum")
+        num_generated = self.accelerator.reduce(num_generated, "sum")
         if mode == "train":
             self._num_generated_tokens += int(num_generated)
         self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
@@ -888,23 +928,30 @@ class SelfDistillationTrainer(GRPOTrainer):
         num_micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
         num_generation_batches = self.args.steps_per_generation if mode == "train" else 1
         policy = self._policy_term if self._shares_student_pass else None
-        loss, output, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
+        loss, output, likelihood, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
         metrics = self.statistics[mode]
-        add_divergence(metrics, output, self._teacher_server is None, self.args.divergence_clip is not None)
-        fresh = mode == "eval" or self.state.global_step == self._generation_step
-        if self._compares_with_sampler and fresh and "sampling_per_token_logps" in inputs:
-            sampled = [rows["sampling_per_token_logps"][rows["loss_mask"].bool()] for rows in passes]
-            add_sampler_difference(metrics, output.student_log_prob, torch.cat(sampled))
+        if self.signals.coefficients["divergence_coef"]:
+            self._add_divergence(mode, output)
+            fresh = mode == "eval" or self.state.global_step == self._generation_step
+            if self._compares_with_sampler and fresh and "sampling_per_token_logps" in inputs:
+                sampled = [rows["sampling_per_token_logps"][rows["divergence_mask"].bool()] for rows in passes]
+                add_sampler_difference(metrics, output.student_log_prob, torch.cat(sampled))
+        if self.signals.coefficients["likelihood_coef"]:
+            metrics.add_rate("likelihood_loss", likelihood.sum(), likelihood.new_tensor(len(likelihood)))
         if self._has_grpo_terms and not self._shares_student_pass:
             loss = loss + self._grpo_loss(model, inputs, mode)
         if mode == "eval" or self.accelerator.sync_gradients:
             metrics.reduce(self.accelerator.gather)
         return loss
 
+    def _add_divergence(self, mode: str, output: FusedDivergence) -> None:
+        clips = self.args.divergence_clip is not None
+        add_divergence(self.statistics[mode], output, self._teacher_server is None, clips)
+
     def _grpo_loss(self, model, inputs, mode):
         """GRPO's own loss. What it logs becomes sums and counts."""
         kept, self._metrics[mode] = self._metrics[mode], defaultdict(list)
-        advantages = inputs["advantages"] * self.args.policy_loss_coef
+        advantages = inputs["advantages"] * self.signals.coefficients["policy_loss_coef"]
         try:
             loss = super()._compute_loss(model, {**inputs, "advantages": advantages})
         finally:
@@ -956,7 +1003,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             )
         # Ratios are to what is computed in the same way, or rounding would take part in them
         batch_size = batch_size or len(input_ids)
-        return *self.loss.log_probs(model, input_ids, attention_mask, logits_to_keep, batch_size), None
+        return *self.loss.networks.log_probs(model, input_ids, attention_mask, logits_to_keep, batch_size), None
 
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
@@ -1162,8 +1209,10 @@ class _StepCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._trainer._first_micro_batch = self._trainer._step
+        self._trainer.signals.begin_step(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self._trainer
         trainer.teacher.on_step_end(state.global_step)
+        trainer.signals.observe(state.global_step, trainer.statistics["train"].latest)
         trainer._first_micro_batch = trainer._step  # of the next step
