@@ -84,6 +84,7 @@ def test_settings_of_one_kind_of_teacher(settings, name, default, tmp_path):
             {"use_vllm": True, "vllm_enable_sleep_mode": True, "skip_memory_metrics": False},
             r"`skip_memory_metrics=False` reports.*torch\.cuda\.mem_get_info",
         ),
+        ({"success_threshold": float("nan")}, "`success_threshold` must be a finite number, got nan"),
         ({"policy_loss_coef": -1.0}, "`policy_loss_coef` must not be negative"),
         ({"likelihood_coef": -1.0}, "`likelihood_coef` must not be negative"),
         ({"loss_type": "mean"}, "`loss_type` must be one of"),

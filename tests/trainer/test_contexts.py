@@ -127,9 +127,9 @@ def test_peers_and_streams(make_trainer, dataset):
 
 
 def test_threshold_is_of_the_weighted_sum(make_trainer, dataset):
-    trainer = make_trainer([says_why], num_generations=2, reward_weights=[0.5], success_threshold=0.6)
-
-    assert trainer._generate_and_score_completions(pairs(dataset))["correct"].tolist() == [0.0] * 4
+    for threshold, correct in ((0.6, [0.0] * 4), (0.5, [0.0, 1.0] * 2)):
+        trainer = make_trainer([says_why], num_generations=2, reward_weights=[0.5], success_threshold=threshold)
+        assert trainer._generate_and_score_completions(pairs(dataset))["correct"].tolist() == correct
 
 
 def test_without_rewards_nothing_is_known(make_trainer, dataset):
@@ -146,8 +146,9 @@ def test_the_policy_writes_what_the_teacher_reads(make_trainer, dataset, name):
     trainer = make_trainer([says_why], **settings)
     asked, sample = [], trainer.sample
 
-    def recorded(prompt_ids, sampling):
-        asked.append((prompt_ids, sampling, sample(prompt_ids, sampling)))
+    def recorded(prompt_ids, sampling, stream):
+        assert stream > 1  # evaluations have stream 1
+        asked.append((prompt_ids, sampling, sample(prompt_ids, sampling, stream)))
         return asked[-1][2]
 
     trainer.sample = recorded
@@ -173,6 +174,19 @@ def test_the_policy_writes_what_the_teacher_reads(make_trainer, dataset, name):
     assert 0 < history["context_samples/mean_length"] <= 5
     assert 0 <= history["context_samples/truncated_rate"] <= 1
     assert math.isfinite(history["loss"])
+
+
+def test_the_policy_is_asked_as_the_student_is(make_trainer, dataset, monkeypatch):
+    trainer = make_trainer(
+        privileged_context="plan",
+        chat_template_kwargs={"enable_thinking": False},
+        teacher_chat_template_kwargs={"enable_thinking": True},
+    )
+    asked = []
+    monkeypatch.setattr(trainer, "sample", lambda prompt_ids, sampling, stream: asked.extend(prompt_ids) or prompt_ids)
+    trainer._generate_and_score_completions(list(dataset.select(range(4))))
+    closed = [trainer.processing_class.decode(ids).endswith("<think>\n\n</think>\n\n") for ids in asked]
+    assert closed == [True] * 4
 
 
 def test_no_other_context_samples(make_trainer, dataset, monkeypatch):

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import Field, dataclass, field
@@ -444,6 +445,8 @@ class SelfDistillationConfig(GRPOConfig):
                 "cache of an engine that sleeps (`vllm_enable_sleep_mode=True`) are still there. Leave it `True`, and "
                 "ask `torch.cuda.mem_get_info()`."
             )
+        if not math.isfinite(self.success_threshold):
+            raise ValueError(f"`success_threshold` must be a finite number, got {self.success_threshold}.")
         for name in ("divergence_coef", "policy_loss_coef", "likelihood_coef"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")

@@ -42,7 +42,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -644,7 +644,9 @@ class SelfDistillationTrainer(GRPOTrainer):
         return self._mark_empty_rollouts(completions.ids, completions.log_probs)
 
     def _sample_rollouts(self, *args: Any) -> tuple[list[list[int]], Any]:
-        with self._random_numbers() if self._samples_in_process else nullcontext():
+        if not self._samples_in_process:
+            return super()._generate_single_turn(*args)
+        with self._random_numbers():
             return super()._generate_single_turn(*args)
 
     def _random_numbers(self, *stream: int) -> AbstractContextManager[None]:
@@ -676,7 +678,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             sampling ([`~trl_opsd.sampling.Sampling`]):
                 How to draw tokens. Nothing else applies, whatever the rollouts are sampled by.
             stream (`int`, *optional*, defaults to `0`):
-                Stream of random numbers to draw from: one of its own for each purpose. Those of evaluations are 1.
+                Stream of random numbers to draw from: one of its own for each purpose. Those of evaluations are 1,
+                those of contexts 2.
 
         Returns:
             `list[list[int]]`: token ids of each completion, the end-of-turn token included.
@@ -714,7 +717,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                     module.reshard()
 
     def _sample_for_context(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        return self.sample(prompt_ids, Sampling(**cast(SampledContext, self.context).sampling))
+        return self.sample(prompt_ids, Sampling(**cast(SampledContext, self.context).sampling), stream=2)
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
@@ -903,15 +906,17 @@ class SelfDistillationTrainer(GRPOTrainer):
         add_contexts(self.statistics[mode], batch, len(self._empty_rollouts))
         return batch
 
-    @staticmethod
     def _score_on_server(
-        server: TeacherServer, batch: dict[str, Any], teacher_ids: list[list[int] | None]
+        self, server: TeacherServer, batch: dict[str, Any], teacher_ids: list[list[int] | None]
     ) -> dict[str, torch.Tensor]:
         completions = [
             ids[mask].tolist()
             for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
         ]
-        return server.score(teacher_ids, completions, batch["completion_ids"].size(1))._asdict()
+        try:
+            return server.score(teacher_ids, completions, batch["completion_ids"].size(1))._asdict()
+        except ServerError as error:
+            raise self._saved(error) from error
 
     def _count_tokens(self, model_tokens: torch.Tensor, mode: str) -> None:
         num_stand_ins = model_tokens[sorted(self._empty_rollouts)].sum()
