@@ -433,7 +433,7 @@ def test_checkpoint_written_again_is_incomplete_meanwhile(checkpoints):
     begin(checkpoint)
     with pytest.raises(ValueError, match="incomplete"):
         read_state(checkpoint)
-    (checkpoint / f"{STATE_FILE}.tmp").write_text("left behind")
+    (checkpoint / f"{STATE_FILE}.partial").write_text("left behind")
     finish(checkpoint, {"answer": 42})
     assert read_state(checkpoint) == {"complete": True, "answer": 42}
 
