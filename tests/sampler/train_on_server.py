@@ -50,13 +50,13 @@ def compare_with_local_teacher(trainer: SelfDistillationTrainer, teacher, differ
     compute_loss = trainer.compute_loss
 
     def both(*args, **kwargs):
-        trainer.loss.teacher = teacher
+        served, trainer.loss.teacher = trainer.loss.teacher, teacher
         with torch.no_grad():
             local = compute_loss(*args, **kwargs).item()
-        trainer.loss.teacher = None
-        served = compute_loss(*args, **kwargs)
-        differences.append(abs(served.item() - local) / abs(local))
-        return served
+        trainer.loss.teacher = served
+        loss = compute_loss(*args, **kwargs)
+        differences.append(abs(loss.item() - local) / abs(local))
+        return loss
 
     trainer.compute_loss = both
 

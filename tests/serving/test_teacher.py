@@ -113,8 +113,8 @@ def test_failure_is_raised_after_a_checkpoint(make_trainer, serve, model, tokeni
             server.faults = [400] * 4
         return score(*args, **kwargs)
 
-    score = trainer._teacher_server.score
-    trainer._teacher_server.score = fail_in_the_third
+    score = trainer.teacher.server.score
+    trainer.teacher.server.score = fail_in_the_third
     with pytest.raises(ServerError, match=rf"{server.url} failed.*The run is saved in .*checkpoint-2"):
         trainer.train()
 

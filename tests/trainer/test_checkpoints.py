@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 
 from trl_opsd import SelfDistillationTrainer
 from trl_opsd.serving import ServerError
+from trl_opsd.teacher import make_teacher
 from trl_opsd.trainer.checkpoints import STATE_FILE, begin, finish, newest_complete, read_state
-from trl_opsd.trainer.teachers import make_teacher
 
 
 pytestmark = pytest.mark.usefixtures("deterministic")
@@ -444,4 +444,4 @@ def test_fsdp_copy_without_weights_is_refused(make_trainer):
     plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=None))
     with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: true"):
-        make_teacher(trainer.args, accelerator, trainer.model, adapter_starts_at_zero=False)
+        make_teacher("initial", accelerator, trainer.model)

@@ -10,6 +10,7 @@ from .client import (
     limit_requests,
     wait_for_server,
 )
+from .merged_weights import check_mergeable, merged_weights
 from .rollouts import report_failures
 from .teacher import Scores, TeacherServer
 
@@ -19,11 +20,13 @@ __all__ = [
     "ServerError",
     "TeacherServer",
     "check_holds_policy",
+    "check_mergeable",
     "check_tokenizer",
     "check_vllm_installed",
     "connect",
     "context_length",
     "limit_requests",
+    "merged_weights",
     "report_failures",
     "wait_for_server",
 ]

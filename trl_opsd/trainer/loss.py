@@ -37,7 +37,6 @@ from ..scoring import (
     unsharded,
     used_width,
 )
-from ..serving import Scores
 from ..teacher import Teacher
 from .config import SelfDistillationConfig
 
@@ -77,8 +76,8 @@ class SelfDistillationLoss:
             Configuration.
         accelerator ([`~accelerate.Accelerator`]):
             Of the run.
-        teacher ([`Teacher`], *optional*):
-            Whose weights score the rollouts. `None` if a server has scored them already.
+        teacher ([`Teacher`]):
+            What gives the targets.
         objective ([`Objective`]):
             Which divergence, over which tokens.
         can_share_prompts (`bool`):
@@ -94,7 +93,7 @@ class SelfDistillationLoss:
         self,
         args: SelfDistillationConfig,
         accelerator: Accelerator,
-        teacher: Teacher | None,
+        teacher: Teacher,
         objective: Objective,
         can_share_prompts: bool,
         packs_rows: bool,
@@ -174,8 +173,9 @@ class SelfDistillationLoss:
         Raises:
             ValueError: See [`~trl_opsd.scoring.check_logits`] and [`~trl_opsd.scoring.check_packing`].
         """
-        with nullcontext(model) if self.teacher is None else self.teacher.weights(model) as teacher:
-            self._check_logits(teacher)
+        with self.teacher.weights(model) as teacher:
+            if teacher is not None:
+                self._check_logits(teacher)
         self._check_logits(model)
         self._has_checked_logits = True
 
@@ -288,25 +288,20 @@ class SelfDistillationLoss:
             accelerator.sync_gradients = True
 
     def _pass(self, model: nn.Module, rows: dict[str, Any], policy: PolicyTerm | None) -> FusedDivergence:
-        teacher_states, teacher_head = self._targets(model, rows)
+        teacher_states, teacher_head = self.teacher.targets(model, rows, partial(self._read, rows))
         student = self._accelerator.unwrap_model(model)
         # The whole computation runs inside the wrapped model's forward, so that DDP, FSDP2 and ZeRO-3 see it
         return self._forward_redirection(
             model, student, self._student_loss, student, rows, teacher_states, teacher_head, policy
         )
 
-    def _targets(self, model: nn.Module, rows: dict[str, Any]) -> tuple[torch.Tensor | TopLogProbs, Head | None]:
-        """What the teacher says of the tokens with a context."""
-        in_loss = rows["loss_mask"].bool()
-        if self.teacher is None:
-            top_tokens, top_log_probs, log_probs = (rows[f"teacher_{name}"][in_loss] for name in Scores._fields)
-            token_ids = rows["completion_ids"][in_loss]
-            return TopLogProbs(top_tokens.long(), top_log_probs, token_ids, log_probs), None
-        with_context = in_loss.any(dim=1)
+    def _read(self, rows: dict[str, Any], module: nn.Module) -> tuple[torch.Tensor, Head]:
+        """The hidden states of a teacher's module that predict the tokens with a context, and its head."""
+        with_context = rows["loss_mask"].any(dim=1)
         with_context[0] |= ~with_context.any()  # passes of all processes meet in collective operations
         rows = _rows_of(rows, with_context.nonzero().flatten().tolist())
         return self.teacher_states(
-            model, *self._sequences(rows, "teacher_prompt", rows["loss_mask"]), rows["teacher_prompt_groups"]
+            module, *self._sequences(rows, "teacher_prompt", rows["loss_mask"]), rows["teacher_prompt_groups"]
         )
 
     def _sequences(
@@ -321,9 +316,10 @@ class SelfDistillationLoss:
         )
         return ids, mask, tokens[:, :width].bool()
 
+    @torch.no_grad()
     def teacher_states(
         self,
-        model: nn.Module,
+        module: nn.Module,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         selected: torch.Tensor,
@@ -333,8 +329,8 @@ class SelfDistillationLoss:
         The teacher's hidden states that predict the selected completion tokens, and its head.
 
         Args:
-            model (`nn.Module`):
-                Policy, wrapped as it is trained.
+            module (`nn.Module`):
+                The teacher's weights, possibly wrapped.
             input_ids (`torch.Tensor` of shape `(B, P + T)`):
                 Left-padded teacher prompts and right-padded completions.
             attention_mask (`torch.Tensor` of shape `(B, P + T)`):
@@ -347,22 +343,20 @@ class SelfDistillationLoss:
         Returns:
             `tuple[torch.Tensor, Head]`: states of shape `(number of selected tokens, H)`, without a gradient.
         """
-        assert self.teacher is not None
-        with torch.no_grad(), self.teacher.weights(model) as module:
-            teacher = self._accelerator.unwrap_model(module)
-            shares_prompts = self._should_share_prompts(teacher, attention_mask, selected.size(1), groups)
-            with evaluation_mode(teacher):
-                hidden = self._forward_redirection(
-                    module,
-                    teacher,
-                    self._states,
-                    teacher,
-                    input_ids,
-                    attention_mask,
-                    selected,
-                    groups if shares_prompts else None,
-                )
-            return hidden, head_of(teacher)
+        teacher = self._accelerator.unwrap_model(module)
+        shares_prompts = self._should_share_prompts(teacher, attention_mask, selected.size(1), groups)
+        with evaluation_mode(teacher):
+            hidden = self._forward_redirection(
+                module,
+                teacher,
+                self._states,
+                teacher,
+                input_ids,
+                attention_mask,
+                selected,
+                groups if shares_prompts else None,
+            )
+        return hidden, head_of(teacher)
 
     def _states(
         self,

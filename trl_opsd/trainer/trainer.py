@@ -92,24 +92,25 @@ from ..serving import (
     ServerError,
     TeacherServer,
     check_holds_policy,
+    check_mergeable,
     check_tokenizer,
     check_vllm_installed,
     connect,
     context_length,
     limit_requests,
+    merged_weights,
     report_failures,
     wait_for_server,
 )
-from ..teacher import ServedTeacher, Teacher, fingerprint
+from ..teacher import ServedTeacher, Teacher, check_external_teacher, fingerprint, make_teacher
 from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
 from .checkpoints import begin, finish, is_complete, load_weights, newest_complete, read_state
 from .checks import check_completion_length, check_grpo_pass, check_special_tokens
 from .config import SelfDistillationConfig
 from .loss import SelfDistillationLoss
-from .merged_weights import check_mergeable, merged_weights
 from .metrics import Metrics, add_divergence, add_policy, add_sampler_difference
 from .random_numbers import random_numbers
-from .teachers import check_external_teacher, check_world, make_teacher
+from .world import check_world
 
 
 def _no_reward(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -244,12 +245,14 @@ class SelfDistillationTrainer(GRPOTrainer):
         )
         check_special_tokens(processing_class, getattr(model_config.get_text_config(), "vocab_size", None))
         check_completion_length(args, model_config, samples_itself=rollout_func is None)
-        self._teacher_server = None
+        served = None
         if args.teacher_server_base_url is not None:
-            self._teacher_server = self._connect_teacher_server(args, processing_class, model_config)
+            served = self._connect_teacher(args, processing_class, model_config)
         elif args.teacher == "external":
-            check_external_teacher(args, processing_class, model_config)
-        self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config)
+            path, kwargs = cast(str, args.teacher_model_name_or_path), self._external_kwargs(args)
+            check_external_teacher(path, kwargs, processing_class, model_config)
+        context_length = None if served is None else served.context_length
+        self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config, context_length)
         self._data_columns = self.context.columns
         if args.lmbda < 1.0 and not args.seq_kd:
             self._data_columns = (*self._data_columns, "completion")
@@ -271,7 +274,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 )
             elif eval_dataset is not None:
                 eval_dataset = self._check_dataset(eval_dataset, "eval_dataset", tools)
-        if args.teacher == "live" and self._teacher_server is not None and rollout_func is not None:
+        if args.teacher == "live" and served is not None and rollout_func is not None:
             raise ValueError(
                 "`teacher_server_base_url` with `teacher='live'` cannot be combined with `rollout_func`: the server "
                 "is sent the current weights when it samples the rollouts. Drop one of them."
@@ -363,7 +366,6 @@ class SelfDistillationTrainer(GRPOTrainer):
             and args.distillation_temperature == self.temperature
             and self.repetition_penalty == 1.0
         )
-        starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
         check_world(args, self.accelerator, self.model)
         if self.use_vllm and isinstance(self.model, PeftModel):
             check_mergeable(self.model)
@@ -379,22 +381,28 @@ class SelfDistillationTrainer(GRPOTrainer):
         if self.use_vllm:
             self._context_length = self._check_sampler()
         self._fingerprints: dict[str, str | None] = {"model": fingerprint(self.model)}
-        self.teacher: Teacher
-        if self._teacher_server is None:
-            self.teacher, external = make_teacher(args, self.accelerator, self.model, starts_at_zero)
-        else:
-            self.teacher, external = ServedTeacher(), self._teacher_server.name
+        self.teacher: Teacher = served or make_teacher(
+            args.teacher,
+            self.accelerator,
+            self.model,
+            adapter_starts_at_zero=getattr(peft_config, "init_lora_weights", False) in (True, "gaussian"),
+            update_steps=cast(int, args.teacher_update_steps),
+            update_rate=cast(float, args.teacher_update_rate),
+            model_name_or_path=args.teacher_model_name_or_path,
+            model_init_kwargs=self._external_kwargs(args),
+            offloads=args.teacher_offload,
+        )
         if args.teacher == "external":
-            self._fingerprints["teacher_model_name_or_path"] = external
+            self._fingerprints["teacher_model_name_or_path"] = self.teacher.fingerprint
         shares_prompts, packs_rows = False, can_pack(causal_lm(self.accelerator.unwrap_model(self.model)))
-        if self._teacher_server is None:
-            with self.teacher.weights(self.model) as module:
+        with self.teacher.weights(self.model) as module:
+            if module is not None:
                 teacher = causal_lm(self.accelerator.unwrap_model(module))
                 shares_prompts, packs_rows = can_share_prompts(teacher), packs_rows and can_pack(teacher)
         self.loss = SelfDistillationLoss(
             args,
             self.accelerator,
-            self.teacher if self._teacher_server is None else None,
+            self.teacher,
             objective,
             shares_prompts,
             packs_rows,
@@ -422,7 +430,11 @@ class SelfDistillationTrainer(GRPOTrainer):
         return self.accelerator.process_index // (self.args.vllm_tensor_parallel_size if self.use_vllm else 1)
 
     def _make_teacher_prompt(
-        self, args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any
+        self,
+        args: SelfDistillationConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        model_config: Any,
+        context_length: int | None,
     ) -> TeacherPrompt:
         student_kwargs = cast(dict[str, Any], args.chat_template_kwargs or {})
         teacher_kwargs = cast(dict[str, Any] | None, args.teacher_chat_template_kwargs)
@@ -433,8 +445,8 @@ class SelfDistillationTrainer(GRPOTrainer):
 
         budget = args.max_teacher_prompt_length
         longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-        if self._teacher_server is not None:
-            longest = min(longest or math.inf, self._teacher_server.context_length)
+        if context_length is not None:
+            longest = min(longest or math.inf, context_length)
         if longest is not None:
             available = longest - (args.max_completion_length or 0)
             if available < (budget or 1):
@@ -548,13 +560,19 @@ class SelfDistillationTrainer(GRPOTrainer):
         return max(gather_object([longest]))
 
     @staticmethod
-    def _connect_teacher_server(
+    def _connect_teacher(
         args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any
-    ) -> TeacherServer:
+    ) -> ServedTeacher:
         url = cast(str, args.teacher_server_base_url)
         client = connect(url, args.vllm_server_timeout, args.vllm_server_request_timeout)
         check_tokenizer(client, "teacher_server_base_url", tokenizer)
-        return TeacherServer(client, args.divergence_top_k, model_config.get_text_config().vocab_size)
+        server = TeacherServer(client, args.divergence_top_k, model_config.get_text_config().vocab_size)
+        return ServedTeacher(server, server.name if args.teacher == "external" else None)
+
+    @staticmethod
+    def _external_kwargs(args: SelfDistillationConfig) -> dict[str, Any]:
+        kwargs = cast(dict[str, Any], args.teacher_model_init_kwargs or {})
+        return {"trust_remote_code": args.trust_remote_code, **kwargs}
 
     def _make_benchmark_callback(self, problems: dict[str, list[Problem]]) -> BenchmarkCallback:
         template = self.chat_template or self._tokenizer.chat_template
@@ -842,17 +860,11 @@ class SelfDistillationTrainer(GRPOTrainer):
             [torch.ones_like(ids) for ids in teacher_ids], 0, "left", self.pad_to_multiple_of
         ).to(device)
 
-        if self._teacher_server is not None:
-            completions = [
-                ids[mask].tolist()
-                for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
-            ]
-            prompts = [ids.tolist() if given else None for ids, given in zip(teacher_ids, has_context, strict=True)]
-            try:
-                scores = self._teacher_server.score(prompts, completions, batch["completion_ids"].size(1))
-            except ServerError as error:
-                raise self._saved(error) from error
-            batch.update({f"teacher_{name}": values.to(device) for name, values in scores._asdict().items()})
+        prompts = [ids if given else None for ids, given in zip(teacher_ids, has_context, strict=True)]
+        try:
+            batch.update(self.teacher.annotate(prompts, batch))
+        except ServerError as error:
+            raise self._saved(error) from error
 
         model_tokens = batch.get("tool_mask", 1) * batch["completion_mask"]
         loss_mask = model_tokens * torch.tensor(has_context, device=device).unsqueeze(1)
@@ -906,7 +918,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         policy = self._policy_term if self._shares_student_pass else None
         loss, output, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
         metrics = self.statistics[mode]
-        add_divergence(metrics, output, self._teacher_server is None, self.args.divergence_clip is not None)
+        add_divergence(metrics, output, self.teacher.knows_entropy, self.args.divergence_clip is not None)
         fresh = mode == "eval" or self.state.global_step == self._generation_step
         if self._compares_with_sampler and fresh and "sampling_per_token_logps" in inputs:
             sampled = [rows["sampling_per_token_logps"][rows["loss_mask"].bool()] for rows in passes]
@@ -1047,7 +1059,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 )
         for name, model in (("model", "The policy"), ("teacher_model_name_or_path", "The external teacher")):
             if state["fingerprints"].get(name) not in (None, self._fingerprints.get(name)):
-                if name != "model" and self._teacher_server is not None:
+                if name != "model" and self.args.teacher_server_base_url is not None:
                     raise ValueError(
                         f"{checkpoint} was written with '{state['fingerprints'][name]}' as its external teacher, and "
                         f"`teacher_server_base_url` serves '{self._fingerprints[name]}'. Serve the same model."
