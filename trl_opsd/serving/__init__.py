@@ -10,8 +10,8 @@ from .client import (
     limit_requests,
     wait_for_server,
 )
-from .merged_weights import check_mergeable, merged_weights
 from .rollouts import report_failures
+from .sampler import check_context, longest_prompt, prepare_sampler, wait_for_sampler
 from .teacher import Scores, TeacherServer
 
 
@@ -19,14 +19,16 @@ __all__ = [
     "Scores",
     "ServerError",
     "TeacherServer",
+    "check_context",
     "check_holds_policy",
-    "check_mergeable",
     "check_tokenizer",
     "check_vllm_installed",
     "connect",
     "context_length",
     "limit_requests",
-    "merged_weights",
+    "longest_prompt",
+    "prepare_sampler",
     "report_failures",
+    "wait_for_sampler",
     "wait_for_server",
 ]

@@ -18,7 +18,6 @@ from ..eval.metrics import Summary, summarize
 from ..eval.run_folder import SampleFile, keep_problems, open_run, write_json
 from ..eval.samples import Sample
 from ..eval.scorer import SCORER_VERSION
-from ..serving import ServerError
 from .random_numbers import random_numbers
 
 
@@ -120,8 +119,6 @@ class BenchmarkCallback(TrainerCallback):
             Which of several streams of random numbers this process draws from.
         log (`Callable[[dict[str, float]], None]`):
             Called with the metrics, on every process.
-        on_failure (`Callable[[ServerError], ServerError]`):
-            Called on every process if the server of the rollouts fails. Makes the error to end the run with.
     """
 
     def __init__(
@@ -134,7 +131,6 @@ class BenchmarkCallback(TrainerCallback):
         every: int,
         stream: int,
         log: Callable[[dict[str, float]], None],
-        on_failure: Callable[[ServerError], ServerError],
     ):
         self._problems = problems
         self._backend = backend
@@ -144,7 +140,6 @@ class BenchmarkCallback(TrainerCallback):
         self._every = every
         self._stream = stream
         self._log = log
-        self._on_failure = on_failure
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Also at a step that is resumed from, if the run ended before this was done
@@ -184,11 +179,8 @@ class BenchmarkCallback(TrainerCallback):
             disable=args.disable_tqdm or not state.is_local_process_zero,
             leave=False,
         )
-        try:
-            with random_numbers(args.seed, step, self._stream, device=args.device):
-                samples = list(progress)
-        except ServerError as error:
-            raise self._on_failure(error) from error
+        with random_numbers(args.seed, step, self._stream, device=args.device):
+            samples = list(progress)
         logs: dict[str, float] = {}
         failure = None
         if state.is_world_process_zero:
