@@ -195,9 +195,7 @@ def test_samples_that_cannot_be_kept_end_all_processes(tmp_path, monkeypatch):
         benchmarks, "broadcast_object_list", lambda objects: sent or sent.extend(objects) or list(objects)
     )
     backend = SimpleNamespace(generate=lambda requests, sampling: iter(()))
-    callback = BenchmarkCallback(
-        {}, backend, None, Sampling(1.0, 1.0, 0, 4), 1, every=1, stream=0, log=pytest.fail, on_failure=pytest.fail
-    )
+    callback = BenchmarkCallback({}, backend, None, Sampling(1.0, 1.0, 0, 4), 1, every=1, stream=0, log=pytest.fail)
     args = SimpleNamespace(device=torch.device("cpu"), seed=0, output_dir=str(tmp_path), disable_tqdm=True)
     args.eval_benchmarks_system_prompt = args.chat_template_kwargs = None
     for is_first in (True, False):
