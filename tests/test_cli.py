@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from trl_opsd import cli
+from trl_opsd.methods import METHODS
 
 
 @pytest.fixture
@@ -42,8 +43,9 @@ finally:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
-    for command in ("opsd", "opsdc", "distill", "eval", "compare", "bench", "env"):
+    for command in (*METHODS, "distill", "eval", "compare", "bench", "env"):
         assert f"    {command} " in done.stdout
+    assert "opsdc     Train a model to reason in fewer tokens." in done.stdout
 
 
 def test_version(monkeypatch, capsys):
@@ -63,12 +65,13 @@ def test_env_runs_here_and_not_under_accelerate(monkeypatch, launched):
 
 
 def test_unknown_command(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["opsdd"])
-    assert "invalid choice: 'opsdd'" in capsys.readouterr().err
+    assert cli.main(["opsdd"]) == 2
+    assert capsys.readouterr().err == "trl-opsd: error: unknown command `opsdd`. Did you mean `opsd`?\n"
+    assert cli.main(["xyzzy"]) == 2
+    assert "unknown command `xyzzy`. Choose from: opsd, opsdc, distill, eval, " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["opsd", "opsdc", "distill"])
+@pytest.mark.parametrize("command", [*METHODS, "distill"])
 def test_launch_flags_go_to_accelerate_and_fields_to_the_script(command, launched, recipe):
     args = ["--num_processes", "2", "--max_steps", "2", "--mixed_precision=bf16", "--config", recipe, "--use_vllm"]
 
@@ -76,8 +79,8 @@ def test_launch_flags_go_to_accelerate_and_fields_to_the_script(command, launche
 
     (launch,) = launched
     assert (launch.num_processes, launch.mixed_precision) == (2, "bf16")
-    assert (launch.module, launch.training_script) == (True, f"trl_opsd.scripts.{command}")
-    assert launch.training_script_args == ["--max_steps", "2", "--config", recipe, "--use_vllm"]
+    assert (launch.module, launch.training_script) == (True, "trl_opsd.scripts.train")
+    assert launch.training_script_args == [command, "--max_steps", "2", "--config", recipe, "--use_vllm"]
 
 
 def test_the_number_of_processes_is_not_judged_before_they_exist(launched, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import trl_opsd
+from trl_opsd.methods import METHODS
 
 
 ROOT = Path(__file__).parents[1]
@@ -37,11 +38,12 @@ def test_every_public_name_is_there():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert set(json.loads(result.stdout)) >= {*trl_opsd.__all__} - {"__version__"}
     assert set(trl_opsd.__all__) == {*trl_opsd._MODULES, "__version__"}
+    assert {place.partition(".")[2] for place in METHODS.values()} <= {*trl_opsd.__all__}
     for name in trl_opsd.__all__:
         value = getattr(trl_opsd, name)
         if isinstance(value, type):
             assert value.__name__ == name
-            assert value.__module__.startswith("trl_opsd.trainer.")
+            assert value.__module__ == trl_opsd._MODULES[name]
 
 
 def test_unknown_name_is_refused():

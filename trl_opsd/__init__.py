@@ -3,16 +3,27 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trl_opsd.methods import METHODS
+
 
 if TYPE_CHECKING:
+    from trl_opsd.methods.opsd import OPSDConfig, OPSDTrainer
+    from trl_opsd.methods.opsdc import OPSDCConfig, OPSDCTrainer
     from trl_opsd.trainer.config import SelfDistillationConfig
-    from trl_opsd.trainer.opsd_config import OPSDConfig
-    from trl_opsd.trainer.opsd_trainer import OPSDTrainer
-    from trl_opsd.trainer.opsdc_config import OPSDCConfig
-    from trl_opsd.trainer.opsdc_trainer import OPSDCTrainer
     from trl_opsd.trainer.trainer import SelfDistillationTrainer
 
     __version__: str
+
+# Importing torch takes seconds, which `trl-opsd --help` must not cost: a name is imported when it is first asked for.
+_MODULES = {
+    "OPSDCTrainer": "trl_opsd.methods.opsdc",
+    "OPSDTrainer": "trl_opsd.methods.opsd",
+    "SelfDistillationConfig": "trl_opsd.trainer.config",
+    "SelfDistillationTrainer": "trl_opsd.trainer.trainer",
+}
+for _place in METHODS.values():
+    _module, _, _name = _place.partition(".")
+    _MODULES[_name] = f"trl_opsd.methods.{_module}"
 
 __all__ = [
     "OPSDCConfig",
@@ -23,16 +34,7 @@ __all__ = [
     "SelfDistillationTrainer",
     "__version__",
 ]
-
-# Importing torch takes seconds, which `trl-opsd --help` must not cost: a name is imported when it is first asked for.
-_MODULES = {
-    "OPSDCConfig": "trl_opsd.trainer.opsdc_config",
-    "OPSDCTrainer": "trl_opsd.trainer.opsdc_trainer",
-    "OPSDConfig": "trl_opsd.trainer.opsd_config",
-    "OPSDTrainer": "trl_opsd.trainer.opsd_trainer",
-    "SelfDistillationConfig": "trl_opsd.trainer.config",
-    "SelfDistillationTrainer": "trl_opsd.trainer.trainer",
-}
+__all__ += sorted(set(_MODULES) - set(__all__))
 
 
 def __getattr__(name: str) -> Any:

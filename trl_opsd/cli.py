@@ -4,17 +4,20 @@ import signal
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from subprocess import CalledProcessError
 
+from trl_opsd.help import did_you_mean
+from trl_opsd.methods import TRAINABLE, summary
 
-_TRAINING_COMMANDS = {
-    "opsd": "train a model to solve problems as if it had read their solutions",
-    "opsdc": "train a model to reason in fewer tokens",
-    "distill": "on-policy self-distillation with every part chosen by fields",
+
+_OTHER_COMMANDS = {
+    "eval": "Sample answers to benchmarks, grade them and sum them up.",
+    "compare": "What changed between two evaluated runs.",
+    "bench": "Measure the loss and the training step beside their peers.",
+    "env": "Print the versions that a bug report should name.",
 }
 
 
@@ -40,12 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="command")
-    for name, help in _TRAINING_COMMANDS.items():
-        commands.add_parser(name, help=help, add_help=False)
-    commands.add_parser("eval", help="sample answers to benchmarks, grade them and sum them up", add_help=False)
-    commands.add_parser("compare", help="what changed between two evaluated runs", add_help=False)
-    commands.add_parser("bench", help="measure the loss and the training step beside their peers", add_help=False)
-    commands.add_parser("env", help="print the versions that a bug report should name")
+    for name, help in ({name: summary(name) for name in TRAINABLE} | _OTHER_COMMANDS).items():
+        commands.add_parser(name, help=help.replace("%", "%%"), add_help=name == "env")
+    if argv and not argv[0].startswith("-") and argv[0] not in commands.choices:
+        print(
+            f"trl-opsd: error: unknown command `{argv[0]}`. {did_you_mean(argv[0], commands.choices)}", file=sys.stderr
+        )
+        return 2
 
     args = parser.parse_args(argv[:1])
     command = args.command
@@ -91,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(command: str, args: Sequence[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    parser = import_module(f"trl_opsd.scripts.{command}").make_parser(prog=f"trl-opsd {command}")
+    from trl_opsd.scripts.train import make_parser
+
+    parser = make_parser(command, prog=f"trl-opsd {command}")
     launcher = launch_command_parser()
     try:
         script_args, launch_args = parser.split_args(args)
@@ -100,8 +106,9 @@ def _train(command: str, args: Sequence[str]) -> int:
             if (position == 0 or arg.startswith("-")) and arg.partition("=")[0] not in launch_flags:
                 raise ValueError(parser.explain_unknown(arg))
         # As a module, not as a file: a file would make its neighbours importable as `env` and `utils`.
-        module = f"trl_opsd.scripts.{command}"
-        launch = launcher.parse_args([*_resolve_accelerate_config(launch_args), "--module", module, *script_args])
+        module = "trl_opsd.scripts.train"
+        launch_args = _resolve_accelerate_config(launch_args)
+        launch = launcher.parse_args([*launch_args, "--module", module, command, *script_args])
         if launch.training_script != module:
             raise ValueError(parser.explain_unknown(launch.training_script))
         # Only the names and types of the fields are checked here. Their values may depend on the number of processes,

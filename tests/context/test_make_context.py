@@ -92,13 +92,8 @@ def test_class_that_reads_rollouts_and_may_have_nothing_to_say(module):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("hint", r"`privileged_context` must be one of \['solution', .*\] or the import path of a class, got 'hint'"),
-        ("", "`privileged_context` must be one of"),
-        (".Hint", "`privileged_context` must be one of"),
-        ("no_such_module.Hint", "`privileged_context='no_such_module.Hint'` cannot be imported: No module"),
+        ("solutoin", r"`privileged_context='solutoin'` is none of \['solution', .*Did you mean 'solution'"),
         ("own_contexts.Missing", "`privileged_context='own_contexts.Missing'` cannot be imported: .*Missing"),
-        ("own_contexts.", "`privileged_context='own_contexts.'` cannot be imported"),
-        (".own_contexts.Hint", r"`privileged_context.*\.own_contexts\.Hint"),
         ("own_contexts.NoColumns", "is no privileged context: it needs an attribute `columns`"),
         ("own_contexts.NoMethod", "is no privileged context: .* a method `teacher_messages"),
         ("own_contexts.function", "is no privileged context"),
@@ -119,12 +114,5 @@ def test_names_that_are_no_context(module, name, message):
     ],
 )
 def test_kwargs_that_do_not_fit(module, name, kwargs, fault):
-    with pytest.raises(ValueError, match=f"`context_kwargs=.*` do not fit `privileged_context='{name}'`: .*{fault}"):
+    with pytest.raises(ValueError, match=f"do not fit `privileged_context='{name}'`, .*: .*{fault}"):
         make_context(name, kwargs)
-
-
-def test_error_inside_the_module_is_shown_as_it_is(module, tmp_path):
-    (tmp_path / "own_contexts.py").write_text("1 / 0")
-
-    with pytest.raises(ZeroDivisionError):
-        make_context(f"{module}.Hint")

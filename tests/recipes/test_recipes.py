@@ -2,7 +2,6 @@
 
 import json
 import re
-from importlib import import_module
 from pathlib import Path
 from string import Formatter
 
@@ -11,11 +10,14 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from tiny import make_model, make_tokenizer
 
+from trl_opsd.methods import TRAINABLE
+from trl_opsd.scripts.train import make_parser
+from trl_opsd.scripts.utils import run
+
 
 ROOT = Path(__file__).parents[2] / "recipes"
 ACCELERATE = sorted(ROOT.glob("accelerate/*.yaml"))
 RECIPES = sorted(set(ROOT.rglob("*.y*ml")) - set(ACCELERATE))
-COMMANDS = ("opsd", "opsdc", "distill")
 
 # What stands in for the hardware of a recipe
 SMALL = {
@@ -47,10 +49,9 @@ def name(path):
     return str(path.relative_to(ROOT))
 
 
-def script_of(recipe):
-    """The script a recipe is for: its folder is called like the command, or else the file itself."""
-    command = next(command for command in (recipe.parent.name, recipe.stem) if command in COMMANDS)
-    return import_module(f"trl_opsd.scripts.{command}")
+def parser_of(recipe):
+    """The parser of the command a recipe is for: its folder is called like the command, or else the file itself."""
+    return make_parser(next(command for command in (recipe.parent.name, recipe.stem) if command in TRAINABLE))
 
 
 def rows_for(recipe):
@@ -85,7 +86,7 @@ def test_recipe_is_understood(recipe, tmp_path):
     # No machine that runs this test need have the hardware.
     path = tmp_path / recipe.name
     path.write_text(yaml.safe_dump(values | {"use_cpu": True, "bf16": False}))
-    parsed = script_of(recipe).make_parser().parse_args_and_config(["--config", str(path)])
+    parsed = parser_of(recipe).parse_args_and_config(["--config", str(path)])
     for key, value in values.items():
         [holder] = [group for group in parsed if hasattr(group, key)]
         if isinstance(value, int | float) and key not in ("use_cpu", "bf16"):
@@ -97,14 +98,14 @@ def test_misspelt_key_is_refused(recipe, tmp_path):
     path = tmp_path / recipe.name
     path.write_text(f"{recipe.read_text()}\nlearning_rat: 1.0e-6\n")
     with pytest.raises(ValueError, match="learning_rat"):
-        script_of(recipe).make_parser().parse_args_and_config(["--config", str(path)])
+        parser_of(recipe).parse_args_and_config(["--config", str(path)])
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r.parent.name in ("opsd", "opsdc")], ids=name)
 def test_paper_recipe_has_the_batch_of_the_paper(recipe, tmp_path):
     path = tmp_path / recipe.name
     path.write_text(f"{recipe.read_text()}\nuse_cpu: true\nbf16: false\n")
-    _, config, *_ = script_of(recipe).make_parser().parse_args_and_config(["--config", str(path)])
+    _, config, *_ = parser_of(recipe).parse_args_and_config(["--config", str(path)])
     num_gpus = int(re.search(r"(\d+) GPUs", recipe.read_text()).group(1))
     assert num_gpus * config.per_device_train_batch_size * config.gradient_accumulation_steps == 32
 
@@ -120,8 +121,7 @@ def test_recipe_trains_a_tiny_model(recipe, long_context_model, tmp_path, device
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
 
-    script = script_of(recipe)
-    script.main(*script.make_parser().parse_args_and_config(["--config", str(path)]))
+    run(*parser_of(recipe).parse_args_and_config(["--config", str(path)]))
 
     saved = "adapter_model.safetensors" if values.get("use_peft") else "model.safetensors"
     assert (output / saved).is_file()

@@ -8,7 +8,8 @@ import yaml
 from peft import PeftConfig
 from transformers import AutoModelForCausalLM
 
-from trl_opsd.scripts import distill, opsd, opsdc
+from trl_opsd.scripts.train import main, make_parser
+from trl_opsd.scripts.utils import run
 
 
 @pytest.fixture
@@ -44,8 +45,8 @@ def recipe(tmp_path, model_path, device):
     return write
 
 
-def train(script, *args):
-    script.main(*script.make_parser().parse_args_and_config(list(args)))
+def train(method, *args):
+    run(*make_parser(method).parse_args_and_config(list(args)))
 
 
 def weights(path):
@@ -53,7 +54,7 @@ def weights(path):
 
 
 def test_opsd(recipe, tmp_path, model_path, capsys):
-    train(opsd, "--config", recipe())
+    train("opsd", "--config", recipe())
 
     before, after = weights(model_path), weights(tmp_path / "out")
     assert any(not before[name].equal(after[name]) for name in before)
@@ -70,10 +71,10 @@ def test_opsd(recipe, tmp_path, model_path, capsys):
 
 def test_opsdc_resumes_from_the_newest_checkpoint(recipe, tmp_path, capsys):
     path = recipe(save_strategy="steps", save_steps=1)
-    train(opsdc, "--config", path, "--max_steps", "1", "--resume_from_checkpoint", "auto")
+    train("opsdc", "--config", path, "--max_steps", "1", "--resume_from_checkpoint", "auto")
     assert "Resuming" not in capsys.readouterr().out
 
-    train(opsdc, "--config", path, "--resume_from_checkpoint", "true")
+    train("opsdc", "--config", path, "--resume_from_checkpoint", "true")
 
     output = capsys.readouterr().out
     assert f"Resuming from {tmp_path / 'out' / 'checkpoint-1'}." in output
@@ -106,7 +107,7 @@ def test_distill_with_lora_rewards_and_evaluation(recipe, tmp_path, monkeypatch,
         eval_benchmarks_limit=1,
     )
 
-    train(distill, "--config", path)
+    train("distill", "--config", path)
 
     run = json.loads((tmp_path / "out" / "eval" / "step-2" / "run.json").read_text())
     assert run["settings"]["system_prompt"] == "Add."
@@ -123,7 +124,7 @@ def test_distill_with_lora_rewards_and_evaluation(recipe, tmp_path, monkeypatch,
 @pytest.mark.slow
 def test_accelerate_launch(recipe, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    command += ["-m", "trl_opsd.scripts.opsd", "--config", recipe(), "--max_steps", "1", "--use_cpu"]
+    command += ["-m", "trl_opsd.scripts.train", "opsd", "--config", recipe(), "--max_steps", "1", "--use_cpu"]
 
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1200
@@ -138,8 +139,24 @@ def test_an_interrupted_run_says_how_to_go_on(recipe, tmp_path, capsys, monkeypa
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trl_opsd.OPSDTrainer.train", interrupted)
+    monkeypatch.setattr("trl_opsd.SelfDistillationTrainer.train", interrupted)
     with pytest.raises(SystemExit, match="130"):
-        train(opsd, "--config", recipe())
+        train("opsd", "--config", recipe())
     said = f"Interrupted. `--resume_from_checkpoint auto` goes on from the last checkpoint in {tmp_path / 'out'}"
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [([], "Name what to train with"), (["--config", "r.yaml"], "one of: opsd, opsdc")],
+)
+def test_launched_without_a_method(args, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", *args])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match=r"Unknown method: `opsdd`\. Did you mean `opsd`\?"):
+        make_parser("opsdd")

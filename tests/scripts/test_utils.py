@@ -7,12 +7,14 @@ import yaml
 from trl import DatasetMixtureConfig
 from trl.rewards import accuracy_reward
 
-from trl_opsd.scripts import distill, opsd, opsdc
+from trl_opsd.methods import TRAINABLE
+from trl_opsd.scripts.train import make_parser
 from trl_opsd.scripts.utils import (
     SelfDistillationScriptArguments,
     find_checkpoint,
     load_datasets,
     load_reward_funcs,
+    run,
 )
 from trl_opsd.trainer.checkpoints import begin, finish
 
@@ -51,7 +53,7 @@ def test_recipe_and_flags_fill_every_dataclass(recipe):
         test_split_size=0.25,
     )
 
-    script, training, model, mixture = opsd.make_parser().parse_args_and_config(
+    script, training, model, mixture = make_parser("opsd").parse_args_and_config(
         ["--config", path, "--lora_r", "4", "--teacher_chat_template_kwargs", '{"enable_thinking": true}']
     )
 
@@ -65,7 +67,7 @@ def test_recipe_and_flags_fill_every_dataclass(recipe):
 
 
 def test_config_may_be_assigned(recipe):
-    assert opsd.make_parser().parse_args_and_config([f"--config={recipe(max_steps=7)}"])[1].max_steps == 7
+    assert make_parser("opsd").parse_args_and_config([f"--config={recipe(max_steps=7)}"])[1].max_steps == 7
 
 
 def test_bare_no_is_a_strategy(tmp_path, recipe):
@@ -73,7 +75,7 @@ def test_bare_no_is_a_strategy(tmp_path, recipe):
     with open(path, "a") as file:
         file.write("save_strategy: no\nlogging_strategy: no\n")
 
-    training = opsd.make_parser().parse_args_and_config(["--config", path])[1]
+    training = make_parser("opsd").parse_args_and_config(["--config", path])[1]
 
     assert training.save_strategy == training.logging_strategy == "no"
 
@@ -82,7 +84,7 @@ def read(recipe, line):
     path = recipe()
     with open(path, "a") as file:
         file.write(f"{line}\n")
-    parsed = opsd.make_parser().parse_args_and_config(["--config", path])
+    parsed = make_parser("opsd").parse_args_and_config(["--config", path])
     key = line.partition(":")[0]
     return next(getattr(one, key) for one in parsed if hasattr(one, key))
 
@@ -130,12 +132,12 @@ def test_values_of_another_type(recipe, line, message):
 def test_recipe_that_is_no_mapping(tmp_path):
     (tmp_path / "list.yaml").write_text("- a list\n")
     with pytest.raises(ValueError, match="must be a mapping of fields to values"):
-        opsd.make_parser().parse_args_and_config(["--config", str(tmp_path / "list.yaml")])
+        make_parser("opsd").parse_args_and_config(["--config", str(tmp_path / "list.yaml")])
 
 
 def test_environment_of_a_recipe(recipe, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    opsd.make_parser().parse_args_and_config(["--config", recipe(env={"SOME_NUMBER": 1})])
+    make_parser("opsd").parse_args_and_config(["--config", recipe(env={"SOME_NUMBER": 1})])
     assert os.environ["SOME_NUMBER"] == "1"
 
 
@@ -143,7 +145,7 @@ def test_environment_of_a_recipe(recipe, monkeypatch):
 def test_column_mapping_on_the_command_line(text, recipe):
     args = ["--config", recipe(), "--column_mapping", text]
 
-    assert opsd.make_parser().parse_args_and_config(args)[0].column_mapping == {"question": "prompt", "n": "m"}
+    assert make_parser("opsd").parse_args_and_config(args)[0].column_mapping == {"question": "prompt", "n": "m"}
 
 
 @pytest.mark.parametrize("text", ["question", "[question, prompt]", "{question: 3}", "{question"])
@@ -164,7 +166,7 @@ def test_bad_column_mapping(text):
 )
 def test_unknown_key(key, hint, recipe):
     with pytest.raises(ValueError, match=rf"Unknown field: `{key}`.*{hint}|Unknown field: `{key}` {hint}"):
-        opsd.make_parser().parse_args_and_config(["--config", recipe(**{key: 1})])
+        make_parser("opsd").parse_args_and_config(["--config", recipe(**{key: 1})])
 
 
 @pytest.mark.parametrize(
@@ -180,21 +182,21 @@ def test_unknown_key(key, hint, recipe):
 )
 def test_unknown_argument(args, message):
     with pytest.raises(ValueError, match=message):
-        opsd.make_parser().parse_args_and_config(args)
+        make_parser("opsd").parse_args_and_config(args)
 
 
 def test_wrong_value_is_told_without_the_whole_usage(capsys):
     with pytest.raises(SystemExit):
-        opsd.make_parser(prog="trl-opsd opsd").parse_args_and_config(["--divergence", "kl"])
+        make_parser("opsd", prog="trl-opsd opsd").parse_args_and_config(["--divergence", "kl"])
 
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith("trl-opsd opsd: error: argument --divergence: invalid choice: 'kl'")
 
 
-@pytest.mark.parametrize("script", [opsd, opsdc, distill])
-def test_help_explains_every_field(script):
-    parser = script.make_parser()
+@pytest.mark.parametrize("method", TRAINABLE)
+def test_help_explains_every_field(method):
+    parser = make_parser(method)
 
     assert "--config recipe.yaml" in parser.format_help()
     explained = {action.dest: action.help for action in parser._actions}
@@ -264,7 +266,7 @@ def test_reward_funcs(tmp_path, monkeypatch):
 
 
 def test_single_reward_func_of_a_recipe(recipe):
-    script = opsd.make_parser().parse_args_and_config(["--config", recipe(reward_funcs="accuracy_reward")])[0]
+    script = make_parser("opsd").parse_args_and_config(["--config", recipe(reward_funcs="accuracy_reward")])[0]
 
     assert load_reward_funcs(script) == [accuracy_reward]
 
@@ -309,7 +311,7 @@ def test_checkpoint_that_cannot_be_resumed(tmp_path):
 
 
 def test_model_is_required(recipe, rows):
-    args = opsd.make_parser().parse_args_and_config(["--config", recipe(dataset_name=rows)])
+    args = make_parser("opsd").parse_args_and_config(["--config", recipe(dataset_name=rows)])
 
     with pytest.raises(ValueError, match="set `model_name_or_path`"):
-        opsd.main(*args)
+        run(*args)

@@ -8,7 +8,10 @@ from operator import ne
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from ..help import help_from_docstring
 
+
+@help_from_docstring
 @dataclass
 class BenchArguments(ABC):
     """
@@ -41,41 +44,15 @@ class BenchArguments(ABC):
     all_contenders: ClassVar[tuple[str, ...]]
     factory: ClassVar[str]
 
-    contenders: list[str] | None = field(
-        default=None, metadata={"help": "Names of the contenders to run, in this order. By default the usual ones."}
-    )
-    repeats: int = field(
-        default=5,
-        metadata={
-            "help": "Timed iterations of each contender, one per round. Fewer than 5 give no median worth quoting."
-        },
-    )
-    warmups: int = field(default=1, metadata={"help": "Iterations of each contender before the first timed one."})
-    device: Literal["auto", "cpu", "cuda"] = field(
-        default="auto", metadata={"help": "'cpu', 'cuda', or 'auto' for CUDA where there is a GPU."}
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto",
-        metadata={"help": "'float32', 'bfloat16', or 'auto' for bfloat16 on a GPU and float32 on a CPU."},
-    )
-    timeout: float = field(
-        default=600.0,
-        metadata={
-            "help": "Seconds that a contender may take in one case, from its start to its last iteration. One that "
-            "takes longer is ended, and the others go on."
-        },
-    )
-    threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of each contender. By default PyTorch chooses."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of everything random, the same for all contenders."})
-    output_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder for the results, the plot and what the contenders write on their consoles. Defaults to "
-            "bench/<name of the benchmark>."
-        },
-    )
+    contenders: list[str] | None = None
+    repeats: int = 5
+    warmups: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    timeout: float = 600.0
+    threads: int | None = None
+    seed: int = 0
+    output_dir: str | None = None
 
     def __post_init__(self) -> None:
         self.contenders = self.default_contenders() if self.contenders is None else list(self.contenders)
@@ -130,22 +107,22 @@ class BenchArguments(ABC):
         """What is measured, one after the other: settings that a contender's process receives."""
 
 
+@help_from_docstring
 @dataclass
 class LossArguments(BenchArguments):
     """
     Fields of `trl-opsd bench loss`: one forward and backward pass of the divergence, from hidden states.
 
-    The first three take several values each; all combinations are run, or one size is varied at a time.
-
     Args:
         num_tokens (`list[int]`, *optional*, defaults to `[512]`):
-            Number of tokens N.
+            Number of tokens N; several values make a sweep.
         hidden_size (`list[int]`, *optional*, defaults to `[1024]`):
-            Width H of the hidden states.
+            Width H of the hidden states; several values make a sweep.
         vocab_size (`list[int]`, *optional*, defaults to `[151936]`):
-            Size V of the vocabulary.
+            Size V of the vocabulary; several values make a sweep.
         one_at_a_time (`bool`, *optional*, defaults to `False`):
-            Whether each size is varied while the others keep the first of their values.
+            Whether each size is varied while the others keep the first of their values, instead of running all
+            combinations.
         divergence (`str`, *optional*, defaults to `"jsd"`):
             `"forward_kl"`, `"reverse_kl"` or `"jsd"` (with β = 0.5).
         support (`str`, *optional*, defaults to `"full"`):
@@ -177,59 +154,17 @@ class LossArguments(BenchArguments):
     )
     factory: ClassVar[str] = "trl_opsd.bench.loss:serve"
 
-    num_tokens: list[int] = field(
-        default_factory=lambda: [512], metadata={"help": "Number of tokens N; several values make a sweep."}
-    )
-    hidden_size: list[int] = field(
-        default_factory=lambda: [1024],
-        metadata={"help": "Width H of the hidden states; several values make a sweep."},
-    )
-    vocab_size: list[int] = field(
-        default_factory=lambda: [151936],
-        metadata={"help": "Size V of the vocabulary; several values make a sweep."},
-    )
-    one_at_a_time: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether each size is varied while the others keep the first of their values, instead of running "
-            "all combinations."
-        },
-    )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = field(
-        default="jsd", metadata={"help": "'forward_kl', 'reverse_kl' or 'jsd' (with beta = 0.5)."}
-    )
-    support: Literal["full", "teacher_top_k", "student_top_k", "union_top_k", "sampled_token"] = field(
-        default="full",
-        metadata={"help": "Tokens whose entries are summed, as `divergence_support` of the trainers."},
-    )
-    frozen_head: bool = field(
-        default=False,
-        metadata={"help": "Whether the head is frozen, as with LoRA: only the hidden states receive a gradient."},
-    )
-    clip: float | None = field(
-        default=None, metadata={"help": "Upper bound on every vocabulary entry of the divergence."}
-    )
-    token_weights: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether every token has a weight of its own, as the aggregations over sequences need, instead of "
-            "1/N."
-        },
-    )
-    metrics: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether the pass also yields what a training log shows: both entropies, both log-probabilities "
-            "of the sampled token and, with a clip, the share of clipped tokens."
-        },
-    )
-    check: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to compare every contender's gradients with those of the plain formula in float64, on a "
-            "small slice of the same inputs."
-        },
-    )
+    num_tokens: list[int] = field(default_factory=lambda: [512])
+    hidden_size: list[int] = field(default_factory=lambda: [1024])
+    vocab_size: list[int] = field(default_factory=lambda: [151936])
+    one_at_a_time: bool = False
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
+    support: Literal["full", "teacher_top_k", "student_top_k", "union_top_k", "sampled_token"] = "full"
+    frozen_head: bool = False
+    clip: float | None = None
+    token_weights: bool = False
+    metrics: bool = False
+    check: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -254,6 +189,7 @@ class LossArguments(BenchArguments):
         return [{"num_tokens": n, "hidden_size": h, "vocab_size": v, **shared} for n, h, v in sizes]
 
 
+@help_from_docstring
 @dataclass
 class StepArguments(BenchArguments):
     """
@@ -304,64 +240,21 @@ class StepArguments(BenchArguments):
     )
     factory: ClassVar[str] = "trl_opsd.bench.step:serve"
 
-    preset: Literal["tiny", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b"] = field(
-        default="tiny",
-        metadata={
-            "help": "Shape of a model with random weights, made on the device. 'tiny' has 14 million parameters."
-        },
-    )
-    model: str | None = field(default=None, metadata={"help": "Id or folder of a model to load instead."})
-    lora: bool = field(
-        default=False,
-        metadata={"help": "Whether to train a LoRA adapter of rank 16 on all linear layers instead of all weights."},
-    )
-    num_rollouts: int = field(default=4, metadata={"help": "Rollouts of a step, all in one batch."})
-    num_generations: int = field(
-        default=1,
-        metadata={
-            "help": "Rollouts of each prompt. GRPO's policy loss, that is `self-distillation+grpo`, needs 2 or more."
-        },
-    )
-    prompt_tokens: int = field(default=64, metadata={"help": "Length of every student prompt, in tokens."})
-    teacher_prompt_tokens: int = field(default=192, metadata={"help": "Length of every teacher prompt, in tokens."})
-    equal_teacher_tokens: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether the teacher of TRL's `DistillationTrainer`, which has no privileged context, is made to "
-            "read what the other teachers read. Otherwise it reads the student's prompt, as that trainer has it."
-        },
-    )
-    max_new_tokens: int = field(default=128, metadata={"help": "Length of every rollout, in tokens."})
-    sample: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether the rollouts are sampled from the policy. Otherwise they are random tokens, which cost "
-            "nothing."
-        },
-    )
-    use_vllm: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether they are sampled by a vLLM engine in the trainer's process instead of by transformers."
-        },
-    )
-    vllm_gpu_memory_utilization: float = field(
-        default=0.3, metadata={"help": "Share of the GPU's memory that the engine takes."}
-    )
-    sequential: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether the contenders run one after the other, each with the device to itself, instead of "
-            "taking turns. With `use_vllm` they always do."
-        },
-    )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = field(
-        default="jsd",
-        metadata={"help": "'forward_kl', 'reverse_kl' or 'jsd' (with beta = 0.5), over the whole vocabulary."},
-    )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Whether activations are recomputed in the backward pass."}
-    )
+    preset: Literal["tiny", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b"] = "tiny"
+    model: str | None = None
+    lora: bool = False
+    num_rollouts: int = 4
+    num_generations: int = 1
+    prompt_tokens: int = 64
+    teacher_prompt_tokens: int = 192
+    equal_teacher_tokens: bool = True
+    max_new_tokens: int = 128
+    sample: bool = False
+    use_vllm: bool = False
+    vllm_gpu_memory_utilization: float = 0.3
+    sequential: bool = False
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -407,6 +300,7 @@ class StepArguments(BenchArguments):
         return [{**case, "num_steps": self.warmups + self.repeats + 1}]
 
 
+@help_from_docstring
 @dataclass
 class TeacherArguments(BenchArguments):
     """
@@ -414,7 +308,8 @@ class TeacherArguments(BenchArguments):
 
     Args:
         preset (`str`, *optional*, defaults to `"tiny"`):
-            Shape of a model with random weights, see [`StepArguments`].
+            Shape of a model with random weights, made on the device: `"qwen3-0.6b"`, `"qwen3-1.7b"`, `"qwen3-8b"`, or
+            `"tiny"` for one of 14 million parameters.
         model (`str`, *optional*):
             Id or folder of a model to load instead.
         num_rollouts (`int`, *optional*, defaults to `8`):
@@ -429,16 +324,11 @@ class TeacherArguments(BenchArguments):
     all_contenders: ClassVar[tuple[str, ...]] = ("shared-prompt", "whole-sequences")
     factory: ClassVar[str] = "trl_opsd.bench.teacher:serve"
 
-    preset: Literal["tiny", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b"] = field(
-        default="tiny",
-        metadata={
-            "help": "Shape of a model with random weights, made on the device. 'tiny' has 14 million parameters."
-        },
-    )
-    model: str | None = field(default=None, metadata={"help": "Id or folder of a model to load instead."})
-    num_rollouts: int = field(default=8, metadata={"help": "Rollouts of the prompt."})
-    teacher_prompt_tokens: int = field(default=2048, metadata={"help": "Length of the teacher's prompt, in tokens."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Length of every rollout, in tokens."})
+    preset: Literal["tiny", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b"] = "tiny"
+    model: str | None = None
+    num_rollouts: int = 8
+    teacher_prompt_tokens: int = 2048
+    max_new_tokens: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,10 +1,8 @@
 """What the teacher reads: one small class per kind of privileged context."""
 
-import importlib
-import os
-import sys
-from typing import Any
+from typing import Any, cast
 
+from ..parts import make_part
 from .base import Message, PrivilegedContext, Rollouts, as_text
 from .concise import ConciseContext
 from .rendering import TeacherPrompt, check_embedded, thinking_prefix, without_end
@@ -28,7 +26,7 @@ __all__ = [
     "without_end",
 ]
 
-CONTEXTS = {
+CONTEXTS: dict[str, type | str] = {
     "solution": SolutionContext,
     "answer": AnswerContext,
     "concise": ConciseContext,
@@ -51,27 +49,11 @@ def make_context(name: str, kwargs: dict[str, Any] | None = None) -> PrivilegedC
         ValueError: If there is no such kind, if the path cannot be imported, if what it names is no context, or if the
             class does not take `kwargs`.
     """
-    context_class: Any = CONTEXTS.get(name)
-    if context_class is None:
-        module, _, attribute = name.rpartition(".")
-        if not module or name.startswith("."):
-            raise ValueError(
-                f"`privileged_context` must be one of {list(CONTEXTS)} or the import path of a class, got {name!r}."
-            )
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        try:
-            context_class = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"`privileged_context={name!r}` cannot be imported: {error}.") from error
-    try:
-        context = context_class(**(kwargs or {}))
-    except TypeError as error:
-        raise ValueError(f"`context_kwargs={kwargs}` do not fit `privileged_context={name!r}`: {error}.") from error
+    context = make_part("privileged_context", name, kwargs, CONTEXTS)
     columns = getattr(context, "columns", None)
     if not callable(getattr(context, "teacher_messages", None)) or not isinstance(columns, tuple | list):
         raise ValueError(
             f"`privileged_context={name!r}` is no privileged context: it needs an attribute `columns`, a tuple of "
             "column names, and a method `teacher_messages(row, rollouts)`."
         )
-    return context
+    return cast(PrivilegedContext, context)

@@ -1,12 +1,13 @@
 """The fields of an evaluation. Nothing heavy is imported here, so that `--help` answers at once."""
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
 
+from ..help import help_from_docstring
 from .backends.base import Sampling
 
 
@@ -32,6 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+@help_from_docstring
 @dataclass
 class EvalArguments:
     """
@@ -96,15 +98,16 @@ class EvalArguments:
             Published setting that the fields below default to: `"opsd"` (12 samples, temperature 1, 38,912 tokens,
             thinking) or `"opsdc"` (8 samples, temperature 0.6, top-p 0.95, top-k 20, 30,000 tokens, thinking).
         num_samples (`int`, *optional*):
-            Completions of each problem.
+            Completions of each problem. By default the preset's.
         temperature (`float`, *optional*):
-            Sampling temperature. 0 always takes the likeliest token.
+            Sampling temperature. 0 always takes the likeliest token. By default the preset's.
         top_p (`float`, *optional*):
-            Probability that the likeliest tokens to sample from must reach together. 1 samples from all.
+            Probability that the likeliest tokens to sample from must reach together. 1 samples from all. By default
+            the preset's.
         top_k (`int`, *optional*):
-            Number of likeliest tokens to sample from. 0 samples from all.
+            Number of likeliest tokens to sample from. 0 samples from all. By default the preset's.
         max_new_tokens (`int`, *optional*):
-            Longest completion in tokens.
+            Longest completion in tokens. By default the preset's.
         seed (`int`, *optional*, defaults to `0`):
             Seed that those of all completions come from.
 
@@ -128,133 +131,43 @@ class EvalArguments:
             Whether to delete an earlier run in that folder.
     """
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or local folder of the model. With `--backend vllm_server`, the name the server has for "
-            "it, or the path it was started with."
-        },
-    )
-    adapter: str | None = field(default=None, metadata={"help": "Hub id or local folder of a PEFT adapter."})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Hub id or local folder of the tokenizer, if it is not the model's."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Dtype of the weights, e.g. 'bfloat16'. 'auto' is that of the checkpoint, on every backend."
-        },
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with the model."})
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Further keyword arguments of `from_pretrained` or, with `--backend vllm`, of `vllm.LLM`, e.g. "
-            "'{tensor_parallel_size: 2}'."
-        },
-    )
+    model_name_or_path: str | None = None
+    adapter: str | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    model_init_kwargs: dict[str, Any] | str | None = None
 
-    backend: Literal["vllm", "transformers", "vllm_server"] = field(
-        default="vllm",
-        metadata={"help": "What generates: 'vllm', 'transformers', or 'vllm_server' for a running `vllm serve`."},
-    )
-    base_url: str = field(default="http://localhost:8000", metadata={"help": "Address of the server."})
-    batch_size: int = field(
-        default=32,
-        metadata={
-            "help": "Completions generated together by transformers, or requests under way at a server. vLLM in this "
-            "process decides by itself."
-        },
-    )
+    backend: Literal["vllm", "transformers", "vllm_server"] = "vllm"
+    base_url: str = "http://localhost:8000"
+    batch_size: int = 32
 
-    benchmarks: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of benchmarks (`--list` shows them), or YAML files that describe one."},
-    )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Your own problems instead: Hub id, local json, jsonl, csv or parquet file, folder of such files, "
-            "or folder written by `save_to_disk`."
-        },
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Name of that dataset's configuration."})
-    dataset_split: str = field(
-        default="train", metadata={"help": "Split of that dataset. A single file is the split 'train'."}
-    )
-    question_column: str = field(default="question", metadata={"help": "Column of that dataset with the questions."})
-    answer_column: str = field(default="answer", metadata={"help": "Column of that dataset with the right answers."})
-    answer_type: Literal["math", "choice", "text"] = field(
-        default="math", metadata={"help": "How answers to that dataset are graded: 'math', 'choice' or 'text'."}
-    )
-    prompt_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Jinja template of the user turn for that dataset, which sees `question` and `row`. By default it "
-            "asks for the final answer in \\boxed{}."
-        },
-    )
-    limit: int | None = field(
-        default=None,
-        metadata={"help": "Number of problems of each benchmark, from the beginning. All by default."},
-    )
+    benchmarks: list[str] | None = None
+    dataset_name: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    question_column: str = "question"
+    answer_column: str = "answer"
+    answer_type: Literal["math", "choice", "text"] = "math"
+    prompt_template: str | None = None
+    limit: int | None = None
 
-    preset: Literal["opsd", "opsdc"] = field(
-        default="opsd",
-        metadata={
-            "help": "Published setting that the fields below default to: 'opsd' (12 samples, temperature 1, 38,912 "
-            "tokens, thinking) or 'opsdc' (8 samples, temperature 0.6, top-p 0.95, top-k 20, 30,000 tokens, thinking)."
-        },
-    )
-    num_samples: int | None = field(
-        default=None, metadata={"help": "Completions of each problem. By default the preset's."}
-    )
-    temperature: float | None = field(
-        default=None,
-        metadata={"help": "Sampling temperature. 0 always takes the likeliest token. By default the preset's."},
-    )
-    top_p: float | None = field(
-        default=None,
-        metadata={
-            "help": "Probability that the likeliest tokens to sample from must reach together. 1 samples from all. By "
-            "default the preset's."
-        },
-    )
-    top_k: int | None = field(
-        default=None,
-        metadata={"help": "Number of likeliest tokens to sample from. 0 samples from all. By default the preset's."},
-    )
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Longest completion in tokens. By default the preset's."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed that those of all completions come from."})
+    preset: Literal["opsd", "opsdc"] = "opsd"
+    num_samples: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    max_new_tokens: int | None = None
+    seed: int = 0
 
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments of the chat template, e.g. '{enable_thinking: false}'. Instead of the preset's."
-        },
-    )
-    chat_template_path: str | None = field(
-        default=None, metadata={"help": "Jinja file with a chat template to use instead of the tokenizer's."}
-    )
-    apply_chat_template: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to ask through the chat template. Without it, the model continues the bare prompt."
-        },
-    )
-    system_prompt: str | None = field(default=None, metadata={"help": "System message before each question."})
+    chat_template_kwargs: dict[str, Any] | str | None = None
+    chat_template_path: str | None = None
+    apply_chat_template: bool = True
+    system_prompt: str | None = None
 
-    output_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of the run. A run that is there already goes on where it stopped. Defaults to `eval/` and "
-            "the last parts of the model's and the adapter's names."
-        },
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Whether to delete an earlier run in that folder."})
+    output_dir: str | None = None
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.benchmarks, str):  # as a file may name a single one

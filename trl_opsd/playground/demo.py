@@ -130,7 +130,7 @@ def run_demo(
     from ..context import TemplateContext, make_context
     from ..data import load_rows
     from ..report import PromptPreviewCallback
-    from ..scripts import opsd, opsdc
+    from ..scripts.train import make_parser
     from ..scripts.utils import find_checkpoint
     from .base import BASE_RECIPES, has_base, train_base
     from .evaluate import evaluate
@@ -165,12 +165,8 @@ def run_demo(
     folder.mkdir(parents=True, exist_ok=True)
     settings_file.write_text(json.dumps(settings, indent=2))
 
-    script_args, training_args, model_args, _ = (
-        {"opsd": opsd, "opsdc": opsdc}[method]
-        .make_parser()
-        .parse_args_and_config(
-            ["--config", str(recipe), *overrides, "--output_dir", str(model_dir), "--seed", str(seed)]
-        )
+    script_args, training_args, model_args, _ = make_parser(method).parse_args_and_config(
+        ["--config", str(recipe), *overrides, "--output_dir", str(model_dir), "--seed", str(seed)]
     )
     context = make_context(training_args.privileged_context, training_args.context_kwargs)
     if not isinstance(context, TemplateContext):
@@ -219,7 +215,7 @@ def run_demo(
         console.print(f"Going on from {checkpoint}.")
     model_args.model_name_or_path = str(base)
     rows = load_rows(str(folder / "train.jsonl"))
-    trainer = _make_trainer(method, script_args, training_args, model_args, rows)
+    trainer = _make_trainer(script_args, training_args, model_args, rows)
     with stage(f"Running {method.upper()}", training_args.max_steps, console) as (progress, task):
         trainer.add_callback(_progress_callback(progress, task))
         trainer.add_callback(PromptPreviewCallback(trainer, console))
@@ -262,16 +258,13 @@ def run_demo(
     return results
 
 
-def _make_trainer(method: str, script_args: Any, training_args: Any, model_args: Any, rows: Any) -> Any:
+def _make_trainer(script_args: Any, training_args: Any, model_args: Any, rows: Any) -> Any:
     from transformers import PrinterCallback, ProgressCallback
-
-    from trl_opsd import OPSDCTrainer, OPSDTrainer
 
     from ..scripts.utils import load_reward_funcs, make_trainer
 
-    trainer_class = {"opsd": OPSDTrainer, "opsdc": OPSDCTrainer}[method]
     rewards = load_reward_funcs(script_args)
-    trainer = make_trainer(trainer_class, script_args, training_args, model_args, rows, reward_funcs=rewards)
+    trainer = make_trainer(script_args, training_args, model_args, rows, reward_funcs=rewards)
     # One line of progress takes their place.
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

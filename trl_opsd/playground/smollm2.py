@@ -450,26 +450,22 @@ def run_demo(
     """
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-    from trl_opsd import OPSDCTrainer, OPSDTrainer
-
     from ..report import PromptPreviewCallback
-    from ..scripts import opsd, opsdc
+    from ..scripts.train import make_parser
     from ..scripts.utils import load_datasets, make_trainer
 
     started = time.perf_counter()
     console.rule(f"[bold]{method.upper()}[/bold] on SmolLM2-135M")
     console.print(METHODS[method])
     refuse_flags(overrides, _OWN_FIELDS, "The demo grades with its own reward, and starts anew each time")
-    parser = {"opsd": opsd, "opsdc": opsdc}[method].make_parser()
-    script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(
+    script_args, training_args, model_args, dataset_args = make_parser(method).parse_args_and_config(
         ["--config", str(recipe), *overrides]
     )
     folder = Path(training_args.output_dir)
     test: Any
     train, test = load_datasets(script_args, dataset_args, with_eval=True)
     grader = AnswerReward()
-    trainer_class = {"opsd": OPSDTrainer, "opsdc": OPSDCTrainer}[method]
-    trainer = make_trainer(trainer_class, script_args, training_args, model_args, train, test, grader)
+    trainer = make_trainer(script_args, training_args, model_args, train, test, grader)
     # Progress bars take their place.
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

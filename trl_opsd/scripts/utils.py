@@ -1,5 +1,4 @@
 import difflib
-import importlib
 import logging
 import os
 import re
@@ -7,7 +6,7 @@ import sys
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -16,6 +15,8 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
+from trl_opsd.help import help_from_docstring
+from trl_opsd.parts import import_object
 from trl_opsd.scripts.recipe_values import field_types, read_recipe, recipe_value
 
 
@@ -28,46 +29,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@help_from_docstring
 @dataclass
 class SelfDistillationScriptArguments(GRPOScriptArguments):
     """
-    Script arguments of the `opsd`, `opsdc` and `distill` commands: those of TRL's GRPO script and how to make prompts.
+    Script arguments of a training command: those of TRL's GRPO script and how to make prompts.
 
     Args:
+        dataset_name (`str`, *optional*):
+            Dataset id on the Hub, or a local json, jsonl, csv or parquet file, a folder of such files, or a folder
+            written by `save_to_disk`. If `datasets` is given, this is ignored.
         column_mapping (`dict[str, str]` or `str`, *optional*):
             New dataset columns, as source column to new name, e.g. `{"question": "prompt", "reference": "solution"}`.
             On the command line, JSON or a YAML mapping. Without it, a dataset that lacks a `prompt` column takes it
             from `problem`, `question`, `query` or `instruction`.
         prompt_template (`str`, *optional*):
             Format string that makes the user message from any columns, e.g. `"{problem}\\nAnswer in {language}."`.
+            Literal braces are written doubled.
         system_prompt (`str`, *optional*):
             System message put before each conversational prompt.
     """
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Dataset id on the Hub, or a local json, jsonl, csv or parquet file, a folder of such files, or a "
-            "folder written by `save_to_disk`. If `datasets` is provided, this will be ignored."
-        },
-    )
-    column_mapping: dict[str, str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "New dataset columns, as source column to new name, e.g. '{question: prompt}'. Without it, a "
-            "dataset that lacks a `prompt` column takes it from `problem`, `question`, `query` or `instruction`."
-        },
-    )
-    prompt_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Format string that makes the user message from any columns, e.g. 'Solve: {problem}'. Write "
-            "literal braces doubled."
-        },
-    )
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "System message put before each conversational prompt."}
-    )
+    dataset_name: str | None = None
+    column_mapping: dict[str, str] | str | None = None
+    prompt_template: str | None = None
+    system_prompt: str | None = None
 
     def __post_init__(self) -> None:
         mapping: Any = self.column_mapping
@@ -205,31 +191,6 @@ class RecipeParser(TrlParser):
         return f"Unknown field: {what}. {hint}"
 
 
-def make_recipe_parser(help: str, config_class: type["SelfDistillationConfig"], prog: str | None) -> RecipeParser:
-    """
-    Make the parser of a training command.
-
-    Args:
-        help (`str`):
-            What the command does, in one line.
-        config_class (`type[SelfDistillationConfig]`):
-            Class of the training arguments.
-        prog (`str`, *optional*):
-            Name of the program in help and errors.
-
-    Returns:
-        [`RecipeParser`]:
-            Parser into `(SelfDistillationScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)`.
-    """
-    return RecipeParser(
-        (SelfDistillationScriptArguments, config_class, ModelConfig, DatasetMixtureConfig),
-        prog=prog,
-        usage="%(prog)s --config recipe.yaml [--any_field value]",
-        description=f"{help} A recipe file has any of the fields below as keys; flags take precedence over it. "
-        "Started as `trl-opsd`, flags of `accelerate launch` and `--accelerate_config name_or_path` may be mixed in.",
-    )
-
-
 def says_how_to_resume(command: Callable[..., None]) -> Callable[..., None]:
     """Make Ctrl-C end a training command in words, with status 130."""
 
@@ -252,7 +213,6 @@ def says_how_to_resume(command: Callable[..., None]) -> Callable[..., None]:
 
 @says_how_to_resume
 def run(
-    trainer_class: type["SelfDistillationTrainer"],
     script_args: SelfDistillationScriptArguments,
     training_args: "SelfDistillationConfig",
     model_args: ModelConfig,
@@ -262,8 +222,6 @@ def run(
     Train, save and, if asked to, push a model.
 
     Args:
-        trainer_class (`type[SelfDistillationTrainer]`):
-            Trainer to use.
         script_args ([`SelfDistillationScriptArguments`]):
             Data and rewards.
         training_args ([`SelfDistillationConfig`]):
@@ -291,7 +249,6 @@ def run(
             script_args, dataset_args, with_eval=training_args.eval_strategy != "no"
         )
     trainer = make_trainer(
-        trainer_class,
         script_args,
         training_args,
         model_args,
@@ -320,7 +277,6 @@ def run(
 
 
 def make_trainer(
-    trainer_class: type["SelfDistillationTrainer"],
     script_args: SelfDistillationScriptArguments,
     training_args: "SelfDistillationConfig",
     model_args: ModelConfig,
@@ -332,8 +288,6 @@ def make_trainer(
     Make the trainer that a recipe describes, on rows that have been loaded.
 
     Args:
-        trainer_class (`type[SelfDistillationTrainer]`):
-            Trainer to make.
         script_args ([`SelfDistillationScriptArguments`]):
             Its system prompt is also that of benchmarks which have none of their own.
         training_args ([`SelfDistillationConfig`]):
@@ -353,6 +307,8 @@ def make_trainer(
     """
     from trl import get_peft_config, get_quantization_config
 
+    from trl_opsd import SelfDistillationTrainer
+
     model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -363,7 +319,7 @@ def make_trainer(
     training_args.model_init_kwargs = model_init_kwargs
     if training_args.eval_benchmarks is not None and training_args.eval_benchmarks_system_prompt is None:
         training_args.eval_benchmarks_system_prompt = script_args.system_prompt
-    return trainer_class(
+    return SelfDistillationTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,
         args=training_args,
@@ -461,17 +417,13 @@ def load_reward_funcs(script_args: GRPOScriptArguments) -> list[str | Callable[.
         if name in names:
             found.append(names[name])
             continue
-        module_path, _, function = name.rpartition(".")
-        sys.path.insert(0, os.getcwd())
         try:
-            found.append(getattr(importlib.import_module(module_path), function))
-        except (ImportError, AttributeError, ValueError) as error:
+            found.append(import_object(name))
+        except ImportError as error:
             raise ValueError(
                 f"Cannot load the reward function {name!r}: {error}. Give the import path of a function, or one of "
                 f"{', '.join([*names, 'get_soft_overlong_punishment'])}."
             ) from error
-        finally:
-            sys.path.pop(0)
     return found
 
 

@@ -1,13 +1,19 @@
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import Field, dataclass, field
+from functools import partial
 from importlib.util import find_spec
-from typing import Any, ClassVar, cast
+from inspect import cleandoc
+from typing import Any, ClassVar, cast, get_type_hints
 
 from trl import GRPOConfig
 
 from ..eval.backends import Sampling
+from ..help import did_you_mean, help_from_docstring
 from ..objective.kernels import KERNELS
 from ..objective.top_log_probs import SERVED_SUPPORTS
+from .method import Method
 
 
 class _SingleRollout(int):
@@ -17,14 +23,15 @@ class _SingleRollout(int):
         return False
 
 
+@help_from_docstring
 @dataclass
 class SelfDistillationConfig(GRPOConfig):
     r"""
-    Configuration class for the [`SelfDistillationTrainer`].
+    On-policy self-distillation with every part chosen by fields.
 
-    Every field of [`~trl.GRPOConfig`] is accepted and keeps its meaning: `beta` is still the KL coefficient to a
-    reference model, and `loss_type` still selects how token losses are aggregated (`"grpo"`: mean of per-sequence
-    means, `"dapo"`: global token mean, `"bnpo"`, `"dr_grpo"`, ...). This class adds the parameters of on-policy
+    Configuration class for the [`SelfDistillationTrainer`], and parent of those of the published methods. Every field
+    of [`~trl.GRPOConfig`] is accepted and keeps its meaning: `beta` is still the KL coefficient to a reference model,
+    and `loss_type` still selects how token losses are aggregated. This class adds the parameters of on-policy
     self-distillation.
 
     Parameters:
@@ -163,13 +170,23 @@ class SelfDistillationConfig(GRPOConfig):
             is bounded and one long row no longer pads all others. A single row that is longer than this gets a pass of
             its own; it is never truncated. `None` makes one pass.
 
-    > [!NOTE]
-    > These parameters have default values different from [`~trl.GRPOConfig`]:
-    > - `num_generations`: Defaults to `1` instead of `8`.
-    > - `loss_type`: Defaults to `"grpo"` instead of `"dapo"`.
-    > - `vllm_importance_sampling_correction`: Defaults to `False` instead of `True`. Neither paper corrects the
-    >   divergence, and a ratio of whole sequences would all but erase it over thousands of tokens.
+        > Parameters whose defaults differ from those of [`~trl.GRPOConfig`]
+
+        num_generations (`int`, *optional*, defaults to `1`):
+            Rollouts of each prompt, a divisor of the effective batch size. One is enough, where GRPO has 8: the
+            divergence needs no group.
+        loss_type (`str`, *optional*, defaults to `"grpo"`):
+            Aggregation of the token losses, where GRPO has `"dapo"`: `"grpo"` (mean of per-sequence means), `"dapo"`
+            (global token mean), `"bnpo"` (token mean of the micro-batch), `"dr_grpo"` (constant normaliser), `"luspo"`
+            (mean of per-sequence sums); `"cispo"` and `"vespo"` aggregate as `"dapo"`, `"sapo"` as `"grpo"`.
+        vllm_importance_sampling_correction (`bool`, *optional*, defaults to `False`):
+            Whether to weight the divergence by the importance ratio between the trainer's and vLLM's
+            log-probabilities, as GRPO weights its loss (its default is `True`). It needs sampling from the whole
+            distribution. The papers do not correct the divergence, and a ratio of whole sequences would all but erase
+            it over thousands of tokens.
     """
+
+    method: ClassVar[Method | None] = None
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *GRPOConfig._VALID_DICT_FIELDS,
@@ -179,261 +196,92 @@ class SelfDistillationConfig(GRPOConfig):
         "eval_benchmarks_sampling",
     ]
 
-    # Parameters whose default values are overridden from GRPOConfig
-    num_generations: int | None = field(
-        default=1,
-        metadata={
-            "help": "Number of generations to sample per prompt. The effective batch size must be divisible by it. "
-            "One is enough: the divergence needs no group."
-        },
-    )
+    num_generations: int | None = 1
     loss_type: str = field(
         default="grpo",
-        metadata={
-            "help": "Aggregation of the token losses: 'grpo' (mean of per-sequence means), 'dapo' (global token "
-            "mean), 'bnpo' (token mean of the micro-batch), 'dr_grpo' (constant normaliser), 'luspo' (mean of "
-            "per-sequence sums); 'cispo' and 'vespo' aggregate as 'dapo', 'sapo' as 'grpo'.",
-            "choices": ["grpo", "dapo", "bnpo", "dr_grpo", "luspo", "cispo", "vespo", "sapo"],
-        },
+        metadata={"choices": ["grpo", "dapo", "bnpo", "dr_grpo", "luspo", "cispo", "vespo", "sapo"]},
     )
+    vllm_importance_sampling_correction: bool = False
 
-    vllm_importance_sampling_correction: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to weight the divergence by the importance ratio between the trainer's and vLLM's "
-            "log-probabilities, as GRPO weights its loss. Needs sampling from the whole distribution."
-        },
-    )
+    privileged_context: str = "solution"
+    context_kwargs: dict[str, Any] | str | None = None
+    teacher_chat_template_kwargs: dict[str, Any] | str | None = None
+    teacher_generation_prefix: str | None = None
+    max_teacher_prompt_length: int | None = None
+    overlong_teacher_prompt: str = field(default="error", metadata={"choices": ["error", "skip"]})
 
-    # Parameters that control the privileged context
-    privileged_context: str = field(
-        default="solution",
-        metadata={
-            "help": "What the teacher reads beyond the student's prompt: 'solution', 'answer', 'concise', 'template', "
-            "or the import path of a class implementing `PrivilegedContext`."
-        },
-    )
-    context_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": 'Keyword arguments of the privileged context, e.g. \'{"column": "reference"}\'.'},
-    )
-    teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments for the chat template when it renders the teacher's prompt. None uses the "
-            "student's `chat_template_kwargs`."
-        },
-    )
-    teacher_generation_prefix: str | None = field(
-        default=None,
-        metadata={
-            "help": "Text appended to the teacher's rendered prompt, right before the completion. None opens a think "
-            "block there when only the student's template has closed an empty one."
-        },
-    )
-    max_teacher_prompt_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longest teacher prompt, in tokens. None allows what the model's context leaves beside the "
-            "completion. A teacher prompt is never truncated."
-        },
-    )
-    overlong_teacher_prompt: str = field(
-        default="error",
-        metadata={
-            "help": "What happens to a row whose teacher prompt is too long: 'error' stops before training, 'skip' "
-            "masks the row from the loss and counts it.",
-            "choices": ["error", "skip"],
-        },
-    )
+    teacher: str = field(default="initial", metadata={"choices": ["initial", "live", "periodic", "ema", "external"]})
+    teacher_update_steps: int | None = None
+    teacher_update_rate: float | None = None
+    teacher_model_name_or_path: str | None = None
+    teacher_model_init_kwargs: dict[str, Any] | str | None = None
+    teacher_offload: bool = False
+    teacher_server_base_url: str | None = None
+    vllm_server_request_timeout: float = 1800.0
 
-    # Parameters that control the teacher
-    teacher: str = field(
-        default="initial",
-        metadata={
-            "help": "Whose weights read the privileged prompt: 'initial' (the policy as training started), 'live' "
-            "(the current policy), 'periodic' (a copy refreshed every `teacher_update_steps` optimizer steps), 'ema' "
-            "(a moving average of the policy) or 'external' (another model, `teacher_model_name_or_path`).",
-            "choices": ["initial", "live", "periodic", "ema", "external"],
-        },
-    )
-    teacher_update_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "Optimizer steps between two refreshes of a 'periodic' teacher. None stands for 50 there, and "
-            "must be left for the other kinds."
-        },
-    )
-    teacher_update_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of the policy in each update of an 'ema' teacher, after every optimizer step. None stands "
-            "for 0.05 there, and must be left for the other kinds."
-        },
-    )
-    teacher_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Id or folder of the 'external' teacher, a model with the policy's vocabulary."},
-    )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments of the external teacher's `from_pretrained`, e.g. "
-            '\'{"dtype": "bfloat16"}\'. Its dtype defaults to fp32.'
-        },
-    )
-    teacher_offload: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether the weights of a teacher that is a whole model are kept in CPU memory and come to the "
-            "accelerator module by module, for the teacher's forward pass."
-        },
-    )
-    teacher_server_base_url: str | None = field(
-        default=None,
-        metadata={
-            "help": "Address of a vLLM server that scores the rollouts in the teacher's place: of another model with "
-            "`teacher='external'`, of the server of the rollouts with `teacher='live'`."
-        },
-    )
-    vllm_server_request_timeout: float = field(
-        default=1800.0,
-        metadata={
-            "help": "Seconds a vLLM server may take for an answer, such as all rollouts of a batch. One that takes "
-            "longer is asked once more; then the run ends after a checkpoint."
-        },
-    )
-
-    # Parameters that control the objective
-    divergence: str = field(
-        default="forward_kl",
-        metadata={
-            "help": "Divergence at each completion token, over the whole vocabulary: 'forward_kl' is KL(teacher || "
-            "student), 'reverse_kl' is KL(student || teacher), 'jsd' is GKD's generalized Jensen-Shannon divergence.",
-            "choices": ["forward_kl", "reverse_kl", "jsd"],
-        },
-    )
-    jsd_weight: float = field(
-        default=0.5,
-        metadata={"help": "Weight in [0, 1] of `divergence='jsd'`. As in GKD, 0 is the forward and 1 the reverse KL."},
-    )
+    divergence: str = field(default="forward_kl", metadata={"choices": ["forward_kl", "reverse_kl", "jsd"]})
+    jsd_weight: float = 0.5
     divergence_support: str = field(
         default="full",
-        metadata={
-            "help": "Tokens of the vocabulary the divergence is summed over: 'full', the most probable "
-            "`divergence_top_k` of the teacher, the student or either ('teacher_top_k', 'student_top_k', "
-            "'union_top_k'), or the 'sampled_token' alone, an unbiased estimate.",
-            "choices": ["full", "teacher_top_k", "student_top_k", "union_top_k", "sampled_token"],
-        },
+        metadata={"choices": ["full", "teacher_top_k", "student_top_k", "union_top_k", "sampled_token"]},
     )
-    divergence_top_k: int = field(
-        default=16,
-        metadata={
-            "help": "Size of the top-k sets: those of `divergence_support`, and those compared in the logged "
-            "`top_k_overlap` and `top_k_mass`."
-        },
-    )
-    divergence_tail: str | None = field(
-        default=None,
-        metadata={
-            "help": "What becomes of the probability outside a top-k support: 'bucket' makes it one more entry, "
-            "'renormalize' divides by the probability inside. None stands for 'bucket' there, and must be left for "
-            "the other supports.",
-            "choices": ["bucket", "renormalize"],
-        },
-    )
-    divergence_clip: float | None = field(
-        default=None,
-        metadata={
-            "help": "Upper bound on every vocabulary entry of the divergence, applied before the sum over the "
-            "vocabulary. None does not clip."
-        },
-    )
-    distillation_temperature: float | None = field(
-        default=None,
-        metadata={
-            "help": "Temperature both sets of logits are divided by inside the loss. None uses the sampling "
-            "temperature."
-        },
-    )
-    policy_loss_coef: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of GRPO's own policy loss, added to the divergence. At 0, reward functions are evaluated "
-            "and logged only."
-        },
-    )
-    lmbda: float = field(
-        default=1.0,
-        metadata={
-            "help": "Share of on-policy sequences. The others take the dataset's `completion` column, or a sample of "
-            "the teacher with `seq_kd=True`."
-        },
-    )
-    seq_kd: bool = field(
-        default=False,
-        metadata={"help": "Whether the off-policy sequences are sampled from the privileged teacher."},
-    )
+    divergence_top_k: int = 16
+    divergence_tail: str | None = field(default=None, metadata={"choices": ["bucket", "renormalize"]})
+    divergence_clip: float | None = None
+    distillation_temperature: float | None = None
+    policy_loss_coef: float = 0.0
+    lmbda: float = 1.0
+    seq_kd: bool = False
 
-    # Parameters that control the evaluation
-    eval_benchmarks: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Benchmarks to evaluate on before training, every `eval_benchmarks_steps` steps and at the end: "
-            "names that `trl-opsd eval --list` shows, or YAML files."
-        },
-    )
-    eval_benchmarks_steps: int = field(
-        default=50, metadata={"help": "Optimizer steps between two evaluations on `eval_benchmarks`."}
-    )
-    eval_benchmarks_num_samples: int = field(
-        default=1, metadata={"help": "Completions of each problem of `eval_benchmarks`."}
-    )
-    eval_benchmarks_limit: int | None = field(
-        default=None,
-        metadata={"help": "Number of problems of each of the `eval_benchmarks`. None takes all."},
-    )
-    eval_benchmarks_sampling: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": 'How completions of `eval_benchmarks` are sampled, e.g. \'{"temperature": 0.6, "top_p": 0.95, '
-            '"top_k": 20, "max_new_tokens": 4096}\'. What it leaves out is as in the rollouts.'
-        },
-    )
-    eval_benchmarks_system_prompt: str | None = field(
-        default=None,
-        metadata={
-            "help": "System message before each question of `eval_benchmarks`. The training scripts default it to "
-            "their `system_prompt`."
-        },
-    )
+    eval_benchmarks: list[str] | None = None
+    eval_benchmarks_steps: int = 50
+    eval_benchmarks_num_samples: int = 1
+    eval_benchmarks_limit: int | None = None
+    eval_benchmarks_sampling: dict[str, Any] | str | None = None
+    eval_benchmarks_system_prompt: str | None = None
 
-    # Parameters that control the cost of a step
-    divergence_memory: int | None = field(
-        default=None,
-        metadata={
-            "help": "MiB the divergence may take beyond hidden states, head and their gradients. It sets how many "
-            "tokens are processed at once, and changes nothing else. None chooses by the device."
-        },
-    )
-    divergence_kernel: str | None = field(
-        default=None,
-        metadata={
-            "help": "What does the elementwise work of the divergence. None takes Triton's on a GPU, and on a CPU the "
-            "compiled one for vocabularies of 8,192 tokens or more.",
-            "choices": list(KERNELS),
-        },
-    )
-    max_tokens_per_microbatch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most tokens, padding included, that go through the network at once: the rows of a micro-batch "
-            "are cut into forward-backward passes by it, with the same gradients. A longer row gets a pass of its "
-            "own. None makes one pass."
-        },
-    )
+    divergence_memory: int | None = None
+    divergence_kernel: str | None = field(default=None, metadata={"choices": list(KERNELS)})
+    max_tokens_per_microbatch: int | None = None
+
+    def __init_subclass__(cls, defaults: Mapping[str, Any] | None = None, **kwargs: Any):
+        """
+        Gives a subclass other defaults: `@dataclass class HintConfig(SelfDistillationConfig, defaults={...})`. Types,
+        choices and help stay, and the docstring lists the defaults.
+
+        Args:
+            defaults (`Mapping[str, Any]`, *optional*):
+                Values by the names of fields.
+
+        Raises:
+            ValueError: If there is no such field, naming the one that comes closest.
+        """
+        super().__init_subclass__(**kwargs)
+        if defaults is None:
+            return
+        parent = cast(Any, cls.__mro__[1])
+        fields, types = parent.__dataclass_fields__, get_type_hints(parent)  # parsers change the types in the fields
+        for name, value in defaults.items():
+            if name not in fields:
+                raise ValueError(
+                    f"{cls.__name__} has a default for `{name}`, which is no field. "
+                    f"{did_you_mean(name, fields, f'`{parent.__name__}` lists the fields.')}"
+                )
+            settings: dict[str, Any] = {"metadata": fields[name].metadata}
+            settings |= (
+                {"default_factory": partial(deepcopy, value)} if isinstance(value, dict | list) else {"default": value}
+            )
+            setattr(cls, name, field(**settings))
+        cls.__annotations__ = vars(cls).get("__annotations__", {}) | {name: types[name] for name in defaults}
+        if cls.__doc__:
+            listed = "".join(f"> - `{name}`: `{value!r}`\n" for name, value in defaults.items())
+            cls.__doc__ = f"{cleandoc(cls.__doc__)}\n\n> [!NOTE]\n> Defaults of this class:\n{listed}"
 
     def __post_init__(self):
+        if any(isinstance(value, Field) for value in vars(type(self)).values()):
+            raise TypeError(
+                f"{type(self).__name__} states defaults, and needs the decorator `@dataclass` to have them."
+            )
         if (self.use_vllm and self.vllm_mode == "server") or self.teacher_server_base_url is not None:
             longest_wait = int(2 * self.vllm_server_request_timeout) + 600
             self.ddp_timeout: int = max(self.ddp_timeout, longest_wait)

@@ -34,7 +34,6 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
 """
 
 import math
-import textwrap
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -99,6 +98,7 @@ from .checkpoints import load_weights
 from .checks import check_completion_length, check_grpo_pass, check_special_tokens
 from .config import SelfDistillationConfig
 from .loss import SelfDistillationLoss
+from .method import Method
 from .metrics import Metrics, add_divergence, add_policy, add_sampler_difference
 from .random_numbers import random_numbers
 from .run_state import Attributes, ProcessFiles, RunState, dataset_summary
@@ -150,20 +150,8 @@ class SelfDistillationTrainer(GRPOTrainer):
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "trl-opsd", "self-distillation"]
-    _name: ClassVar[str] = "Self-Distillation"
-    _paper: ClassVar[dict[str, str]] = {
-        "title": "Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models",
-        "id": "2601.18734",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{zhao2026selfdistilled,
-                title        = {{Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models}},
-                author       = {Siyan Zhao and Zhihui Xie and Mengchen Liu and Jing Huang and Guan Pang and
-                                Feiyu Chen and Aditya Grover},
-                year         = 2026,
-                eprint       = {arXiv:2601.18734},
-            }"""),
-    }
+    _name = "Self-Distillation"
+    _paper: ClassVar[dict[str, str]] = {}
     config_class: ClassVar[type[SelfDistillationConfig]] = SelfDistillationConfig
 
     args: SelfDistillationConfig
@@ -195,12 +183,15 @@ class SelfDistillationTrainer(GRPOTrainer):
     ):
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
-            args = self.config_class(f"{model_id.split('/')[-1]}-{self._name}")
+            method = self.config_class.method
+            args = self.config_class(f"{model_id.split('/')[-1]}-{self._name if method is None else method.name}")
         if not isinstance(args, self.config_class):
             raise ValueError(
                 f"{type(self).__name__} needs a `{self.config_class.__name__}` as `args`, got "
                 f"{type(args).__name__}. It takes the same fields: only the name changes."
             )
+        if args.method is not None:
+            self._present_as(args.method)
         if getattr(peft_config or getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError(
                 "Prefix, prompt and p-tuning put virtual tokens in front of the prompt, which would shift the teacher "
@@ -407,6 +398,12 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.run_state.add("rollouts", rollouts)
 
     # Construction
+
+    def _present_as(self, method: Method) -> None:
+        """Model cards and tags of the Hub name and cite the method of the configuration."""
+        self._name = method.name
+        self._paper = {"title": method.title, "id": method.paper, "citation": method.citation}  # type: ignore[misc]
+        self._tag_names = ["trl", "trl-opsd", method.name.lower()]  # type: ignore[misc]
 
     @property
     def _samples_in_process(self) -> bool:

@@ -1,0 +1,65 @@
+"""Published methods, one file each. Nothing heavy is imported until the configuration of one is asked for."""
+
+import ast
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..help import did_you_mean
+
+
+if TYPE_CHECKING:
+    from ..trainer.config import SelfDistillationConfig
+
+# By the name of the command: the module below this one, and the configuration in it
+METHODS = {
+    "opsd": "opsd.OPSDConfig",
+    "opsdc": "opsdc.OPSDCConfig",
+}
+
+# What can be trained: a method, or what its user makes of the parts
+TRAINABLE = {name: f"{__name__}.{place}" for name, place in METHODS.items()}
+TRAINABLE["distill"] = "trl_opsd.trainer.config.SelfDistillationConfig"
+
+
+def config_class(name: str) -> "type[SelfDistillationConfig]":
+    """
+    The configuration that a training command starts from.
+
+    Args:
+        name (`str`):
+            Key of `TRAINABLE`.
+
+    Returns:
+        `type[SelfDistillationConfig]`:
+            Class whose defaults are the method.
+
+    Raises:
+        ValueError: If there is no such method, naming the one that comes closest.
+    """
+    if name not in TRAINABLE:
+        raise ValueError(f"Unknown method: `{name}`. {did_you_mean(name, TRAINABLE)}")
+    module, _, class_name = TRAINABLE[name].rpartition(".")
+    return getattr(import_module(module), class_name)
+
+
+def summary(name: str) -> str:
+    """
+    What a training command does. Its method is read, not imported.
+
+    Args:
+        name (`str`):
+            Key of `TRAINABLE`.
+
+    Returns:
+        `str`:
+            First line of the docstring of its configuration.
+    """
+    module, _, class_name = TRAINABLE[name].rpartition(".")
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    [config] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name]
+    return (ast.get_docstring(config) or "").partition("\n")[0]
