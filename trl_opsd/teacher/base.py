@@ -64,18 +64,24 @@ class Teacher(ABC):
         return {}
 
     def targets(
-        self, policy: nn.Module, rows: dict[str, Any], read: Callable[[nn.Module], tuple[torch.Tensor, Head]]
+        self,
+        policy: nn.Module,
+        rows: dict[str, Any],
+        selected: torch.Tensor,
+        read: Callable[[nn.Module], tuple[torch.Tensor, Head]],
     ) -> Targets:
         """
-        What the teacher says of the tokens in `loss_mask`, without a gradient.
+        What the teacher says of some tokens, without a gradient.
 
         Args:
             policy (`nn.Module`):
                 See [`weights`].
             rows (`dict[str, Any]`):
                 Rows of a batch, with what [`annotate`] added.
+            selected (`torch.Tensor` of shape `(B, T)`, bool):
+                The completion tokens.
             read (`Callable[[nn.Module], tuple[torch.Tensor, Head]]`):
-                Runs a module over these rows.
+                Runs a module over these rows: hidden states that predict these tokens, and its head.
         """
         with torch.no_grad(), self.weights(policy) as module:
             assert module is not None

@@ -44,7 +44,6 @@ class ServedTeacher(Teacher):
         scores = self.server.score(given, completions, ids.size(1))
         return {f"teacher_{name}": values.to(ids.device) for name, values in scores._asdict().items()}
 
-    def targets(self, policy: nn.Module, rows: dict[str, Any], read: Any) -> Targets:
-        selected = rows["loss_mask"].bool()
+    def targets(self, policy: nn.Module, rows: dict[str, Any], selected: torch.Tensor, read: Any) -> Targets:
         top_tokens, top_log_probs, log_probs = (rows[f"teacher_{name}"][selected] for name in Scores._fields)
         return TopLogProbs(top_tokens.long(), top_log_probs, rows["completion_ids"][selected], log_probs), None

@@ -288,7 +288,9 @@ class SelfDistillationLoss:
             accelerator.sync_gradients = True
 
     def _pass(self, model: nn.Module, rows: dict[str, Any], policy: PolicyTerm | None) -> FusedDivergence:
-        teacher_states, teacher_head = self.teacher.targets(model, rows, partial(self._read, rows))
+        teacher_states, teacher_head = self.teacher.targets(
+            model, rows, rows["loss_mask"].bool(), partial(self._read, rows)
+        )
         student = self._accelerator.unwrap_model(model)
         # The whole computation runs inside the wrapped model's forward, so that DDP, FSDP2 and ZeRO-3 see it
         return self._forward_redirection(

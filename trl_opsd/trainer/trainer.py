@@ -82,17 +82,14 @@ from ..objective import (
 from ..scoring import can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
     ServerError,
-    TeacherServer,
     check_context,
-    check_tokenizer,
     check_vllm_installed,
-    connect,
     longest_prompt,
     prepare_sampler,
     report_failures,
     wait_for_sampler,
 )
-from ..teacher import ServedTeacher, Teacher, check_external_teacher, fingerprint, make_teacher
+from ..teacher import Teacher, fingerprint
 from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
 from .checkpoints import load_weights
 from .checks import check_completion_length, check_grpo_pass, check_special_tokens
@@ -102,6 +99,7 @@ from .method import Method
 from .metrics import Metrics, add_divergence, add_policy, add_sampler_difference
 from .random_numbers import random_numbers
 from .run_state import Attributes, ProcessFiles, RunState, dataset_summary
+from .teachers import connect_teacher, load_teacher
 from .world import check_world
 
 
@@ -228,12 +226,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         )
         check_special_tokens(processing_class, getattr(model_config.get_text_config(), "vocab_size", None))
         check_completion_length(args, model_config, samples_itself=rollout_func is None)
-        served = None
-        if args.teacher_server_base_url is not None:
-            served = self._connect_teacher(args, processing_class, model_config)
-        elif args.teacher == "external":
-            path, kwargs = cast(str, args.teacher_model_name_or_path), self._external_kwargs(args)
-            check_external_teacher(path, kwargs, processing_class, model_config)
+        served = connect_teacher(args, processing_class, model_config)
         context_length = None if served is None else served.context_length
         self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config, context_length)
         self._data_columns = self.context.columns
@@ -355,17 +348,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         if self.use_vllm:
             self._context_length = self._prepare_sampler()
         fingerprints: dict[str, str | None] = {"model": fingerprint(self.model)}
-        self.teacher: Teacher = served or make_teacher(
-            args.teacher,
-            self.accelerator,
-            self.model,
-            adapter_starts_at_zero=getattr(peft_config, "init_lora_weights", False) in (True, "gaussian"),
-            update_steps=cast(int, args.teacher_update_steps),
-            update_rate=cast(float, args.teacher_update_rate),
-            model_name_or_path=args.teacher_model_name_or_path,
-            model_init_kwargs=self._external_kwargs(args),
-            offloads=args.teacher_offload,
-        )
+        starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
+        self.teacher: Teacher = served or load_teacher(args, self.accelerator, self.model, starts_at_zero)
         fingerprints["teacher"] = self.teacher.fingerprint
         shares_prompts, packs_rows = False, can_pack(causal_lm(self.accelerator.unwrap_model(self.model)))
         with self.teacher.weights(self.model) as module:
@@ -389,13 +373,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         if self._benchmarks is not None:
             self.add_callback(self._make_benchmark_callback(self._benchmarks))
 
-        data = dataset_summary(self.train_dataset, ("prompt", *self._data_columns))
-        self.run_state = RunState(self.accelerator, args, data, fingerprints)
-        self.run_state.add("teacher", self.teacher)
-        self.run_state.add("guard", self._guard)
-        self.run_state.add("counts", Attributes(self, num_generated_tokens="_num_generated_tokens"))
-        rollouts = ProcessFiles("rollouts", self._leftover_rollouts, self._take_up_rollouts, self.accelerator)
-        self.run_state.add("rollouts", rollouts)
+        self.run_state = self._make_run_state(fingerprints)
 
     # Construction
 
@@ -474,6 +452,16 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.teacher_prompt.check_rows(dataset, name, tools)
         return dataset
 
+    def _make_run_state(self, fingerprints: dict[str, str | None]) -> RunState:
+        data = dataset_summary(self.train_dataset, ("prompt", *self._data_columns))
+        run_state = RunState(self.accelerator, self.args, data, fingerprints)
+        run_state.add("teacher", self.teacher)
+        run_state.add("guard", self._guard)
+        run_state.add("counts", Attributes(self, num_generated_tokens="_num_generated_tokens"))
+        rollouts = ProcessFiles("rollouts", self._leftover_rollouts, self._take_up_rollouts, self.accelerator)
+        run_state.add("rollouts", rollouts)
+        return run_state
+
     def _prepare_sampler(self) -> int:
         """The engine's context length. Refuses one that cannot sample this policy's rollouts in full."""
         generation, args = self.vllm_generation, self.args
@@ -491,21 +479,6 @@ class SelfDistillationTrainer(GRPOTrainer):
         field = "vllm_max_model_length" if self._samples_in_process else "--max-model-len"
         check_context(limit, longest, self.max_completion_length, field)
         return limit
-
-    @staticmethod
-    def _connect_teacher(
-        args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any
-    ) -> ServedTeacher:
-        url = cast(str, args.teacher_server_base_url)
-        client = connect(url, args.vllm_server_timeout, args.vllm_server_request_timeout)
-        check_tokenizer(client, "teacher_server_base_url", tokenizer)
-        server = TeacherServer(client, args.divergence_top_k, model_config.get_text_config().vocab_size)
-        return ServedTeacher(server, server.name if args.teacher == "external" else None)
-
-    @staticmethod
-    def _external_kwargs(args: SelfDistillationConfig) -> dict[str, Any]:
-        kwargs = cast(dict[str, Any], args.teacher_model_init_kwargs or {})
-        return {"trust_remote_code": args.trust_remote_code, **kwargs}
 
     def _make_benchmark_callback(self, problems: dict[str, list[Problem]]) -> BenchmarkCallback:
         template = self.chat_template or self._tokenizer.chat_template
