@@ -23,6 +23,14 @@ def make(tokenizer):
     return make
 
 
+def test_initial_policy_of_an_adapter_that_starts_at_zero_needs_no_copy(tokenizer):
+    world = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=None))
+    for starts_at_zero, names in ((True, {"default"}), (False, {"default", "teacher"})):
+        policy = get_peft_model(make_model(tokenizer), LoraConfig(target_modules=["q_proj"]))
+        make_teacher("initial", world, policy, adapter_starts_at_zero=starts_at_zero)
+        assert policy.peft_config.keys() == names
+
+
 @pytest.mark.parametrize("teacher", ["initial", "periodic", "ema"])
 @pytest.mark.parametrize(
     ("settings", "trained"),
