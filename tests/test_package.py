@@ -69,7 +69,9 @@ def test_wheel(tmp_path):
         assert "trl-opsd = trl_opsd.cli:main" in archive.read(entry_points).decode()
     recipes = {f"trl_opsd/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "recipes").rglob("*.yaml")}
     modules = {
-        path.relative_to(ROOT).as_posix() for path in (ROOT / "trl_opsd").rglob("*") if path.suffix in (".py", ".yaml")
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "trl_opsd").rglob("*")
+        if path.suffix in (".py", ".yaml", ".jsonl")
     }
     assert recipes | modules | {"trl_opsd/py.typed"} <= shipped
     assert not [name for name in shipped if name.startswith(("tests/", "recipes/", "docs/"))]

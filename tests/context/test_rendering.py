@@ -299,19 +299,21 @@ def second_of_two_processes(monkeypatch):
 
 
 def test_each_process_checks_its_share(tokenizer, second_of_two_processes):
-    second_of_two_processes((0, None))
+    second_of_two_processes((0, 70, None))
     asked = []
 
     class Listening(Fixed):
         def teacher_messages(self, row, rollouts):
             asked.append(row["solution"])
 
-    make_prompt(tokenizer, Listening(None), max_length=50).check_rows(ROWS, "train_dataset")
+    prompt = make_prompt(tokenizer, Listening(None), max_length=50)
+    prompt.check_rows(ROWS, "train_dataset")
+    assert prompt.longest == 70  # of the other process; here the rollouts will tell, within the budget
     assert asked == [ROWS[1]["solution"], ROWS[3]["solution"]]
 
 
 def test_all_processes_hear_of_the_first_row_over_budget(tokenizer, second_of_two_processes):
-    second_of_two_processes((0, (2, "It is too long.")))
+    second_of_two_processes((0, 0, (2, "It is too long.")))
     with pytest.raises(ValueError, match="Row 2 of `train_dataset`: It is too long"):  # this one's rows are not
         solution_prompt(tokenizer, max_length=50).check_rows(ROWS, "train_dataset")
     with pytest.raises(ValueError, match="Row 1 of `train_dataset`: The teacher's prompt has"):

@@ -77,11 +77,13 @@ VARIANTS = [
         "full",
         name="benchmarks",
         max_steps=4,
-        eval_benchmarks=["playground_opsdc"],
-        eval_benchmarks_steps=2,
-        eval_benchmarks_limit=5,
         per_device_eval_batch_size=2,
-        eval_benchmarks_sampling={"temperature": 0.0, "max_new_tokens": 12},
+        evaluation={
+            "benchmarks": ["playground_opsdc"],
+            "steps": 2,
+            "limit": 5,
+            "sampling": {"temperature": 0.0, "max_new_tokens": 12},
+        },
     ),
     job("opsd", "full", name="iterations", max_steps=4, num_iterations=2, teacher="ema", teacher_update_rate=0.2),
 ]

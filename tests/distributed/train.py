@@ -99,6 +99,7 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
         "max_steps": 4,
         **job["settings"],
     }
+    evaluation = settings.pop("evaluation", None)
     args = config_class(**settings)
     shard_small_weights(args)
     grpo_trainer.shuffle_sequence_dict = (
@@ -106,7 +107,7 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
     )
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     model = job["model"] or make_model(tokenizer)
-    return trainer_class(
+    trainer = trainer_class(
         model=use_flash_attention(model) if job["packed"] else model,
         args=args,
         train_dataset=Dataset.from_list(rows),
@@ -115,6 +116,11 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
         reward_funcs=every_other if args.policy_loss_coef else None,
         peft_config=lora if job["weights"] == "lora" else None,
     )
+    if evaluation is not None:
+        from trl_opsd.eval.in_training import BenchmarkCallback
+
+        trainer.add_callback(BenchmarkCallback(trainer, **evaluation))
+    return trainer
 
 
 def deal(batch: dict[str, Any], num_micro_batches: int) -> dict[str, Any]:

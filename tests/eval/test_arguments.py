@@ -1,7 +1,7 @@
 import pytest
 
 from trl_opsd.eval.arguments import EvalArguments
-from trl_opsd.eval.backends import Sampling
+from trl_opsd.sampling import Sampling
 from trl_opsd.scripts.eval import make_parser
 
 

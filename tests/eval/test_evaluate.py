@@ -2,11 +2,11 @@ from collections import Counter
 
 import pytest
 
-from trl_opsd.eval.backends import Completion, Sampling
 from trl_opsd.eval.benchmark import Problem
 from trl_opsd.eval.chat import ChatFormat
 from trl_opsd.eval.evaluate import evaluate, sample_seed
 from trl_opsd.eval.metrics import summarize
+from trl_opsd.sampling import Completion, Sampling
 
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=20)

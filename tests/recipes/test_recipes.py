@@ -108,6 +108,8 @@ def test_paper_recipe_has_the_batch_of_the_paper(recipe, tmp_path):
     _, config, *_ = parser_of(recipe).parse_args_and_config(["--config", str(path)])
     num_gpus = int(re.search(r"(\d+) GPUs", recipe.read_text()).group(1))
     assert num_gpus * config.per_device_train_batch_size * config.gradient_accumulation_steps == 32
+    assert config.max_steps == 100
+    assert config.weight_decay == {"opsd": 0.0, "opsdc": 0.01}[recipe.parent.name]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name)

@@ -6,15 +6,13 @@ import sys
 from environment import save_result
 from transformers import AutoTokenizer
 
-from trl_opsd.eval.arguments import EvalArguments
-from trl_opsd.eval.backends import Request, Sampling
-from trl_opsd.eval.backends.loading import load_backend
+from trl_opsd.sampling import Request, Sampling
+from trl_opsd.sampling.loading import load_backend
 
 
 def main(model: str, requests: list, samplings: list) -> list:
     init = {"max_model_len": 256, "enforce_eager": True}
-    arguments = EvalArguments(model, model_init_kwargs=init, benchmarks=["playground_opsd"])
-    backend = load_backend(arguments, AutoTokenizer.from_pretrained(model))
+    backend = load_backend("vllm", model, AutoTokenizer.from_pretrained(model), model_init_kwargs=init)
     assert backend.max_length == 256
     found = []
     for sampling in samplings:

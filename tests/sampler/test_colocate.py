@@ -60,10 +60,12 @@ def test_benchmarks_are_sampled_as_they_say_and_rollouts_as_before(tmp_path):
         teacher="ema",
         temperature=0.7,
         generation_kwargs={"seed": 3},
-        eval_benchmarks=["playground_opsd"],
-        eval_benchmarks_steps=2,
-        eval_benchmarks_limit=6,
-        eval_benchmarks_sampling={"temperature": 0.0, "max_new_tokens": 24},
+        evaluation={
+            "benchmarks": ["playground_opsd"],
+            "steps": 2,
+            "limit": 6,
+            "sampling": {"temperature": 0.0, "max_new_tokens": 24},
+        },
     )
 
     assert_same_weights(result)

@@ -9,9 +9,9 @@ from sampler import environment
 from sampler.environment import run_script
 from tiny import make_model, make_tokenizer
 
-from trl_opsd.eval.backends import Request, Sampling
-from trl_opsd.eval.backends.transformers import TransformersBackend
-from trl_opsd.eval.backends.vllm_server import VLLMServerBackend
+from trl_opsd.sampling import Request, Sampling
+from trl_opsd.sampling.transformers import TransformersBackend
+from trl_opsd.sampling.vllm_server import VLLMServerBackend
 
 
 pytest.importorskip("vllm", reason="`make test-vllm` runs these in an environment with vLLM")

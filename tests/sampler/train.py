@@ -12,6 +12,7 @@ from peft import LoraConfig
 from trl.generation import vllm_generation
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
+from trl_opsd.eval.in_training import BenchmarkCallback
 from trl_opsd.teacher.sharding import part_of
 
 
@@ -72,7 +73,7 @@ def greedy_completions(model, call: dict) -> list[list[int]]:
 
 def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
     settings = dict(settings)
-    resume = settings.pop("resume", None)
+    resume, evaluation = settings.pop("resume", None), settings.pop("evaluation", None)
     # On the CPU, vLLM would compute in bf16 what the trainer does in fp32. Compiling takes half of an engine's start,
     # so one run does it for all.
     engine = {"dtype": dtype, "enforce_eager": dtype == "float32"}
@@ -92,6 +93,8 @@ def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
         train_dataset=dataset(),
         peft_config=LoraConfig(r=8, target_modules="all-linear") if weights == "lora" else None,
     )
+    if evaluation is not None:
+        trainer.add_callback(BenchmarkCallback(trainer, **evaluation))
     parameters = trainer.model.named_parameters()
     frozen = {name: p for name, p in parameters if not p.requires_grad and "teacher" not in name.split(".")}
     before = {name: part_of(parameter).clone() for name, parameter in frozen.items()}
@@ -113,7 +116,7 @@ def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
     result["share"] = share_held(trainer.model)
     result["calls"] = calls
     result["loads"] = loads
-    if trainer.args.eval_benchmarks:
+    if evaluation is not None:
         result["expected"] = greedy_completions(trainer.model, calls[-1])
     return result
 

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 from trl_opsd import cli
 from trl_opsd.eval import run_folder, scorer
 from trl_opsd.eval.arguments import EvalArguments
-from trl_opsd.eval.backends import loading
-from trl_opsd.eval.backends.transformers import TransformersBackend
 from trl_opsd.eval.run_folder import read_samples
 from trl_opsd.eval.samples import Sample
 from trl_opsd.eval.scorer import Verdict
 from trl_opsd.files import locked
+from trl_opsd.sampling import loading
+from trl_opsd.sampling.transformers import TransformersBackend
 from trl_opsd.scripts import eval as command
 
 
@@ -97,7 +97,7 @@ def test_a_finished_run_is_only_summed_up_and_a_larger_one_goes_on(run, tmp_path
     assert run() == 0
     before = samples(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "load_backend", lambda *args: pytest.fail("loaded a model for nothing"))
+        patch.setattr(loading, "load_backend", lambda *args, **kwargs: pytest.fail("loaded a model for nothing"))
         assert run("--batch_size", "5") == 0
         assert run("--num_samples", "1") == 0
     summary = json.loads((tmp_path / "run/playground_opsdc/metrics.json").read_text())["summary"]
@@ -158,8 +158,8 @@ def test_an_interrupted_run_goes_on(run, tmp_path, monkeypatch, capsys):
     assert run(output_dir=tmp_path / "whole") == 0
     load = loading.load_backend
 
-    def load_one_that_is_stopped(*args):
-        backend = load(*args)
+    def load_one_that_is_stopped(*args, **kwargs):
+        backend = load(*args, **kwargs)
         generate = backend.generate
 
         def stopped(requests, sampling):
@@ -346,11 +346,6 @@ def test_errors_are_one_line(args, message, run, capsys):
     assert message in error
 
 
-def test_a_split_the_embedded_world_has_not(run, capsys):
-    assert run("--dataset_name", "playground/opsd", "--dataset_split", "dev", benchmark=None) == 2
-    assert "playground/opsd has no split 'dev', only" in capsys.readouterr().err
-
-
 def test_references_that_cannot_be_read_at_all(run, tmp_path, capsys, monkeypatch):
     rows = [{"question": f"{n}+1?", "answer": f"We add one to {n}, which makes {n + 1}."} for n in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -381,7 +376,7 @@ def test_a_server_with_other_weights_of_the_same_name_is_refused(run, tmp_path, 
     class Served(TransformersBackend):
         root = "runs/checkpoint-100"
 
-    def load(arguments, tokenizer):
+    def load(kind, name, tokenizer, **kwargs):
         model = AutoModelForCausalLM.from_pretrained(model_path)
         return Served(model, [tokenizer.eos_token_id], 2)
 
@@ -402,7 +397,7 @@ def test_matplotlib_that_is_not_there(run, tmp_path, monkeypatch, capsys):
 
 
 def test_an_engine_that_fails_is_one_line(run, monkeypatch, capsys):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise torch.OutOfMemoryError(f"CUDA out of memory.\n{'Tried to allocate. ' * 99}")
 
     monkeypatch.setattr(loading, "load_backend", fail)
@@ -440,11 +435,9 @@ def test_an_adapter_is_handed_to_vllm(tmp_path, model_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     adapter = str(tmp_path / "adapter")
     LoraConfig(r=20).save_pretrained(adapter)
-    arguments = EvalArguments(
-        model_path, adapter, benchmarks=["playground_opsd"], model_init_kwargs="{tensor_parallel_size: 2}"
-    )
+    init = {"tensor_parallel_size": 2}
 
-    backend = loading.load_backend(arguments, make_tokenizer())
+    backend = loading.load_backend("vllm", model_path, make_tokenizer(), adapter=adapter, model_init_kwargs=init)
 
     assert (given["model"], given["dtype"], given["tensor_parallel_size"]) == (model_path, torch.float32, 2)
     assert (given["enable_lora"], given["max_lora_rank"]) == (True, 32)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from trl.generation import vllm_generation
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
+from trl_opsd.eval.in_training import BenchmarkCallback
 
 
 DIFFERENCE = "sampling/sampling_logp_difference/max"
@@ -159,16 +160,17 @@ def test_evaluations_leave_rollouts_as_they_are(make_trainer, dataset, tmp_path)
     benchmark = tmp_path / "sums.yaml"
     benchmark.write_text(yaml.safe_dump({"dataset_name": str(tmp_path / "problems.jsonl")}))
 
-    def run(**settings):
+    def run(*benchmarks, **settings):
         trainer = make_trainer(**settings)
+        if benchmarks:
+            trainer.add_callback(BenchmarkCallback(trainer, benchmarks, steps=1))
         trainer.train()
         evaluations = [entry for entry in trainer.state.log_history if any(name.startswith("eval") for name in entry)]
         return [entry["loss"] for entry in steps_of(trainer)], trainer.vllm_generation.llm.calls, len(evaluations)
 
     losses, calls, _ = run()
-    settings = {"eval_benchmarks": [str(benchmark)], "eval_benchmarks_steps": 1}
-    settings |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "num_generations_eval": 1}
-    found_losses, found_calls, num_evaluations = run(eval_dataset=dataset.select(range(4)), **settings)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "num_generations_eval": 1}
+    found_losses, found_calls, num_evaluations = run(str(benchmark), eval_dataset=dataset.select(range(4)), **settings)
 
     assert num_evaluations == 9
     assert found_losses == losses

@@ -53,6 +53,7 @@ class TeacherPrompt:
     chat_template: str | None = None
     num_embeddings: int | None = None
     chat_prefix: str = ""
+    longest: int = field(default=0, init=False)
     _plain_prefix_ids: list[int] = field(init=False)
     _chat_prefix_ids: list[int] = field(init=False)
 
@@ -121,7 +122,8 @@ class TeacherPrompt:
     def check_rows(self, dataset: Any, name: str, tools: list[Callable[..., Any]] | None = None) -> None:
         """
         Find rows over budget before training starts. Every process checks its share of the rows, and all hear of the
-        outcome. The rows of a streaming dataset are checked as they arrive.
+        outcome. The rows of a streaming dataset are checked as they arrive. What a prompt can at most take is kept in
+        `longest`: the tokens of the longest one, or the budget where a stream or the rollouts will tell.
 
         Args:
             dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -134,7 +136,10 @@ class TeacherPrompt:
         Raises:
             ValueError: If a row is over budget and `skip_overlong` is `False`, with the index of the first one found.
         """
-        if self.max_length is None or not hasattr(dataset, "__len__"):
+        if self.max_length is None:
+            return
+        if not hasattr(dataset, "__len__"):
+            self.longest = self.max_length
             return
         state = PartialState()
         indices = range(state.process_index, len(dataset), state.num_processes)
@@ -144,22 +149,26 @@ class TeacherPrompt:
             leave=False,
             disable=None if state.is_local_main_process else True,  # None: no bar where there is no terminal
         )
-        num_skipped, failure, error = 0, None, None
+        num_skipped, longest, failure, error = 0, 0, None, None
         for index, row in zip(indices, progress, strict=True):
             try:
                 ids = self._all_ids(row, None, tools)
                 # Rows whose context waits for the rollouts are not over budget
-                num_skipped += ids is not None and self._is_skipped(ids)
+                is_skipped = ids is not None and self._is_skipped(ids)
+                num_skipped += is_skipped
+                if not is_skipped:
+                    longest = max(longest, self.max_length if ids is None else len(ids))
             except Exception as caught:  # the others wait to hear of it
                 failure, error = (index, str(caught) if isinstance(caught, ValueError) else repr(caught)), caught
                 break
-        outcomes = gather_object([(num_skipped, failure)])
+        outcomes = gather_object([(num_skipped, longest, failure)])
         if error is not None and not isinstance(error, ValueError):
             raise error
-        if failures := [failure for _, failure in outcomes if failure is not None]:
+        if failures := [failure for *_, failure in outcomes if failure is not None]:
             index, message = min(failures)
             raise ValueError(f"Row {index} of `{name}`: {message}")
-        total = sum(num_skipped for num_skipped, _ in outcomes)
+        self.longest = max(self.longest, *(longest for _, longest, _ in outcomes))
+        total = sum(num_skipped for num_skipped, *_ in outcomes)
         if total and state.is_main_process:
             logger.warning(f"{total} of {len(dataset)} rows of `{name}` will be left out of the loss.")
 

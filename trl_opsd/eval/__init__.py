@@ -1,1 +1,1 @@
-"""Benchmarks, generation backends, one pinned scorer, metrics and their intervals."""
+"""Benchmarks, one pinned scorer, metrics and their intervals."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import yaml
 
 from ..help import help_from_docstring
-from .backends.base import Sampling
+from ..sampling import Sampling
 
 
 PRESETS: dict[str, dict[str, Any]] = {

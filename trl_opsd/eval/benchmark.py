@@ -58,7 +58,8 @@ class Benchmark:
         name (`str`):
             Name of the benchmark, and of its folder among the results.
         dataset_name (`str`):
-            Dataset id on the Hub, or a local file or folder that [`~trl_opsd.data.load_rows`] reads.
+            Dataset id on the Hub, or a local file or folder that [`~trl_opsd.data.load_rows`] reads. In a YAML file,
+            also a file or folder beside it.
         dataset_config (`str`, *optional*):
             Name of the dataset's configuration.
         dataset_split (`str`, *optional*, defaults to `"train"`):
@@ -164,19 +165,6 @@ class Benchmark:
         return list(problems.values())
 
     def _rows(self) -> Any:
-        kind, _, world = self.dataset_name.partition("/")
-        if kind == "playground" and not Path(self.dataset_name).exists():
-            from trl_opsd.playground.world import WORLDS
-
-            if world not in WORLDS:
-                raise ValueError(f"Benchmark {self.name}: the playground has no {world!r}, only {_listed(WORLDS)}.")
-            splits = WORLDS[world].splits()
-            if self.dataset_split not in splits:
-                raise ValueError(
-                    f"Benchmark {self.name}: {self.dataset_name} has no split {self.dataset_split!r}, only "
-                    f"{_listed(splits)}."
-                )
-            return splits[self.dataset_split]
         from trl_opsd.data import load_rows
 
         return load_rows(
@@ -262,6 +250,9 @@ def load_benchmark(name_or_path: str) -> Benchmark:
         raise ValueError(f"{path} describes no benchmark: it has no `dataset_name`. Its fields are {_listed(known)}.")
     if unknown := [key for key in content if key not in known]:
         raise ValueError(f"{path} has the unknown field {_listed(unknown)}. The fields are {_listed(known)}.")
+    beside = path.parent / str(content["dataset_name"])
+    if beside.exists():
+        content["dataset_name"] = str(beside)
     return Benchmark(**{"name": path.stem, **content})
 
 

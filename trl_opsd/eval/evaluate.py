@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 
-from .backends.base import Backend, Request, Sampling
+from ..sampling import Backend, Request, Sampling
 from .benchmark import Problem
 from .chat import ChatFormat
 from .samples import Sample

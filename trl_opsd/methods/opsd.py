@@ -23,9 +23,6 @@ class OPSDConfig(
         "teacher_chat_template_kwargs": {"enable_thinking": True},
         "learning_rate": 5e-6,
         "max_grad_norm": 0.1,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 8,
-        "max_steps": 100,
     },
 ):
     r"""
@@ -39,8 +36,8 @@ class OPSDConfig(
     L = mean over sequences of 1/|ŷ| Σ_t Σ_v min(p_T,v · (log p_T,v − log p_S,v), τ),
 
     with p_T = p(· | x, c, ŷ₍<t₎) and p_S = p(· | x, ŷ₍<t₎), both at the sampling temperature. τ = `divergence_clip` is
-    0.05; the paper takes 0.06 for 8B. Chat templates that know no switch for thinking ignore it. The paper trains a
-    LoRA adapter of rank 64, which is a property of the model, not of this class: see `recipes/opsd`.
+    0.05; the paper takes 0.06 for 8B. Chat templates that know no switch for thinking ignore it. The paper's batch of
+    32, its 100 steps and its LoRA adapter of rank 64 belong to data and model, not to this class: see `recipes/opsd`.
 
     Deviations from the released code: prompts are padded on the left, where the code scores the first token from a
     pad token; the teacher's prompt is continued with `<think>` where the template leaves that to the model; the

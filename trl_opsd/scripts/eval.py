@@ -121,7 +121,6 @@ def run(arguments: EvalArguments) -> "list[Summary]":
     """
     from transformers import AutoTokenizer
 
-    from trl_opsd.eval.backends.loading import load_backend
     from trl_opsd.eval.chat import ChatFormat
     from trl_opsd.eval.evaluate import evaluate
     from trl_opsd.eval.run_folder import SampleFile
@@ -153,7 +152,7 @@ def run(arguments: EvalArguments) -> "list[Summary]":
     folder = Path(str(arguments.output_dir))
     backend = None
     if arguments.backend == "vllm_server":
-        backend = load_backend(arguments, tokenizer)  # its weights are among the settings
+        backend = _load_backend(arguments, tokenizer)  # its weights are among the settings
     served = getattr(backend, "root", None)
     if served not in (None, arguments.model_name_or_path):
         print(f"The server loaded {arguments.model_name_or_path} from {served}.")
@@ -173,7 +172,7 @@ def run(arguments: EvalArguments) -> "list[Summary]":
                 _check_references(rows)
             samples = evaluate(
                 [problem for name in problems for problem in problems[name]],
-                backend or load_backend(arguments, tokenizer),
+                backend or _load_backend(arguments, tokenizer),
                 chat,
                 arguments.sampling(),
                 num_samples=num_samples,
@@ -188,6 +187,24 @@ def run(arguments: EvalArguments) -> "list[Summary]":
                 for name, file in files.items()
             },
         )
+
+
+def _load_backend(arguments: EvalArguments, tokenizer: Any) -> Any:
+    from trl_opsd.sampling import loading
+
+    return loading.load_backend(
+        arguments.backend,
+        str(arguments.model_name_or_path),
+        tokenizer,
+        tokenizer_name=arguments.tokenizer,
+        adapter=arguments.adapter,
+        revision=arguments.revision,
+        trust_remote_code=arguments.trust_remote_code,
+        dtype=arguments.dtype,
+        model_init_kwargs=cast("dict[str, Any] | None", arguments.model_init_kwargs),
+        batch_size=arguments.batch_size,
+        base_url=arguments.base_url,
+    )
 
 
 def _benchmarks(arguments: EvalArguments) -> "list[Benchmark]":
@@ -376,6 +393,8 @@ def _list_benchmarks() -> None:
     table.add_column("source", overflow="fold", min_width=24)
     table.add_column("licence")
     for benchmark in map(load_benchmark, benchmark_names()):
-        source = " ".join(filter(None, [benchmark.dataset_name, benchmark.dataset_config, benchmark.dataset_split]))
+        path = Path(benchmark.dataset_name)
+        name = path.name if path.exists() else benchmark.dataset_name
+        source = " ".join(filter(None, [name, benchmark.dataset_config, benchmark.dataset_split]))
         table.add_row(benchmark.name, benchmark.description, source, benchmark.licence)
     Console().print(table)

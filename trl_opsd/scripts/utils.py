@@ -17,6 +17,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from trl_opsd.help import help_from_docstring
 from trl_opsd.parts import import_object
+from trl_opsd.scripts.benchmarks import BenchmarkArguments, callback_values
 from trl_opsd.scripts.recipe_values import field_types, read_recipe, recipe_value
 
 
@@ -31,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 @help_from_docstring
 @dataclass
-class SelfDistillationScriptArguments(GRPOScriptArguments):
+class SelfDistillationScriptArguments(BenchmarkArguments, GRPOScriptArguments):
     """
-    Script arguments of a training command: those of TRL's GRPO script and how to make prompts.
+    Script arguments of a training command: those of TRL's GRPO script, how to make prompts, and benchmarks.
 
     Args:
         dataset_name (`str`, *optional*):
@@ -68,6 +69,7 @@ class SelfDistillationScriptArguments(GRPOScriptArguments):
                 f"{mapping!r}."
             )
         self.column_mapping = mapping
+        super().__post_init__()
 
 
 class RecipeParser(TrlParser):
@@ -317,9 +319,8 @@ def make_trainer(
     }
     model_init_kwargs.update(cast(dict[str, Any], training_args.model_init_kwargs or {}))
     training_args.model_init_kwargs = model_init_kwargs
-    if training_args.eval_benchmarks is not None and training_args.eval_benchmarks_system_prompt is None:
-        training_args.eval_benchmarks_system_prompt = script_args.system_prompt
-    return SelfDistillationTrainer(
+    benchmarks = callback_values(script_args, training_args, script_args.system_prompt)
+    trainer = SelfDistillationTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,
         args=training_args,
@@ -328,6 +329,11 @@ def make_trainer(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if benchmarks is not None:
+        from trl_opsd.eval.in_training import BenchmarkCallback
+
+        trainer.add_callback(BenchmarkCallback(trainer, **benchmarks))
+    return trainer
 
 
 def load_datasets(

@@ -122,7 +122,7 @@ def _opsd(context: str = "solution", **settings: Any) -> dict[str, Any]:
 
 
 def _opsdc(**settings: Any) -> dict[str, Any]:
-    return {**_SAMPLING, "context_kwargs": {"template": BRIEF_TEMPLATE}, **settings}
+    return {**_SAMPLING, "weight_decay": 0.01, "context_kwargs": {"template": BRIEF_TEMPLATE}, **settings}
 
 
 _ADDING = ("weak", "middling")

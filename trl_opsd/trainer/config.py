@@ -1,19 +1,20 @@
-import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import Field, dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from inspect import cleandoc
 from typing import Any, ClassVar, cast, get_type_hints
 
 from trl import GRPOConfig
 
-from ..eval.backends import Sampling
 from ..help import did_you_mean, help_from_docstring
 from ..objective.kernels import KERNELS
 from ..objective.top_log_probs import SERVED_SUPPORTS
 from .method import Method
+
+
+class _DefaultLength(int):
+    """A length that nobody has set."""
 
 
 class _SingleRollout(int):
@@ -133,24 +134,6 @@ class SelfDistillationConfig(GRPOConfig):
         seq_kd (`bool`, *optional*, defaults to `False`):
             Whether the off-policy sequences are sampled from the privileged teacher.
 
-        > Parameters that control the evaluation
-
-        eval_benchmarks (`list[str]`, *optional*):
-            Benchmarks to evaluate on before training, every `eval_benchmarks_steps` steps and at the end: names that
-            `trl-opsd eval --list` shows, or YAML files. It is the evaluation of `trl-opsd eval`, on the engine of the
-            rollouts.
-        eval_benchmarks_steps (`int`, *optional*, defaults to `50`):
-            Optimizer steps between two evaluations.
-        eval_benchmarks_num_samples (`int`, *optional*, defaults to `1`):
-            Completions of each problem.
-        eval_benchmarks_limit (`int`, *optional*):
-            Number of problems of each benchmark, from its beginning. `None` takes all.
-        eval_benchmarks_sampling (`dict[str, Any]` or `str`, *optional*):
-            How the completions are sampled, for example `{"temperature": 0.6, "top_p": 0.95, "top_k": 20,
-            "max_new_tokens": 4096}`. What it leaves out is as in the rollouts.
-        eval_benchmarks_system_prompt (`str`, *optional*):
-            System message before each question. The training scripts default it to their `system_prompt`.
-
         > Parameters that control the cost of a step
 
         divergence_memory (`int`, *optional*):
@@ -172,6 +155,10 @@ class SelfDistillationConfig(GRPOConfig):
 
         > Parameters whose defaults differ from those of [`~trl.GRPOConfig`]
 
+        max_completion_length (`int`, *optional*, defaults to `512`):
+            Longest completion, in tokens. Where the default does not fit the model's context, completions get what
+            the prompts leave of it (half of it, if these are not known before training), which a warning says. A
+            length that is set has to fit. `None`, for a `rollout_func`, sets no limit.
         num_generations (`int`, *optional*, defaults to `1`):
             Rollouts of each prompt, a divisor of the effective batch size. One is enough, where GRPO has 8: the
             divergence needs no group.
@@ -193,9 +180,9 @@ class SelfDistillationConfig(GRPOConfig):
         "context_kwargs",
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
-        "eval_benchmarks_sampling",
     ]
 
+    max_completion_length: int | None = _DefaultLength(512)
     num_generations: int | None = 1
     loss_type: str = field(
         default="grpo",
@@ -233,13 +220,6 @@ class SelfDistillationConfig(GRPOConfig):
     lmbda: float = 1.0
     seq_kd: bool = False
 
-    eval_benchmarks: list[str] | None = None
-    eval_benchmarks_steps: int = 50
-    eval_benchmarks_num_samples: int = 1
-    eval_benchmarks_limit: int | None = None
-    eval_benchmarks_sampling: dict[str, Any] | str | None = None
-    eval_benchmarks_system_prompt: str | None = None
-
     divergence_memory: int | None = None
     divergence_kernel: str | None = field(default=None, metadata={"choices": list(KERNELS)})
     max_tokens_per_microbatch: int | None = None
@@ -267,6 +247,8 @@ class SelfDistillationConfig(GRPOConfig):
                     f"{cls.__name__} has a default for `{name}`, which is no field. "
                     f"{did_you_mean(name, fields, f'`{parent.__name__}` lists the fields.')}"
                 )
+            if isinstance(fields[name].default, _DefaultLength):
+                value = _DefaultLength(value)
             settings: dict[str, Any] = {"metadata": fields[name].metadata}
             settings |= (
                 {"default_factory": partial(deepcopy, value)} if isinstance(value, dict | list) else {"default": value}
@@ -282,6 +264,9 @@ class SelfDistillationConfig(GRPOConfig):
             raise TypeError(
                 f"{type(self).__name__} states defaults, and needs the decorator `@dataclass` to have them."
             )
+        self.has_default_completion_length = isinstance(self.max_completion_length, _DefaultLength)
+        if self.has_default_completion_length:
+            self.max_completion_length = int(cast(int, self.max_completion_length))
         if (self.use_vllm and self.vllm_mode == "server") or self.teacher_server_base_url is not None:
             longest_wait = int(2 * self.vllm_server_request_timeout) + 600
             self.ddp_timeout: int = max(self.ddp_timeout, longest_wait)
@@ -292,13 +277,6 @@ class SelfDistillationConfig(GRPOConfig):
         if single_rollout:
             self.num_generations = 1
 
-        default_epochs = type(self).__dataclass_fields__["num_train_epochs"].default
-        if self.max_steps > 0 and self.num_train_epochs != default_epochs:
-            warnings.warn(
-                f"`num_train_epochs={self.num_train_epochs}` has no effect because `max_steps={self.max_steps}`. Set "
-                "`max_steps=-1` to train by epochs.",
-                stacklevel=3,
-            )
         for name in ("loss_type", "overlong_teacher_prompt", "teacher", "divergence", "divergence_support"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
@@ -338,7 +316,6 @@ class SelfDistillationConfig(GRPOConfig):
                 "`teacher_offload=True` has no effect: a teacher that is live or on a server has no weights of its "
                 "own here. Set it to `False`."
             )
-        self._check_eval_benchmarks()
         if self.vllm_server_request_timeout <= 0:
             raise ValueError(
                 f"`vllm_server_request_timeout` must be positive, got {self.vllm_server_request_timeout}."
@@ -434,44 +411,6 @@ class SelfDistillationConfig(GRPOConfig):
     def truncates_sampling(self) -> bool:
         """Whether rollouts are sampled from a part of the student's distribution."""
         return self.top_p < 1.0 or self.top_k > 0 or (self.min_p or 0.0) > 0.0
-
-    def _check_eval_benchmarks(self) -> None:
-        given = cast(dict[str, Any], self.eval_benchmarks_sampling or {})
-        known = ("temperature", "top_p", "top_k", "max_new_tokens")
-        if unknown := sorted(set(given) - set(known)):
-            raise ValueError(f"`eval_benchmarks_sampling` has the unknown key {unknown[0]!r}. Its keys are {known}.")
-        for name in ("eval_benchmarks_steps", "eval_benchmarks_num_samples", "eval_benchmarks_limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if self.eval_benchmarks is None:
-            for name in ("eval_benchmarks_limit", "eval_benchmarks_sampling", "eval_benchmarks_system_prompt"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"`{name}={getattr(self, name)!r}` has no effect without `eval_benchmarks`.")
-            return
-        if find_spec("math_verify") is None:
-            raise ValueError("`eval_benchmarks` needs math-verify: run `pip install trl-opsd[eval]`.")
-        self.eval_benchmarks_sampling = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "max_new_tokens": self.max_completion_length,
-            **given,
-        }
-        if self.eval_benchmarks_sampling["max_new_tokens"] is None:
-            raise ValueError(
-                "`eval_benchmarks` needs a limit: set `max_completion_length`, or `max_new_tokens` in "
-                "`eval_benchmarks_sampling`."
-            )
-        try:
-            Sampling(**self.eval_benchmarks_sampling)
-        except ValueError as error:
-            raise ValueError(f"`eval_benchmarks_sampling`: {error}") from error
-        if self.eval_benchmarks_sampling["temperature"] == 0 and self.eval_benchmarks_num_samples > 1:
-            raise ValueError(
-                f"At temperature 0 all `eval_benchmarks_num_samples={self.eval_benchmarks_num_samples}` completions "
-                "of a problem would be the same. Set it to 1, or raise the temperature in `eval_benchmarks_sampling`."
-            )
 
     def _check_teacher_server(self, url: str) -> None:
         setting = f"`teacher_server_base_url='{url}'`"

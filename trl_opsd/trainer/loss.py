@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -229,9 +229,8 @@ class SelfDistillationLoss:
     def _weights(self, inputs: dict[str, Any], num_generation_batches: int) -> torch.Tensor:
         num_shares = self._accelerator.num_processes * num_generation_batches
         num_tokens = inputs["num_loss_tokens"].clamp(min=1.0) / num_shares
-        weights = aggregation_weights(
-            inputs["loss_mask"], self._args.loss_type, num_tokens, self._args.max_completion_length
-        )
+        longest = cast(int, self._args.max_completion_length)  # `None` is refused where it matters
+        weights = aggregation_weights(inputs["loss_mask"], self._args.loss_type, num_tokens, longest)
         if "importance_sampling_ratio" in inputs:  # the sampler's policy differs a little from the trainer's
             weights = weights * inputs["importance_sampling_ratio"]
         return weights

@@ -36,7 +36,8 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -68,9 +69,6 @@ from ..context import (
     without_end,
 )
 from ..data import validate_rows
-from ..eval.backends import Sampling
-from ..eval.benchmark import Problem
-from ..eval.chat import ChatFormat
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
     Divergence,
@@ -79,6 +77,7 @@ from ..objective import (
     Tail,
     generalized_jsd_loss,
 )
+from ..sampling import Sampling
 from ..scoring import can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
     ServerError,
@@ -90,15 +89,16 @@ from ..serving import (
     wait_for_sampler,
 )
 from ..teacher import Teacher, fingerprint
-from .benchmarks import BenchmarkCallback, RolloutBackend, load_problems
 from .checkpoints import load_weights
 from .checks import check_completion_length, check_grpo_pass, check_special_tokens
 from .config import SelfDistillationConfig
+from .lengths import fit_completions, prompt_budget
 from .loss import SelfDistillationLoss
 from .method import Method
 from .metrics import Metrics, add_divergence, add_policy, add_sampler_difference
 from .random_numbers import random_numbers
 from .run_state import Attributes, ProcessFiles, RunState, dataset_summary
+from .sampling_settings import transformers_settings, vllm_settings
 from .teachers import connect_teacher, load_teacher
 from .world import check_world
 
@@ -200,9 +200,6 @@ class SelfDistillationTrainer(GRPOTrainer):
             check_vllm_installed()
 
         # Everything that can be wrong with the data is found before the model is loaded
-        self._benchmarks = None
-        if args.eval_benchmarks is not None:
-            self._benchmarks = load_problems(args.eval_benchmarks, args.eval_benchmarks_limit)
         self.context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         if processing_class is None:
@@ -227,7 +224,11 @@ class SelfDistillationTrainer(GRPOTrainer):
         check_special_tokens(processing_class, getattr(model_config.get_text_config(), "vocab_size", None))
         check_completion_length(args, model_config, samples_itself=rollout_func is None)
         served = connect_teacher(args, processing_class, model_config)
-        context_length = None if served is None else served.context_length
+        limits = (
+            getattr(model_config.get_text_config(), "max_position_embeddings", None),
+            None if served is None else served.context_length,
+        )
+        context_length = min((limit for limit in limits if limit is not None), default=None)
         self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config, context_length)
         self._data_columns = self.context.columns
         if args.lmbda < 1.0 and not args.seq_kd:
@@ -250,6 +251,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 )
             elif eval_dataset is not None:
                 eval_dataset = self._check_dataset(eval_dataset, "eval_dataset", tools)
+        fit_completions(args, context_length, self.teacher_prompt.longest or self.teacher_prompt.max_length or 0)
         if args.teacher == "live" and served is not None and rollout_func is not None:
             raise ValueError(
                 "`teacher_server_base_url` with `teacher='live'` cannot be combined with `rollout_func`: the server "
@@ -266,7 +268,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
         # Set by the generation methods for the batch in hand
         self._first_turn = False
-        self._last_draw: tuple[tuple[int, ...], int] = (), 0
+        self._num_draws: dict[tuple[int, ...], tuple[tuple[int, ...], int]] = {}
         self._generation_step = -1
         self._first_micro_batch = 0
         self._train_sampler = None
@@ -344,9 +346,9 @@ class SelfDistillationTrainer(GRPOTrainer):
             and self.repetition_penalty == 1.0
         )
         check_world(args, self.accelerator, self.model)
-        self._context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if self.use_vllm:
-            self._context_length = self._prepare_sampler()
+            self.context_length = self._prepare_sampler()
         fingerprints: dict[str, str | None] = {"model": fingerprint(self.model)}
         starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
         self.teacher: Teacher = served or load_teacher(args, self.accelerator, self.model, starts_at_zero)
@@ -370,8 +372,6 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._guard = SkipNonFiniteSteps()
         self.add_callback(self._guard)
         self.add_callback(_StepCallback(self))
-        if self._benchmarks is not None:
-            self.add_callback(self._make_benchmark_callback(self._benchmarks))
 
         self.run_state = self._make_run_state(fingerprints)
 
@@ -406,26 +406,12 @@ class SelfDistillationTrainer(GRPOTrainer):
         if prefix is None:
             prefix, chat_prefix = "", thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
 
-        budget = args.max_teacher_prompt_length
-        longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-        if context_length is not None:
-            longest = min(longest or math.inf, context_length)
-        if longest is not None:
-            available = longest - (args.max_completion_length or 0)
-            if available < (budget or 1):
-                what = "any prompt" if budget is None else f"`max_teacher_prompt_length={budget}`"
-                raise ValueError(
-                    f"The teacher's context of {longest} tokens leaves {max(available, 0)} beside "
-                    f"`max_completion_length={args.max_completion_length}`, too little for {what}. Lower "
-                    "`max_completion_length`."
-                )
-            budget = available if budget is None else budget
         return TeacherPrompt(
             context=self.context,
             tokenizer=tokenizer,
             chat_template_kwargs=teacher_kwargs,
             generation_prefix=prefix,
-            max_length=budget,
+            max_length=prompt_budget(args, context_length),
             skip_overlong=args.overlong_teacher_prompt == "skip",
             num_embeddings=getattr(model_config.get_text_config(), "vocab_size", None),
             chat_prefix=chat_prefix,
@@ -479,37 +465,6 @@ class SelfDistillationTrainer(GRPOTrainer):
         field = "vllm_max_model_length" if self._samples_in_process else "--max-model-len"
         check_context(limit, longest, self.max_completion_length, field)
         return limit
-
-    def _make_benchmark_callback(self, problems: dict[str, list[Problem]]) -> BenchmarkCallback:
-        template = self.chat_template or self._tokenizer.chat_template
-        return BenchmarkCallback(
-            problems,
-            RolloutBackend(
-                self._sample,
-                self.accelerator,
-                self.eos_token_ids,
-                self._evaluation_batch_size(),
-                self._context_length,
-            ),
-            ChatFormat(
-                self._tokenizer,
-                chat_template=template,
-                chat_template_kwargs=self.args.chat_template_kwargs,
-                apply_chat_template=template is not None,
-                system_prompt=self.args.eval_benchmarks_system_prompt,
-            ),
-            Sampling(**cast(dict[str, Any], self.args.eval_benchmarks_sampling)),
-            self.args.eval_benchmarks_num_samples,
-            self.args.eval_benchmarks_steps,
-            self._sampler_index,
-            self._log_evaluation,
-        )
-
-    def _evaluation_batch_size(self) -> int | None:
-        if not self.use_vllm:
-            return self.args.per_device_eval_batch_size
-        # An engine in the process schedules all by itself; a server has `vllm_server_request_timeout` for each request
-        return None if self.vllm_mode == "colocate" else 64
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -572,39 +527,48 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _sample_rollouts(self, *args: Any) -> tuple[list[list[int]], Any]:
         if not self._samples_in_process:
             return super()._generate_single_turn(*args)
+        with self._random_numbers():
+            return super()._generate_single_turn(*args)
+
+    def _random_numbers(self, *stream: int) -> AbstractContextManager[None]:
         # By step, so that a resumed run draws the same, and so do the processes of a tensor-parallel engine, whose own
         # random numbers part ways in training
         key = (self.args.seed, self.state.global_step, int(self.model.training), self._sampler_index)
-        last_key, num_draws = self._last_draw
-        self._last_draw = key, num_draws + 1 if key == last_key else 0
-        with random_numbers(*key, self._last_draw[1], device=self.accelerator.device):
-            return super()._generate_single_turn(*args)
+        last_key, num_draws = self._num_draws.get(stream, (key, -1))
+        num_draws = num_draws + 1 if key == last_key else 0
+        self._num_draws[stream] = key, num_draws
+        return random_numbers(*key, num_draws, *stream, device=self.accelerator.device)
 
-    def _sample(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[list[int]]:
-        """Completions by the engine of the rollouts, sampled in another way. For all processes, with as many each."""
-        target: Any
-        changes: dict[str, Any]
-        if self.use_vllm:
-            target = self.vllm_generation
-            changes = {
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-                "min_p": None,
-                "repetition_penalty": 1.0,
-                "max_completion_length": sampling.max_new_tokens,
-                "structured_outputs_regex": None,
-                "generation_kwargs": {"stop_token_ids": self.eos_token_ids},
-            }
-        else:
-            target = self
-            names = ("pad_token_id", "bos_token_id", "eos_token_id", "cache_implementation")
-            kwargs = {name: self.generation_kwargs.get(name) for name in names}
-            kwargs |= {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
-            if sampling.temperature > 0:
-                kwargs |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-            config = GenerationConfig(**kwargs, disable_compile=True)
-            changes = {"generation_config": config, "generation_kwargs": kwargs}
+    def sample(self, prompt_ids: list[list[int]], sampling: Sampling, stream: int = 0) -> list[list[int]]:
+        """
+        Completions of the current policy, by the engine of the rollouts. All processes call this at once, with as many
+        prompts each. Training goes on with the random numbers it would have had, and a resumed run draws the same.
+
+        Args:
+            prompt_ids (`list[list[int]]`):
+                Prompts of this process, special tokens included.
+            sampling ([`~trl_opsd.sampling.Sampling`]):
+                How to draw tokens. Nothing else applies, whatever the rollouts are sampled by.
+            stream (`int`, *optional*, defaults to `0`):
+                Stream of random numbers to draw from: one of its own for each purpose. Those of evaluations are 1.
+
+        Returns:
+            `list[list[int]]`: token ids of each completion, the end-of-turn token included.
+
+        Raises:
+            ServerError: If the vLLM server failed.
+        """
+        with evaluation_mode(self.model), self._sampling_as(sampling), self._random_numbers(stream):
+            return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]
+
+    @contextmanager
+    def _sampling_as(self, sampling: Sampling) -> Iterator[None]:
+        target: Any = self.vllm_generation if self.use_vllm else self
+        changes = (
+            vllm_settings(sampling, self.eos_token_ids)
+            if self.use_vllm
+            else transformers_settings(sampling, self.generation_kwargs)
+        )
         originals = {name: getattr(target, name) for name in changes}
         vars(target).update(changes)
         # `generate` fills what a configuration leaves open from the model's own, say with a repetition penalty
@@ -612,21 +576,16 @@ class SelfDistillationTrainer(GRPOTrainer):
         own_configs = [model.generation_config for model in models]
         for model in models:
             model.generation_config = GenerationConfig()
-        with evaluation_mode(self.model):
-            try:
-                return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]
-            finally:
-                for model, config in zip(models, own_configs, strict=True):
-                    model.generation_config = config
-                vars(target).update(originals)
-                # FSDP2 leaves it to a backward pass, which does not come, to shard the root module again
-                for module in self.model_wrapped.modules() if self.is_fsdp_enabled else ():
-                    if isinstance(module, FSDPModule):
-                        module.reshard()
-
-    def _log_evaluation(self, logs: dict[str, float]) -> None:
-        with evaluation_mode(self.model):  # or GRPOTrainer would log the metrics of the training step as well
-            self.log(logs)
+        try:
+            yield
+        finally:
+            for model, config in zip(models, own_configs, strict=True):
+                model.generation_config = config
+            vars(target).update(originals)
+            # FSDP2 leaves it to a backward pass, which does not come, to shard the root module again
+            for module in self.model_wrapped.modules() if self.is_fsdp_enabled else ():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)

@@ -1,24 +1,33 @@
 """The evaluation of `trl-opsd eval` while a model trains, on the engine its rollouts come from."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from ..eval.backends import Completion, Request, Sampling
-from ..eval.benchmark import Problem, load_benchmark
-from ..eval.chat import ChatFormat
-from ..eval.evaluate import evaluate, make_requests
-from ..eval.metrics import Summary, summarize
-from ..eval.run_folder import SampleFile, keep_problems, open_run, write_json
-from ..eval.samples import Sample
-from ..eval.scorer import SCORER_VERSION
-from .random_numbers import random_numbers
+from ..sampling import Completion, Request, Sampling
+from ..scoring import evaluation_mode
+from .benchmark import Problem, load_benchmark
+from .chat import ChatFormat
+from .evaluate import evaluate, make_requests
+from .metrics import Summary, summarize
+from .run_folder import SampleFile, keep_problems, open_run, write_json
+from .samples import Sample
+from .scorer import SCORER_VERSION
+
+
+if TYPE_CHECKING:
+    from ..trainer.config import SelfDistillationConfig
+    from ..trainer.trainer import SelfDistillationTrainer
+
+# Of the trainer's streams of random numbers, the one of evaluations
+_STREAM = 1
 
 
 def load_problems(benchmarks: Sequence[str], limit: int | None) -> dict[str, list[Problem]]:
@@ -37,9 +46,54 @@ def load_problems(benchmarks: Sequence[str], limit: int | None) -> dict[str, lis
     problems = {}
     for benchmark in map(load_benchmark, benchmarks):
         if benchmark.name in problems:
-            raise ValueError(f"`eval_benchmarks` names {benchmark.name} twice. Name each once.")
+            raise ValueError(f"The benchmark {benchmark.name} is named twice. Name each once.")
         problems[benchmark.name] = benchmark.problems(limit)
     return problems
+
+
+def make_sampling(given: Mapping[str, Any] | None, num_samples: int, args: "SelfDistillationConfig") -> Sampling:
+    """
+    How an evaluation samples in a training run.
+
+    Args:
+        given (`Mapping[str, Any]`, *optional*):
+            Fields of [`~trl_opsd.sampling.Sampling`]. What is left out is as in the rollouts.
+        num_samples (`int`):
+            Completions of each problem.
+        args ([`SelfDistillationConfig`]):
+            Arguments of the run.
+
+    Raises:
+        ValueError: If a field is unknown or out of its range, if nothing limits completions, if all completions of a
+            problem would be the same, or if math-verify is not installed.
+    """
+    if find_spec("math_verify") is None:
+        raise ValueError("Benchmarks need math-verify: run `pip install trl-opsd[eval]`.")
+    values = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "max_new_tokens": args.max_completion_length,
+    }
+    if unknown := sorted(set(given or {}) - set(values)):
+        raise ValueError(
+            f"The sampling of benchmarks has the unknown key {unknown[0]!r}. Its keys are {tuple(values)}."
+        )
+    values |= given or {}
+    if values["max_new_tokens"] is None:
+        raise ValueError(
+            "Benchmarks need a limit: set `max_completion_length`, or `max_new_tokens` in their sampling."
+        )
+    try:
+        sampling = Sampling(**values)
+    except ValueError as error:
+        raise ValueError(f"The sampling of benchmarks: {error}") from error
+    if sampling.temperature == 0 and num_samples > 1:
+        raise ValueError(
+            f"At temperature 0 all {num_samples} completions of a benchmark's problem would be the same. Take 1, or "
+            "raise the temperature of their sampling."
+        )
+    return sampling
 
 
 class RolloutBackend:
@@ -76,7 +130,7 @@ class RolloutBackend:
         self.max_length = max_length
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
-        """See [`~trl_opsd.eval.backends.Backend`]."""
+        """See [`~trl_opsd.sampling.Backend`]."""
         num_processes, rank = self._accelerator.num_processes, self._accelerator.process_index
         together = self._batch_size * num_processes if self._batch_size else max(1, len(requests))
         for start in range(0, len(requests), together):
@@ -89,7 +143,7 @@ class RolloutBackend:
             if len(completions) != len(prompts) or not all(completions):
                 raise ValueError(
                     f"The engine of the rollouts gave {sum(map(bool, completions))} completions to {len(prompts)} "
-                    "prompts of `eval_benchmarks`. Its own messages may say why."
+                    "prompts of benchmarks. Its own messages may say why."
                 )
             for index, ids in enumerate(completions[:num_prompts], start):
                 yield index, Completion(ids, terminated=bool(ids) and ids[-1] in self._end_token_ids)
@@ -102,55 +156,87 @@ class BenchmarkCallback(TrainerCallback):
     The samples of each evaluation are kept in `eval/step-<step>` of the output folder, in the form of `trl-opsd eval`,
     so that `trl-opsd compare` compares any two. Training goes on with the random numbers it would have had.
 
+    Example:
+
+    ```python
+    >>> from trl_opsd.eval.in_training import BenchmarkCallback
+
+    >>> trainer.add_callback(BenchmarkCallback(trainer, ["aime24", "problems.yaml"], steps=50, num_samples=4))
+    ```
+
     Args:
-        problems (`dict[str, list[Problem]]`):
-            Problems by benchmark.
-        backend ([`RolloutBackend`]):
-            What generates.
-        chat ([`~trl_opsd.eval.chat.ChatFormat`]):
-            Renders the prompts.
-        sampling ([`~trl_opsd.eval.backends.Sampling`]):
-            How to draw tokens.
-        num_samples (`int`):
-            Completions of each problem.
-        every (`int`):
+        trainer ([`SelfDistillationTrainer`]):
+            Trainer whose model is evaluated, by the engine of its rollouts.
+        benchmarks (`Sequence[str]` or `Mapping[str, Sequence[Problem]]`):
+            Names that `trl-opsd eval --list` shows, or YAML files; or the problems themselves, by the benchmark's
+            name.
+        steps (`int`, *optional*, defaults to `50`):
             Optimizer steps between two evaluations.
-        stream (`int`):
-            Which of several streams of random numbers this process draws from.
-        log (`Callable[[dict[str, float]], None]`):
-            Called with the metrics, on every process.
+        num_samples (`int`, *optional*, defaults to `1`):
+            Completions of each problem.
+        limit (`int`, *optional*):
+            Number of problems of each benchmark that is named, from its beginning. `None` takes all.
+        sampling (`Mapping[str, Any]`, *optional*):
+            Fields of [`~trl_opsd.sampling.Sampling`]. What is left out is as in the rollouts.
+        system_prompt (`str`, *optional*):
+            System message before each question.
+
+    Raises:
+        ValueError: If a benchmark cannot be loaded, if a value is out of its range, or if math-verify is not
+            installed.
     """
 
     def __init__(
         self,
-        problems: dict[str, list[Problem]],
-        backend: RolloutBackend,
-        chat: ChatFormat,
-        sampling: Sampling,
-        num_samples: int,
-        every: int,
-        stream: int,
-        log: Callable[[dict[str, float]], None],
+        trainer: "SelfDistillationTrainer",
+        benchmarks: Sequence[str] | Mapping[str, Sequence[Problem]],
+        *,
+        steps: int = 50,
+        num_samples: int = 1,
+        limit: int | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        system_prompt: str | None = None,
     ):
-        self._problems = problems
-        self._backend = backend
-        self._chat = chat
-        self._sampling = sampling
+        for name, value in {"steps": steps, "num_samples": num_samples, "limit": limit}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self._sampling = make_sampling(sampling, num_samples, trainer.args)
+        if not isinstance(benchmarks, Mapping):
+            benchmarks = load_problems(benchmarks, limit)
+        self._problems = {
+            name: [replace(problem, benchmark=name) for problem in problems] for name, problems in benchmarks.items()
+        }
+        self._trainer = trainer
         self._num_samples = num_samples
-        self._every = every
-        self._stream = stream
-        self._log = log
+        self._every = steps
+        self._system_prompt = system_prompt
+        tokenizer: Any = trainer.processing_class
+        template = trainer.chat_template or tokenizer.chat_template
+        self._chat = ChatFormat(
+            tokenizer,
+            chat_template=template,
+            chat_template_kwargs=trainer.args.chat_template_kwargs,
+            apply_chat_template=template is not None,
+            system_prompt=system_prompt,
+        )
+        self._backend = RolloutBackend(
+            lambda prompt_ids, sampling: trainer.sample(prompt_ids, sampling, stream=_STREAM),
+            trainer.accelerator,
+            trainer.eos_token_ids,
+            _batch_size(trainer),
+            trainer.context_length,
+        )
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Also at a step that is resumed from, if the run ended before this was done
         if state.global_step >= state.max_steps or state.global_step % self._every == 0:
             self._evaluate_once(args, state, control)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_training_stop or state.global_step % self._every == 0:
             self._evaluate_once(args, state, control)
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Training that was stopped after its last step. Not when it has ended: `load_best_model_at_end` comes before
         if control.should_training_stop:
             self._evaluate_once(args, state, control)
@@ -179,8 +265,7 @@ class BenchmarkCallback(TrainerCallback):
             disable=args.disable_tqdm or not state.is_local_process_zero,
             leave=False,
         )
-        with random_numbers(args.seed, step, self._stream, device=args.device):
-            samples = list(progress)
+        samples = list(progress)
         logs: dict[str, float] = {}
         failure = None
         if state.is_world_process_zero:
@@ -193,15 +278,14 @@ class BenchmarkCallback(TrainerCallback):
                     write_json(folder / name / "metrics.json", {"summary": summary})
                     logs |= {f"eval_{name}/{metric}": value for metric, value in _metrics(summary).items()}
             except (OSError, ValueError) as error:
-                failure = (
-                    f"The samples of `eval_benchmarks` cannot be kept in {folder}: {error}. Once they can, resume."
-                )
+                failure = f"The samples of benchmarks cannot be kept in {folder}: {error}. Once they can, resume."
         # A failure too, or the other processes would wait for ever
         logs, failure = broadcast_object_list([logs, failure])
         if failure is not None:
             raise ValueError(failure)
         should_log = control.should_log
-        self._log(logs)
+        with evaluation_mode(self._trainer.model):  # or the metrics of the training step would be logged as well
+            self._trainer.log(logs)
         control.should_log = should_log  # the step has yet to be logged
 
     def _keep(self, folder: Path, args: Any, samples: dict[str, list[Sample]]) -> None:
@@ -209,7 +293,7 @@ class BenchmarkCallback(TrainerCallback):
             "num_samples": self._num_samples,
             "seed": args.seed,
             **asdict(self._sampling),
-            "system_prompt": args.eval_benchmarks_system_prompt,
+            "system_prompt": self._system_prompt,
             "chat_template_kwargs": args.chat_template_kwargs,
             "scorer_version": SCORER_VERSION,
         }
@@ -220,6 +304,13 @@ class BenchmarkCallback(TrainerCallback):
             for row in rows:
                 file.append(replace(row, seed=None))  # see RolloutBackend
             file.close()
+
+
+def _batch_size(trainer: "SelfDistillationTrainer") -> int | None:
+    if not trainer.use_vllm:
+        return trainer.args.per_device_eval_batch_size
+    # An engine in the process schedules all by itself; a server has `vllm_server_request_timeout` for each request
+    return None if trainer.vllm_mode == "colocate" else 64
 
 
 def _metrics(summary: Summary) -> dict[str, float]:

@@ -10,13 +10,15 @@ import torch
 import yaml
 from datasets import Dataset
 from transformers import TrainerCallback
+from trl import GRPOTrainer
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer, cli
-from trl_opsd.eval.backends import Request, Sampling
+from trl_opsd.eval import in_training
+from trl_opsd.eval.benchmark import Problem
+from trl_opsd.eval.in_training import BenchmarkCallback, RolloutBackend
 from trl_opsd.eval.run_folder import read_samples
+from trl_opsd.sampling import Request, Sampling
 from trl_opsd.serving import ServerError
-from trl_opsd.trainer import benchmarks
-from trl_opsd.trainer.benchmarks import BenchmarkCallback, RolloutBackend
 
 
 pytestmark = pytest.mark.needs("math_verify")
@@ -35,11 +37,14 @@ def benchmark(tmp_path):
 
 @pytest.fixture
 def make_trainer(model, dataset, tokenizer, training_args):
-    def make(**settings):
+    def make(evaluation=None, **settings):
         args = {**training_args, "max_steps": 5, "per_device_eval_batch_size": 2, **settings}
-        return SelfDistillationTrainer(
+        trainer = SelfDistillationTrainer(
             model, args=SelfDistillationConfig(**args), train_dataset=dataset, processing_class=tokenizer
         )
+        if evaluation is not None:
+            trainer.add_callback(BenchmarkCallback(trainer, **evaluation))
+        return trainer
 
     return make
 
@@ -53,12 +58,14 @@ def test_evaluates_before_while_and_after_training(
 ):
     sampling = {"temperature": 0.6, "max_new_tokens": 5}
     trainer = make_trainer(
-        eval_benchmarks=[benchmark],
-        eval_benchmarks_steps=2,
-        eval_benchmarks_num_samples=3,
-        eval_benchmarks_limit=3,
-        eval_benchmarks_sampling=sampling,
-        eval_benchmarks_system_prompt="Add.",
+        {
+            "benchmarks": [benchmark],
+            "steps": 2,
+            "num_samples": 3,
+            "limit": 3,
+            "sampling": sampling,
+            "system_prompt": "Add.",
+        }
     )
     asked = []
     generate = RolloutBackend.generate
@@ -76,7 +83,7 @@ def test_evaluates_before_while_and_after_training(
     assert list(logged) == [0, 2, 4, 5]
     for step, entry in logged.items():
         folder = trainer.args.output_dir + f"/eval/step-{step}"
-        samples = read_samples(benchmarks.Path(folder) / "sums" / "samples.jsonl")
+        samples = read_samples(in_training.Path(folder) / "sums" / "samples.jsonl")
         assert sorted((s.problem_id, s.sample_index) for s in samples) == sorted(
             (problem, index) for problem in {s.problem_id for s in samples} for index in range(3)
         )
@@ -88,7 +95,7 @@ def test_evaluates_before_while_and_after_training(
         assert 0 <= entry["eval_sums/avg@3_low"] <= entry["eval_sums/avg@3_high"] <= 1
         assert "loss" not in entry
         assert "distillation_loss" not in entry
-        settings = json.loads((benchmarks.Path(folder) / "run.json").read_text())["settings"]
+        settings = json.loads((in_training.Path(folder) / "run.json").read_text())["settings"]
         assert settings["temperature"] == 0.6
         assert settings["top_p"] == trainer.args.top_p
         assert settings["system_prompt"] == "Add."
@@ -106,25 +113,19 @@ def draw_from_all_generators():
 def test_training_is_what_it_would_have_been(temperature, make_trainer, benchmark, model, monkeypatch):
     """Whatever generator the engine draws from: on a GPU, vLLM takes the seeds of requests from NumPy's."""
     initial = {name: value.clone() for name, value in model.state_dict().items()}
-    sample = SelfDistillationTrainer._sample
+    generate = GRPOTrainer._generate_single_turn
     drawn = []
 
-    def drawing(*args):
-        drawn.append(draw_from_all_generators())
-        return sample(*args)
+    def drawing(trainer, prompt_ids, images, *args):
+        if not trainer.model.training:
+            drawn.append(draw_from_all_generators())
+        return generate(trainer, prompt_ids, images, *args)
 
-    monkeypatch.setattr(SelfDistillationTrainer, "_sample", drawing)
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", drawing)
     runs = []
-    for settings in (
-        {},
-        {
-            "eval_benchmarks": [benchmark],
-            "eval_benchmarks_steps": 1,
-            "eval_benchmarks_sampling": {"temperature": temperature},
-        },
-    ):
+    for evaluation in (None, {"benchmarks": [benchmark], "steps": 1, "sampling": {"temperature": temperature}}):
         model.load_state_dict(initial)
-        trainer = make_trainer(**settings)
+        trainer = make_trainer(evaluation)
         config = trainer.generation_config.to_dict()
         trainer.train()
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -136,30 +137,36 @@ def test_training_is_what_it_would_have_been(temperature, make_trainer, benchmar
     assert len(evaluations(trainer)) == 6
 
 
+def failing_at(step):
+    """The engine of the rollouts, whose server fails in an evaluation of that step."""
+    generate = GRPOTrainer._generate_single_turn
+
+    def generate_or_fail(trainer, *args):
+        if not trainer.model.training and trainer.state.global_step == step:
+            torch.rand(())  # a saved run begins with other random numbers
+            raise ServerError("The server failed.")
+        return generate(trainer, *args)
+
+    return generate_or_fail
+
+
 @pytest.mark.usefixtures("deterministic")
 def test_server_that_fails_in_an_evaluation(make_trainer, benchmark, model, monkeypatch):
     initial = {name: value.clone() for name, value in model.state_dict().items()}
-    settings = {"eval_benchmarks": [benchmark], "eval_benchmarks_steps": 2}
-    whole = make_trainer(**settings)
+    evaluation = {"benchmarks": [benchmark], "steps": 2}
+    whole = make_trainer(evaluation)
     whole.train()
     expected = {entry["step"]: entry["loss"] for entry in whole.state.log_history if "loss" in entry}
 
-    def fail(prompts, sampling):
-        raise ServerError("The server failed.")
-
     model.load_state_dict(initial)
-    failed = make_trainer(**settings)
-    backend = next(c for c in failed.callback_handler.callbacks if hasattr(c, "_backend"))._backend
+    failed = make_trainer(evaluation)
     with monkeypatch.context() as patch:
-        sample = backend._sample
-        patch.setattr(
-            backend, "_sample", lambda *args: fail(*args) if failed.state.global_step == 4 else sample(*args)
-        )
+        patch.setattr(GRPOTrainer, "_generate_single_turn", failing_at(4))
         with pytest.raises(ServerError, match=r"The server failed\. The run is saved in .*checkpoint-4"):
             failed.train()
 
     model.load_state_dict(initial)
-    resumed = make_trainer(**settings)
+    resumed = make_trainer(evaluation)
     resumed.train(resume_from_checkpoint=True)
     found = {entry["step"]: entry["loss"] for entry in resumed.state.log_history if "loss" in entry}
     assert found == {step: loss for step, loss in expected.items() if step != 4}  # it had not been logged yet
@@ -168,39 +175,33 @@ def test_server_that_fails_in_an_evaluation(make_trainer, benchmark, model, monk
 
 def test_an_evaluation_that_failed_at_the_end_is_made_up_for(make_trainer, benchmark, model, monkeypatch):
     initial = {name: value.clone() for name, value in model.state_dict().items()}
-    settings = {"eval_benchmarks": [benchmark], "eval_benchmarks_steps": 2}
-    failed = make_trainer(**settings)
-    backend = next(c for c in failed.callback_handler.callbacks if hasattr(c, "_backend"))._backend
-    sample = backend._sample
-
-    def fail_at_the_end(prompts, sampling):
-        if failed.state.global_step == 5:
-            raise ServerError("The server failed.")
-        return sample(prompts, sampling)
-
-    monkeypatch.setattr(backend, "_sample", fail_at_the_end)
-    with pytest.raises(ServerError, match=r"checkpoint-5"):
-        failed.train()
+    evaluation = {"benchmarks": [benchmark], "steps": 2}
+    failed = make_trainer(evaluation)
+    with monkeypatch.context() as patch:
+        patch.setattr(GRPOTrainer, "_generate_single_turn", failing_at(5))
+        with pytest.raises(ServerError, match=r"checkpoint-5"):
+            failed.train()
 
     model.load_state_dict(initial)
-    resumed = make_trainer(**settings)
+    resumed = make_trainer(evaluation)
     resumed.train(resume_from_checkpoint=True)
     assert list(evaluations(resumed)) == [0, 2, 4, 5]
 
 
-def test_samples_that_cannot_be_kept_end_all_processes(tmp_path, monkeypatch):
+def test_samples_that_cannot_be_kept_end_all_processes(make_trainer, tmp_path, monkeypatch):
     (tmp_path / "eval").touch()  # no folder can be made there
     sent = []
     monkeypatch.setattr(
-        benchmarks, "broadcast_object_list", lambda objects: sent or sent.extend(objects) or list(objects)
+        in_training, "broadcast_object_list", lambda objects: sent or sent.extend(objects) or list(objects)
     )
-    backend = SimpleNamespace(generate=lambda requests, sampling: iter(()))
-    callback = BenchmarkCallback({}, backend, None, Sampling(1.0, 1.0, 0, 4), 1, every=1, stream=0, log=pytest.fail)
     args = SimpleNamespace(device=torch.device("cpu"), seed=0, output_dir=str(tmp_path), disable_tqdm=True)
-    args.eval_benchmarks_system_prompt = args.chat_template_kwargs = None
+    args.chat_template_kwargs = None
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer, "log", pytest.fail)
+    callback = BenchmarkCallback(trainer, {})
     for is_first in (True, False):
         state = SimpleNamespace(global_step=2, is_world_process_zero=is_first, is_local_process_zero=True)
-        with pytest.raises(ValueError, match=r"`eval_benchmarks` cannot be kept in .*step-2: .*Not a directory"):
+        with pytest.raises(ValueError, match=r"benchmarks cannot be kept in .*step-2: .*Not a directory"):
             callback._evaluate(args, state, None)
 
 
@@ -209,7 +210,7 @@ def test_training_that_is_stopped_is_evaluated_at_its_end(make_trainer, benchmar
         def on_log(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 3
 
-    trainer = make_trainer(eval_benchmarks=[benchmark], eval_benchmarks_steps=2, logging_steps=1)
+    trainer = make_trainer({"benchmarks": [benchmark], "steps": 2}, logging_steps=1)
     trainer.add_callback(Stop())
     trainer.train()
     assert list(evaluations(trainer)) == [0, 2, 3]
@@ -218,13 +219,12 @@ def test_training_that_is_stopped_is_evaluated_at_its_end(make_trainer, benchmar
 def test_greedy_evaluation_gives_what_the_model_says(make_trainer, benchmark, tokenizer, model, device):
     model.generation_config.repetition_penalty = 5.0
     trainer = make_trainer(
-        eval_benchmarks=[benchmark],
-        eval_benchmarks_sampling={"temperature": 0.0, "max_new_tokens": 6},
+        {"benchmarks": [benchmark], "sampling": {"temperature": 0.0, "max_new_tokens": 6}},
         chat_template_kwargs={"enable_thinking": False},
         max_steps=1,
     )
     trainer.train()
-    found = read_samples(benchmarks.Path(trainer.args.output_dir) / "eval/step-1/sums/samples.jsonl")
+    found = read_samples(in_training.Path(trainer.args.output_dir) / "eval/step-1/sums/samples.jsonl")
     assert len(found) == 5
     for number, sample in enumerate(sorted(found, key=lambda sample: int(sample.reference))):
         message = [{"role": "user", "content": f"What is {number} + 4?"}]
@@ -254,41 +254,46 @@ def test_batches_of_a_process():
 
     for lossy in (lambda prompts, sampling: [[1]], lambda prompts, sampling: [[] for _ in prompts]):
         backend = RolloutBackend(lossy, accelerator, end_token_ids=[3], batch_size=None, max_length=None)
-        with pytest.raises(ValueError, match=r"completions to 5 prompts of `eval_benchmarks`"):
+        with pytest.raises(ValueError, match=r"completions to 5 prompts of benchmarks"):
             list(backend.generate(requests, Sampling(1.0, 1.0, 0, 4)))
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("evaluation", "message"),
     [
-        ({"eval_benchmarks": ["no_such"]}, "There is no benchmark 'no_such'"),
-        ({"eval_benchmarks": ["sums", "sums"]}, "names sums twice"),
-        ({"eval_benchmarks": ["sums"], "eval_benchmarks_steps": 0}, "`eval_benchmarks_steps` must be at least 1"),
-        ({"eval_benchmarks": ["sums"], "eval_benchmarks_sampling": {"beams": 2}}, "unknown key 'beams'"),
-        (
-            {"eval_benchmarks": ["sums"], "eval_benchmarks_sampling": {"top_p": 0}},
-            "`eval_benchmarks_sampling`: `top_p`",
-        ),
-        ({"eval_benchmarks": ["sums"], "max_completion_length": None}, "needs a limit"),
-        (
-            {
-                "eval_benchmarks": ["sums"],
-                "eval_benchmarks_num_samples": 2,
-                "eval_benchmarks_sampling": {"temperature": 0.0},
-            },
-            "At temperature 0 all `eval_benchmarks_num_samples=2`",
-        ),
-        ({"eval_benchmarks_limit": 3}, "has no effect without `eval_benchmarks`"),
+        ({"benchmarks": ["no_such"]}, "There is no benchmark 'no_such'"),
+        ({"benchmarks": ["sums", "sums"]}, "benchmark sums is named twice"),
+        ({"steps": 0}, "`steps` must be at least 1"),
+        ({"limit": 0}, "`limit` must be at least 1"),
+        ({"sampling": {"beams": 2}}, "unknown key 'beams'"),
+        ({"sampling": {"top_p": 0}}, "The sampling of benchmarks: `top_p`"),
+        ({"num_samples": 2, "sampling": {"temperature": 0.0}}, "At temperature 0 all 2 completions"),
+        ({"sampling": {"max_new_tokens": None}}, "Benchmarks need a limit"),
     ],
 )
-def test_bad_settings(settings, message, make_trainer, benchmark):
-    names = [benchmark if name == "sums" else name for name in settings.get("eval_benchmarks", [])]
+def test_bad_values(evaluation, message, make_trainer, benchmark):
+    names = [benchmark if name == "sums" else name for name in evaluation.get("benchmarks", ["sums"])]
     with pytest.raises(ValueError, match=message):
-        make_trainer(**settings | ({"eval_benchmarks": names} if names else {}))
+        make_trainer({**evaluation, "benchmarks": names})
+
+
+def test_math_verify_that_is_not_there(make_trainer, benchmark, monkeypatch):
+    monkeypatch.setattr(in_training, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install trl-opsd\[eval\]"):
+        make_trainer({"benchmarks": [benchmark]})
+
+
+def test_problems_of_ones_own(make_trainer):
+    problems = {"sums": [Problem("", str(a), f"{a}+4?", str(a + 4)) for a in range(3)]}
+    trainer = make_trainer({"benchmarks": problems, "steps": 5}, max_steps=1)
+    trainer.train()
+    assert list(evaluations(trainer)) == [0, 1]
+    samples = read_samples(in_training.Path(trainer.args.output_dir) / "eval/step-1/sums/samples.jsonl")
+    assert [sample.problem_id for sample in samples] == ["0", "1", "2"]
 
 
 def test_prompts_that_do_not_fit_are_refused_before_the_first_step(make_trainer, benchmark):
-    trainer = make_trainer(eval_benchmarks=[benchmark], eval_benchmarks_sampling={"max_new_tokens": 4090})
+    trainer = make_trainer({"benchmarks": [benchmark], "sampling": {"max_new_tokens": 4090}})
     with pytest.raises(ValueError, match="more than the 4096 of the model"):
         trainer.train()
     assert trainer.state.global_step == 0

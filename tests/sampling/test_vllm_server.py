@@ -7,8 +7,8 @@ from threading import Barrier, Lock, Thread
 
 import pytest
 
-from trl_opsd.eval.backends import Completion, Request, Sampling
-from trl_opsd.eval.backends.vllm_server import VLLMServerBackend
+from trl_opsd.sampling import Completion, Request, Sampling
+from trl_opsd.sampling.vllm_server import VLLMServerBackend
 
 
 SAMPLING = Sampling(temperature=0.6, top_p=0.95, top_k=20, max_new_tokens=9)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny import make_model, make_tokenizer
 
-from trl_opsd.eval.backends import Request, Sampling, end_token_ids
-from trl_opsd.eval.backends.transformers import SeededSampling, TransformersBackend
+from trl_opsd.sampling import Request, Sampling, end_token_ids
+from trl_opsd.sampling.transformers import SeededSampling, TransformersBackend
 
 
 TOKENIZER = make_tokenizer()

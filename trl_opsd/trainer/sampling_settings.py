@@ -1,0 +1,32 @@
+"""A way of sampling, as the engines of GRPOTrainer's rollouts are told of it: the attributes to set."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import GenerationConfig
+
+from ..sampling import Sampling
+
+
+def vllm_settings(sampling: Sampling, end_token_ids: list[int]) -> dict[str, Any]:
+    """Attributes of `vllm_generation`."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": None,
+        "repetition_penalty": 1.0,
+        "max_completion_length": sampling.max_new_tokens,
+        "structured_outputs_regex": None,
+        "generation_kwargs": {"stop_token_ids": end_token_ids},
+    }
+
+
+def transformers_settings(sampling: Sampling, generation_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of the trainer, of whose `generation_kwargs` the special tokens and the cache stay."""
+    names = ("pad_token_id", "bos_token_id", "eos_token_id", "cache_implementation")
+    kwargs = {name: generation_kwargs.get(name) for name in names}
+    kwargs |= {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
+    if sampling.temperature > 0:
+        kwargs |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    return {"generation_config": GenerationConfig(**kwargs, disable_compile=True), "generation_kwargs": kwargs}
