@@ -77,10 +77,6 @@ from ..data import validate_rows
 from ..files import locked
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
-    Divergence,
-    Objective,
-    Support,
-    Tail,
     generalized_jsd_loss,
 )
 from ..sampling import Sampling
@@ -336,15 +332,6 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "`max_tokens_per_microbatch` unset."
             )
         self.teacher_prompt.chat_template = self.chat_template
-        objective = Objective(
-            divergence=cast(Divergence, args.divergence),
-            jsd_weight=args.jsd_weight,
-            support=cast(Support, args.divergence_support),
-            top_k=args.divergence_top_k,
-            tail=cast(Tail, args.divergence_tail or "bucket"),
-            clip=args.divergence_clip,
-            temperature=cast(float, args.distillation_temperature),
-        )
 
         # With the correction on, GRPO logs it. vLLM's log-probabilities are those of what it samples from
         self._compares_with_sampler = (
@@ -386,7 +373,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             args,
             self.accelerator,
             self.teacher if self._teacher_server is None else None,
-            objective,
+            args.objective(),
             shares_prompts,
             packs_rows,
             self.pad_to_multiple_of,
