@@ -308,7 +308,7 @@ def test_an_environment_is_reset_asked_and_rewarded_and_its_answers_are_not_lear
             assert f"{row['prompt'][0]['content']} Your abacus has {len(row['answer'])} rods." in prompt
             assert '"name": "add"' in prompt
         assert row["solution"] in prompt
-    assert trainer._rollouts["rewards"].tolist() == [[1.0], [0.0], [0.0], [0.0]]
+    assert trainer._generation.rewards.tolist() == [[1.0], [0.0], [0.0], [0.0]]
     check_trained_on(trainer, batch, TURNS)
     trainer.train()
     assert trainer.state.log_history[0]["rewards/Abacus/mean"] == 0.25

@@ -15,20 +15,17 @@ from .method import Method
 
 
 # Fields that are gone, and what took their place
-_CALLBACK = "evaluate by a callback, `trainer.add_callback(trl_opsd.eval.in_training.BenchmarkCallback(trainer, ...))`"
 RETIRED: dict[str, str] = {
+    "compile_divergence": "set `divergence_kernel` to 'compiled' or 'eager'",
+    "lmbda": "it is an argument of what completions come from. Set `completions` to 'dataset' or 'teacher' and "
+    "`completions_kwargs={'lmbda': ...}`",
+    "seq_kd": "set `completions='teacher'`, with the share of on-policy sequences in `completions_kwargs={'lmbda': "
+    "...}`",
     **dict.fromkeys(
-        (
-            "eval_benchmarks",
-            "eval_benchmarks_limit",
-            "eval_benchmarks_num_samples",
-            "eval_benchmarks_sampling",
-            "eval_benchmarks_steps",
-            "eval_benchmarks_system_prompt",
-        ),
-        _CALLBACK,
+        [f"eval_benchmarks{name}" for name in ("", "_steps", "_num_samples", "_limit", "_sampling", "_system_prompt")],
+        "it is one of the training commands. In Python, add a `trl_opsd.eval.in_training.BenchmarkCallback` to the "
+        "trainer",
     ),
-    "compile_divergence": "set `divergence_kernel`, to 'compiled' or 'eager'",
 }
 
 
@@ -58,10 +55,14 @@ class SelfDistillationConfig(GRPOConfig):
         > Parameters that control the privileged context
 
         privileged_context (`str`, *optional*, defaults to `"solution"`):
-            What the teacher reads beyond the student's prompt: `"solution"`, `"answer"`, `"concise"`, `"template"`, or
-            the import path of a class that implements [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
+            What the teacher reads beyond the student's prompt: `"solution"`, `"answer"`, `"hint"`, `"concise"`,
+            `"peers"`, `"feedback"`, `"reflection"`, `"plan"`, `"template"`, the controls `"none"`, `"other_solution"`,
+            `"partial_solution"` and `"shuffled_solution"`, or the import path of a class that implements
+            [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
         context_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of that class, for example `{"column": "reference_solution"}` or `{"template": "..."}`.
+        success_threshold (`float`, *optional*, defaults to `1.0`):
+            Least reward, summed over the weighted reward functions, of a rollout that counts as correct.
         teacher_chat_template_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments for the chat template when it renders the teacher's prompt. `chat_template_kwargs` is the
             student's. `None` uses the student's.
@@ -77,6 +78,21 @@ class SelfDistillationConfig(GRPOConfig):
         overlong_teacher_prompt (`str`, *optional*, defaults to `"error"`):
             What happens to a row whose teacher prompt is too long: `"error"` stops before training, `"skip"` masks the
             row from the loss and counts it in `samples_without_context`.
+
+        > Parameters that control the completions
+
+        completions (`str`, *optional*, defaults to `"on_policy"`):
+            Which completions are trained on. Evaluation is always on the student's own rollouts. Possible values are:
+
+            - `"on_policy"`: the student's own rollouts.
+            - `"dataset"`: the dataset's `completion` column, for all but a share `lmbda` of the sequences (0 by
+              default), as in [`~trl.experimental.gkd.GKDConfig`].
+            - `"teacher"`: samples of the privileged teacher, GKD's `seq_kd`, with the same `lmbda`.
+            - `"hinted_retry"`: what the student gets wrong, it tries again reading the privileged context. A right
+              retry takes the place of the rollout, as an answer to the bare prompt. Needs reward functions.
+            - the import path of a [`~trl_opsd.sampling.sources.CompletionSource`].
+        completions_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of that source, for example `{"lmbda": 0.5}`.
 
         > Parameters that control the teacher
 
@@ -146,12 +162,6 @@ class SelfDistillationConfig(GRPOConfig):
             Weight of GRPO's own policy loss, added to the divergence. It needs a reward and more than one rollout per
             prompt, and no forward pass of its own unless `distillation_temperature` is another than `temperature`. At
             `0.0`, reward functions are evaluated and logged only.
-        lmbda (`float`, *optional*, defaults to `1.0`):
-            Share of on-policy sequences, as in [`~trl.experimental.gkd.GKDConfig`]. The other sequences take the
-            dataset's `completion` column, or a sample of the teacher with `seq_kd=True`. Evaluation is always
-            on-policy.
-        seq_kd (`bool`, *optional*, defaults to `False`):
-            Whether the off-policy sequences are sampled from the privileged teacher.
 
         > Parameters that control the cost of a step
 
@@ -199,6 +209,7 @@ class SelfDistillationConfig(GRPOConfig):
         "context_kwargs",
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
+        "completions_kwargs",
     ]
 
     max_completion_length: int | None = _DefaultLength(512)
@@ -211,10 +222,14 @@ class SelfDistillationConfig(GRPOConfig):
 
     privileged_context: str = "solution"
     context_kwargs: dict[str, Any] | str | None = None
+    success_threshold: float = 1.0
     teacher_chat_template_kwargs: dict[str, Any] | str | None = None
     teacher_generation_prefix: str | None = None
     max_teacher_prompt_length: int | None = None
     overlong_teacher_prompt: str = field(default="error", metadata={"choices": ["error", "skip"]})
+
+    completions: str = "on_policy"
+    completions_kwargs: dict[str, Any] | str | None = None
 
     teacher: str = field(default="initial", metadata={"choices": ["initial", "live", "periodic", "ema", "external"]})
     teacher_update_steps: int | None = None
@@ -233,8 +248,6 @@ class SelfDistillationConfig(GRPOConfig):
     divergence_clip: float | None = None
     distillation_temperature: float | None = None
     policy_loss_coef: float = 0.0
-    lmbda: float = 1.0
-    seq_kd: bool = False
 
     divergence_memory: int | None = None
     divergence_kernel: str | None = field(default=None, metadata={"choices": list(KERNELS)})
@@ -277,10 +290,11 @@ class SelfDistillationConfig(GRPOConfig):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         parameters = signature(cls.__init__).parameters
-        for name in kwargs if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()) else ():
+        takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+        for name in kwargs.keys() - parameters.keys():
             if name in RETIRED:
-                raise ValueError(f"`{name}` is no field any more: {RETIRED[name]}.")
-            if name not in parameters:
+                raise TypeError(f"`{name}` is no field of {cls.__name__} any more: {RETIRED[name]}.")
+            if not takes_any:
                 hint = did_you_mean(name, parameters, "`--help` lists every field.")
                 raise TypeError(f"{cls.__name__} has no field `{name}`. {hint}")
         return super().__new__(cls)

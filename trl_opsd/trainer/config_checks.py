@@ -111,35 +111,6 @@ def tail_of_no_top_k(args: "SelfDistillationConfig") -> None:
         )
 
 
-def share_of_on_policy(args: "SelfDistillationConfig") -> None:
-    if not 0.0 <= args.lmbda <= 1.0:
-        raise ValueError(f"`lmbda` must be in [0, 1], got {args.lmbda}.")
-
-
-def sampled_token_off_policy(args: "SelfDistillationConfig") -> None:
-    if args.divergence_support == "sampled_token" and args.lmbda < 1.0:
-        raise ValueError(
-            f"`divergence_support='sampled_token'` estimates the divergence from tokens the student sampled, and "
-            f"`lmbda={args.lmbda}` replaces some of them. Set `lmbda=1.0`, or choose another support."
-        )
-
-
-def teacher_samples_of_nothing(args: "SelfDistillationConfig") -> None:
-    if args.seq_kd and args.lmbda == 1.0:
-        raise ValueError(
-            "`seq_kd=True` has no effect with `lmbda=1.0`, which makes every sequence on-policy. Lower `lmbda`, "
-            "or set `seq_kd=False`."
-        )
-
-
-def teacher_samples_of_vllm(args: "SelfDistillationConfig") -> None:
-    if args.seq_kd and args.use_vllm:
-        raise ValueError(
-            "`seq_kd=True` samples from the teacher with transformers and does not work with `use_vllm=True`. Set "
-            "one of them to `False`."
-        )
-
-
 def correction_of_truncated_sampling(args: "SelfDistillationConfig") -> None:
     if args.use_vllm and args.vllm_importance_sampling_correction and args.truncates_sampling:
         raise ValueError(
@@ -227,13 +198,6 @@ def temperature_of_a_server(args: "SelfDistillationConfig") -> None:
         )
 
 
-def samples_of_a_served_teacher(args: "SelfDistillationConfig") -> None:
-    if args.seq_kd:
-        raise ValueError(
-            f"`seq_kd=True` samples from weights that {_server(args)} keeps elsewhere. Set it to `False`."
-        )
-
-
 def live_teacher_on_another_server(args: "SelfDistillationConfig") -> None:
     sampler = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
     if not (args.use_vllm and args.vllm_mode == "server") or sampler != args.teacher_server_base_url:
@@ -255,14 +219,6 @@ def live_teacher_that_moves_before_its_scores_are_used(args: "SelfDistillationCo
         )
 
 
-def live_teacher_of_other_completions(args: "SelfDistillationConfig") -> None:
-    if args.lmbda < 1.0:
-        raise ValueError(
-            f"{_server(args)} with `teacher='live'` needs `lmbda=1.0`, got {args.lmbda}: the server is sent the "
-            "current weights when it samples rollouts, which off-policy batches do not need."
-        )
-
-
 Check = Callable[["SelfDistillationConfig"], None]
 
 CHECKS: tuple[Check, ...] = (
@@ -276,10 +232,6 @@ CHECKS: tuple[Check, ...] = (
     timeout_of_a_server,
     objective,
     tail_of_no_top_k,
-    share_of_on_policy,
-    sampled_token_off_policy,
-    teacher_samples_of_nothing,
-    teacher_samples_of_vllm,
     correction_of_truncated_sampling,
     memory_of_a_sleeping_engine,
     weight_of_the_policy_loss,
@@ -292,13 +244,11 @@ SERVED_TEACHER_CHECKS: tuple[Check, ...] = (
     served_teacher_that_is_loaded,
     support_of_a_server,
     temperature_of_a_server,
-    samples_of_a_served_teacher,
 )
 # For one whose weights are the policy's
 SERVED_LIVE_TEACHER_CHECKS: tuple[Check, ...] = (
     live_teacher_on_another_server,
     live_teacher_that_moves_before_its_scores_are_used,
-    live_teacher_of_other_completions,
 )
 
 

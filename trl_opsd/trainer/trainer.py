@@ -6,7 +6,9 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
   (left-padded), `completion_ids`, `completion_mask` (right-padded), `advantages` and, with tools, `tool_mask`; with
   vLLM, `importance_sampling_ratio`. Extra tensors in that dict are shuffled and split with the rest.
 - `_calculate_rewards(inputs, prompts, completions, completion_ids_list)` is called once per batch, after generation,
-  and returns the rewards of all processes, of shape (B_global, number of reward functions).
+  and returns the rewards of all processes, of shape (B_global, number of reward functions). Reward functions get
+  `_log_completion_extra(column, values)` as `log_extra`, which adds to `_pending_extra_logs[column]`; it is emptied
+  after `_calculate_rewards` has returned. `environments` are those of the batch, or `None`.
 - `_generate(prompts)` calls `rollout_func`, or `_generate_single_turn(prompt_ids, images, multimodal_fields,
   num_generations, has_tool_images)` for each turn, which samples from `model_wrapped`.
 - `_compute_loss(model, inputs)` returns the loss of a micro-batch, already divided by the number of accumulated
@@ -29,6 +31,7 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
 - `_get_train_sampler(dataset)` returns a sampler that draws the order of each epoch from its `generator`.
 - `_load_from_checkpoint(checkpoint, model)` and `_load_best_model()`, of transformers, load the policy's weights; with
   DeepSpeed only the second is called.
+- `_pending_extra_logs` and `_pending_metrics` hold what reward functions log of a batch until it is logged.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
@@ -39,7 +42,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -61,12 +64,12 @@ from transformers import (
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
-from trl.trainer.utils import get_config_model_id, pad
+from trl.trainer.utils import get_config_model_id
 
 from ..context import (
-    Rollouts,
+    SampledContext,
     TeacherPrompt,
-    TemplateContext,
+    TextContext,
     as_text,
     check_embedded,
     make_context,
@@ -79,7 +82,9 @@ from ..guard import SkipNonFiniteSteps
 from ..objective import (
     generalized_jsd_loss,
 )
+from ..parts import make_part
 from ..sampling import Sampling
+from ..sampling.sources import SOURCES, CompletionSource
 from ..scoring import can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
     ServerError,
@@ -94,14 +99,23 @@ from ..serving import (
     wait_for_server,
 )
 from ..teacher import ServedTeacher, Teacher, fingerprint
+from .batch import (
+    Generation,
+    TeacherInputs,
+    all_feedback,
+    check_feedback,
+    joined_feedback,
+    total_rewards,
+)
 from .checkpoints import begin, finish, is_complete, load_weights, newest_complete, read_state
-from .checks import check_completion_length, check_grpo_pass, check_special_tokens
+from .checks import check_completion_length, check_completions, check_context, check_grpo_pass, check_special_tokens
+from .completing import Completing, Engines, decoded
 from .config import SelfDistillationConfig
 from .lengths import fit_completions, prompt_budget
 from .loss import SelfDistillationLoss
 from .merged_weights import check_mergeable, merged_weights
 from .method import Method
-from .metrics import Metrics, add_divergence, add_policy, add_sampler_difference
+from .metrics import Metrics, add_contexts, add_divergence, add_policy, add_sampler_difference
 from .random_numbers import random_numbers
 from .sampling_settings import transformers_settings, vllm_settings
 from .teachers import check_external_teacher, check_world, make_teacher
@@ -162,6 +176,9 @@ class SelfDistillationTrainer(GRPOTrainer):
     _buffered_inputs: Any
     _signature_columns: list[str]
     _step: int
+    _pending_extra_logs: Any
+    _pending_metrics: Any
+    use_vllm: bool
     _warned_about_clip = False
 
     generalized_jsd_loss = staticmethod(generalized_jsd_loss)
@@ -205,6 +222,13 @@ class SelfDistillationTrainer(GRPOTrainer):
 
         # Everything that can be wrong with the data is found before the model is loaded
         self.context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
+        gives = [reward_funcs, environment_factory, rollout_func]
+        check_context(self.context, cast(int, args.num_generations), train_dataset, *map(bool, gives))
+        self.completion_source: CompletionSource = make_part(
+            "completions", args.completions, cast(dict[str, Any] | None, args.completions_kwargs), SOURCES
+        )
+        itself = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
+        check_completions(args, self.completion_source, self.context, bool(reward_funcs), itself)
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         if processing_class is None:
             # Not a processor, which multimodal checkpoints have too: what is trained on is text
@@ -236,9 +260,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         if self._teacher_server is not None:
             context_length = int(min(context_length or math.inf, self._teacher_server.context_length))
         self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config, context_length)
-        self._data_columns = self.context.columns
-        if args.lmbda < 1.0 and not args.seq_kd:
-            self._data_columns = (*self._data_columns, "completion")
+        self._data_columns = (*self.context.columns, *self.completion_source.columns)
         if environment_factory is None:  # otherwise the prompt comes from the environment
             train_dataset = self._check_dataset(train_dataset, "train_dataset", tools)
             prompts_per_batch = args.generation_batch_size // args.num_generations
@@ -263,11 +285,6 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "`teacher_server_base_url` with `teacher='live'` cannot be combined with `rollout_func`: the server "
                 "is sent the current weights when it samples the rollouts. Drop one of them."
             )
-        if args.lmbda < 1.0 and (tools or environment_factory or rollout_func):
-            raise ValueError(
-                f"`lmbda={args.lmbda}` replaces rollouts by off-policy completions, which have no tool calls and no "
-                "environment. Set `lmbda=1.0`, or drop `tools`, `environment_factory` and `rollout_func`."
-            )
         if args.use_vllm and args.vllm_mode == "server":
             self._wait_for_sampler(args)
 
@@ -279,8 +296,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._train_sampler = None
         self._rows: list[Mapping[str, Any]] = []
         self._empty_rollouts: set[int] = set()
-        self._dataset_tokens = 0
-        self._rollouts: dict[str, Any] = {}
+        self._extra_tokens = 0
+        self._generation: Generation
         self.statistics = {"train": Metrics(), "eval": Metrics()}
         self._num_generated_tokens = 0
         self._given_log_probs: tuple[torch.Tensor, torch.Tensor, None] | None = None
@@ -309,6 +326,25 @@ class SelfDistillationTrainer(GRPOTrainer):
             raise ValueError(
                 f"`policy_loss_coef={self.args.policy_loss_coef}` needs `reward_funcs`. Pass some, or set it to 0."
             )
+        self._teacher_inputs = TeacherInputs(
+            self.teacher_prompt,
+            self.reward_weights,
+            args.success_threshold,
+            (*self.eos_token_ids, self._tokenizer.pad_token_id),
+            self._tokenizer.pad_token_id,
+            self.pad_to_multiple_of,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            gather_object,
+            self._sample_for_context,
+        )
+        if self.use_vllm and self.completion_source.samples_teacher:  # with transformers
+            sampling = Sampling(self.temperature, self.top_p, self.top_k, cast(int, self.max_completion_length))
+            tokens = {f"{name}_token_id": getattr(self._tokenizer, f"{name}_token_id") for name in ("pad", "bos")}
+            tokens |= {"eos_token_id": self.eos_token_ids, "cache_implementation": args.cache_implementation}
+            others = {"min_p": self.min_p, "repetition_penalty": self.repetition_penalty}
+            for name, value in transformers_settings(sampling, tokens, **others).items():
+                setattr(self, name, value)
         self._has_grpo_terms = (
             self.beta != 0.0
             or self.args.policy_loss_coef > 0.0
@@ -417,6 +453,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         if prefix is None:
             prefix, chat_prefix = "", thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
 
+        asked = self.context.sampling["max_new_tokens"] if isinstance(self.context, SampledContext) else 0
+        policy_context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
         return TeacherPrompt(
             context=self.context,
             tokenizer=tokenizer,
@@ -426,6 +464,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             skip_overlong=args.overlong_teacher_prompt == "skip",
             num_embeddings=getattr(model_config.get_text_config(), "vocab_size", None),
             chat_prefix=chat_prefix,
+            student_template_kwargs=student_kwargs,
+            max_sample_length=None if policy_context is None else policy_context - asked,
         )
 
     def _check_dataset(self, dataset: Any, name: str, tools: list[Callable] | None) -> Any:
@@ -437,7 +477,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 f"`{name}` has the column {sorted(images)[0]!r}, but the teacher's prompt is text only. Remove it."
             )
         # Completions may be messages, and a context of the user's may read anything
-        texts = self.context.columns if isinstance(self.context, TemplateContext) else ()
+        texts = self.context.columns if isinstance(self.context, TextContext) else ()
         structured = [column for column in self._data_columns if column not in texts]
         dataset = validate_rows(dataset, self._data_columns, name=name, structured=structured)
         first = next(iter(dataset))
@@ -530,7 +570,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._data_columns]))
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._data_columns, "feedback"]))
 
     def preview_prompts(self) -> tuple[list[int], list[int] | None]:
         """
@@ -558,11 +598,8 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _generate(self, prompts: list):
         self._first_turn = True
         self._empty_rollouts = set()
-        self._dataset_tokens = 0
-        try:
-            return super()._generate(prompts)
-        except ServerError as error:
-            raise self._saved(error) from error
+        self._extra_tokens = 0
+        return super()._generate(prompts)
 
     def _generate_single_turn(
         self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
@@ -570,29 +607,20 @@ class SelfDistillationTrainer(GRPOTrainer):
         first_turn, self._first_turn = self._first_turn, False
         if not first_turn:
             return self._sample_rollouts(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
-        off_policy = self._off_policy_completions(len(prompt_ids)) if self.model.training else {}
-        if not off_policy:
-            completion_ids, logprobs = self._sample_rollouts(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
-        else:
-            on_policy = [index for index in range(len(prompt_ids)) if index not in off_policy]
-            completion_ids = [off_policy.get(index, []) for index in range(len(prompt_ids))]
-            # A sampled token without a log-probability gets an importance ratio of 1
-            logprobs = [[None] * len(ids) for ids in completion_ids] if self.use_vllm else None
-            if on_policy:
-                # The groups are broken up, so every prompt is sampled by itself
-                sampled, sampled_logprobs = self._sample_rollouts([prompt_ids[i] for i in on_policy], None, {}, 1)
-                for position, index in enumerate(on_policy):
-                    completion_ids[index] = sampled[position]
-                    if logprobs is not None:
-                        logprobs[index] = sampled_logprobs[position]
-        return self._mark_empty_rollouts(completion_ids, logprobs)
+        rollouts = partial(
+            self._sample_rollouts, prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+        )
+        if not self.model.training or not self.completion_source.replaces_rollouts:
+            return self._mark_empty_rollouts(*rollouts())
+        completing = Completing(self._engines(rollouts, prompt_ids), self._rows, prompt_ids, gather_object)
+        completions = completing(self.completion_source, self.args.seed, self.state.global_step)
+        self._extra_tokens = completing.num_sampled - sum(map(len, completions.ids))
+        for name, pair in completions.rates.items():
+            self.statistics["train"].add_rate(name, *torch.tensor(pair, device=self.accelerator.device))
+        return self._mark_empty_rollouts(completions.ids, completions.log_probs)
 
     def _sample_rollouts(self, *args: Any) -> tuple[list[list[int]], Any]:
-        if not self._samples_in_process:
-            return super()._generate_single_turn(*args)
-        with self._random_numbers():
+        with self._random_numbers() if self._samples_in_process else nullcontext():
             return super()._generate_single_turn(*args)
 
     def _random_numbers(self, *stream: int) -> AbstractContextManager[None]:
@@ -630,13 +658,10 @@ class SelfDistillationTrainer(GRPOTrainer):
             `list[list[int]]`: token ids of each completion, the end-of-turn token included.
 
         Raises:
-            ServerError: If the vLLM server failed, after a checkpoint where one can be made.
+            ServerError: If the vLLM server failed. In training, the run then ends after a checkpoint.
         """
-        try:
-            with evaluation_mode(self.model), self._sampling_as(sampling), self._random_numbers(stream):
-                return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]
-        except ServerError as error:
-            raise self._saved(error) from error
+        with self._random_numbers(stream), evaluation_mode(self.model), self._sampling_as(sampling):
+            return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]
 
     @contextmanager
     def _sampling_as(self, sampling: Sampling) -> Iterator[None]:
@@ -663,6 +688,9 @@ class SelfDistillationTrainer(GRPOTrainer):
             for module in self.model_wrapped.modules() if self.is_fsdp_enabled else ():
                 if isinstance(module, FSDPModule):
                     module.reshard()
+
+    def _sample_for_context(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        return self.sample(prompt_ids, Sampling(**cast(SampledContext, self.context).sampling))
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
@@ -693,35 +721,49 @@ class SelfDistillationTrainer(GRPOTrainer):
 
         return checked_rollout_func
 
-    def _off_policy_completions(self, num_rows: int) -> dict[int, list[int]]:
-        """Token ids of the completions that replace rollouts in this batch, by row: a share of 1 − `lmbda` of it."""
-        if self.args.lmbda == 1.0:
-            return {}
-        # The number is the same on every process, which the vLLM server needs; which rows is not
-        step = self.state.global_step
-        shared = np.random.default_rng([self.args.seed, step])
-        own = np.random.default_rng([self.args.seed, step, self.accelerator.process_index + 1])
-        num_on_policy = int(self.args.lmbda * num_rows + shared.random())
-        rows = sorted(own.permutation(num_rows)[num_on_policy:].tolist())
-        if not self.args.seq_kd:
-            completions = {index: self._dataset_completion(self._rows[index]) for index in rows}
-            self._dataset_tokens = sum(len(ids) for ids in completions.values())
-            return completions
+    def _engines(self, rollouts: Callable[[], Any], prompt_ids: list[list[int]]) -> Engines:
+        return Engines(
+            rollouts=rollouts,
+            # The groups are broken up, so every prompt is sampled by itself
+            sample=lambda prompts: self._sample_rollouts(prompts, None, {}, 1),
+            sample_teacher=self._sample_teacher,
+            teacher_prompt=lambda index: self.teacher_prompt.token_ids(self._rows[index], None),
+            encode=self._dataset_completion,
+            grade=lambda rows, completion_ids: self._grade(
+                [self._rows[row] for row in rows], [prompt_ids[row] for row in rows], completion_ids
+            ),
+            process_index=self.accelerator.process_index,
+        )
 
-        prompts = {index: self.teacher_prompt.token_ids(self._rows[index], None) for index in rows}
-        prompts = {index: ids for index, ids in prompts.items() if ids is not None}
-        if not prompts:
-            return {}
-        policy = self.model_wrapped
+    def _sample_teacher(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        if self.use_vllm and self.args.teacher == "live":
+            return self._sample_rollouts(prompt_ids, None, {}, 1)[0]
+        policy, use_vllm = self.model_wrapped, self.use_vllm
         with self.teacher.weights(policy) as self.model_wrapped:
+            self.use_vllm = False  # its engine holds the policy
             try:
-                completion_ids, _ = super()._generate_single_turn(list(prompts.values()), None, {}, 1)
+                return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]
             finally:
-                self.model_wrapped = policy
-        return dict(zip(prompts, completion_ids, strict=True))
+                self.model_wrapped, self.use_vllm = policy, use_vllm
 
-    def _dataset_completion(self, row: Mapping[str, Any]) -> list[int]:
-        completion = row["completion"]
+    def _grade(
+        self, rows: list[Mapping[str, Any]], prompt_ids: list[list[int]], completion_ids: list[list[int]]
+    ) -> list[bool | None]:
+        """Whether completions are right by the reward functions, which log nothing of them."""
+        prompts = [row["prompt"] for row in rows]
+        completions = decoded(self._tokenizer, prompts[0], prompt_ids, completion_ids)
+        kept = {name: vars(self)[name] for name in ("_rows", "_pending_extra_logs", "_pending_metrics")}
+        self._rows, self._pending_extra_logs, self._pending_metrics = rows, defaultdict(list), defaultdict(list)
+        try:
+            rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids)
+        finally:
+            for name, value in kept.items():
+                setattr(self, name, value)
+        own = rewards[self.accelerator.process_index * len(rows) :][: len(rows)]
+        totals = total_rewards(own, self.reward_weights).tolist()
+        return [None if math.isnan(total) else total >= self.args.success_threshold for total in totals]
+
+    def _dataset_completion(self, completion: Any) -> list[int]:
         if not isinstance(completion, str):
             completion = "".join(message["content"] for message in as_text(completion))
         ids = self.processing_class(completion, add_special_tokens=False)["input_ids"] + [self.eos_token_ids[0]]
@@ -739,8 +781,26 @@ class SelfDistillationTrainer(GRPOTrainer):
         else:
             num_rollouts = len(prompts) * self.accelerator.num_processes
             rewards = torch.zeros(num_rollouts, 0, device=self.accelerator.device)
-        self._rollouts = {"prompts": prompts, "completions": completions, "rewards": rewards}
+        self._generation = Generation(
+            rows=[{**row, "prompt": prompt} for row, prompt in zip(inputs, prompts, strict=True)],
+            completions=completions,
+            token_ids=completion_ids_list,
+            rewards=rewards,
+            feedback=all_feedback(self._pending_extra_logs.get("feedback"), self.environments, inputs),
+            tools=[self._env_tools[name] for name in self._batch_environments]
+            if self.environment_factories
+            else [self.tools] * len(inputs),
+            empty=self._empty_rollouts,
+        )
         return rewards
+
+    def _log_completion_extra(self, column, values):
+        if column == "feedback":
+            who = " or ".join(f"`{name}`" for name in self.reward_func_names)
+            values = check_feedback(values, len(self._rows), f"The reward function {who}")
+            earlier = self._pending_extra_logs.pop("feedback", None) or [None] * len(values)
+            values = [joined_feedback(*pair) for pair in zip(earlier, values, strict=True)]
+        super()._log_completion_extra(column, values)
 
     def _prepare_inputs(self, generation_batch):
         buffered = self._buffered_inputs
@@ -768,81 +828,40 @@ class SelfDistillationTrainer(GRPOTrainer):
         return self._add_teacher_inputs(batch, mode)
 
     def _add_teacher_inputs(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
-        device = self.accelerator.device
-        teacher_ids, has_context = [], []
-        for index, rollouts in enumerate(self._groups(mode)):
-            row = {**self._rows[index], "prompt": self._rollouts["prompts"][index]}
-            tools = self._env_tools[self._batch_environments[index]] if self.environment_factories else self.tools
-            ids = None if index in self._empty_rollouts else self.teacher_prompt.token_ids(row, rollouts, tools)
-            has_context.append(ids is not None)
-            if ids is None:  # masked from the loss, and not read
-                ids = batch["prompt_ids"][index][batch["prompt_mask"][index].bool()].tolist()
-            teacher_ids.append(torch.tensor(ids))
-        # The same number for rows with the same teacher prompt
-        first_rows: dict[tuple[int, ...], int] = {}
-        numbers = [first_rows.setdefault(tuple(ids.tolist()), index) for index, ids in enumerate(teacher_ids)]
-        batch["teacher_prompt_groups"] = torch.tensor(numbers)
-        batch["teacher_prompt_ids"] = pad(
-            teacher_ids, self._tokenizer.pad_token_id, padding_side="left", pad_to_multiple_of=self.pad_to_multiple_of
-        ).to(device)
-        batch["teacher_prompt_mask"] = pad(
-            [torch.ones_like(ids) for ids in teacher_ids], 0, "left", self.pad_to_multiple_of
-        ).to(device)
-
+        device, size = self.accelerator.device, self.num_generations if mode == "train" else self.num_generations_eval
+        student_ids = [
+            ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
+        ]
+        teacher_ids, tensors = self._teacher_inputs(self._generation, student_ids, size, self.statistics[mode])
         if self._teacher_server is not None:
-            completions = [
-                ids[mask].tolist()
-                for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
-            ]
-            prompts = [ids.tolist() if given else None for ids, given in zip(teacher_ids, has_context, strict=True)]
-            try:
-                scores = self._teacher_server.score(prompts, completions, batch["completion_ids"].size(1))
-            except ServerError as error:
-                raise self._saved(error) from error
-            batch.update({f"teacher_{name}": values.to(device) for name, values in scores._asdict().items()})
-
+            scores = self._score_on_server(self._teacher_server, batch, teacher_ids)
+            batch.update({f"teacher_{name}": values.to(device) for name, values in scores.items()})
+        groups = tensors.pop("teacher_prompt_groups")  # no work for the device
+        batch.update({name: values.to(device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
         model_tokens = batch.get("tool_mask", 1) * batch["completion_mask"]
-        loss_mask = model_tokens * torch.tensor(has_context, device=device).unsqueeze(1)
-        batch["loss_mask"] = loss_mask
-        with_context = torch.tensor(has_context, device=device)
-        num_rows, num_empty = torch.tensor([len(has_context), len(self._empty_rollouts)], device=device)
+        batch["loss_mask"] = model_tokens * batch["has_context"].to(model_tokens.dtype).unsqueeze(1)
+        self._count_tokens(batch, model_tokens, mode)
+        add_contexts(self.statistics[mode], batch, len(self._empty_rollouts))
+        return batch
+
+    @staticmethod
+    def _score_on_server(
+        server: TeacherServer, batch: dict[str, Any], teacher_ids: list[list[int] | None]
+    ) -> dict[str, torch.Tensor]:
+        completions = [
+            ids[mask].tolist()
+            for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
+        ]
+        return server.score(teacher_ids, completions, batch["completion_ids"].size(1))._asdict()
+
+    def _count_tokens(self, batch: dict[str, Any], model_tokens: torch.Tensor, mode: str) -> None:
         num_stand_ins = model_tokens[sorted(self._empty_rollouts)].sum()
-        num_generated = model_tokens.sum() - self._dataset_tokens - num_stand_ins
-        counts = torch.stack([loss_mask.sum(), num_generated]).float()
+        num_generated = model_tokens.sum() + self._extra_tokens - num_stand_ins
+        counts = torch.stack([batch["loss_mask"].sum(), num_generated]).float()
         batch["num_loss_tokens"], num_generated = self.accelerator.reduce(counts, "sum")
         if mode == "train":
             self._num_generated_tokens += int(num_generated)
         self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
-
-        lengths = batch["teacher_prompt_mask"].sum(1)[with_context]
-        metrics = self.statistics[mode]
-        metrics.add_rate("context_rate", with_context.sum(), num_rows - num_empty)
-        metrics.add_rate("empty_completion_rate", num_empty, num_rows)
-        metrics.add_rate("teacher_prompts/mean_length", lengths.sum(), with_context.sum())
-        metrics.add_maximum("teacher_prompts/max_length", lengths)
-        return batch
-
-    def _groups(self, mode: str) -> list[Rollouts]:
-        """For each local rollout, the rollouts of its prompt, which may be spread over processes."""
-        size = self.num_generations if mode == "train" else self.num_generations_eval
-        texts = [
-            completion if isinstance(completion, str) else "\n".join(str(m.get("content") or "") for m in completion)
-            for completion in self._rollouts["completions"]
-        ]
-        first = self.accelerator.process_index * len(texts)
-        all_texts = gather_object(texts) if self.accelerator.num_processes > 1 else texts
-        per_func = self._rollouts["rewards"]
-        sums = (per_func * self.reward_weights.to(per_func.device)).nansum(dim=1)
-        rewards = [
-            None if unscored else value
-            for value, unscored in zip(sums.tolist(), per_func.isnan().all(dim=1).tolist(), strict=True)
-        ]
-        groups = []
-        for index in range(first, first + len(texts)):
-            start = index // size * size
-            group = slice(start, start + size)
-            groups.append(Rollouts(texts=all_texts[group], rewards=rewards[group], index=index - start))
-        return groups
 
     # Loss
 
@@ -955,7 +974,10 @@ class SelfDistillationTrainer(GRPOTrainer):
         if resume_from_checkpoint:
             self._check_same_run(resume_from_checkpoint, read_state(Path(resume_from_checkpoint)))
         with self._alone_in_output_dir():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            except ServerError as error:  # wherever it comes from: rollouts, scores, evaluations
+                raise self._saved(error) from error
 
     @contextmanager
     def _alone_in_output_dir(self) -> Iterator[None]:
