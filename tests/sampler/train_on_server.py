@@ -50,10 +50,10 @@ def compare_with_local_teacher(trainer: SelfDistillationTrainer, teacher, differ
     compute_loss = trainer.compute_loss
 
     def both(*args, **kwargs):
-        trainer.loss.teacher = teacher
+        trainer.loss.networks.teacher = teacher
         with torch.no_grad():
             local = compute_loss(*args, **kwargs).item()
-        trainer.loss.teacher = None
+        trainer.loss.networks.teacher = None
         served = compute_loss(*args, **kwargs)
         differences.append(abs(served.item() - local) / abs(local))
         return served

@@ -61,7 +61,9 @@ class TestTeacher:
             processed.append(args[0].numel())
 
         hooks = [m.register_forward_pre_hook(count) for m in embeddings_of(trainer)]
-        states, _ = trainer.loss.teacher_states(trainer.model, ids, mask, batch["loss_mask"].bool(), groups)
+        states, _ = trainer.loss.networks.teacher_states(
+            trainer.model, ids, mask, batch["divergence_mask"].bool(), groups
+        )
         for hook in hooks:
             hook.remove()
         return states, sum(processed), ids.numel()
@@ -104,7 +106,7 @@ class TestTeacher:
         weights = []
         for share in (True, False):
             trainer = make_trainer(make_model(tokenizer), num_generations=4, optim="sgd", learning_rate=0.1)
-            trainer.loss.can_share_prompts = share
+            trainer.loss.networks.can_share_prompts = share
             trainer.train()
             weights.append(trainer.model.state_dict())
         for name, value in weights[0].items():

@@ -58,9 +58,9 @@ class TeacherPrompt:
     chat_template: str | None = None
     num_embeddings: int | None = None
     chat_prefix: str = ""
-    longest: int = field(default=0, init=False)
     student_template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_sample_length: int | None = None
+    longest: int = field(default=0, init=False)
     _plain_prefix_ids: list[int] = field(init=False)
     _chat_prefix_ids: list[int] = field(init=False)
 

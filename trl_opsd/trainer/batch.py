@@ -140,7 +140,7 @@ class TeacherInputs:
         answers = sample_once(questions, self.sample, self.gather, stand_in)
         given = [ids for ids in answers if ids is not None]
         number, device = torch.tensor(len(given)), generation.rewards.device
-        num_cut = torch.tensor(sum(ids[-1:] != [] and ids[-1] not in self.end_ids for ids in given))
+        num_cut = torch.tensor(sum(bool(ids) and ids[-1] not in self.end_ids for ids in given))
         num_tokens = torch.tensor(sum(map(len, given)))
         metrics.add_rate("context_samples/mean_length", num_tokens.to(device), number.to(device))
         metrics.add_rate("context_samples/truncated_rate", num_cut.to(device), number.to(device))

@@ -158,10 +158,35 @@ class SelfDistillationConfig(GRPOConfig):
             does not clip.
         distillation_temperature (`float`, *optional*):
             Temperature both sets of logits are divided by inside the loss. `None` uses the sampling `temperature`.
+
+        > Parameters that control the terms of the loss
+
+        divergence_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of the divergence. At `0.0`, the teacher does not take part in the loss, and reads rollouts only if
+            a part of the method asks for its scores.
         policy_loss_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of GRPO's own policy loss, added to the divergence. It needs a reward and more than one rollout per
-            prompt, and no forward pass of its own unless `distillation_temperature` is another than `temperature`. At
-            `0.0`, reward functions are evaluated and logged only.
+            Weight of GRPO's own policy loss. It needs a reward and more than one rollout per prompt (unless
+            `advantage` needs neither), and no forward pass of its own unless `distillation_temperature` is another
+            than `temperature`. At `0.0`, reward functions are evaluated and logged only.
+        likelihood_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of −log p_student of the sampled tokens, at `distillation_temperature`, aggregated as `loss_type`
+            says. It takes no forward pass of its own.
+        token_weights (`dict[str, dict]` or `str`, *optional*):
+            Factors of each token in the divergence and the likelihood, multiplied, as name and keyword arguments:
+            `"correct_only"` keeps rollouts whose reward reaches `success_threshold`, `"skip_first"` (`num_tokens`)
+            leaves out the first tokens, `"importance_clip"` (`most`) corrects for a policy that has moved since it
+            sampled; or the import path of a subclass of [`TokenWeighting`]. What `correct_only` and `skip_first` leave
+            out counts in no mean.
+        advantage (`str`, *optional*, defaults to `"grpo"`):
+            What makes GRPO's advantage of a rollout one of each token: `"grpo"` leaves it as it is; or the import path
+            of a subclass of [`Advantage`], such as `"trl_opsd.methods.rlrt.ReversedTeacher"`.
+        advantage_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of that class.
+        schedules (`dict[str, dict]` or `str`, *optional*):
+            Coefficients that change with the optimizer steps, by name: `"divergence_coef"`, `"policy_loss_coef"`,
+            `"likelihood_coef"`, or the field of a part, such as `"advantage.mix"`. `{"start": 0.5, "end": 0.0,
+            "num_steps": 50}` is linear (`"delay"`: steps before it begins); `{"kind": "hysteresis", "value": 0.5}` is
+            a gate (see [`Hysteresis`]); `"kind"` may be the import path of a subclass of [`Schedule`].
 
         > Parameters that control the cost of a step
 
@@ -207,6 +232,9 @@ class SelfDistillationConfig(GRPOConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *GRPOConfig._VALID_DICT_FIELDS,
         "context_kwargs",
+        "token_weights",
+        "advantage_kwargs",
+        "schedules",
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
         "completions_kwargs",
@@ -247,7 +275,14 @@ class SelfDistillationConfig(GRPOConfig):
     divergence_tail: str | None = field(default=None, metadata={"choices": list(get_args(Tail))})
     divergence_clip: float | None = None
     distillation_temperature: float | None = None
+
+    divergence_coef: float = 1.0
     policy_loss_coef: float = 0.0
+    likelihood_coef: float = 0.0
+    token_weights: dict[str, Any] | str | None = None
+    advantage: str = "grpo"
+    advantage_kwargs: dict[str, Any] | str | None = None
+    schedules: dict[str, Any] | str | None = None
 
     divergence_memory: int | None = None
     divergence_kernel: str | None = field(default=None, metadata={"choices": list(KERNELS)})

@@ -1,5 +1,6 @@
 """What a configuration by itself cannot ask for: one function per refusal, in the order of `CHECKS`."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -130,17 +131,15 @@ def memory_of_a_sleeping_engine(args: "SelfDistillationConfig") -> None:
         )
 
 
-def weight_of_the_policy_loss(args: "SelfDistillationConfig") -> None:
-    if args.policy_loss_coef < 0.0:
-        raise ValueError(f"`policy_loss_coef` must not be negative, got {args.policy_loss_coef}.")
+def threshold_of_success(args: "SelfDistillationConfig") -> None:
+    if not math.isfinite(args.success_threshold):
+        raise ValueError(f"`success_threshold` must be a finite number, got {args.success_threshold}.")
 
 
-def policy_loss_of_one_rollout(args: "SelfDistillationConfig") -> None:
-    if args.policy_loss_coef > 0.0 and args.num_generations == 1:
-        raise ValueError(
-            f"`policy_loss_coef={args.policy_loss_coef}` needs `num_generations` of at least 2: in a group of one "
-            "every advantage is zero. Raise `num_generations`, or set `policy_loss_coef=0.0`."
-        )
+def weights_of_the_terms(args: "SelfDistillationConfig") -> None:
+    for name in ("divergence_coef", "policy_loss_coef", "likelihood_coef"):
+        if not 0.0 <= getattr(args, name) < math.inf:
+            raise ValueError(f"`{name}` must not be negative or infinite, got {getattr(args, name)}.")
 
 
 def passes_of_a_loss_that_is_one(args: "SelfDistillationConfig") -> None:
@@ -234,8 +233,8 @@ CHECKS: tuple[Check, ...] = (
     tail_of_no_top_k,
     correction_of_truncated_sampling,
     memory_of_a_sleeping_engine,
-    weight_of_the_policy_loss,
-    policy_loss_of_one_rollout,
+    threshold_of_success,
+    weights_of_the_terms,
     passes_of_a_loss_that_is_one,
 )
 # For a teacher that is scored by a server

@@ -23,6 +23,8 @@ class Metrics:
         self._minima: set[str] = set()  # of the maxima, those of values with the sign turned
         self._reduced_rates: dict[str, tuple[float, float]] = {}
         self._reduced_maxima: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
+        """The rates of the last reduction, by name."""
 
     def add_rate(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
         """
@@ -69,9 +71,13 @@ class Metrics:
             return
         own = torch.cat([*self._rates.values(), *(value.view(1) for value in self._maxima.values())])
         columns = iter(zip(*gather(own.unsqueeze(0)).tolist(), strict=True))  # of the processes' values
+        self.latest = {}
         for name in self._rates:
-            total, count = self._reduced_rates.get(name, (0.0, 0.0))
-            self._reduced_rates[name] = total + sum(next(columns)), count + sum(next(columns))
+            total, count = sum(next(columns)), sum(next(columns))
+            if count:
+                self.latest[name] = total / count
+            before = self._reduced_rates.get(name, (0.0, 0.0))
+            self._reduced_rates[name] = before[0] + total, before[1] + count
         for name in self._maxima:
             self._reduced_maxima[name] = max(*next(columns), self._reduced_maxima.get(name, -math.inf))
         self._rates, self._maxima = {}, {}

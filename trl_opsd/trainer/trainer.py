@@ -42,7 +42,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -80,12 +80,13 @@ from ..data import validate_rows
 from ..files import locked
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
+    FusedDivergence,
     generalized_jsd_loss,
 )
 from ..parts import make_part
 from ..sampling import Sampling
 from ..sampling.sources import SOURCES, CompletionSource
-from ..scoring import can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
+from ..scoring import Networks, can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
     ServerError,
     TeacherServer,
@@ -98,6 +99,7 @@ from ..serving import (
     report_failures,
     wait_for_server,
 )
+from ..signal import Batch
 from ..teacher import ServedTeacher, Teacher, fingerprint
 from .batch import (
     Generation,
@@ -108,7 +110,14 @@ from .batch import (
     total_rewards,
 )
 from .checkpoints import begin, finish, is_complete, load_weights, newest_complete, read_state
-from .checks import check_completion_length, check_completions, check_context, check_grpo_pass, check_special_tokens
+from .checks import (
+    check_completion_length,
+    check_completions,
+    check_context,
+    check_grpo_pass,
+    check_signals,
+    check_special_tokens,
+)
 from .completing import Completing, Engines, decoded
 from .config import SelfDistillationConfig
 from .lengths import fit_completions, prompt_budget
@@ -118,6 +127,7 @@ from .method import Method
 from .metrics import Metrics, add_contexts, add_divergence, add_policy, add_sampler_difference
 from .random_numbers import random_numbers
 from .sampling_settings import transformers_settings, vllm_settings
+from .signals import make_signals
 from .teachers import check_external_teacher, check_world, make_teacher
 
 
@@ -229,6 +239,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         )
         itself = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
         check_completions(args, self.completion_source, self.context, bool(reward_funcs), itself)
+        self.signals = make_signals(args)
+        check_signals(self.signals, args, has_reward=bool(reward_funcs))
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         if processing_class is None:
             # Not a processor, which multimodal checkpoints have too: what is trained on is text
@@ -322,10 +334,6 @@ class SelfDistillationTrainer(GRPOTrainer):
             for values in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
                 values.pop(0)
             self.reward_weights = self.reward_weights[1:]
-        if self.args.policy_loss_coef > 0.0 and not self.reward_funcs:
-            raise ValueError(
-                f"`policy_loss_coef={self.args.policy_loss_coef}` needs `reward_funcs`. Pass some, or set it to 0."
-            )
         self._teacher_inputs = TeacherInputs(
             self.teacher_prompt,
             self.reward_weights,
@@ -347,7 +355,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 setattr(self, name, value)
         self._has_grpo_terms = (
             self.beta != 0.0
-            or self.args.policy_loss_coef > 0.0
+            or self.signals.has_term("policy_loss_coef")
             or self._entropy_bonus_enabled
             or self.aux_loss_enabled
         )
@@ -405,17 +413,20 @@ class SelfDistillationTrainer(GRPOTrainer):
             with self.teacher.weights(self.model) as module:
                 teacher = causal_lm(self.accelerator.unwrap_model(module))
                 shares_prompts, packs_rows = can_share_prompts(teacher), packs_rows and can_pack(teacher)
-        self.loss = SelfDistillationLoss(
-            args,
+        networks = Networks(
             self.accelerator,
             self.teacher if self._teacher_server is None else None,
-            args.objective(),
             shares_prompts,
             packs_rows,
             self.pad_to_multiple_of,
+            args.max_tokens_per_microbatch,
+            cast(float, args.distillation_temperature),
+            args.divergence_memory,
+            args.divergence_kernel,
         )
+        self.loss = SelfDistillationLoss(args, self.accelerator, networks, args.objective(), self.signals)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            self.loss.check_logits(self.model)
+            networks.check_logits(self.model)
         (self._fingerprints,) = broadcast_object_list([self._fingerprints])
         self._dataset_summary = self._summarize(self.train_dataset)
         self._guard = SkipNonFiniteSteps()
@@ -620,7 +631,9 @@ class SelfDistillationTrainer(GRPOTrainer):
         return self._mark_empty_rollouts(completions.ids, completions.log_probs)
 
     def _sample_rollouts(self, *args: Any) -> tuple[list[list[int]], Any]:
-        with self._random_numbers() if self._samples_in_process else nullcontext():
+        if not self._samples_in_process:
+            return super()._generate_single_turn(*args)
+        with self._random_numbers():
             return super()._generate_single_turn(*args)
 
     def _random_numbers(self, *stream: int) -> AbstractContextManager[None]:
@@ -652,7 +665,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             sampling ([`~trl_opsd.sampling.Sampling`]):
                 How to draw tokens. Nothing else applies, whatever the rollouts are sampled by.
             stream (`int`, *optional*, defaults to `0`):
-                Stream of random numbers to draw from: one of its own for each purpose. Those of evaluations are 1.
+                Stream of random numbers to draw from: one of its own for each purpose. Those of evaluations are 1,
+                those of contexts 2.
 
         Returns:
             `list[list[int]]`: token ids of each completion, the end-of-turn token included.
@@ -690,7 +704,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                     module.reshard()
 
     def _sample_for_context(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        return self.sample(prompt_ids, Sampling(**cast(SampledContext, self.context).sampling))
+        return self.sample(prompt_ids, Sampling(**cast(SampledContext, self.context).sampling), stream=2)
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
@@ -806,7 +820,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         fresh = self._buffered_inputs is not buffered
-        if fresh and self.num_generations > 1 and self.loss.can_share_prompts:
+        if fresh and self.num_generations > 1 and self.loss.networks.can_share_prompts:
             # GRPO's shuffle scatters the rollouts of a prompt over micro-batches, where each would pay for the
             # teacher's prompt again. Rows change places among the micro-batches of one optimizer step only, so that
             # every step keeps the rows the shuffle gave it: the greatest common divisor never straddles two steps.
@@ -825,7 +839,44 @@ class SelfDistillationTrainer(GRPOTrainer):
         if not self.reward_funcs:
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[mode].pop(name, None)
-        return self._add_teacher_inputs(batch, mode)
+        return self._add_streams(self._add_teacher_inputs(batch, mode), mode)
+
+    def _add_streams(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
+        """What the method's parts make of the rollouts: the streams of the loss's terms."""
+        signals, mask = self.signals, (batch.get("tool_mask", 1) * batch["completion_mask"]).bool()
+        mask[sorted(self._empty_rollouts)] = False
+        rollouts = Batch(
+            batch["completion_ids"],
+            mask,
+            has_context=batch["has_context"].unsqueeze(1),
+            rewards=batch["rewards"].unsqueeze(1),
+            correct=batch["correct"].unsqueeze(1) == 1,
+            success_rate=batch["success_rate"].unsqueeze(1),
+        )
+        scores = None
+        if signals.needs_scores:
+            scored = {**batch, "divergence_mask": rollouts.mask & rollouts.has_context}
+            size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+            scores, output = self.loss.scores(self.model_wrapped, scored, size)
+            if not signals.coefficients["divergence_coef"]:
+                self._add_divergence(mode, output)
+        batch |= signals.streams(batch["advantages"], rollouts, scores)
+        counts: dict[str, torch.Tensor] = {}
+        for term in ("divergence", "likelihood"):
+            rows = batch[f"{term}_mask"].any(dim=1)
+            counts |= {f"num_{term}_rows": rows.sum(), f"num_{term}_tokens": batch[f"{term}_mask"].sum()}
+            if signals.coefficients[f"{term}_coef"]:
+                self.statistics[mode].add_rate(f"{term}_row_rate", rows.sum(), torch.ones_like(rows).sum())
+        batch |= self.accelerator.reduce({name: count.float() for name, count in counts.items()}, "sum")
+        if signals.policy_weightings:
+            batch["old_log_probs"] = self._old_log_probs(batch)
+        return batch
+
+    def _old_log_probs(self, batch: dict[str, Any]) -> torch.Tensor | None:
+        """Log-probabilities under the policy that sampled, where it is not the student in every loss to come."""
+        if self._compares_with_sampler and "sampling_per_token_logps" in batch:
+            return batch["sampling_per_token_logps"]
+        return batch.get("old_per_token_logps")
 
     def _add_teacher_inputs(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
         device, size = self.accelerator.device, self.num_generations if mode == "train" else self.num_generations_eval
@@ -838,27 +889,26 @@ class SelfDistillationTrainer(GRPOTrainer):
             batch.update({f"teacher_{name}": values.to(device) for name, values in scores.items()})
         groups = tensors.pop("teacher_prompt_groups")  # no work for the device
         batch.update({name: values.to(device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
-        model_tokens = batch.get("tool_mask", 1) * batch["completion_mask"]
-        batch["loss_mask"] = model_tokens * batch["has_context"].to(model_tokens.dtype).unsqueeze(1)
-        self._count_tokens(batch, model_tokens, mode)
+        self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
         add_contexts(self.statistics[mode], batch, len(self._empty_rollouts))
         return batch
 
-    @staticmethod
     def _score_on_server(
-        server: TeacherServer, batch: dict[str, Any], teacher_ids: list[list[int] | None]
+        self, server: TeacherServer, batch: dict[str, Any], teacher_ids: list[list[int] | None]
     ) -> dict[str, torch.Tensor]:
         completions = [
             ids[mask].tolist()
             for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
         ]
-        return server.score(teacher_ids, completions, batch["completion_ids"].size(1))._asdict()
+        try:
+            return server.score(teacher_ids, completions, batch["completion_ids"].size(1))._asdict()
+        except ServerError as error:
+            raise self._saved(error) from error
 
-    def _count_tokens(self, batch: dict[str, Any], model_tokens: torch.Tensor, mode: str) -> None:
+    def _count_tokens(self, model_tokens: torch.Tensor, mode: str) -> None:
         num_stand_ins = model_tokens[sorted(self._empty_rollouts)].sum()
         num_generated = model_tokens.sum() + self._extra_tokens - num_stand_ins
-        counts = torch.stack([batch["loss_mask"].sum(), num_generated]).float()
-        batch["num_loss_tokens"], num_generated = self.accelerator.reduce(counts, "sum")
+        num_generated = self.accelerator.reduce(num_generated, "sum")
         if mode == "train":
             self._num_generated_tokens += int(num_generated)
         self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
@@ -870,23 +920,30 @@ class SelfDistillationTrainer(GRPOTrainer):
         num_micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
         num_generation_batches = self.args.steps_per_generation if mode == "train" else 1
         policy = self._policy_term if self._shares_student_pass else None
-        loss, output, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
+        loss, output, likelihood, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
         metrics = self.statistics[mode]
-        add_divergence(metrics, output, self._teacher_server is None, self.args.divergence_clip is not None)
-        fresh = mode == "eval" or self.state.global_step == self._generation_step
-        if self._compares_with_sampler and fresh and "sampling_per_token_logps" in inputs:
-            sampled = [rows["sampling_per_token_logps"][rows["loss_mask"].bool()] for rows in passes]
-            add_sampler_difference(metrics, output.student_log_prob, torch.cat(sampled))
+        if self.signals.coefficients["divergence_coef"]:
+            self._add_divergence(mode, output)
+            fresh = mode == "eval" or self.state.global_step == self._generation_step
+            if self._compares_with_sampler and fresh and "sampling_per_token_logps" in inputs:
+                sampled = [rows["sampling_per_token_logps"][rows["divergence_mask"].bool()] for rows in passes]
+                add_sampler_difference(metrics, output.student_log_prob, torch.cat(sampled))
+        if self.signals.coefficients["likelihood_coef"]:
+            metrics.add_rate("likelihood_loss", likelihood.sum(), likelihood.new_tensor(len(likelihood)))
         if self._has_grpo_terms and not self._shares_student_pass:
             loss = loss + self._grpo_loss(model, inputs, mode)
         if mode == "eval" or self.accelerator.sync_gradients:
             metrics.reduce(self.accelerator.gather)
         return loss
 
+    def _add_divergence(self, mode: str, output: FusedDivergence) -> None:
+        clips = self.args.divergence_clip is not None
+        add_divergence(self.statistics[mode], output, self._teacher_server is None, clips)
+
     def _grpo_loss(self, model, inputs, mode):
         """GRPO's own loss. What it logs becomes sums and counts."""
         kept, self._metrics[mode] = self._metrics[mode], defaultdict(list)
-        advantages = inputs["advantages"] * self.args.policy_loss_coef
+        advantages = inputs["advantages"] * self.signals.coefficients["policy_loss_coef"]
         try:
             loss = super()._compute_loss(model, {**inputs, "advantages": advantages})
         finally:
@@ -938,7 +995,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             )
         # Ratios are to what is computed in the same way, or rounding would take part in them
         batch_size = batch_size or len(input_ids)
-        return *self.loss.log_probs(model, input_ids, attention_mask, logits_to_keep, batch_size), None
+        return *self.loss.networks.log_probs(model, input_ids, attention_mask, logits_to_keep, batch_size), None
 
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
@@ -1144,8 +1201,10 @@ class _StepCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._trainer._first_micro_batch = self._trainer._step
+        self._trainer.signals.begin_step(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self._trainer
         trainer.teacher.on_step_end(state.global_step)
+        trainer.signals.observe(state.global_step, trainer.statistics["train"].latest)
         trainer._first_micro_batch = trainer._step  # of the next step
