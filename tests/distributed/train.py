@@ -24,7 +24,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import shuffle_sequence_dict
 
 from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer
-from trl_opsd.scripts.utils import find_checkpoint
+from trl_opsd.scripts.train import find_checkpoint
 from trl_opsd.teacher import EMATeacher
 from trl_opsd.teacher.sharding import part_of, whole_value
 from trl_opsd.trainer.merged_weights import merged_weights
