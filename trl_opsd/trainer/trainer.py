@@ -439,7 +439,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         """Model cards and tags of the Hub name and cite the method of the configuration."""
         self._name = method.name
         self._paper = {"title": method.title, "id": method.paper, "citation": method.citation}  # type: ignore[misc]
-        self._tag_names = ["trl", "trl-opsd", method.name.lower()]  # type: ignore[misc]
+        self._tag_names = ["trl", "trl-opsd", method.name.lower().replace(" ", "-")]  # type: ignore[misc]
 
     @property
     def _samples_in_process(self) -> bool:
