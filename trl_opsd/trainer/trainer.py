@@ -74,11 +74,7 @@ from ..context import (
 from ..data import validate_rows
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
-    Divergence,
     FusedDivergence,
-    Objective,
-    Support,
-    Tail,
     generalized_jsd_loss,
 )
 from ..parts import make_part
@@ -371,15 +367,6 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "`max_tokens_per_microbatch` unset."
             )
         self.teacher_prompt.chat_template = self.chat_template
-        objective = Objective(
-            divergence=cast(Divergence, args.divergence),
-            jsd_weight=args.jsd_weight,
-            support=cast(Support, args.divergence_support),
-            top_k=args.divergence_top_k,
-            tail=cast(Tail, args.divergence_tail or "bucket"),
-            clip=args.divergence_clip,
-            temperature=cast(float, args.distillation_temperature),
-        )
 
         # With the correction on, GRPO logs it. vLLM's log-probabilities are those of what it samples from
         self._compares_with_sampler = (
@@ -409,11 +396,11 @@ class SelfDistillationTrainer(GRPOTrainer):
             packs_rows,
             self.pad_to_multiple_of,
             args.max_tokens_per_microbatch,
-            objective.temperature,
+            cast(float, args.distillation_temperature),
             args.divergence_memory,
             args.divergence_kernel,
         )
-        self.loss = SelfDistillationLoss(args, self.accelerator, networks, objective, self.signals)
+        self.loss = SelfDistillationLoss(args, self.accelerator, networks, args.objective(), self.signals)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             networks.check_logits(self.model)
         self._guard = SkipNonFiniteSteps()
@@ -428,7 +415,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         """Model cards and tags of the Hub name and cite the method of the configuration."""
         self._name = method.name
         self._paper = {"title": method.title, "id": method.paper, "citation": method.citation}  # type: ignore[misc]
-        self._tag_names = ["trl", "trl-opsd", method.name.lower()]  # type: ignore[misc]
+        self._tag_names = ["trl", "trl-opsd", method.name.lower().replace(" ", "-")]  # type: ignore[misc]
 
     @property
     def _samples_in_process(self) -> bool:
