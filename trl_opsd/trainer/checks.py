@@ -238,6 +238,21 @@ def check_grpo_pass(policy: Any, router_aux_loss_coef: float) -> None:
         )
 
 
+def check_auxiliary_loss(args: SelfDistillationConfig, has_one: bool, coefficient: float) -> None:
+    """
+    Refuse the auxiliary loss of a mixture of experts beside passes of some rows.
+
+    Raises:
+        ValueError: If there is one, and rows are cut into passes.
+    """
+    if args.max_tokens_per_microbatch is not None and has_one:
+        raise ValueError(
+            f"`max_tokens_per_microbatch={args.max_tokens_per_microbatch}` cannot be combined with the auxiliary loss "
+            f"of a mixture of experts (`router_aux_loss_coef={coefficient}`), which is a statistic of the whole "
+            "micro-batch. Set `router_aux_loss_coef=0.0`, or leave `max_tokens_per_microbatch` unset."
+        )
+
+
 def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bool) -> None:
     """
     Refuse a loss without a term, and parts of a method that need a reward where there is none.

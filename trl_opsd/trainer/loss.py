@@ -19,8 +19,18 @@ from ..objective import (
     fused_divergence,
     share_of_rows,
 )
-from ..scoring import Networks, evaluation_mode, head_of, rows_of, unsharded
+from ..scoring import (
+    Networks,
+    can_pack,
+    can_share_prompts,
+    causal_lm,
+    evaluation_mode,
+    head_of,
+    rows_of,
+    unsharded,
+)
 from ..signal import Signals, TokenScores
+from ..teacher import Teacher
 from .config import SelfDistillationConfig
 
 
@@ -322,6 +332,32 @@ class _Factors(NamedTuple):
     likelihood: torch.Tensor | None
     policy: torch.Tensor | None
     policy_value: torch.Tensor
+
+
+def make_networks(
+    args: SelfDistillationConfig,
+    accelerator: Accelerator,
+    policy: Any,
+    teacher: Teacher,
+    pad_to_multiple_of: int | None,
+) -> Networks:
+    """Student and teacher, as the configuration has them read."""
+    shares_prompts, packs_rows = False, can_pack(causal_lm(accelerator.unwrap_model(policy)))
+    with teacher.weights(policy) as module:
+        if module is not None:
+            model = causal_lm(accelerator.unwrap_model(module))
+            shares_prompts, packs_rows = can_share_prompts(model), packs_rows and can_pack(model)
+    return Networks(
+        accelerator,
+        teacher,
+        shares_prompts,
+        packs_rows,
+        pad_to_multiple_of,
+        args.max_tokens_per_microbatch,
+        cast(float, args.distillation_temperature),
+        args.divergence_memory,
+        args.divergence_kernel,
+    )
 
 
 def policy_term(

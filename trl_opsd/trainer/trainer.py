@@ -50,7 +50,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
-    GenerationConfig,
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
@@ -70,7 +69,7 @@ from ..objective import (
     generalized_jsd_loss,
 )
 from ..sampling import Sampling
-from ..scoring import Networks, can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
+from ..scoring import causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
     ServerError,
     check_engine_context,
@@ -90,20 +89,22 @@ from .batch import (
 )
 from .checkpoints import load_weights
 from .checks import (
+    check_auxiliary_loss,
     check_context,
     check_grpo_pass,
     check_signals,
 )
-from .completing import Completing, Engines, decoded
+from .completing import Completing, Engines, decoded, encoded, with_stand_ins, without_empty
 from .config import SelfDistillationConfig
-from .loss import SelfDistillationLoss, policy_term
+from .loss import SelfDistillationLoss, make_networks, policy_term
 from .method import Method
 from .metrics import Metrics, add_contexts, add_divergence, add_policy, add_sampler_difference, warn_of_clip
 from .preparation import prepare
-from .random_numbers import random_numbers
+from .random_numbers import Draws
 from .run_state import Attributes, ProcessFiles, RunState, Stateful, dataset_summary
-from .sampling_settings import transformers_settings, vllm_settings
+from .sampling_settings import changed_settings, transformers_settings, vllm_settings
 from .signals import make_streams
+from .steps import OrderOfEpochs, StepCallback
 from .teachers import load_teacher
 from .world import check_world
 
@@ -216,10 +217,9 @@ class SelfDistillationTrainer(GRPOTrainer):
 
         # Set by the generation methods for the batch in hand
         self._first_turn = False
-        self._num_draws: dict[tuple[int, ...], tuple[tuple[int, ...], int]] = {}
+        self._draws = Draws(args.seed)
         self._generation_step = -1
         self._first_micro_batch = 0
-        self._train_sampler = None
         self._rows: list[Mapping[str, Any]] = []
         self._empty_rollouts: set[int] = set()
         self._extra_tokens = 0
@@ -241,7 +241,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
             tools=tools,
-            rollout_func=None if rollout_func is None else self._without_empty_rollouts(rollout_func),
+            rollout_func=None if rollout_func is None else without_empty(rollout_func, self._mark_empty_rollouts),
             environment_factory=environment_factory,
         )
         if self.reward_funcs[0] is _no_reward:
@@ -285,13 +285,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         )
         if self._has_grpo_terms and not self._shares_student_pass:
             check_grpo_pass(causal_lm(self.model), self.router_aux_loss_coef)
-        if self.args.max_tokens_per_microbatch is not None and self.aux_loss_enabled:
-            raise ValueError(
-                f"`max_tokens_per_microbatch={self.args.max_tokens_per_microbatch}` cannot be combined with the "
-                f"auxiliary loss of a mixture of experts (`router_aux_loss_coef={self.router_aux_loss_coef}`), which "
-                "is a statistic of the whole micro-batch. Set `router_aux_loss_coef=0.0`, or leave "
-                "`max_tokens_per_microbatch` unset."
-            )
+        check_auxiliary_loss(args, self.aux_loss_enabled, self.router_aux_loss_coef)
         self.teacher_prompt.chat_template = self.chat_template
 
         # With the correction on, GRPO logs it. vLLM's log-probabilities are those of what it samples from
@@ -310,28 +304,13 @@ class SelfDistillationTrainer(GRPOTrainer):
         starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
         self.teacher: Teacher = run.served_teacher or load_teacher(args, self.accelerator, self.model, starts_at_zero)
         fingerprints["teacher"] = self.teacher.fingerprint
-        shares_prompts, packs_rows = False, can_pack(causal_lm(self.accelerator.unwrap_model(self.model)))
-        with self.teacher.weights(self.model) as module:
-            if module is not None:
-                teacher = causal_lm(self.accelerator.unwrap_model(module))
-                shares_prompts, packs_rows = can_share_prompts(teacher), packs_rows and can_pack(teacher)
-        networks = Networks(
-            self.accelerator,
-            self.teacher,
-            shares_prompts,
-            packs_rows,
-            self.pad_to_multiple_of,
-            args.max_tokens_per_microbatch,
-            cast(float, args.distillation_temperature),
-            args.divergence_memory,
-            args.divergence_kernel,
-        )
+        networks = make_networks(args, self.accelerator, self.model, self.teacher, self.pad_to_multiple_of)
         self.loss = SelfDistillationLoss(args, self.accelerator, networks, args.objective(), self.signals)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             networks.check_logits(self.model)
         self._guard = SkipNonFiniteSteps()
         self.add_callback(self._guard)
-        self.add_callback(_StepCallback(self))
+        self.add_callback(StepCallback(self.teacher, self.signals, self.statistics["train"], self._begin_step))
 
         self.run_state = self._make_run_state(fingerprints)
 
@@ -426,13 +405,13 @@ class SelfDistillationTrainer(GRPOTrainer):
             self._sample_rollouts, prompt_ids, images, multimodal_fields, num_generations, has_tool_images
         )
         if not self.model.training or not self.completion_source.replaces_rollouts:
-            return self._mark_empty_rollouts(*rollouts())
+            return self._mark_empty_rollouts(*rollouts())[:2]
         completing = Completing(self._engines(rollouts, prompt_ids), self._rows, prompt_ids, gather_object)
         completions = completing(self.completion_source, self.args.seed, self.state.global_step)
         self._extra_tokens = completing.num_sampled - sum(map(len, completions.ids))
         for name, pair in completions.rates.items():
             self.statistics["train"].add_rate(name, *torch.tensor(pair, device=self.accelerator.device))
-        return self._mark_empty_rollouts(completions.ids, completions.log_probs)
+        return self._mark_empty_rollouts(completions.ids, completions.log_probs)[:2]
 
     def _sample_rollouts(self, *args: Any) -> tuple[list[list[int]], Any]:
         if not self._samples_in_process:
@@ -441,13 +420,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             return super()._generate_single_turn(*args)
 
     def _random_numbers(self, *stream: int) -> AbstractContextManager[None]:
-        # By step, so that a resumed run draws the same, and so do the processes of a tensor-parallel engine, whose own
-        # random numbers part ways in training
-        key = (self.args.seed, self.state.global_step, int(self.model.training), self._sampler_index)
-        last_key, num_draws = self._num_draws.get(stream, (key, -1))
-        num_draws = num_draws + 1 if key == last_key else 0
-        self._num_draws[stream] = key, num_draws
-        return random_numbers(*key, num_draws, *stream, device=self.accelerator.device)
+        key = (self.state.global_step, int(self.model.training), self._sampler_index)
+        return self._draws.random_numbers(key, stream, self.accelerator.device)
 
     def sample(self, prompt_ids: list[list[int]], sampling: Sampling, stream: int = 0) -> list[list[int]]:
         """
@@ -474,61 +448,36 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     @contextmanager
     def _sampling_as(self, sampling: Sampling) -> Iterator[None]:
-        target: Any = self.vllm_generation if self.use_vllm else self
-        changes = (
-            vllm_settings(sampling, self.eos_token_ids)
-            if self.use_vllm
-            else transformers_settings(sampling, self.generation_kwargs)
-        )
-        originals = {name: getattr(target, name) for name in changes}
-        vars(target).update(changes)
-        # `generate` fills what a configuration leaves open from the model's own, say with a repetition penalty
-        models = {id(model): model for model in (self.model, causal_lm(self.model))}.values()
-        own_configs = [model.generation_config for model in models]
-        for model in models:
-            model.generation_config = GenerationConfig()
-        try:
-            yield
-        finally:
-            for model, config in zip(models, own_configs, strict=True):
-                model.generation_config = config
-            vars(target).update(originals)
-            # FSDP2 leaves it to a backward pass, which does not come, to shard the root module again
-            for module in self.model_wrapped.modules() if self.is_fsdp_enabled else ():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+        models = [self.model, causal_lm(self.model)]
+        if self.use_vllm:
+            changed = changed_settings(self.vllm_generation, vllm_settings(sampling, self.eos_token_ids), models)
+        else:
+            changed = changed_settings(self, transformers_settings(sampling, self.generation_kwargs), models)
+        with changed:
+            try:
+                yield
+            finally:
+                # FSDP2 leaves it to a backward pass, which does not come, to shard the root module again
+                for module in self.model_wrapped.modules() if self.is_fsdp_enabled else ():
+                    if isinstance(module, FSDPModule):
+                        module.reshard()
 
     def _sample_for_context(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         return self.sample(prompt_ids, Sampling(**cast(SampledContext, self.context).sampling), stream=2)
 
     def _get_train_sampler(self, dataset=None):
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
+        sampler = super()._get_train_sampler(dataset)
+        # There is no generator without shuffling
+        self.add_callback(OrderOfEpochs(getattr(sampler, "generator", None)))
+        return sampler
+
+    def _begin_step(self) -> None:
+        self._first_micro_batch = self._step
 
     def _mark_empty_rollouts(self, completion_ids, logprobs):
-        # GRPOTrainer looks at the last token of every rollout. One without tokens gets an eos token and is left out of
-        # the loss.
-        completion_ids = [list(ids) for ids in completion_ids]
-        for index, ids in enumerate(completion_ids):
-            if not ids:
-                self._empty_rollouts.add(index)
-                completion_ids[index] = [self.eos_token_ids[0]]
-                if logprobs is not None:
-                    logprobs[index] = [None]
-        return completion_ids, logprobs
-
-    def _without_empty_rollouts(self, rollout_func: Callable) -> Callable:
-        def checked_rollout_func(prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
-            output = dict(rollout_func(prompts, trainer))
-            if "completion_ids" in output:
-                output["completion_ids"], output["logprobs"] = self._mark_empty_rollouts(
-                    output["completion_ids"], output.get("logprobs")
-                )
-                for index in self._empty_rollouts if "env_mask" in output else ():
-                    output["env_mask"][index] = [0]
-            return output
-
-        return checked_rollout_func
+        ids, logprobs, empty = with_stand_ins(completion_ids, logprobs, self.eos_token_ids[0])
+        self._empty_rollouts |= empty
+        return ids, logprobs, empty
 
     def _engines(self, rollouts: Callable[[], Any], prompt_ids: list[list[int]]) -> Engines:
         return Engines(
@@ -537,7 +486,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             sample=lambda prompts: self._sample_rollouts(prompts, None, {}, 1),
             sample_teacher=self._sample_teacher,
             teacher_prompt=lambda index: self.teacher_prompt.token_ids(self._rows[index], None),
-            encode=self._dataset_completion,
+            encode=partial(encoded, self._tokenizer, self.eos_token_ids[0], self.max_completion_length),
             grade=lambda rows, completion_ids: self._grade(
                 [self._rows[row] for row in rows], [prompt_ids[row] for row in rows], completion_ids
             ),
@@ -571,18 +520,6 @@ class SelfDistillationTrainer(GRPOTrainer):
         own = rewards[self.accelerator.process_index * len(rows) :][: len(rows)]
         totals = total_rewards(own, self.reward_weights).tolist()
         return [None if math.isnan(total) else total >= self.args.success_threshold for total in totals]
-
-    def _dataset_completion(self, completion: Any) -> list[int]:
-        if not isinstance(completion, str):
-            completion = "".join(message["content"] for message in as_text(completion))
-        ids = self.processing_class(completion, add_special_tokens=False)["input_ids"] + [self.eos_token_ids[0]]
-        if self.max_completion_length is not None and len(ids) > self.max_completion_length:
-            raise ValueError(
-                f"The completion {completion[:60]!r}... of the dataset has {len(ids)} tokens, more than "
-                f"`max_completion_length={self.max_completion_length}`. It is never truncated: raise the limit, or "
-                "drop the row."
-            )
-        return ids
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         if self.reward_funcs:
@@ -828,24 +765,3 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _take_up_rollouts(self, rollouts: dict[str, Any]) -> None:
         self._step, self._buffered_inputs = rollouts["step"], rollouts["pending"]
-
-
-class _StepCallback(TrainerCallback):
-    def __init__(self, trainer: SelfDistillationTrainer):
-        self._trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # GRPOTrainer goes on with one generator, which a resumed run would begin anew: with the order of epoch 0
-        generator = getattr(self._trainer._train_sampler, "generator", None)  # there is none without shuffling
-        if generator is not None:
-            generator.manual_seed(args.seed + int(state.epoch or 0))
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._trainer._first_micro_batch = self._trainer._step
-        self._trainer.signals.begin_step(state.global_step)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        trainer = self._trainer
-        trainer.teacher.on_step_end(state.global_step)
-        trainer.signals.observe(state.global_step, trainer.statistics["train"].latest)
-        trainer._first_micro_batch = trainer._step  # of the next step
