@@ -94,6 +94,7 @@ def test_settings_of_one_kind_of_teacher(settings, name, default, tmp_path):
         ({"policy_loss_coef": -1.0}, "`policy_loss_coef` must not be negative"),
         ({"likelihood_coef": -1.0}, "`likelihood_coef` must not be negative"),
         ({"loss_type": "mean"}, "`loss_type` must be one of"),
+        ({"divergence_tail": "bucket"}, r"`divergence_tail='bucket'` has no effect with `divergence_support='full'`"),
         ({"loss_type": "dr_grpo", "max_completion_length": None}, "divides by `max_completion_length`"),
         ({"teacher": "live", "teacher_offload": True}, "`teacher_offload=True` has no effect"),
         ({"vllm_server_request_timeout": 0.0}, "`vllm_server_request_timeout` must be positive"),
