@@ -10,7 +10,7 @@ from tiny import make_model, make_tokenizer
 from trl import GRPOConfig
 
 from trl_opsd import OPSDConfig, OPSDTrainer
-from trl_opsd.trainer.teachers import check_world
+from trl_opsd.trainer.world import check_world
 
 
 MESSAGE = {"role": "user", "content": "What is 3 + 4?"}
@@ -140,7 +140,7 @@ def test_fewer_rows_than_a_batch_draws(refused):
 
 
 def test_unknown_context(refused):
-    refused([{}], "`privileged_context='hnit'` is none of", privileged_context="hnit")
+    refused([{}], "`privileged_context='hints'` is none of", privileged_context="hints")
 
 
 def test_images(refused):
