@@ -70,7 +70,13 @@ def loss_and_gradient(
         masks["policy"].append(by_student)
         masks["likelihood"].append(by_student)
     factors = {"divergence": 1.0, "policy": method.policy_loss_coef, "likelihood": method.likelihood_coef}
-    loss = sum(factors[name] * aggregate(terms[name], masks[name], method) for name in terms)
+    loss = 0.0
+    for name, values in terms.items():
+        # In GRPO's term, a row without a token counts as a row of loss 0
+        counted = [index for index, mask in enumerate(masks[name]) if name == "policy" or mask.any()]
+        if counted:
+            some = [values[index] for index in counted], [masks[name][index] for index in counted]
+            loss += factors[name] * aggregate(*some, method)
     loss.backward()
     return loss.item(), {name: value.grad for name, value in student.named_parameters() if value.grad is not None}
 
@@ -95,7 +101,7 @@ def probabilities(
 
 
 def aggregate(values: list[torch.Tensor], masks: list[torch.Tensor], method: Method) -> torch.Tensor:
-    """One number from the tokens of all rows, as `loss_type` says. A row without a token counts as a row of loss 0."""
+    """One number from the tokens of all rows, as `loss_type` says."""
     sums = torch.stack([(value * mask).sum() for value, mask in zip(values, masks, strict=True)])
     counts = torch.stack([mask.sum() for mask in masks])
     if method.loss_type == "grpo":

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "trl_opsd"
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 
 # Rooms that know tensors and nothing of models, data or trainers
-TENSORS_ONLY = ("objective",)
+TENSORS_ONLY = ("objective", "signal")
 LIBRARIES = {"accelerate", "datasets", "deepspeed", "peft", "transformers", "trl", "vllm"}
 OVERRIDES_TRL = {
     "trl_opsd.trainer.trainer": "SelfDistillationTrainer",

@@ -2,6 +2,7 @@ import os
 import sys
 
 import pytest
+from rollouts import make_rollouts
 
 from trl_opsd.context import (
     AnswerContext,
@@ -82,11 +83,11 @@ def test_class_in_the_working_directory(module):
 def test_class_that_reads_rollouts_and_may_have_nothing_to_say(module):
     context = make_context(f"{module}.Peer", {"least": 0.5})
     row = {"prompt": [{"role": "user", "content": "Why?"}]}
-    rollouts = {"texts": ["So.", "No."], "rewards": [1.0, 0.0]}
+    rollouts = make_rollouts([1.0, 0.0], ["So.", "No."])
 
     assert context.teacher_messages(row, None) is None
-    assert context.teacher_messages(row, Rollouts(**rollouts, index=0)) is None
-    assert context.teacher_messages(row, Rollouts(**rollouts, index=1)) == [{"role": "user", "content": "Why?So."}]
+    assert context.teacher_messages(row, Rollouts(rollouts, 0)) is None
+    assert context.teacher_messages(row, Rollouts(rollouts, 1)) == [{"role": "user", "content": "Why?So."}]
 
 
 @pytest.mark.parametrize(

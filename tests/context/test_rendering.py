@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, IterableDataset
+from rollouts import make_rollouts
 from tiny import CHAT_TEMPLATE, make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -88,7 +89,7 @@ def test_row_is_not_changed(tokenizer):
 
 def test_context_gets_messages_the_whole_row_and_the_rollouts(tokenizer):
     context = Fixed([{"role": "user", "content": "Hm"}])
-    rollouts = Rollouts(["4", "5"], [1.0, 0.0], 1)
+    rollouts = Rollouts(make_rollouts([1.0, 0.0]), 1)
 
     ids = make_prompt(tokenizer, context).token_ids(PLAIN, rollouts)
 

@@ -58,9 +58,9 @@ def test_columns_of_any_name(column):
         ("{{prompt}}", r"has no '\{prompt\}'"),
         ("{prompt} {}", "placeholder without a name"),
         ("{prompt} {:>3}", "placeholder without a name"),
-        ("{prompt} {solution", "is malformed .*Double literal braces"),
-        ("{prompt} }", "is malformed .*Double literal braces"),
-        ("{prompt} \\boxed{", "is malformed .*Double literal braces"),
+        ("{prompt} {solution", "is malformed: .*literal braces doubled"),
+        ("{prompt} }", "is malformed: .*literal braces doubled"),
+        ("{prompt} \\boxed{", "is malformed: .*literal braces doubled"),
     ],
 )
 def test_bad_templates(template, message):

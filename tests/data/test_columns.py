@@ -120,10 +120,10 @@ def test_null_stays_null_for_the_validation_to_find(streaming):
         (
             {"problem": ["x"]},
             {"prompt_template": r"{problem} \boxed{}"},
-            r"placeholder \{\}.*doubled: \{\{ and",
+            r"placeholder without a name.*doubled: \{\{ and",
         ),
-        ({"problem": ["x"]}, {"prompt_template": "{problem"}, r"not a format string.*braces doubled"),
-        ({"problem": ["x"]}, {"prompt_template": "{problem!r}"}, r"\{problem\} .* must be a column name alone"),
+        ({"problem": ["x"]}, {"prompt_template": "{problem"}, r"`prompt_template` .* is malformed.*braces doubled"),
+        ({"problem": ["x"]}, {"prompt_template": "{problem!r}"}, r"\{problem\} with a format or a conversion"),
         ({"problem": ["x"]}, {"prompt_template": "{problem.real}"}, r"placeholder \{problem\.real\}"),
         ({"problem": ["x", None]}, {"prompt_template": "{problem}"}, r"`problem` of row 1 holds nothing"),
         ({"problem": [1.0, float("nan")]}, {"prompt_template": "{problem}"}, r"`problem` of row 1 holds nothing"),

@@ -66,8 +66,29 @@ PACKED = job(
     max_tokens_per_microbatch=896,
 )
 CHECKPOINTING = job("opsd", "lora", name="checkpointing", max_steps=4, gradient_checkpointing=True)
+# The rollouts of a prompt lie on both processes
+PEERS = job(
+    "opsd",
+    "full",
+    name="peers",
+    max_steps=4,
+    num_generations=4,
+    policy_loss_coef=0.5,
+    privileged_context="peers",
+    context_kwargs={"wrong": 1},
+)
+PLANS = job(
+    "opsd",
+    "lora",
+    name="plans",
+    max_steps=4,
+    privileged_context="plan",
+    context_kwargs={"max_new_tokens": 12, "temperature": 0.0},
+)
 VARIANTS = [
     BUDGET,
+    PEERS,
+    PLANS,
     PACKED,
     ACCUMULATION,
     CHECKPOINTING,

@@ -132,7 +132,7 @@ def deal(batch: dict[str, Any], num_micro_batches: int) -> dict[str, Any]:
 
 def count_passes(trainer, num_passes: list[int], output_dir: Path) -> None:
     """Append how often the student is run for each micro-batch, and write down after which step the first came."""
-    passes = trainer.loss.passes
+    passes = trainer.loss.networks.passes
 
     def counting(inputs):
         if not num_passes:
@@ -141,7 +141,7 @@ def count_passes(trainer, num_passes: list[int], output_dir: Path) -> None:
         num_passes.append(len(cut))
         return cut
 
-    trainer.loss.passes = counting
+    trainer.loss.networks.passes = counting
 
 
 def follow_average(trainer) -> dict[str, torch.Tensor]:

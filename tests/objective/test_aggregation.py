@@ -13,19 +13,20 @@ MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
 LOSSES = torch.tensor([[1.0, 2.0, 3.0, 50.0], [5.0, 50.0, 50.0, 50.0], [50.0] * 4, [1.0, 1.0, 2.0, 4.0]])
 
 
-def aggregate(losses, mask, loss_type, num_tokens):
-    weights = aggregation_weights(mask, loss_type, torch.tensor(num_tokens), MAX_COMPLETION_LENGTH)
+def aggregate(losses, mask, loss_type, num_tokens, num_rows=None):
+    num_rows = mask.any(dim=1).sum().clamp(min=1) if num_rows is None else torch.tensor(num_rows)
+    weights = aggregation_weights(mask, loss_type, num_rows, torch.tensor(num_tokens), MAX_COMPLETION_LENGTH)
     return (weights * losses).sum().item()
 
 
 @pytest.mark.parametrize(
     ("loss_type", "expected"),
     [
-        # Sequences: sums 6, 5, 0, 8; means 2, 5, 0, 2. Eight tokens; 16 with the other process's.
-        ("grpo", (2 + 5 + 0 + 2) / 4),
-        ("sapo", (2 + 5 + 0 + 2) / 4),
-        ("luspo", (6 + 5 + 0 + 8) / 4),
-        ("dr_grpo", (6 + 5 + 0 + 8) / (4 * 9)),
+        # Sequences: sums 6, 5, 0, 8; means 2, 5, -, 2. Eight tokens; 16 with the other process's.
+        ("grpo", (2 + 5 + 2) / 3),
+        ("sapo", (2 + 5 + 2) / 3),
+        ("luspo", (6 + 5 + 8) / 3),
+        ("dr_grpo", (6 + 5 + 8) / (3 * 9)),
         ("bnpo", (6 + 5 + 0 + 8) / 8),
         ("dapo", (6 + 5 + 0 + 8) / 16),
         ("cispo", (6 + 5 + 0 + 8) / 16),
@@ -42,7 +43,7 @@ def nested_loops(losses, mask, loss_type, num_tokens):
         [loss for loss, kept in zip(*row, strict=True) if kept]
         for row in zip(losses.tolist(), mask.tolist(), strict=True)
     ]
-    total, size = sum(map(sum, sequences)), len(sequences)
+    total, size = sum(map(sum, sequences)), max(sum(map(bool, sequences)), 1)
     if loss_type in ("grpo", "sapo"):
         return sum(sum(sequence) / max(len(sequence), 1) for sequence in sequences) / size
     if loss_type == "luspo":
@@ -73,7 +74,7 @@ def test_split_into_micro_batches_changes_nothing(loss_type):
 
     for parts in (2, 4):
         pieces = zip(LOSSES.chunk(parts), MASK.chunk(parts), strict=True)
-        split = [aggregate(losses, mask, loss_type, 8.0 / parts) for losses, mask in pieces]
+        split = [aggregate(losses, mask, loss_type, 8.0 / parts, 3.0 / parts) for losses, mask in pieces]
         assert sum(split) / parts == pytest.approx(whole)
 
 
@@ -96,7 +97,7 @@ def test_padding_changes_nothing(loss_type):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16])
 def test_nothing_to_learn_from_weighs_nothing(loss_type, dtype):
-    weights = aggregation_weights(torch.zeros(2, 3, dtype=dtype), loss_type, torch.tensor(1.0), MAX_COMPLETION_LENGTH)
+    weights = aggregation_weights(torch.zeros(2, 3, dtype=dtype), loss_type, *torch.ones(2), MAX_COMPLETION_LENGTH)
 
     assert weights.dtype == torch.float32
     assert weights.tolist() == [[0.0] * 3] * 2
@@ -104,11 +105,11 @@ def test_nothing_to_learn_from_weighs_nothing(loss_type, dtype):
 
 def test_weights_of_a_long_bf16_mask_are_exact():
     # bf16 cannot count to 300
-    weights = aggregation_weights(torch.ones(1, 301, dtype=torch.bfloat16), "grpo", torch.tensor(1.0), None)
+    weights = aggregation_weights(torch.ones(1, 301, dtype=torch.bfloat16), "grpo", *torch.ones(2), None)
 
     assert weights[0, 0].item() == pytest.approx(1 / 301, rel=1e-6)
 
 
 def test_unknown_loss_type():
     with pytest.raises(ValueError, match=r"`loss_type` must be one of .*'dr_grpo'.*, got 'ppo'"):
-        aggregation_weights(MASK, "ppo", torch.tensor(1.0), None)
+        aggregation_weights(MASK, "ppo", *torch.ones(2), None)

@@ -50,10 +50,11 @@ def compare_with_local_teacher(trainer: SelfDistillationTrainer, teacher, differ
     compute_loss = trainer.compute_loss
 
     def both(*args, **kwargs):
-        served, trainer.loss.teacher = trainer.loss.teacher, teacher
+        networks = trainer.loss.networks
+        served, networks.teacher = networks.teacher, teacher
         with torch.no_grad():
             local = compute_loss(*args, **kwargs).item()
-        trainer.loss.teacher = served
+        networks.teacher = served
         loss = compute_loss(*args, **kwargs)
         differences.append(abs(loss.item() - local) / abs(local))
         return loss

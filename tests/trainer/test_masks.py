@@ -128,7 +128,7 @@ class Silence:
 def read_and_written(batch, tokenizer):
     """The completions as text, and their parts that are in the loss."""
     completions, mask = batch["completion_ids"], batch["completion_mask"].bool()
-    in_loss = batch["loss_mask"].bool()
+    in_loss = batch["divergence_mask"].bool()
     assert not (in_loss & ~mask).any()
     decode = tokenizer.decode
     return (
@@ -162,7 +162,7 @@ def check_trained_on(trainer, batch, turns, coefficient=0.0):
     """The loss, its gradient and the counts are those of the tokens that the model wrote: its turns of each row."""
     tokenizer = trainer.processing_class
     num_written = sum(len(tokenizer("".join(its), add_special_tokens=False)["input_ids"]) for its in turns)
-    assert batch["num_loss_tokens"] == num_written
+    assert batch["num_divergence_tokens"] == num_written
     assert trainer._num_generated_tokens == num_written
     rows = plain_rows(trainer, batch, turns)
     method = Method(loss_type="dapo", policy_loss_coef=coefficient)
@@ -208,7 +208,7 @@ def test_passes_share_a_loss_by_what_the_model_wrote(make_trainer, scripted, row
     batch = trainer._generate_and_score_completions(rows)
     expected = gradient(trainer.model, trainer._compute_loss(trainer.model, batch))
     cut = make_trainer(**settings, max_tokens_per_microbatch=1500)
-    assert len(cut.loss.passes({**batch, "student_mask": batch["loss_mask"]})) > 1
+    assert len(cut.loss.networks.passes({**batch, "student_mask": batch["divergence_mask"]})) > 1
     loss = cut._compute_loss(cut.model, batch)
     loss.backward()
     actual = torch.cat([p.grad.flatten() for p in cut.model.parameters() if p.grad is not None])
@@ -238,7 +238,7 @@ def test_rates_of_grpos_loss_count_what_the_model_wrote(make_trainer, scripted, 
         return trainer.statistics["train"].take()["kl"]
 
     kls = [logged_kl(half) for half in halves]
-    counts = [half["loss_mask"].sum().item() for half in halves]
+    counts = [half["divergence_mask"].sum().item() for half in halves]
     assert kls[0] != pytest.approx(kls[1], rel=0.01)
     expected = sum(kl * count for kl, count in zip(kls, counts, strict=True)) / sum(counts)
     assert logged_kl(*halves) == pytest.approx(expected, rel=1e-4)
@@ -281,9 +281,9 @@ def test_an_empty_rollout_of_an_environment_counts_as_no_token(make_trainer, row
 
     trainer = make_trainer(rollout_func=rollout)
     batch = trainer._generate_and_score_completions(rows)
-    assert batch["loss_mask"].tolist() == [[0, 0, 0], [1, 0, 1], [0, 1, 0], [1, 0, 0]]
+    assert batch["divergence_mask"].tolist() == [[0, 0, 0], [1, 0, 1], [0, 1, 0], [1, 0, 0]]
     assert batch["tool_mask"][0, 0] == 0
-    assert batch["num_loss_tokens"] == 4
+    assert batch["num_divergence_tokens"] == 4
     assert trainer._num_generated_tokens == 4
 
 
@@ -308,10 +308,22 @@ def test_an_environment_is_reset_asked_and_rewarded_and_its_answers_are_not_lear
             assert f"{row['prompt'][0]['content']} Your abacus has {len(row['answer'])} rods." in prompt
             assert '"name": "add"' in prompt
         assert row["solution"] in prompt
-    assert trainer._rollouts["rewards"].tolist() == [[1.0], [0.0], [0.0], [0.0]]
+    assert trainer._generation.rewards.tolist() == [[1.0], [0.0], [0.0], [0.0]]
     check_trained_on(trainer, batch, TURNS)
     trainer.train()
     assert trainer.state.log_history[0]["rewards/Abacus/mean"] == 0.25
+
+
+def test_what_an_environment_says_of_a_rollout_reaches_the_teacher(make_trainer, scripted, rows, tokenizer):
+    class Judge(Abacus):
+        @property
+        def feedback(self):
+            return f"Beads moved: {len(self.calls)}."
+
+    trainer = make_trainer(environment_factory=Judge, reward_funcs=None, privileged_context="feedback")
+    batch = trainer._generate_and_score_completions(rows)
+    for index, ids in enumerate(batch["teacher_prompt_ids"]):
+        assert f"Beads moved: {int(index == 0)}." in tokenizer.decode(ids)
 
 
 def test_the_teacher_is_told_of_the_tools_of_its_rows_environment(make_trainer, scripted, rows, tokenizer):

@@ -129,15 +129,18 @@ class TestTokenBudget:
             "pictures_to_come": torch.rand(len(batch["completion_ids"]), 3, 2, 2),
         }
         shared = {"a_scalar": torch.tensor(2.0), "a_setting": "both"}
-        whole = {**batch, **own, **shared, "student_mask": batch["loss_mask"]}
+        whole = {**batch, **own, **shared, "student_mask": batch["divergence_mask"]}
         *_, passes = trainer.loss(trainer.model, whole, 1, 1)
         assert len(passes) == 4
         for rows in passes:
             assert whole.keys() <= rows.keys()
             [row] = (whole["a_number_to_come"] == rows["a_number_to_come"]).nonzero()
+            assert not rows["likelihood_mask"].any()  # of a term that is off
             for name, value in whole.items():
+                if name == "likelihood_mask":
+                    continue
                 if isinstance(value, torch.Tensor) and value.ndim:
-                    assert torch.equal(rows[name], value[row]), name
+                    torch.testing.assert_close(rows[name], value[row], rtol=0, atol=0, equal_nan=True, msg=name)
                 else:
                     assert rows[name] is value
 
@@ -148,7 +151,9 @@ class TestTokenBudget:
             trainer.current_gradient_accumulation_steps = 1
             trainer._compares_with_sampler = True  # as with vLLM
             batch = trainer._generate_and_score_completions(list(dataset.select(range(4))))
-            batch["sampling_per_token_logps"] = -torch.arange(batch["loss_mask"].numel()).view_as(batch["loss_mask"])
+            batch["sampling_per_token_logps"] = -torch.arange(batch["divergence_mask"].numel()).view_as(
+                batch["divergence_mask"]
+            )
             trainer._compute_loss(trainer.model, batch)
             values = trainer.statistics["train"].take()
             differences.append([values[f"sampling/sampling_logp_difference/{name}"] for name in ("mean", "max")])
@@ -191,7 +196,7 @@ class TestGroups:
     @staticmethod
     def buffered(trainer, rows, keep_groups):
         """The rows of each buffered micro-batch, as pairs of teacher prompt and completion."""
-        trainer.loss.can_share_prompts = keep_groups
+        trainer.loss.networks.can_share_prompts = keep_groups
         trainer._buffered_inputs = None
         trainer._step = 0
         trainer.model.train()
@@ -234,7 +239,7 @@ class TestGroups:
         """All that the shuffle decides, which rows an optimizer step has, stays."""
         settings = {"loss_type": loss_type, "num_generations": 2, "per_device_train_batch_size": 2}
         trainers = [make_trainer(**settings, gradient_accumulation_steps=4) for _ in range(2)]
-        trainers[1].loss.can_share_prompts = False
+        trainers[1].loss.networks.can_share_prompts = False
         weights = []
         for trainer in trainers:
             torch.manual_seed(0)
@@ -257,7 +262,7 @@ class TestRowsWithoutAContext:
     def test_go_through_no_backbone_and_change_nothing(self, make_trainer, rows, peft_config, settings, monkeypatch):
         settings = {"per_device_train_batch_size": 8, "teacher": "live", "loss_type": "grpo", **settings}
         trainers = [make_trainer(None, peft_config, rows, **SKIP_OVERLONG, **settings) for _ in range(2)]
-        monkeypatch.setattr(trainers[1].loss, "passes", lambda inputs: [inputs])
+        monkeypatch.setattr(trainers[1].loss.networks, "passes", lambda inputs: [inputs])
         num_rows = []
         for trainer in trainers:
             num_rows.append([])
@@ -277,7 +282,13 @@ class TestRowsWithoutAContext:
         batches = [trainer._generate_and_score_completions([rows[i] for i in part]) for part in ((0, 1), (2, 3))]
         monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
         monkeypatch.setattr(trainer.accelerator, "gather", lambda number: torch.tensor([1, 2]))
-        with_rows, without = (trainer.loss.passes({**batch, "student_mask": batch["loss_mask"]}) for batch in batches)
-        assert [len(rows["loss_mask"]) for rows in with_rows] == [len(rows["loss_mask"]) for rows in without] == [1, 1]
-        assert all(rows["loss_mask"].any() for rows in with_rows)
-        assert not any(rows["loss_mask"].any() for rows in without)
+        with_rows, without = (
+            trainer.loss.networks.passes({**batch, "student_mask": batch["divergence_mask"]}) for batch in batches
+        )
+        assert (
+            [len(rows["divergence_mask"]) for rows in with_rows]
+            == [len(rows["divergence_mask"]) for rows in without]
+            == [1, 1]
+        )
+        assert all(rows["divergence_mask"].any() for rows in with_rows)
+        assert not any(rows["divergence_mask"].any() for rows in without)

@@ -161,7 +161,7 @@ class TestSharedPrompts:
             mask[row, 100 + length :] = 0
         trainer.read.clear()
         with trainer.teacher.weights(trainer.model) as module:
-            trainer.loss.teacher_states(module, ids, mask, mask[:, 100:].bool(), torch.zeros(4))
+            trainer.loss.networks.teacher_states(module, ids, mask, mask[:, 100:].bool(), torch.zeros(4))
         return sum(shape.numel() for _, shape in trainer.read)
 
     @pytest.mark.parametrize(

@@ -161,7 +161,10 @@ def test_composed(make_trainer, rows, loss_type, max_tokens):
     )
     expected = loss_and_gradient(trainer.model, trainer.model, plain, method)
     passes = []
-    trainer.loss.passes, cut = lambda inputs: passes.append(cut(inputs)) or passes[-1], trainer.loss.passes
+    trainer.loss.networks.passes, cut = (
+        lambda inputs: passes.append(cut(inputs)) or passes[-1],
+        trainer.loss.networks.passes,
+    )
     assert_equals_plain(trainer._compute_loss(trainer.model, batch), trainer.model, expected)
     assert len(passes[0]) == (1 if max_tokens is None else 3)
 

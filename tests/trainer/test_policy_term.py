@@ -65,14 +65,14 @@ def make_batch(trainer, rows):
     batch = trainer._generate_and_score_completions(rows)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    log_probs, _ = trainer.loss.log_probs(trainer.model, ids, mask, batch["completion_ids"].size(1), 8)
+    log_probs, _ = trainer.loss.networks.log_probs(trainer.model, ids, mask, batch["completion_ids"].size(1), 8)
     for seed, name in enumerate(("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")):
         batch[name] = noisy(log_probs, seed)
     batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
     for row in (1, 5):
         batch["tool_mask"][row, 1:3] = 0
-    batch["loss_mask"] *= batch["tool_mask"]
-    batch["num_loss_tokens"] = batch["loss_mask"].sum().float()
+    batch["divergence_mask"] &= batch["tool_mask"].bool()
+    batch["num_divergence_tokens"] = batch["divergence_mask"].sum().float()
     return batch
 
 
@@ -86,14 +86,15 @@ def loss_and_gradient(trainer, batch, compute_loss=None):
 def separate(trainer, batch):
     """The two losses in a forward pass each, on the whole micro-batch."""
     trainer._shares_student_pass = trainer._has_grpo_terms = False
-    max_tokens, trainer.args.max_tokens_per_microbatch = trainer.args.max_tokens_per_microbatch, None
+    networks = trainer.loss.networks
+    max_tokens, networks.max_tokens = networks.max_tokens, None
     divergence = loss_and_gradient(trainer, batch)
     advantages = batch["advantages"] * trainer.args.policy_loss_coef
     policy = loss_and_gradient(
         trainer, {**batch, "advantages": advantages}, lambda *args: GRPOTrainer._compute_loss(trainer, *args)
     )
     trainer._shares_student_pass = trainer._has_grpo_terms = True
-    trainer.args.max_tokens_per_microbatch = max_tokens
+    networks.max_tokens = max_tokens
     trainer.statistics["train"].reduce(trainer.accelerator.gather)
     trainer.statistics["train"].take()
     assert policy[1].abs().max() > 1e-3 * divergence[1].abs().max() > 0
@@ -122,9 +123,10 @@ def test_is_the_sum_of_two_losses(make_trainer, rows, loss_type, level, peft_con
     )
     batch = make_batch(trainer, rows)
     trainer.beta = 0.1
-    assert batch["loss_mask"].any(1).tolist() == [True] * 4 + [False] * 4
+    assert batch["divergence_mask"].any(1).tolist() == [True] * 4 + [False] * 4
     num_forwards = []
-    trainer.loss._pass, one_pass = lambda *args: num_forwards.append(1) or one_pass(*args), trainer.loss._pass
+    one_pass = trainer.loss._student_loss
+    trainer.loss._student_loss = lambda *args: num_forwards.append(1) or one_pass(*args)
     assert_is_sum(trainer, batch)
     assert len(num_forwards) == (2 if max_tokens is None else 6)  # that of the divergence alone is the first
 
@@ -165,8 +167,8 @@ def test_values_that_do_not_matter_are_not_computed(make_trainer, rows, loss_typ
     trainer = make_trainer(loss_type=loss_type)
     batch = trainer._generate_and_score_completions(rows)
     calls = []
-    log_probs_of = trainer.loss._log_probs_of
-    monkeypatch.setattr(trainer.loss, "_log_probs_of", lambda *args: calls.append(1) or log_probs_of(*args))
+    log_probs_of = trainer.loss.networks.log_probs_of
+    monkeypatch.setattr(trainer.loss.networks, "log_probs_of", lambda *args: calls.append(1) or log_probs_of(*args))
     assert_is_sum(trainer, batch)
     assert len(calls) == (loss_type in ("cispo", "vespo"))
 
@@ -177,8 +179,10 @@ def test_rounding_takes_no_part_in_a_ratio(make_trainer, rows, monkeypatch):
     trainer.model.to(torch.bfloat16)
     batch = trainer._generate_and_score_completions(rows)
     found = []
-    log_probs_of = trainer.loss._log_probs_of
-    monkeypatch.setattr(trainer.loss, "_log_probs_of", lambda *args: found.append(log_probs_of(*args)) or found[-1])
+    log_probs_of = trainer.loss.networks.log_probs_of
+    monkeypatch.setattr(
+        trainer.loss.networks, "log_probs_of", lambda *args: found.append(log_probs_of(*args)) or found[-1]
+    )
     loss_and_gradient(trainer, batch)
     difference = (found[0][0] - batch["old_per_token_logps"]) * batch["completion_mask"]
     assert found[0][0].std() > 0.1
@@ -192,7 +196,7 @@ def test_what_grpo_logs_is_that_of_the_whole_micro_batch(make_trainer, rows, los
     trainer.beta = 0.1
     logged = []
     for max_tokens in (None, 500):
-        trainer.args.max_tokens_per_microbatch = max_tokens
+        trainer.loss.networks.max_tokens = max_tokens
         trainer.accelerator.sync_gradients = True
         trainer._compute_loss(trainer.model, dict(batch))
         logged.append(trainer.statistics["train"].take())

@@ -214,9 +214,9 @@ def test_context_gates_the_loss_of_its_row_only(make_trainer, dataset):
         max_teacher_prompt_length=600, overlong_teacher_prompt="skip", train_dataset=Dataset.from_list(rows)
     )
     batch = trainer._generate_and_score_completions(rows)
-    kept = batch["loss_mask"].sum(1) > 0
+    kept = batch["divergence_mask"].sum(1) > 0
     assert kept.tolist() == [True, True, False, True]
-    assert batch["num_loss_tokens"] == batch["loss_mask"].sum()
+    assert batch["num_divergence_tokens"] == batch["divergence_mask"].sum()
     trainer.statistics["train"].reduce(trainer.accelerator.gather)
     values = trainer.statistics["train"].take()
     lengths = batch["teacher_prompt_mask"].sum(1)[kept].float()
@@ -310,7 +310,7 @@ def test_policy_loss_is_added_with_its_weight(make_trainer, dataset):
 
     gradients = {}
     for coefficient in (0.0, 0.5, 1.0):
-        trainer.args.policy_loss_coef = coefficient
+        trainer.signals.coefficients["policy_loss_coef"] = coefficient
         gradients[coefficient] = gradient(trainer._compute_loss)
     trainer._shares_student_pass = trainer._has_grpo_terms = False
     divergence = gradient(trainer._compute_loss)

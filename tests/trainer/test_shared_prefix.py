@@ -62,7 +62,9 @@ class TestTeacher:
 
         hooks = [m.register_forward_pre_hook(count) for m in embeddings_of(trainer)]
         with trainer.teacher.weights(trainer.model) as module:
-            states, _ = trainer.loss.teacher_states(module, ids, mask, batch["loss_mask"].bool(), groups)
+            states, _ = trainer.loss.networks.teacher_states(
+                module, ids, mask, batch["divergence_mask"].bool(), groups
+            )
         for hook in hooks:
             hook.remove()
         return states, sum(processed), ids.numel()
@@ -105,7 +107,7 @@ class TestTeacher:
         weights = []
         for share in (True, False):
             trainer = make_trainer(make_model(tokenizer), num_generations=4, optim="sgd", learning_rate=0.1)
-            trainer.loss.can_share_prompts = share
+            trainer.loss.networks.can_share_prompts = share
             trainer.train()
             weights.append(trainer.model.state_dict())
         for name, value in weights[0].items():

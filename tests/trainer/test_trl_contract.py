@@ -28,6 +28,7 @@ SIGNATURES = {
     ],
     "_generate_and_score_completions": ["self", "inputs"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_log_completion_extra": ["self", "column", "values"],
     "_compute_loss": ["self", "model", "inputs"],
     "_tokenize_prompts": ["self", "prompts"],
     "_save_checkpoint": ["self", "model", "trial"],
@@ -68,6 +69,14 @@ def test_policy_loss_reads_the_student_through_one_method():
         "        # Compute the KL divergence between the model and the reference model",
         '        mode = "train" if self.model.training else "eval"',
     }
+
+
+def test_what_reward_functions_log_is_there_until_rewards_are_returned():
+    source = inspect.getsource(GRPOTrainer._calculate_rewards)
+    assert 'reward_kwargs["log_extra"] = self._log_completion_extra' in source
+    assert "_pending_extra_logs" not in source
+    assert "_pending_extra_logs[column].extend(values)" in inspect.getsource(GRPOTrainer._log_completion_extra)
+    assert "self.environments = None\n" in inspect.getsource(GRPOTrainer.__init__)
 
 
 def test_epochs_are_run_by_one_method():

@@ -3,22 +3,41 @@
 from typing import Any, cast
 
 from ..parts import make_part
-from .base import Message, PrivilegedContext, Rollouts, as_text
+from .base import Message, PrivilegedContext, SampledContext, as_text
 from .concise import ConciseContext
+from .controls import NoContext, OtherSolutionContext, PartialSolutionContext, ShuffledSolutionContext
+from .feedback import FeedbackContext
+from .hint import HintContext
+from .peers import PeersContext
+from .plan import PlanContext
+from .reflection import ReflectionContext
 from .rendering import TeacherPrompt, check_embedded, thinking_prefix, without_end
+from .rollouts import Rollout, Rollouts
 from .solution import AnswerContext, SolutionContext
-from .template import TemplateContext
+from .template import TemplateContext, TextContext
 
 
 __all__ = [
     "AnswerContext",
     "ConciseContext",
+    "FeedbackContext",
+    "HintContext",
     "Message",
+    "NoContext",
+    "OtherSolutionContext",
+    "PartialSolutionContext",
+    "PeersContext",
+    "PlanContext",
     "PrivilegedContext",
+    "ReflectionContext",
+    "Rollout",
     "Rollouts",
+    "SampledContext",
+    "ShuffledSolutionContext",
     "SolutionContext",
     "TeacherPrompt",
     "TemplateContext",
+    "TextContext",
     "as_text",
     "check_embedded",
     "make_context",
@@ -29,8 +48,17 @@ __all__ = [
 CONTEXTS: dict[str, type | str] = {
     "solution": SolutionContext,
     "answer": AnswerContext,
+    "hint": HintContext,
     "concise": ConciseContext,
+    "peers": PeersContext,
+    "feedback": FeedbackContext,
+    "reflection": ReflectionContext,
+    "plan": PlanContext,
     "template": TemplateContext,
+    "none": NoContext,
+    "other_solution": OtherSolutionContext,
+    "partial_solution": PartialSolutionContext,
+    "shuffled_solution": ShuffledSolutionContext,
 }
 
 
@@ -55,5 +83,10 @@ def make_context(name: str, kwargs: dict[str, Any] | None = None) -> PrivilegedC
         raise ValueError(
             f"`privileged_context={name!r}` is no privileged context: it needs an attribute `columns`, a tuple of "
             "column names, and a method `teacher_messages(row, rollouts)`."
+        )
+    if hasattr(context, "sample_messages") and not isinstance(context, SampledContext):
+        raise ValueError(
+            f"`privileged_context={name!r}` has `sample_messages` and no `sampling`, a dictionary with `temperature`, "
+            "`top_p`, `top_k` and `max_new_tokens`."
         )
     return cast(PrivilegedContext, context)

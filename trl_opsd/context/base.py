@@ -1,30 +1,12 @@
 """The hook every kind of privileged context implements."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+from .rollouts import Rollouts
 
 
 Message = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """
-    The rollouts of one prompt, and which of them the teacher is about to score.
-
-    Args:
-        texts (`list[str]`):
-            Decoded completions of the group, in order.
-        rewards (`list[float | None]`):
-            Sum of the weighted rewards of each, `None` without reward functions or where none applied.
-        index (`int`):
-            Position of the rollout being scored.
-    """
-
-    texts: list[str]
-    rewards: list[float | None]
-    index: int
 
 
 class PrivilegedContext(Protocol):
@@ -36,15 +18,24 @@ class PrivilegedContext(Protocol):
     ```python
     class Hint:
         columns = ("hint",)
+        reads_rollouts = False
 
         def teacher_messages(self, row, rollouts):
             *history, question = row["prompt"]
             return [*history, {**question, "content": f"{question['content']}\\n\\nHint: {row['hint']}"}]
     ```
+
+    A context that samples implements [`SampledContext`] as well. Two methods more are called where a class has them,
+    before the model is loaded: `check_run(num_generations, has_rewards, has_feedback)`, which raises a `ValueError` if
+    the context could never be given, and `read_dataset(dataset)` with the training set (`None` if there is none).
     """
 
     columns: tuple[str, ...]
     """Dataset columns it reads. Each must be present and non-empty in every row, which is checked before training."""
+
+    reads_rollouts: bool
+    """Whether it reads the rollouts. If not, it gets none, and none are gathered from the other processes. A class
+    without this attribute reads them."""
 
     def teacher_messages(self, row: Mapping[str, Any], rollouts: Rollouts | None) -> list[Message] | None:
         """
@@ -65,6 +56,32 @@ class PrivilegedContext(Protocol):
         ...
 
 
+@runtime_checkable
+class SampledContext(Protocol):
+    """
+    A context part of which the current policy writes. All prompts of a batch are sampled from in one call; rows of a
+    process with the same prompt share what was sampled.
+    """
+
+    sampling: dict[str, Any]
+    """How it is sampled: `temperature`, `top_p`, `top_k` and `max_new_tokens`."""
+
+    def sample_messages(self, row: Mapping[str, Any], rollouts: Rollouts | None) -> list[Message] | None:
+        """
+        Messages the policy answers.
+
+        Returns:
+            `list[Message]`, *optional*: `None` if nothing is to be sampled for this rollout.
+        """
+        ...
+
+    def teacher_messages(
+        self, row: Mapping[str, Any], rollouts: Rollouts | None, sampled: str | None = None
+    ) -> list[Message] | None:
+        """As in [`PrivilegedContext`]. `sampled` is the policy's answer, `None` where there is none (yet)."""
+        ...
+
+
 def as_text(messages: list[Message]) -> list[Message]:
     """Messages whose content is a list of text parts, as some data formats have it, with the text itself instead."""
     return [
@@ -78,3 +95,9 @@ def as_text(messages: list[Message]) -> list[Message]:
 def last_user_turn(messages: list[Message]) -> int:
     """Index of the last user message."""
     return max(index for index, message in enumerate(messages) if message["role"] == "user")
+
+
+def without_thinking(text: str) -> str:
+    """Text of a completion after its reasoning; nothing if it never left its think block."""
+    _, closed, after = text.rpartition("</think>")
+    return after.strip() if closed else text.partition("<think>")[0].strip()

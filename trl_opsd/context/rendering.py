@@ -9,7 +9,8 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, logging
 
-from .base import Message, PrivilegedContext, Rollouts, as_text
+from .base import Message, PrivilegedContext, SampledContext, as_text
+from .rollouts import Rollouts
 
 
 logger = logging.get_logger(__name__)
@@ -42,6 +43,10 @@ class TeacherPrompt:
             Whether a prompt over budget gives `None` instead of an error.
         chat_template (`str`, *optional*):
             Chat template to use instead of the tokenizer's own.
+        student_template_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments of the student's chat template, for what a context has the policy answer.
+        max_sample_length (`int`, *optional*):
+            Budget in tokens of such a prompt.
     """
 
     context: PrivilegedContext
@@ -53,6 +58,8 @@ class TeacherPrompt:
     chat_template: str | None = None
     num_embeddings: int | None = None
     chat_prefix: str = ""
+    student_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_sample_length: int | None = None
     longest: int = field(default=0, init=False)
     _plain_prefix_ids: list[int] = field(init=False)
     _chat_prefix_ids: list[int] = field(init=False)
@@ -64,7 +71,11 @@ class TeacherPrompt:
         )
 
     def token_ids(
-        self, row: Mapping[str, Any], rollouts: Rollouts | None, tools: list[Callable[..., Any]] | None = None
+        self,
+        row: Mapping[str, Any],
+        rollouts: Rollouts | None,
+        tools: list[Callable[..., Any]] | None = None,
+        sampled: str | None = None,
     ) -> list[int] | None:
         """
         Token ids of the teacher's prompt, or `None` if the row has no context or is over budget and skipped.
@@ -76,13 +87,47 @@ class TeacherPrompt:
                 The rollouts of the row, if there are any yet.
             tools (`list[Callable[..., Any]]`, *optional*):
                 Tools shown by the chat template, as for the student.
+            sampled (`str`, *optional*):
+                What the policy wrote for a context that samples.
 
         Raises:
             ValueError: If the prompt is longer than `max_length` tokens and `skip_overlong` is `False`, or has a token
                 without an embedding, or if the context returned no messages.
         """
-        ids = self._all_ids(row, rollouts, tools)
+        ids = self._teacher_ids(row, rollouts, tools, sampled)
         return None if ids is None or self._is_skipped(ids) else ids
+
+    def sample_ids(self, row: Mapping[str, Any], rollouts: Rollouts | None) -> list[int] | None:
+        """
+        Token ids of what a context that samples has the policy answer, rendered as the student's prompt is, without
+        tools. `None` if there is nothing to answer, or if it is over budget and skipped.
+
+        Args:
+            row (`Mapping[str, Any]`):
+                Dataset row, `prompt` being a string or a list of messages.
+            rollouts ([`Rollouts`], *optional*):
+                The rollouts of the row, if there are any yet.
+
+        Raises:
+            ValueError: As for [`~TeacherPrompt.token_ids`], with `max_sample_length`.
+        """
+        if not isinstance(self.context, SampledContext):
+            return None
+        messages = self.context.sample_messages(_conversational(row), rollouts)
+        if messages is None:
+            return None
+        ids = self._rendered(row, messages, "sample_messages", None, self.student_template_kwargs)
+        check_embedded(ids, self.tokenizer, self.num_embeddings)
+        if self.max_sample_length is None or len(ids) <= self.max_sample_length:
+            return ids
+        if self.skip_overlong:
+            return None
+        raise ValueError(
+            f"The prompt that {type(self.context).__name__} has the policy answer has {len(ids)} tokens, and the "
+            f"model's context leaves {self.max_sample_length} beside what is sampled. Lower `max_new_tokens` of the "
+            "context, shorten the privileged column, drop the row, or set `overlong_teacher_prompt='skip'` to leave "
+            "such rows out of the loss."
+        )
 
     def _is_skipped(self, ids: list[int]) -> bool:
         """Whether a prompt is over budget, where that is no error."""
@@ -97,27 +142,51 @@ class TeacherPrompt:
             "`overlong_teacher_prompt='skip'` to leave such rows out of the loss."
         )
 
-    def _all_ids(
-        self, row: Mapping[str, Any], rollouts: Rollouts | None, tools: list[Callable[..., Any]] | None
+    def _teacher_ids(
+        self,
+        row: Mapping[str, Any],
+        rollouts: Rollouts | None,
+        tools: list[Callable[..., Any]] | None,
+        sampled: str | None = None,
     ) -> list[int] | None:
-        plain = isinstance(row["prompt"], str)
-        prompt = [{"role": "user", "content": row["prompt"]}] if plain else as_text(row["prompt"])
-        messages = self.context.teacher_messages({**row, "prompt": prompt}, rollouts)
+        if isinstance(self.context, SampledContext):
+            messages = self.context.teacher_messages(_conversational(row), rollouts, sampled)
+        else:
+            messages = self.context.teacher_messages(_conversational(row), rollouts)
         if messages is None:
             return None
+        ids = self._rendered(row, messages, "teacher_messages", tools, self.chat_template_kwargs)
+        ids = ids + (self._plain_prefix_ids if isinstance(row["prompt"], str) else self._chat_prefix_ids)
+        check_embedded(ids, self.tokenizer, self.num_embeddings)
+        return ids
+
+    def _rendered(
+        self,
+        row: Mapping[str, Any],
+        messages: list[Message],
+        hook: str,
+        tools: list[Callable[..., Any]] | None,
+        chat_template_kwargs: dict[str, Any],
+    ) -> list[int]:
+        """Token ids of messages of the context, tokenized as the row's prompt is."""
         if problem := _problem(messages):
             raise ValueError(
-                f"The privileged context {type(self.context).__name__} returned {problem}. `teacher_messages` returns "
+                f"The privileged context {type(self.context).__name__} returned {problem}. `{hook}` returns "
                 "a list of messages, dictionaries with `role` and `content`, that ends before the assistant's turn, "
                 "or `None` for a rollout to leave out."
             )
         messages = as_text(messages)
-        if plain:
-            ids = self._plain_ids(messages) + self._plain_prefix_ids
-        else:
-            ids = self._chat_ids(messages, tools) + self._chat_prefix_ids
-        check_embedded(ids, self.tokenizer, self.num_embeddings)
-        return ids
+        if isinstance(row["prompt"], str):
+            return self._plain_ids(messages)
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tools=tools or None,
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **chat_template_kwargs,
+        )["input_ids"]
 
     def check_rows(self, dataset: Any, name: str, tools: list[Callable[..., Any]] | None = None) -> None:
         """
@@ -152,7 +221,8 @@ class TeacherPrompt:
         num_skipped, longest, failure, error = 0, 0, None, None
         for index, row in zip(indices, progress, strict=True):
             try:
-                ids = self._all_ids(row, None, tools)
+                ids = self._teacher_ids(row, None, tools)
+                self.sample_ids(row, None)
                 # Rows whose context waits for the rollouts are not over budget
                 is_skipped = ids is not None and self._is_skipped(ids)
                 num_skipped += is_skipped
@@ -172,23 +242,18 @@ class TeacherPrompt:
         if total and state.is_main_process:
             logger.warning(f"{total} of {len(dataset)} rows of `{name}` will be left out of the loss.")
 
-    def _chat_ids(self, messages: list[Message], tools: list[Callable[..., Any]] | None) -> list[int]:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tools=tools or None,
-            chat_template=self.chat_template,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            **self.chat_template_kwargs,
-        )["input_ids"]
-
     def _plain_ids(self, messages: list[Message]) -> list[int]:
         text = "\n\n".join(message["content"] for message in messages)
         ids = without_end(self.tokenizer, self.tokenizer(text)["input_ids"])
         bos = self.tokenizer.bos_token_id
         # A prompt that spells out the BOS token gets a second one from the tokenizer
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def _conversational(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row as contexts read it, with messages of text as its prompt."""
+    prompt = row["prompt"]
+    return {**row, "prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else as_text(prompt)}
 
 
 def _problem(messages: Any) -> str | None:

@@ -1,9 +1,12 @@
 from .template import TemplateContext
 
 
-class _ColumnContext(TemplateContext):
+class ColumnContext(TemplateContext):
+    """A template that must have the placeholder of one dataset column."""
+
     def __init__(self, column: str, template: str):
         super().__init__(template)
+        self.column = column
         if column not in self.columns:
             raise ValueError(
                 f"The template {template!r} has no '{{{column}}}', so the teacher would not read that column. Add it, "
@@ -31,7 +34,7 @@ Solve the problem yourself: find reasoning of your own that leads there, try out
 Give the final answer in the form the problem asks for."""
 
 
-class SolutionContext(_ColumnContext):
+class SolutionContext(ColumnContext):
     """
     The teacher reads the reference solution, as in [OPSD](https://huggingface.co/papers/2601.18734).
 
@@ -47,7 +50,7 @@ class SolutionContext(_ColumnContext):
         super().__init__(column, _SOLUTION.replace("{solution}", f"{{{column}}}") if template is None else template)
 
 
-class AnswerContext(_ColumnContext):
+class AnswerContext(ColumnContext):
     """
     The teacher reads only the final answer, the leanest of the contexts compared in the study of [how
     self-distillation can degrade reasoning](https://huggingface.co/papers/2603.24472).

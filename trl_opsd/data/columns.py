@@ -1,10 +1,10 @@
 import logging
-import math
 from collections.abc import Iterable
-from string import Formatter
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
+
+from .template import Template
 
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ def to_prompts(
     mapping = {target: source for source, target in (column_mapping or {}).items() if source != target}
     _check_mapping(column_mapping or {}, columns)
 
-    template = None if prompt_template is None else _parse_template(prompt_template)
-    placeholders = {field for _, field in template or [] if field is not None}
+    template = None if prompt_template is None else Template(prompt_template, "`prompt_template`")
+    placeholders = set() if template is None else set(template.names)
     needs_prompt = template is None or "prompt" in placeholders
     if needs_prompt and "prompt" not in mapping and "prompt" not in columns:
         mapping["prompt"] = _find_prompt_column(columns)
@@ -75,7 +75,7 @@ def to_prompts(
         new = {target: row[source] for target, source in mapping.items()}
         row = {**row, **new}
         if template is not None:
-            prompt = [{"role": "user", "content": _fill(template, row, index)}]
+            prompt = [{"role": "user", "content": template.fill(row, f"row {index}")}]
         elif "prompt" in mapping and isinstance(row["prompt"], str):
             prompt = [{"role": "user", "content": row["prompt"]}]
         else:
@@ -119,39 +119,6 @@ def _find_prompt_column(columns: list[str]) -> str:
         )
     logger.warning(f"The dataset has no `prompt` column, its `{found[0]}` column becomes the prompt.")
     return found[0]
-
-
-def _parse_template(template: str) -> list[tuple[str, str | None]]:
-    try:
-        pieces = list(Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(
-            f"`prompt_template` is not a format string: {error}. Write literal braces doubled: {{{{ and }}}}."
-        ) from error
-    for _, field, spec, conversion in pieces:
-        if field is not None and (spec or conversion):
-            raise ValueError(
-                f"The placeholder {{{field}}} of `prompt_template` must be a column name alone, without conversion or "
-                "format."
-            )
-    return [(literal, field) for literal, field, _, _ in pieces]
-
-
-def _fill(template: list[tuple[str, str | None]], row: dict[str, Any], index: int) -> str:
-    filled = ""
-    for literal, field in template:
-        filled += literal
-        if field is None:
-            continue
-        value = row[field]
-        is_missing = value is None or (isinstance(value, float) and math.isnan(value))
-        if is_missing or not isinstance(value, str | int | float):
-            raise ValueError(
-                f"`prompt_template` needs text, but the column `{field}` of row {index} holds "
-                f"{'nothing' if is_missing else type(value).__name__}."
-            )
-        filled += str(value)
-    return filled
 
 
 def _with_system_prompt(system_prompt: str, prompt: Any, index: int) -> list[dict[str, Any]]:

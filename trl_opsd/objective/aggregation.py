@@ -16,14 +16,14 @@ _AGGREGATIONS = {
 
 
 def aggregation_weights(
-    mask: torch.Tensor, loss_type: str, num_tokens: torch.Tensor, max_completion_length: int
+    mask: torch.Tensor, loss_type: str, num_rows: torch.Tensor, num_tokens: torch.Tensor, max_completion_length: int
 ) -> torch.Tensor:
     """
     Weight of each token, so that Σ weights · token loss is the loss aggregated as `loss_type` says.
 
-    The weights are those GRPOTrainer applies, before its division by the number of accumulated micro-batches. A
-    sequence whose mask is all zero counts as a sequence of loss 0, so that splitting a batch into equal micro-batches
-    changes nothing.
+    The weights are those GRPOTrainer applies, before its division by the number of accumulated micro-batches, but for
+    sequences whose mask is all zero, which do not count: a mean is one over what takes part. Its normaliser is that of
+    the whole batch, so that how it is split into micro-batches changes nothing.
 
     Args:
         mask (`torch.Tensor` of shape `(B, T)`):
@@ -31,11 +31,13 @@ def aggregation_weights(
         loss_type (`str`):
             `"grpo"`, `"sapo"`: mean over sequences of their token means, the paper's choice for
             [OPSD](https://huggingface.co/papers/2601.18734). `"luspo"`: mean over sequences of their token sums.
-            `"dr_grpo"`: the sum divided by B · `max_completion_length`. `"bnpo"`: mean over the tokens of this batch.
-            `"dapo"`, `"cispo"`, `"vespo"`: the sum divided by `num_tokens`.
+            `"dr_grpo"`: the sum divided by `num_rows` · `max_completion_length`. `"bnpo"`: mean over the tokens of
+            this batch. `"dapo"`, `"cispo"`, `"vespo"`: the sum divided by `num_tokens`.
+        num_rows (`torch.Tensor`):
+            Positive scalar, the normaliser of means over sequences: the number of those that take part across
+            processes and accumulated micro-batches, divided by the numbers of both.
         num_tokens (`torch.Tensor`):
-            Positive scalar, the normaliser of `"dapo"`: the number of tokens that take part across processes and
-            accumulated micro-batches, divided by the numbers of both.
+            Positive scalar, the normaliser of `"dapo"`: the number of tokens, likewise.
         max_completion_length (`int`):
             The normaliser of `"dr_grpo"`.
 
@@ -50,11 +52,11 @@ def aggregation_weights(
     mask = mask.float()
     aggregation = _AGGREGATIONS[loss_type]
     if aggregation == "sequence_mean":
-        return mask / mask.sum(dim=1, keepdim=True).clamp(min=1.0) / mask.size(0)
+        return mask / mask.sum(dim=1, keepdim=True).clamp(min=1.0) / num_rows
     if aggregation == "sequence_sum":
-        return mask / mask.size(0)
+        return mask / num_rows
     if aggregation == "constant":
-        return mask / (mask.size(0) * max_completion_length)
+        return mask / (num_rows * max_completion_length)
     if aggregation == "local_mean":
         return mask / mask.sum().clamp(min=1.0)
     return mask / num_tokens

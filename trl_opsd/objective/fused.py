@@ -58,7 +58,7 @@ class FusedDivergence(NamedTuple):
             1 where the loss and its gradient are finite, else 0. Other rows contribute neither.
         top_k_overlap (`torch.Tensor`):
             Share of the teacher's top-k tokens that are among the student's. It is measured on at most 64 rows, evenly
-            spaced, and NaN for the others.
+            spaced, and NaN for the others, as it is without a teacher.
         top_k_mass (`torch.Tensor`):
             Probability the student gives to the teacher's top-k tokens, for the same rows.
     """
@@ -78,7 +78,7 @@ class FusedDivergence(NamedTuple):
 
 def fused_divergence(
     student_hidden: torch.Tensor,
-    teacher_states: torch.Tensor | TopLogProbs,
+    teacher_states: torch.Tensor | TopLogProbs | None,
     student_head: Head,
     teacher_head: Head | None,
     token_ids: torch.Tensor,
@@ -99,12 +99,13 @@ def fused_divergence(
     Args:
         student_hidden (`torch.Tensor` of shape `(N, H)`):
             Student hidden states, row n predicting token n.
-        teacher_states (`torch.Tensor` of shape `(N, H_t)` or [`TopLogProbs`]):
-            Teacher hidden states for the same tokens, or what a server reports of its distributions.
+        teacher_states (`torch.Tensor` of shape `(N, H_t)` or [`TopLogProbs`], *optional*):
+            Teacher hidden states for the same tokens, or what a server reports of its distributions. `None` for the
+            likelihood alone, at a product less: the student then stands in for the teacher.
         student_head ([`Head`]):
             Student head, with V rows.
         teacher_head ([`Head`], *optional*):
-            Teacher head, with V rows. It may share the student's tensors. `None` with [`TopLogProbs`].
+            Teacher head, with V rows. It may share the student's tensors. `None` without teacher states.
         token_ids (`torch.Tensor` of shape `(N,)`):
             Sampled tokens, int64.
         weights (`torch.Tensor` of shape `(N,)`):
@@ -130,6 +131,8 @@ def fused_divergence(
             if the kernel does not run on this device and in this dtype.
     """
     vocabulary = student_head.weight.size(0)
+    if teacher_states is None:
+        objective = Objective(support="sampled_token", top_k=objective.top_k, temperature=objective.temperature)
     if isinstance(teacher_states, TopLogProbs):
         teacher_states.check(objective)
     elif teacher_head is not None and teacher_head.weight.size(0) != vocabulary:
@@ -295,7 +298,11 @@ class _FusedDivergenceFunction(torch.autograd.Function):
             both = weights if likelihood_weights is None else torch.cat([weights, likelihood_weights])
             peak = both.abs().max().clamp(min=torch.finfo(wide).tiny)
 
-        student_block, teacher_block = (empty_block(block_rows, vocabulary, wide, device) for _ in range(2))
+        student_block = empty_block(block_rows, vocabulary, wide, device)
+        # Without a teacher both are the same memory: a row is read before it is written over. Compiled code assumes
+        # that it is not
+        shares_block = teacher_states is None and kernel != "compiled"
+        teacher_block = student_block if shares_block else empty_block(block_rows, vocabulary, wide, device)
         grad_block = student_block
         if device.type == "cuda" and dtype != wide:  # the first half of each row's memory
             grad_block = student_block.view(dtype)[:, :vocabulary]
@@ -315,10 +322,11 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         top_k = min(objective.top_k, vocabulary)
         search_every = max(1, math.ceil(num_rows / NUM_SEARCHED))
         num_searched = math.ceil(num_rows / search_every)
-        overlap = torch.empty(num_searched, dtype=wide, device=device)
-        top_logits = torch.empty(num_searched, top_k, dtype=wide, device=device)
+        overlap = torch.full((num_searched,), math.nan, dtype=wide, device=device)
+        top_logits = torch.full((num_searched, top_k), math.nan, dtype=wide, device=device)
         finishes = [
-            Finish(None, 1.0, None) if head is None else _detached(head, wide) for head in (student_head, teacher_head)
+            Finish(None, 1.0, None) if head is None else _detached(head, wide)
+            for head in (student_head, student_head if teacher_states is None else teacher_head)
         ]
 
         grad_hidden = torch.empty(hidden.shape, dtype=wide, device=device) if trains_hidden else None
@@ -332,7 +340,11 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                 start, size = rows.start, rows.stop - rows.start
                 student_rows = hidden[rows].to(dtype)
                 project(student_rows, weight, student_block[:size], dtype)
-                if teacher_head is None:
+                if teacher_states is None:
+                    teacher_rows = hidden[rows]
+                    if not shares_block:
+                        teacher_block[:size] = student_block[:size]
+                elif teacher_head is None:
                     teacher_rows = teacher_states.rows(rows)
                     teacher_rows.write_log_probs(teacher_block[:size])
                 else:
@@ -342,7 +354,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                 valid = padded(finite_rows(hidden[rows]) & finite_rows(teacher_rows))
                 for part in _slices(size, slice_rows):
                     first = part.start + -(start + part.start) % search_every
-                    if first < part.stop:
+                    if teacher_states is not None and first < part.stop:
                         searched = slice(first, part.stop, search_every)
                         student_logits = finishes[0].logits(student_block[searched])
                         teacher_logits = finishes[1].logits(teacher_block[searched])

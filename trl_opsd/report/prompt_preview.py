@@ -50,8 +50,8 @@ class PromptPreviewCallback(TrainerCallback):
         if teacher_ids is None:
             console.print(Rule("Teacher prompt"))
             console.print(
-                "None for this row before training: its privileged context needs the student's rollouts, or leaves "
-                "the row out."
+                "None for this row before training: its privileged context needs the student's rollouts or what the "
+                "student writes for it, or leaves the row out."
             )
         else:
             self._print_prompt(console, "Teacher prompt", teacher_ids)

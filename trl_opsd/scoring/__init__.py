@@ -2,6 +2,7 @@
 
 from .heads import backbone_of, causal_lm, head_of, unsharded
 from .logits import check_logits, check_packing
+from .networks import Networks, rows_of
 from .packed import can_pack, packed_states
 from .passes import cut_by_tokens, cut_into, keep_groups_together, padded_length, used_width
 from .positions import positions
@@ -10,6 +11,7 @@ from .states import completion_states, evaluation_mode
 
 
 __all__ = [
+    "Networks",
     "backbone_of",
     "can_pack",
     "can_share_prompts",
@@ -26,6 +28,7 @@ __all__ = [
     "padded_length",
     "pays_off",
     "positions",
+    "rows_of",
     "states_with_shared_prompts",
     "unsharded",
     "used_width",

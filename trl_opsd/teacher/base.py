@@ -48,12 +48,12 @@ class Teacher(ABC):
                 weights yield it.
         """
 
-    def annotate(self, prompts: list[torch.Tensor | None], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def annotate(self, prompts: list[list[int] | None], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
         What has to be asked of the teacher as soon as rollouts are there. Called on every process, each with its own.
 
         Args:
-            prompts (`list[torch.Tensor | None]`):
+            prompts (`list[list[int] | None]`):
                 Token ids of the B teacher prompts. `None` for a row without a context.
             batch (`dict[str, torch.Tensor]`):
                 The rollouts, with `completion_ids` and `completion_mask` of shape `(B, T)`.

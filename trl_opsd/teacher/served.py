@@ -31,7 +31,7 @@ class ServedTeacher(Teacher):
     def weights(self, policy: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def annotate(self, prompts: list[torch.Tensor | None], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def annotate(self, prompts: list[list[int] | None], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
         See [`Teacher.annotate`].
 
@@ -40,8 +40,7 @@ class ServedTeacher(Teacher):
         """
         ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
         completions = [row[selected].tolist() for row, selected in zip(ids, mask, strict=True)]
-        given = [None if prompt is None else prompt.tolist() for prompt in prompts]
-        scores = self.server.score(given, completions, ids.size(1))
+        scores = self.server.score(prompts, completions, ids.size(1))
         return {f"teacher_{name}": values.to(ids.device) for name, values in scores._asdict().items()}
 
     def targets(self, policy: nn.Module, rows: dict[str, Any], selected: torch.Tensor, read: Any) -> Targets:

@@ -1,11 +1,37 @@
 """What cannot work, in the order in which it becomes known: all but the last before the model is loaded."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..context import check_embedded
+from ..context import PrivilegedContext, check_embedded
+from ..signal import Signals
 from .config import SelfDistillationConfig
+
+
+def check_context(
+    context: PrivilegedContext,
+    num_generations: int,
+    train_dataset: Any,
+    has_reward_funcs: bool,
+    has_environments: bool,
+    has_rollout_func: bool,
+) -> None:
+    """
+    Refuse a context that could never be given, and let it see the training set if it wants to.
+
+    Raises:
+        ValueError: If the context says so.
+    """
+    if hasattr(context, "check_run"):
+        columns: Iterable[str] = ()
+        if train_dataset is not None:
+            columns = train_dataset.column_names or next(iter(train_dataset), {})
+        has_rewards = has_reward_funcs or has_environments
+        context.check_run(num_generations, has_rewards, has_rewards or has_rollout_func or "feedback" in columns)
+    if hasattr(context, "read_dataset"):
+        context.read_dataset(train_dataset)
 
 
 def check_completion_length(args: SelfDistillationConfig, model_config: Any, samples_itself: bool) -> None:
@@ -66,3 +92,39 @@ def check_grpo_pass(policy: Any, router_aux_loss_coef: float) -> None:
             f"Leave out what asks for that pass: `router_aux_loss_coef={router_aux_loss_coef}` (set it to 0.0), "
             "`entropy_coef`, or a `distillation_temperature` other than `temperature` with GRPO's loss."
         )
+
+
+def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bool) -> None:
+    """
+    Refuse a loss without a term, and parts of a method that need a reward where there is none.
+
+    Args:
+        signals ([`Signals`]):
+            The parts.
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+        has_reward (`bool`):
+            Whether there are reward functions.
+
+    Raises:
+        ValueError: Naming the part and the way out.
+    """
+    if not any(signals.has_term(name) for name in signals.coefficients):
+        raise ValueError(
+            "Nothing is trained: `divergence_coef`, `policy_loss_coef` and `likelihood_coef` are all 0. Set one."
+        )
+    if signals.has_term("policy_loss_coef") and signals.advantage.needs_reward:
+        if args.num_generations == 1:
+            raise ValueError(
+                f"`policy_loss_coef={args.policy_loss_coef}` needs `num_generations` of at least 2: in a group of one "
+                "every advantage is zero. Raise `num_generations`, or set `policy_loss_coef=0.0`."
+            )
+        if not has_reward:
+            raise ValueError(
+                f"`policy_loss_coef={args.policy_loss_coef}` needs `reward_funcs`. Pass some, or set it to 0."
+            )
+    for part in signals.weightings:
+        if part.needs_reward and not has_reward:
+            raise ValueError(
+                f"`token_weights` has {type(part).__name__}, which needs `reward_funcs`. Pass some, or leave it out."
+            )

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import Field, dataclass, field
@@ -39,10 +40,14 @@ class SelfDistillationConfig(GRPOConfig):
         > Parameters that control the privileged context
 
         privileged_context (`str`, *optional*, defaults to `"solution"`):
-            What the teacher reads beyond the student's prompt: `"solution"`, `"answer"`, `"concise"`, `"template"`, or
-            the import path of a class that implements [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
+            What the teacher reads beyond the student's prompt: `"solution"`, `"answer"`, `"hint"`, `"concise"`,
+            `"peers"`, `"feedback"`, `"reflection"`, `"plan"`, `"template"`, the controls `"none"`, `"other_solution"`,
+            `"partial_solution"` and `"shuffled_solution"`, or the import path of a class that implements
+            [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
         context_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of that class, for example `{"column": "reference_solution"}` or `{"template": "..."}`.
+        success_threshold (`float`, *optional*, defaults to `1.0`):
+            Least reward, summed over the weighted reward functions, of a rollout that counts as correct.
         teacher_chat_template_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments for the chat template when it renders the teacher's prompt. `chat_template_kwargs` is the
             student's. `None` uses the student's.
@@ -123,10 +128,34 @@ class SelfDistillationConfig(GRPOConfig):
             does not clip.
         distillation_temperature (`float`, *optional*):
             Temperature both sets of logits are divided by inside the loss. `None` uses the sampling `temperature`.
+        > Parameters that control the terms of the loss
+
+        divergence_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of the divergence. At `0.0`, the teacher does not take part in the loss, and reads rollouts only if
+            a part of the method asks for its scores.
         policy_loss_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of GRPO's own policy loss, added to the divergence. It needs a reward and more than one rollout per
-            prompt, and no forward pass of its own unless `distillation_temperature` is another than `temperature`. At
-            `0.0`, reward functions are evaluated and logged only.
+            Weight of GRPO's own policy loss. It needs a reward and more than one rollout per prompt (unless
+            `advantage` needs neither), and no forward pass of its own unless `distillation_temperature` is another
+            than `temperature`. At `0.0`, reward functions are evaluated and logged only.
+        likelihood_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of −log p_student of the sampled tokens, at `distillation_temperature`, aggregated as `loss_type`
+            says. It takes no forward pass of its own.
+        token_weights (`dict[str, dict]` or `str`, *optional*):
+            Factors of each token in the divergence and the likelihood, multiplied, as name and keyword arguments:
+            `"correct_only"` keeps rollouts whose reward reaches `success_threshold`, `"skip_first"` (`num_tokens`)
+            leaves out the first tokens, `"importance_clip"` (`most`) corrects for a policy that has moved since it
+            sampled; or the import path of a subclass of [`TokenWeighting`]. What `correct_only` and `skip_first` leave
+            out counts in no mean.
+        advantage (`str`, *optional*, defaults to `"grpo"`):
+            What makes GRPO's advantage of a rollout one of each token: `"grpo"` leaves it as it is; or the import path
+            of a subclass of [`Advantage`], such as `"trl_opsd.methods.rlrt.ReversedTeacher"`.
+        advantage_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of that class.
+        schedules (`dict[str, dict]` or `str`, *optional*):
+            Coefficients that change with the optimizer steps, by name: `"divergence_coef"`, `"policy_loss_coef"`,
+            `"likelihood_coef"`, or the field of a part, such as `"advantage.mix"`. `{"start": 0.5, "end": 0.0,
+            "num_steps": 50}` is linear (`"delay"`: steps before it begins); `{"kind": "hysteresis", "value": 0.5}` is
+            a gate (see [`Hysteresis`]); `"kind"` may be the import path of a subclass of [`Schedule`].
         lmbda (`float`, *optional*, defaults to `1.0`):
             Share of on-policy sequences, as in [`~trl.experimental.gkd.GKDConfig`]. The other sequences take the
             dataset's `completion` column, or a sample of the teacher with `seq_kd=True`. Evaluation is always
@@ -178,6 +207,9 @@ class SelfDistillationConfig(GRPOConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *GRPOConfig._VALID_DICT_FIELDS,
         "context_kwargs",
+        "token_weights",
+        "advantage_kwargs",
+        "schedules",
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
     ]
@@ -192,6 +224,7 @@ class SelfDistillationConfig(GRPOConfig):
 
     privileged_context: str = "solution"
     context_kwargs: dict[str, Any] | str | None = None
+    success_threshold: float = 1.0
     teacher_chat_template_kwargs: dict[str, Any] | str | None = None
     teacher_generation_prefix: str | None = None
     max_teacher_prompt_length: int | None = None
@@ -216,7 +249,14 @@ class SelfDistillationConfig(GRPOConfig):
     divergence_tail: str | None = field(default=None, metadata={"choices": ["bucket", "renormalize"]})
     divergence_clip: float | None = None
     distillation_temperature: float | None = None
+
+    divergence_coef: float = 1.0
     policy_loss_coef: float = 0.0
+    likelihood_coef: float = 0.0
+    token_weights: dict[str, Any] | str | None = None
+    advantage: str = "grpo"
+    advantage_kwargs: dict[str, Any] | str | None = None
+    schedules: dict[str, Any] | str | None = None
     lmbda: float = 1.0
     seq_kd: bool = False
 
@@ -392,13 +432,11 @@ class SelfDistillationConfig(GRPOConfig):
                 "cache of an engine that sleeps (`vllm_enable_sleep_mode=True`) are still there. Leave it `True`, and "
                 "ask `torch.cuda.mem_get_info()`."
             )
-        if self.policy_loss_coef < 0.0:
-            raise ValueError(f"`policy_loss_coef` must not be negative, got {self.policy_loss_coef}.")
-        if self.policy_loss_coef > 0.0 and self.num_generations == 1:
-            raise ValueError(
-                f"`policy_loss_coef={self.policy_loss_coef}` needs `num_generations` of at least 2: in a group of one "
-                "every advantage is zero. Raise `num_generations`, or set `policy_loss_coef=0.0`."
-            )
+        if not math.isfinite(self.success_threshold):
+            raise ValueError(f"`success_threshold` must be a finite number, got {self.success_threshold}.")
+        for name in ("divergence_coef", "policy_loss_coef", "likelihood_coef"):
+            if getattr(self, name) < 0.0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.max_tokens_per_microbatch is not None:
             self._check_max_tokens_per_microbatch(self.max_tokens_per_microbatch)
         for name in ("vllm_server_base_url", "teacher_server_base_url"):

@@ -23,6 +23,8 @@ class Metrics:
         self._minima: set[str] = set()  # of the maxima, those of values with the sign turned
         self._reduced_rates: dict[str, tuple[float, float]] = {}
         self._reduced_maxima: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
+        """The rates of the last reduction, by name."""
 
     def add_rate(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
         """
@@ -69,9 +71,13 @@ class Metrics:
             return
         own = torch.cat([*self._rates.values(), *(value.view(1) for value in self._maxima.values())])
         columns = iter(zip(*gather(own.unsqueeze(0)).tolist(), strict=True))  # of the processes' values
+        self.latest = {}
         for name in self._rates:
-            total, count = self._reduced_rates.get(name, (0.0, 0.0))
-            self._reduced_rates[name] = total + sum(next(columns)), count + sum(next(columns))
+            total, count = sum(next(columns)), sum(next(columns))
+            if count:
+                self.latest[name] = total / count
+            before = self._reduced_rates.get(name, (0.0, 0.0))
+            self._reduced_rates[name] = before[0] + total, before[1] + count
         for name in self._maxima:
             self._reduced_maxima[name] = max(*next(columns), self._reduced_maxima.get(name, -math.inf))
         self._rates, self._maxima = {}, {}
@@ -119,6 +125,27 @@ def add_divergence(metrics: Metrics, output: FusedDivergence, knows_teacher_entr
         known = finite & values.isfinite()
         metrics.add_rate(name, values.where(known, 0.0).sum(), known.sum())
     metrics.add_rate("skipped_token_rate", (~finite).sum(), finite.new_tensor(len(finite), dtype=torch.int64))
+
+
+def add_contexts(metrics: Metrics, batch: Mapping[str, torch.Tensor], num_empty: int) -> None:
+    """
+    Add how many rows have a context, and how long the teacher's prompts are.
+
+    Args:
+        metrics ([`Metrics`]):
+            Where it goes.
+        batch (`Mapping[str, torch.Tensor]`):
+            With `has_context` and `teacher_prompt_mask`.
+        num_empty (`int`):
+            Rows whose completion is empty, which have none.
+    """
+    has_context = batch["has_context"]
+    num_rows, empty = torch.tensor([len(has_context), num_empty], device=has_context.device)
+    lengths = batch["teacher_prompt_mask"].sum(1)[has_context]
+    metrics.add_rate("context_rate", has_context.sum(), num_rows - empty)
+    metrics.add_rate("empty_completion_rate", empty, num_rows)
+    metrics.add_rate("teacher_prompts/mean_length", lengths.sum(), has_context.sum())
+    metrics.add_maximum("teacher_prompts/max_length", lengths)
 
 
 def add_sampler_difference(metrics: Metrics, log_prob: torch.Tensor, sampled: torch.Tensor) -> None:

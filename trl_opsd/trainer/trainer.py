@@ -6,7 +6,9 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
   (left-padded), `completion_ids`, `completion_mask` (right-padded), `advantages` and, with tools, `tool_mask`; with
   vLLM, `importance_sampling_ratio`. Extra tensors in that dict are shuffled and split with the rest.
 - `_calculate_rewards(inputs, prompts, completions, completion_ids_list)` is called once per batch, after generation,
-  and returns the rewards of all processes, of shape (B_global, number of reward functions).
+  and returns the rewards of all processes, of shape (B_global, number of reward functions). Reward functions get
+  `_log_completion_extra(column, values)` as `log_extra`, which adds to `_pending_extra_logs[column]`; it is emptied
+  after `_calculate_rewards` has returned. `environments` are those of the batch, or `None`.
 - `_generate(prompts)` calls `rollout_func`, or `_generate_single_turn(prompt_ids, images, multimodal_fields,
   num_generations, has_tool_images)` for each turn, which samples from `model_wrapped`.
 - `_compute_loss(model, inputs)` returns the loss of a micro-batch, already divided by the number of accumulated
@@ -56,12 +58,12 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
-from trl.trainer.utils import get_config_model_id, pad
+from trl.trainer.utils import get_config_model_id
 
 from ..context import (
-    Rollouts,
+    SampledContext,
     TeacherPrompt,
-    TemplateContext,
+    TextContext,
     as_text,
     check_embedded,
     make_context,
@@ -72,33 +74,43 @@ from ..data import validate_rows
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
     Divergence,
+    FusedDivergence,
     Objective,
     Support,
     Tail,
     generalized_jsd_loss,
 )
 from ..sampling import Sampling
-from ..scoring import can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
+from ..scoring import Networks, can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
     ServerError,
-    check_context,
+    check_rollouts_fit,
     check_vllm_installed,
     longest_prompt,
     prepare_sampler,
     report_failures,
     wait_for_sampler,
 )
+from ..signal import Batch
 from ..teacher import Teacher, fingerprint
+from .batch import (
+    Generation,
+    TeacherInputs,
+    all_feedback,
+    check_feedback,
+    joined_feedback,
+)
 from .checkpoints import load_weights
-from .checks import check_completion_length, check_grpo_pass, check_special_tokens
+from .checks import check_completion_length, check_context, check_grpo_pass, check_signals, check_special_tokens
 from .config import SelfDistillationConfig
 from .lengths import fit_completions, prompt_budget
 from .loss import SelfDistillationLoss
 from .method import Method
-from .metrics import Metrics, add_divergence, add_policy, add_sampler_difference
+from .metrics import Metrics, add_contexts, add_divergence, add_policy, add_sampler_difference
 from .random_numbers import random_numbers
 from .run_state import Attributes, ProcessFiles, RunState, dataset_summary
 from .sampling_settings import transformers_settings, vllm_settings
+from .signals import make_signals
 from .teachers import connect_teacher, load_teacher
 from .world import check_world
 
@@ -201,6 +213,10 @@ class SelfDistillationTrainer(GRPOTrainer):
 
         # Everything that can be wrong with the data is found before the model is loaded
         self.context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
+        self.signals = make_signals(args)
+        check_signals(self.signals, args, has_reward=bool(reward_funcs))
+        gives = [reward_funcs, environment_factory, rollout_func]
+        check_context(self.context, cast(int, args.num_generations), train_dataset, *map(bool, gives))
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         if processing_class is None:
             # Not a processor, which multimodal checkpoints have too: what is trained on is text
@@ -275,7 +291,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._rows: list[Mapping[str, Any]] = []
         self._empty_rollouts: set[int] = set()
         self._dataset_tokens = 0
-        self._rollouts: dict[str, Any] = {}
+        self._generation: Generation
         self.statistics = {"train": Metrics(), "eval": Metrics()}
         self._num_generated_tokens = 0
         self._given_log_probs: tuple[torch.Tensor, torch.Tensor, None] | None = None
@@ -300,13 +316,21 @@ class SelfDistillationTrainer(GRPOTrainer):
             for values in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
                 values.pop(0)
             self.reward_weights = self.reward_weights[1:]
-        if self.args.policy_loss_coef > 0.0 and not self.reward_funcs:
-            raise ValueError(
-                f"`policy_loss_coef={self.args.policy_loss_coef}` needs `reward_funcs`. Pass some, or set it to 0."
-            )
+        self._teacher_inputs = TeacherInputs(
+            self.teacher_prompt,
+            self.reward_weights,
+            args.success_threshold,
+            (*self.eos_token_ids, self._tokenizer.pad_token_id),
+            self._tokenizer.pad_token_id,
+            self.pad_to_multiple_of,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            gather_object,
+            self._sample_for_context,
+        )
         self._has_grpo_terms = (
             self.beta != 0.0
-            or self.args.policy_loss_coef > 0.0
+            or self.signals.has_term("policy_loss_coef")
             or self._entropy_bonus_enabled
             or self.aux_loss_enabled
         )
@@ -358,17 +382,20 @@ class SelfDistillationTrainer(GRPOTrainer):
             if module is not None:
                 teacher = causal_lm(self.accelerator.unwrap_model(module))
                 shares_prompts, packs_rows = can_share_prompts(teacher), packs_rows and can_pack(teacher)
-        self.loss = SelfDistillationLoss(
-            args,
+        networks = Networks(
             self.accelerator,
             self.teacher,
-            objective,
             shares_prompts,
             packs_rows,
             self.pad_to_multiple_of,
+            args.max_tokens_per_microbatch,
+            objective.temperature,
+            args.divergence_memory,
+            args.divergence_kernel,
         )
+        self.loss = SelfDistillationLoss(args, self.accelerator, networks, objective, self.signals)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            self.loss.check_logits(self.model)
+            networks.check_logits(self.model)
         self._guard = SkipNonFiniteSteps()
         self.add_callback(self._guard)
         self.add_callback(_StepCallback(self))
@@ -406,6 +433,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         if prefix is None:
             prefix, chat_prefix = "", thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
 
+        asked = self.context.sampling["max_new_tokens"] if isinstance(self.context, SampledContext) else 0
+        policy_context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
         return TeacherPrompt(
             context=self.context,
             tokenizer=tokenizer,
@@ -415,6 +444,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             skip_overlong=args.overlong_teacher_prompt == "skip",
             num_embeddings=getattr(model_config.get_text_config(), "vocab_size", None),
             chat_prefix=chat_prefix,
+            student_template_kwargs=student_kwargs,
+            max_sample_length=None if policy_context is None else policy_context - asked,
         )
 
     def _check_dataset(self, dataset: Any, name: str, tools: list[Callable] | None) -> Any:
@@ -426,7 +457,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 f"`{name}` has the column {sorted(images)[0]!r}, but the teacher's prompt is text only. Remove it."
             )
         # Completions may be messages, and a context of the user's may read anything
-        texts = self.context.columns if isinstance(self.context, TemplateContext) else ()
+        texts = self.context.columns if isinstance(self.context, TextContext) else ()
         structured = [column for column in self._data_columns if column not in texts]
         dataset = validate_rows(dataset, self._data_columns, name=name, structured=structured)
         first = next(iter(dataset))
@@ -443,6 +474,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         run_state = RunState(self.accelerator, self.args, data, fingerprints)
         run_state.add("teacher", self.teacher)
         run_state.add("guard", self._guard)
+        for name, schedule in self.signals.schedules.items():
+            run_state.add(f"schedules.{name}", schedule)
         run_state.add("counts", Attributes(self, num_generated_tokens="_num_generated_tokens"))
         rollouts = ProcessFiles("rollouts", self._leftover_rollouts, self._take_up_rollouts, self.accelerator)
         run_state.add("rollouts", rollouts)
@@ -463,12 +496,12 @@ class SelfDistillationTrainer(GRPOTrainer):
                 self.train_dataset, lambda prompts: self._tokenize_prompts(prompts)[0], self.accelerator
             )
         field = "vllm_max_model_length" if self._samples_in_process else "--max-model-len"
-        check_context(limit, longest, self.max_completion_length, field)
+        check_rollouts_fit(limit, longest, self.max_completion_length, field)
         return limit
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._data_columns]))
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._data_columns, "feedback"]))
 
     def preview_prompts(self) -> tuple[list[int], list[int] | None]:
         """
@@ -550,7 +583,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             sampling ([`~trl_opsd.sampling.Sampling`]):
                 How to draw tokens. Nothing else applies, whatever the rollouts are sampled by.
             stream (`int`, *optional*, defaults to `0`):
-                Stream of random numbers to draw from: one of its own for each purpose. Those of evaluations are 1.
+                Stream of random numbers to draw from: one of its own for each purpose. Those of evaluations are 1,
+                those of contexts 2.
 
         Returns:
             `list[list[int]]`: token ids of each completion, the end-of-turn token included.
@@ -586,6 +620,9 @@ class SelfDistillationTrainer(GRPOTrainer):
             for module in self.model_wrapped.modules() if self.is_fsdp_enabled else ():
                 if isinstance(module, FSDPModule):
                     module.reshard()
+
+    def _sample_for_context(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        return self.sample(prompt_ids, Sampling(**cast(SampledContext, self.context).sampling), stream=2)
 
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
@@ -662,14 +699,32 @@ class SelfDistillationTrainer(GRPOTrainer):
         else:
             num_rollouts = len(prompts) * self.accelerator.num_processes
             rewards = torch.zeros(num_rollouts, 0, device=self.accelerator.device)
-        self._rollouts = {"prompts": prompts, "completions": completions, "rewards": rewards}
+        self._generation = Generation(
+            rows=[{**row, "prompt": prompt} for row, prompt in zip(inputs, prompts, strict=True)],
+            completions=completions,
+            token_ids=completion_ids_list,
+            rewards=rewards,
+            feedback=all_feedback(self._pending_extra_logs.get("feedback"), self.environments, inputs),
+            tools=[self._env_tools[name] for name in self._batch_environments]
+            if self.environment_factories
+            else [self.tools] * len(inputs),
+            empty=self._empty_rollouts,
+        )
         return rewards
+
+    def _log_completion_extra(self, column, values):
+        if column == "feedback":
+            who = " or ".join(f"`{name}`" for name in self.reward_func_names)
+            values = check_feedback(values, len(self._rows), f"The reward function {who}")
+            earlier = self._pending_extra_logs.pop("feedback", None) or [None] * len(values)
+            values = [joined_feedback(*pair) for pair in zip(earlier, values, strict=True)]
+        super()._log_completion_extra(column, values)
 
     def _prepare_inputs(self, generation_batch):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         fresh = self._buffered_inputs is not buffered
-        if fresh and self.num_generations > 1 and self.loss.can_share_prompts:
+        if fresh and self.num_generations > 1 and self.loss.networks.can_share_prompts:
             # GRPO's shuffle scatters the rollouts of a prompt over micro-batches, where each would pay for the
             # teacher's prompt again. Rows change places among the micro-batches of one optimizer step only, so that
             # every step keeps the rows the shuffle gave it: the greatest common divisor never straddles two steps.
@@ -688,75 +743,66 @@ class SelfDistillationTrainer(GRPOTrainer):
         if not self.reward_funcs:
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[mode].pop(name, None)
-        return self._add_teacher_inputs(batch, mode)
+        return self._add_streams(self._add_teacher_inputs(batch, mode), mode)
+
+    def _add_streams(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
+        """What the method's parts make of the rollouts: the streams of the loss's terms."""
+        signals, mask = self.signals, (batch.get("tool_mask", 1) * batch["completion_mask"]).bool()
+        mask[sorted(self._empty_rollouts)] = False
+        rollouts = Batch(
+            batch["completion_ids"],
+            mask,
+            has_context=batch["has_context"].unsqueeze(1),
+            rewards=batch["rewards"].unsqueeze(1),
+            correct=batch["correct"].unsqueeze(1) == 1,
+            success_rate=batch["success_rate"].unsqueeze(1),
+        )
+        scores = None
+        if signals.needs_scores:
+            scored = {**batch, "divergence_mask": rollouts.mask & rollouts.has_context}
+            size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+            scores, output = self.loss.scores(self.model_wrapped, scored, size)
+            if not signals.coefficients["divergence_coef"]:
+                self._add_divergence(mode, output)
+        batch |= signals.streams(batch["advantages"], rollouts, scores)
+        counts: dict[str, torch.Tensor] = {}
+        for term in ("divergence", "likelihood"):
+            rows = batch[f"{term}_mask"].any(dim=1)
+            counts |= {f"num_{term}_rows": rows.sum(), f"num_{term}_tokens": batch[f"{term}_mask"].sum()}
+            if signals.coefficients[f"{term}_coef"]:
+                self.statistics[mode].add_rate(f"{term}_row_rate", rows.sum(), torch.ones_like(rows).sum())
+        batch |= self.accelerator.reduce({name: count.float() for name, count in counts.items()}, "sum")
+        if signals.policy_weightings:
+            batch["old_log_probs"] = self._old_log_probs(batch)
+        return batch
+
+    def _old_log_probs(self, batch: dict[str, Any]) -> torch.Tensor | None:
+        """Log-probabilities under the policy that sampled, where it is not the student in every loss to come."""
+        if self._compares_with_sampler and "sampling_per_token_logps" in batch:
+            return batch["sampling_per_token_logps"]
+        return batch.get("old_per_token_logps")
 
     def _add_teacher_inputs(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
-        device = self.accelerator.device
-        teacher_ids, has_context = [], []
-        for index, rollouts in enumerate(self._groups(mode)):
-            row = {**self._rows[index], "prompt": self._rollouts["prompts"][index]}
-            tools = self._env_tools[self._batch_environments[index]] if self.environment_factories else self.tools
-            ids = None if index in self._empty_rollouts else self.teacher_prompt.token_ids(row, rollouts, tools)
-            has_context.append(ids is not None)
-            if ids is None:  # masked from the loss, and not read
-                ids = batch["prompt_ids"][index][batch["prompt_mask"][index].bool()].tolist()
-            teacher_ids.append(torch.tensor(ids))
-        # The same number for rows with the same teacher prompt
-        first_rows: dict[tuple[int, ...], int] = {}
-        numbers = [first_rows.setdefault(tuple(ids.tolist()), index) for index, ids in enumerate(teacher_ids)]
-        batch["teacher_prompt_groups"] = torch.tensor(numbers)
-        batch["teacher_prompt_ids"] = pad(
-            teacher_ids, self._tokenizer.pad_token_id, padding_side="left", pad_to_multiple_of=self.pad_to_multiple_of
-        ).to(device)
-        batch["teacher_prompt_mask"] = pad(
-            [torch.ones_like(ids) for ids in teacher_ids], 0, "left", self.pad_to_multiple_of
-        ).to(device)
-
-        prompts = [ids if given else None for ids, given in zip(teacher_ids, has_context, strict=True)]
-        batch.update(self.teacher.annotate(prompts, batch))
-
+        device, size = self.accelerator.device, self.num_generations if mode == "train" else self.num_generations_eval
+        student_ids = [
+            ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
+        ]
+        teacher_ids, tensors = self._teacher_inputs(self._generation, student_ids, size, self.statistics[mode])
+        batch.update(self.teacher.annotate(teacher_ids, batch))
+        groups = tensors.pop("teacher_prompt_groups")  # no work for the device
+        batch.update({name: values.to(device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
         model_tokens = batch.get("tool_mask", 1) * batch["completion_mask"]
-        loss_mask = model_tokens * torch.tensor(has_context, device=device).unsqueeze(1)
-        batch["loss_mask"] = loss_mask
-        with_context = torch.tensor(has_context, device=device)
-        num_rows, num_empty = torch.tensor([len(has_context), len(self._empty_rollouts)], device=device)
+        self._count_tokens(model_tokens, mode)
+        add_contexts(self.statistics[mode], batch, len(self._empty_rollouts))
+        return batch
+
+    def _count_tokens(self, model_tokens: torch.Tensor, mode: str) -> None:
         num_stand_ins = model_tokens[sorted(self._empty_rollouts)].sum()
         num_generated = model_tokens.sum() - self._dataset_tokens - num_stand_ins
-        counts = torch.stack([loss_mask.sum(), num_generated]).float()
-        batch["num_loss_tokens"], num_generated = self.accelerator.reduce(counts, "sum")
+        num_generated = self.accelerator.reduce(num_generated, "sum")
         if mode == "train":
             self._num_generated_tokens += int(num_generated)
         self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
-
-        lengths = batch["teacher_prompt_mask"].sum(1)[with_context]
-        metrics = self.statistics[mode]
-        metrics.add_rate("context_rate", with_context.sum(), num_rows - num_empty)
-        metrics.add_rate("empty_completion_rate", num_empty, num_rows)
-        metrics.add_rate("teacher_prompts/mean_length", lengths.sum(), with_context.sum())
-        metrics.add_maximum("teacher_prompts/max_length", lengths)
-        return batch
-
-    def _groups(self, mode: str) -> list[Rollouts]:
-        """For each local rollout, the rollouts of its prompt, which may be spread over processes."""
-        size = self.num_generations if mode == "train" else self.num_generations_eval
-        texts = [
-            completion if isinstance(completion, str) else "\n".join(str(m.get("content") or "") for m in completion)
-            for completion in self._rollouts["completions"]
-        ]
-        first = self.accelerator.process_index * len(texts)
-        all_texts = gather_object(texts) if self.accelerator.num_processes > 1 else texts
-        per_func = self._rollouts["rewards"]
-        sums = (per_func * self.reward_weights.to(per_func.device)).nansum(dim=1)
-        rewards = [
-            None if unscored else value
-            for value, unscored in zip(sums.tolist(), per_func.isnan().all(dim=1).tolist(), strict=True)
-        ]
-        groups = []
-        for index in range(first, first + len(texts)):
-            start = index // size * size
-            group = slice(start, start + size)
-            groups.append(Rollouts(texts=all_texts[group], rewards=rewards[group], index=index - start))
-        return groups
 
     # Loss
 
@@ -765,23 +811,30 @@ class SelfDistillationTrainer(GRPOTrainer):
         num_micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
         num_generation_batches = self.args.steps_per_generation if mode == "train" else 1
         policy = self._policy_term if self._shares_student_pass else None
-        loss, output, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
+        loss, output, likelihood, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
         metrics = self.statistics[mode]
-        add_divergence(metrics, output, self.teacher.knows_entropy, self.args.divergence_clip is not None)
-        fresh = mode == "eval" or self.state.global_step == self._generation_step
-        if self._compares_with_sampler and fresh and "sampling_per_token_logps" in inputs:
-            sampled = [rows["sampling_per_token_logps"][rows["loss_mask"].bool()] for rows in passes]
-            add_sampler_difference(metrics, output.student_log_prob, torch.cat(sampled))
+        if self.signals.coefficients["divergence_coef"]:
+            self._add_divergence(mode, output)
+            fresh = mode == "eval" or self.state.global_step == self._generation_step
+            if self._compares_with_sampler and fresh and "sampling_per_token_logps" in inputs:
+                sampled = [rows["sampling_per_token_logps"][rows["divergence_mask"].bool()] for rows in passes]
+                add_sampler_difference(metrics, output.student_log_prob, torch.cat(sampled))
+        if self.signals.coefficients["likelihood_coef"]:
+            metrics.add_rate("likelihood_loss", likelihood.sum(), likelihood.new_tensor(len(likelihood)))
         if self._has_grpo_terms and not self._shares_student_pass:
             loss = loss + self._grpo_loss(model, inputs, mode)
         if mode == "eval" or self.accelerator.sync_gradients:
             metrics.reduce(self.accelerator.gather)
         return loss
 
+    def _add_divergence(self, mode: str, output: FusedDivergence) -> None:
+        clips = self.args.divergence_clip is not None
+        add_divergence(self.statistics[mode], output, self.teacher.knows_entropy, clips)
+
     def _grpo_loss(self, model, inputs, mode):
         """GRPO's own loss. What it logs becomes sums and counts."""
         kept, self._metrics[mode] = self._metrics[mode], defaultdict(list)
-        advantages = inputs["advantages"] * self.args.policy_loss_coef
+        advantages = inputs["advantages"] * self.signals.coefficients["policy_loss_coef"]
         try:
             loss = super()._compute_loss(model, {**inputs, "advantages": advantages})
         finally:
@@ -833,7 +886,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             )
         # Ratios are to what is computed in the same way, or rounding would take part in them
         batch_size = batch_size or len(input_ids)
-        return *self.loss.log_probs(model, input_ids, attention_mask, logits_to_keep, batch_size), None
+        return *self.loss.networks.log_probs(model, input_ids, attention_mask, logits_to_keep, batch_size), None
 
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
@@ -935,8 +988,10 @@ class _StepCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._trainer._first_micro_batch = self._trainer._step
+        self._trainer.signals.begin_step(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self._trainer
         trainer.teacher.on_step_end(state.global_step)
+        trainer.signals.observe(state.global_step, trainer.statistics["train"].latest)
         trainer._first_micro_batch = trainer._step  # of the next step

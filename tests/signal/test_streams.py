@@ -1,0 +1,144 @@
+import pytest
+import torch
+
+from trl_opsd.signal import Advantage, Batch, Signals, TokenScores, TokenWeighting
+from trl_opsd.signal.advantage import GroupAdvantage
+from trl_opsd.signal.schedule import Linear
+from trl_opsd.signal.weighting import CorrectOnly, ImportanceClip, SkipFirst
+
+
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1]]).bool()  # of the last, a tool wrote the second token
+ADVANTAGES = torch.tensor([1.0, -1.0, 0.5])
+
+
+def make_batch(correct=(True, False, True), has_context=(True, True, False)):
+    column = torch.tensor(correct).unsqueeze(1)
+    rewards = column.float()
+    return Batch(
+        torch.ones_like(MASK, dtype=torch.int64),
+        MASK,
+        torch.tensor(has_context).unsqueeze(1),
+        rewards,
+        column,
+        rewards.mean().expand(3, 1),
+    )
+
+
+def make_signals(advantage=None, schedules=None, policy=0.0, **weightings):
+    coefficients = {"divergence_coef": 1.0, "policy_loss_coef": policy, "likelihood_coef": 0.0}
+    return Signals(coefficients, advantage or GroupAdvantage(), weightings, schedules or {})
+
+
+class TokenWise(Advantage):
+    """Whatever it is handed."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __call__(self, advantages, batch, scores):
+        return self.values
+
+
+class Halves(TokenWeighting):
+    def __call__(self, batch, scores):
+        return torch.tensor([0.5, 1.0, 0.0, 1.0])
+
+
+def test_without_parts_a_context_decides():
+    streams = make_signals().streams(ADVANTAGES, make_batch(), None)
+
+    assert streams["advantages"] is ADVANTAGES
+    assert streams["divergence_mask"].tolist() == (MASK & torch.tensor([[True], [True], [False]])).tolist()
+    assert streams["likelihood_mask"].tolist() == MASK.tolist()
+    assert streams["divergence_weights"].tolist() == streams["divergence_mask"].float().tolist()
+
+
+def test_what_is_selected_leaves_the_normaliser_and_what_is_weighted_does_not():
+    signals = make_signals(correct_only=CorrectOnly(), skip_first=SkipFirst(2), mine=Halves())
+    streams = signals.streams(ADVANTAGES, make_batch(), None)
+
+    assert streams["divergence_mask"].int().tolist() == [[0, 0, 1, 1], [0] * 4, [0] * 4]
+    assert streams["divergence_weights"].tolist() == [[0, 0, 0, 1], [0] * 4, [0] * 4]
+    assert streams["likelihood_mask"].int().tolist() == [[0, 0, 1, 1], [0] * 4, [0, 0, 1, 1]]
+
+
+def test_skipping_more_than_there_is_leaves_a_rollout_out():
+    assert not make_signals(skip_first=SkipFirst(4)).streams(ADVANTAGES, make_batch(), None)["divergence_mask"].any()
+
+
+def test_advantages_of_tokens():
+    values = torch.arange(12.0).view(3, 4)
+    streams = make_signals(TokenWise(values), policy=1.0).streams(ADVANTAGES, make_batch(), None)
+    assert streams["advantages"].tolist() == (values * MASK).tolist()
+    assert make_signals(policy=1.0).streams(ADVANTAGES, make_batch(), None)["advantages"].equal(ADVANTAGES)
+    # a part of a term that is off is not asked
+    assert make_signals(TokenWise(None)).streams(ADVANTAGES, make_batch(), None)["advantages"] is ADVANTAGES
+
+
+def test_numbers_outside_of_what_the_student_wrote_are_not_read():
+    values = torch.ones(3, 4).masked_fill(~MASK, torch.nan)
+    assert (
+        make_signals(TokenWise(values), policy=1.0)
+        .streams(ADVANTAGES, make_batch(), None)["advantages"]
+        .isfinite()
+        .all()
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (torch.ones(2, 4), r"TokenWise has to return a tensor of shape \(3, 4\), got \(2, 4\)"),
+        (torch.ones(3, 4, 1), r"TokenWise has to return a tensor of shape \(3, 4\), got \(3, 4, 1\)"),
+        ([1.0], r"TokenWise has to return a tensor of shape \(3, 4\), got list"),
+        (torch.tensor([[1.0], [torch.inf], [0.0]]), "TokenWise gave numbers that are not finite for 1 rollouts"),
+    ],
+)
+def test_wrong_advantages_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        make_signals(TokenWise(values), policy=1.0).streams(ADVANTAGES, make_batch(), None)
+
+
+def test_scores_are_asked_for_by_what_reads_them_alone():
+    assert not make_signals().needs_scores
+    assert not make_signals(policy=1.0).needs_scores
+    assert not make_signals(TokenWise(None)).needs_scores  # GRPO's term is off
+    assert make_signals(TokenWise(None), policy=1.0).needs_scores
+
+
+def test_importance_clip():
+    log_probs = torch.tensor([[-1.0, -2.0, -3.0]])
+    old = torch.tensor([[-1.5, -1.0, torch.nan]])
+    weights = ImportanceClip(most=1.5)(log_probs, old)
+    assert weights.tolist() == [[1.5, pytest.approx(0.367879, rel=1e-5), 1.0]]
+
+
+def test_schedules_move_terms_and_parts():
+    signals = make_signals(
+        schedules={
+            "likelihood_coef": Linear(0.0, 1.0, 4),
+            "token_weights.importance_clip.most": Linear(2.0, 1.0, 2, delay=2),
+        },
+        importance_clip=ImportanceClip(),
+    )
+    found = []
+    for step in range(6):
+        signals.begin_step(step)
+        found.append((signals.coefficients["likelihood_coef"], signals.policy_weightings[0].most))
+    assert found == [(0.0, 2.0), (0.25, 2.0), (0.5, 2.0), (0.75, 1.5), (1.0, 1.0), (1.0, 1.0)]
+    assert signals.has_term("likelihood_coef")
+    assert not signals.has_term("policy_loss_coef")
+
+
+@pytest.mark.parametrize("name", ["beta", "advantage.mix", "token_weights.importance_clip.least"])
+def test_schedule_of_nothing_is_refused(name):
+    with pytest.raises(
+        ValueError, match=rf"`schedules` has '{name}', and there is no such coefficient: choose one of"
+    ):
+        make_signals(schedules={name: Linear(0.0, 1.0, 4)}, importance_clip=ImportanceClip())
+
+
+def test_delta():
+    nothing = torch.zeros(1, 1)
+    scores = TokenScores(nothing.bool(), torch.tensor([[-1.0]]), torch.tensor([[-3.0]]), nothing, nothing, nothing)
+    assert scores.delta.item() == -2.0

@@ -1,0 +1,337 @@
+"""What student and teacher say of the tokens of some rows: the passes through both networks."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from ..objective import Head, token_log_probs
+from ..teacher import Targets, Teacher
+from .heads import causal_lm, head_of, unsharded
+from .logits import check_logits, check_packing
+from .packed import can_pack
+from .passes import cut_by_tokens, cut_into, padded_length, used_width
+from .shared_prefix import pays_off
+from .states import completion_states, evaluation_mode
+
+
+class Networks:
+    """
+    The passes of student and teacher. All of it runs inside the wrapped model's forward, so that DDP, FSDP2 and ZeRO-3
+    see it, and all processes call it alike.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Of the run.
+        teacher ([`Teacher`]):
+            What gives the targets.
+        can_share_prompts (`bool`):
+            Whether the teacher may read a prompt once for several rows.
+        packs_rows (`bool`):
+            Whether student and teacher both read rows without padding, which `pad_to_multiple_of` rules out. Then
+            `max_tokens` counts none.
+        pad_to_multiple_of (`int`, *optional*):
+            What the widths of prompts and completions are multiples of.
+        max_tokens (`int`, *optional*):
+            Most tokens that go through a network at once.
+        temperature (`float`):
+            Logits are divided by it.
+        memory_budget (`float`, *optional*):
+            See [`~trl_opsd.objective.fused_divergence`].
+        kernel (`str`, *optional*):
+            See there.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        teacher: Teacher,
+        can_share_prompts: bool,
+        packs_rows: bool,
+        pad_to_multiple_of: int | None,
+        max_tokens: int | None,
+        temperature: float,
+        memory_budget: float | None,
+        kernel: str | None,
+    ):
+        self.teacher = teacher
+        self.can_share_prompts = can_share_prompts
+        self._packs_rows = packs_rows and pad_to_multiple_of is None
+        self._accelerator = accelerator
+        self._pad_to_multiple_of = pad_to_multiple_of
+        self.max_tokens = max_tokens
+        self._temperature = temperature
+        self._memory_budget = memory_budget
+        self._kernel = kernel
+        # Where parameters are gathered, every process has to run as many forward passes
+        self._is_sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None or is_deepspeed_zero3_enabled()
+        self._forward_redirection = _ForwardRedirection()
+        self.has_checked_logits = False
+
+    def within(self, model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function of the unwrapped model and `args` inside the wrapped one's forward."""
+        unwrapped = self._accelerator.unwrap_model(model)
+        return self._forward_redirection(model, unwrapped, function, unwrapped, *args)
+
+    @torch.no_grad()
+    def check_logits(self, model: nn.Module) -> None:
+        """
+        Refuse a student or a teacher that is not read as it reads by itself. This is done once, before the
+        first pass at the latest: earlier where the model is on its device and whole.
+
+        Args:
+            model (`nn.Module`):
+                Policy, wrapped as it is trained, if it will be.
+
+        Raises:
+            ValueError: See [`~trl_opsd.scoring.check_logits`] and [`~trl_opsd.scoring.check_packing`].
+        """
+        with self.teacher.weights(model) as teacher:
+            if teacher is not None:
+                self._check_logits(teacher)
+        self._check_logits(model)
+        self.has_checked_logits = True
+
+    def _check_logits(self, model: nn.Module) -> None:
+        unwrapped = self._accelerator.unwrap_model(model)
+
+        def within(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+            return self.within(model, lambda _: forward())
+
+        with self._accelerator.autocast():
+            check_logits(unwrapped, self._accelerator.device, within)
+            if self._packs(unwrapped):
+                check_packing(unwrapped, self._accelerator.device, within)
+
+    def log_probs(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        num_completion_tokens: int,
+        batch_size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Log-probabilities and entropies, computed as the policy term's are, without a gradient.
+
+        Args:
+            model (`nn.Module`):
+                Any model, possibly wrapped.
+            input_ids (`torch.Tensor` of shape `(B, P + T)`):
+                Left-padded prompts and right-padded completions.
+            attention_mask (`torch.Tensor` of shape `(B, P + T)`):
+                1 for tokens, 0 for padding.
+            num_completion_tokens (`int`):
+                T.
+            batch_size (`int`):
+                Rows that go through the network at once.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: both of shape `(B, T)`, 0 for padding.
+        """
+        parts = [
+            self.within(model, self._rows_log_probs, ids, mask, mask[:, -num_completion_tokens:].bool())
+            for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
+        ]
+        log_probs, entropies = map(torch.cat, zip(*parts, strict=True))
+        return log_probs, entropies
+
+    def passes(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """
+        The rows of a micro-batch with a token in the loss, cut into what goes through the network at once.
+
+        Args:
+            inputs (`dict[str, Any]`):
+                Micro-batch. Its `student_mask` of shape `(B, T)` says which tokens are in the loss.
+
+        Returns:
+            `list[dict[str, Any]]`: as many on every process.
+        """
+        kept = rows_of(inputs, inputs["student_mask"].any(dim=1).nonzero().flatten().tolist())
+        num_rows = len(kept["student_mask"])
+        passes = [list(range(num_rows))] if num_rows else []
+        number = 1
+        if self.max_tokens is not None:
+            prompts = torch.maximum(kept["prompt_mask"].sum(1), kept["teacher_prompt_mask"].sum(1)).tolist()
+            completions = kept["completion_mask"].sum(1).tolist()
+            if not self._packs_rows:
+                prompts, completions = (
+                    [padded_length(length, self._pad_to_multiple_of) for length in lengths]
+                    for lengths in (prompts, completions)
+                )
+            groups = kept["teacher_prompt_groups"].tolist()
+            passes = cut_by_tokens(prompts, completions, groups, self.max_tokens, padded=not self._packs_rows)
+            number = max(number, len(passes))
+            if self._accelerator.num_processes > 1:
+                numbers = torch.tensor(number, device=self._accelerator.device)
+                number = int(self._accelerator.gather(numbers).max())
+                passes = cut_into(passes, number)
+        # Forward and backward passes meet in collective operations: a process without as many runs idle ones
+        idle = [_idle_row(inputs)] * (number - len(passes))
+        return [rows_of(kept, rows) for rows in passes] + idle
+
+    def targets(self, model: nn.Module, rows: dict[str, Any]) -> Targets:
+        """
+        What the teacher says of some tokens.
+
+        Args:
+            model (`nn.Module`):
+                Policy, wrapped as it is trained.
+            rows (`dict[str, Any]`):
+                Some rows. Their `divergence_mask` of shape `(b, T)` says which tokens.
+
+        Returns:
+            [`Targets`]: states of shape `(number of those tokens, H)` and the head that reads them, or what a server
+            has reported.
+        """
+        return self.teacher.targets(model, rows, rows["divergence_mask"].bool(), partial(self._read, rows))
+
+    def _read(self, rows: dict[str, Any], module: nn.Module) -> tuple[torch.Tensor, Head]:
+        with_context = rows["divergence_mask"].any(dim=1)
+        with_context[0] |= ~with_context.any()  # passes of all processes meet in collective operations
+        rows = rows_of(rows, with_context.nonzero().flatten().tolist())
+        return self.teacher_states(
+            module, *self.sequences(rows, "teacher_prompt", rows["divergence_mask"]), rows["teacher_prompt_groups"]
+        )
+
+    def sequences(
+        self, rows: dict[str, Any], prompt: str, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask of prompts and completions, and the selected tokens, without idle columns."""
+        prompt_width = used_width(rows[f"{prompt}_mask"], "left", self._pad_to_multiple_of)
+        width = used_width(rows["completion_mask"], "right", self._pad_to_multiple_of)
+        ids, mask = (
+            torch.cat([rows[f"{prompt}_{name}"][:, -prompt_width:], rows[f"completion_{name}"][:, :width]], dim=1)
+            for name in ("ids", "mask")
+        )
+        return ids, mask, tokens[:, :width].bool()
+
+    @torch.no_grad()
+    def teacher_states(
+        self,
+        module: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        selected: torch.Tensor,
+        groups: torch.Tensor,
+    ) -> tuple[torch.Tensor, Head]:
+        """
+        The teacher's hidden states that predict the selected completion tokens, and its head.
+
+        Args:
+            module (`nn.Module`):
+                The teacher's weights, possibly wrapped.
+            input_ids (`torch.Tensor` of shape `(B, P + T)`):
+                Left-padded teacher prompts and right-padded completions.
+            attention_mask (`torch.Tensor` of shape `(B, P + T)`):
+                1 for tokens, 0 for padding.
+            selected (`torch.Tensor` of shape `(B, T)`, bool):
+                The completion tokens.
+            groups (`torch.Tensor` of shape `(B,)`):
+                The same number for rows with the same prompt.
+
+        Returns:
+            `tuple[torch.Tensor, Head]`: states of shape `(number of selected tokens, H)`, without a gradient.
+        """
+        teacher = self._accelerator.unwrap_model(module)
+        shares_prompts = self._should_share_prompts(teacher, attention_mask, selected.size(1), groups)
+        with evaluation_mode(teacher):
+            shared_groups = groups if shares_prompts else None
+            hidden = self.within(module, self.states, input_ids, attention_mask, selected, shared_groups)
+        return hidden, head_of(teacher)
+
+    def states(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        selected: torch.Tensor,
+        shared_groups: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See [`completion_states`]. To be called inside the wrapped model's forward."""
+        with self._accelerator.autocast():  # inside the wrapped model's forward, which may have an opinion of its own
+            return completion_states(model, input_ids, attention_mask, selected, shared_groups, self._packs(model))
+
+    def _packs(self, model: nn.Module) -> bool:
+        return self._pad_to_multiple_of is None and can_pack(causal_lm(model))
+
+    def _should_share_prompts(
+        self, teacher: nn.Module, attention_mask: torch.Tensor, completion_width: int, groups: torch.Tensor
+    ) -> bool:
+        if not self.can_share_prompts:
+            return False
+        num_tokens = int(attention_mask.sum()) if self._packs(teacher) else attention_mask.numel()
+        prompt_width = attention_mask.size(1) - completion_width
+        num_shared = len(groups.unique()) * prompt_width + len(groups) * completion_width
+        counts = torch.tensor([[num_tokens, num_shared]], device=self._accelerator.device)
+        if self._is_sharded:
+            counts = self._accelerator.gather(counts)  # all wait for the slowest
+        num_tokens, num_shared = counts.amax(dim=0).tolist()
+        on_gpu = self._accelerator.device.type == "cuda"
+        return pays_off(num_tokens, num_shared, causal_lm(teacher).config.get_text_config() if on_gpu else None)
+
+    def _rows_log_probs(
+        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, selected: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.states(model, input_ids, attention_mask, selected)
+        head = head_of(model)
+        with maybe_gather_lm_head_ctx(head.weight, head.bias), self._accelerator.autocast():
+            token_ids = input_ids[:, -selected.size(1) :][selected]
+            return self.log_probs_of(hidden, unsharded(head), token_ids, selected)
+
+    def log_probs_of(
+        self, hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, selected: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Log-probabilities and entropies from hidden states.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(N, H)`):
+                States of the selected tokens.
+            head ([`Head`]):
+                Head, whole.
+            token_ids (`torch.Tensor` of shape `(N,)`):
+                The selected tokens.
+            selected (`torch.Tensor` of shape `(b, T)`, bool):
+                Where they stand.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: both of shape `(b, T)`, 0 elsewhere, without a gradient.
+        """
+        device = head.weight.device
+        values = token_log_probs(
+            hidden.detach().to(device),
+            head,
+            token_ids.to(device),
+            self._temperature,
+            memory_budget=self._memory_budget,
+            kernel=self._kernel,
+        )
+        log_probs, entropies = (
+            torch.zeros(selected.shape, dtype=value.dtype, device=device).masked_scatter(selected, value)
+            for value in values
+        )
+        return log_probs, entropies
+
+
+def rows_of(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """Some rows of a micro-batch. What is no tensor of rows belongs to all of them."""
+    return {
+        name: value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+        for name, value in inputs.items()
+    }
+
+
+def _idle_row(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The shortest row of a micro-batch, with no token of it in the loss."""
+    lengths = inputs["prompt_mask"].sum(1) + inputs["completion_mask"].sum(1)
+    row = rows_of(inputs, [int(lengths.argmin())])
+    nothing = torch.zeros_like(row["student_mask"])
+    masks = ("student_mask", "divergence_mask", "likelihood_mask", "tool_mask")
+    return {**row, **dict.fromkeys(masks, nothing)}

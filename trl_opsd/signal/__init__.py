@@ -1,0 +1,22 @@
+"""From rewards and scores to factors per token: what a method writes, and the loss executes."""
+
+from .advantage import ADVANTAGES, Advantage
+from .batch import Batch, TokenScores
+from .schedule import SCHEDULES, Schedule
+from .streams import COEFFICIENTS, Signals
+from .weighting import TOKEN_WEIGHTS, PolicyWeighting, TokenWeighting
+
+
+__all__ = [
+    "ADVANTAGES",
+    "COEFFICIENTS",
+    "SCHEDULES",
+    "TOKEN_WEIGHTS",
+    "Advantage",
+    "Batch",
+    "PolicyWeighting",
+    "Schedule",
+    "Signals",
+    "TokenScores",
+    "TokenWeighting",
+]

@@ -1,0 +1,55 @@
+"""Advantages of tokens in the policy term."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from .batch import Batch, TokenScores
+
+
+class Advantage(ABC):
+    """
+    An advantage for each token, from the one that GRPO gives its rollout.
+
+    It says what it needs, everything unless it says otherwise. `needs_scores` may depend on its own coefficients:
+    where it is False, it is called without scores, and costs no pass of the teacher.
+    """
+
+    needs_reward: ClassVar[bool] = True
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether it reads the scores."""
+        return True
+
+    @abstractmethod
+    def __call__(self, advantages: torch.Tensor, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+        """
+        The advantages.
+
+        Args:
+            advantages (`torch.Tensor` of shape `(B, 1)`):
+                GRPO's, fp32.
+            batch ([`Batch`]):
+                Rollouts.
+            scores ([`TokenScores`], *optional*):
+                Scores of their tokens, `None` if they are not needed.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)` or `(B, 1)`. What it says of tokens outside [`Batch.mask`] is not read.
+        """
+
+
+class GroupAdvantage(Advantage):
+    """GRPO's own: that of a rollout, for each of its tokens."""
+
+    @property
+    def needs_scores(self) -> bool:
+        return False
+
+    def __call__(self, advantages: torch.Tensor, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+        return advantages
+
+
+ADVANTAGES = {"grpo": GroupAdvantage}

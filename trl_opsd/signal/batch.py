@@ -1,0 +1,68 @@
+"""What the parts of a method read: the rollouts of a generation batch, and the scores of their tokens."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """
+    Rollouts of this process.
+
+    Args:
+        completion_ids (`torch.Tensor` of shape `(B, T)`):
+            Token ids, right-padded, int64.
+        mask (`torch.Tensor` of shape `(B, T)`, bool):
+            The tokens that the student wrote: no padding, and nothing of a tool or an environment.
+        has_context (`torch.Tensor` of shape `(B, 1)`, bool):
+            Whether the teacher reads a prompt of its own.
+        rewards (`torch.Tensor` of shape `(B, 1)`):
+            Weighted sum of the rewards, fp32, NaN where there is none.
+        correct (`torch.Tensor` of shape `(B, 1)`, bool):
+            Whether the reward reaches `success_threshold`. False where there is none.
+        success_rate (`torch.Tensor` of shape `(B, 1)`):
+            Share of correct rollouts among those of the same prompt, on all processes, fp32, NaN where there are no
+            rewards.
+    """
+
+    completion_ids: torch.Tensor
+    mask: torch.Tensor
+    has_context: torch.Tensor
+    rewards: torch.Tensor
+    correct: torch.Tensor
+    success_rate: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """
+    What student and teacher say of the tokens of a generation batch, without a gradient, before it is trained on. All
+    are fp32 of shape `(B, T)`, in nats, and 0 where nothing is known.
+
+    Args:
+        known (`torch.Tensor` of shape `(B, T)`, bool):
+            The tokens that both have read: those of [`Batch.mask`] with a context, whose divergence is finite.
+        student_log_prob (`torch.Tensor`):
+            Log-probability of the sampled token under the student.
+        teacher_log_prob (`torch.Tensor`):
+            Log-probability of the sampled token under the teacher.
+        student_entropy (`torch.Tensor`):
+            Entropy of the student's distribution.
+        teacher_entropy (`torch.Tensor`):
+            Entropy of the teacher's.
+        divergence (`torch.Tensor`):
+            The divergence that the configuration chooses, of each token.
+    """
+
+    known: torch.Tensor
+    student_log_prob: torch.Tensor
+    teacher_log_prob: torch.Tensor
+    student_entropy: torch.Tensor
+    teacher_entropy: torch.Tensor
+    divergence: torch.Tensor
+
+    @property
+    def delta(self) -> torch.Tensor:
+        """δ_t = log p_T(y_t) − log p_S(y_t), of shape `(B, T)`."""
+        return self.teacher_log_prob - self.student_log_prob

@@ -1,0 +1,160 @@
+"""From rewards and scores to the streams of the loss's three terms."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+
+from .advantage import Advantage
+from .batch import Batch, TokenScores
+from .schedule import Schedule
+from .weighting import PolicyWeighting, TokenWeighting
+
+
+# Of the three terms. A part's own are named after it
+COEFFICIENTS = ("divergence_coef", "policy_loss_coef", "likelihood_coef")
+
+
+class Signals:
+    """
+    The parts of a method that write the streams of its loss
+
+        Σ divergence_coef · w·D(p_S, p_T) + policy_loss_coef · GRPO(A) + likelihood_coef · v·(−log p_S)
+
+    with a weight w, an advantage A and a weight v for each token. Weights of tokens go into w and v alike. Whether a
+    token is counted in a normaliser is decided for each term: in the first by a context and by the weightings that
+    select, in the last by those alone, in GRPO's by nothing.
+
+    Args:
+        coefficients (`Mapping[str, float]`):
+            Of the three terms, by their names in the configuration.
+        advantage ([`Advantage`]):
+            Writes A.
+        weightings (`Mapping[str, TokenWeighting | PolicyWeighting]`):
+            Write w and v, multiplied, by name.
+        schedules (`Mapping[str, Schedule]`):
+            Of a term's coefficient, or of a field of a part: `"advantage.mix"`,
+            `"token_weights.importance_clip.most"`.
+
+    Raises:
+        ValueError: If there is a schedule for a coefficient that does not exist.
+    """
+
+    def __init__(
+        self,
+        coefficients: Mapping[str, float],
+        advantage: Advantage,
+        weightings: Mapping[str, TokenWeighting | PolicyWeighting],
+        schedules: Mapping[str, Schedule],
+    ):
+        self.coefficients = dict(coefficients)
+        self.schedules = dict(schedules)
+        self._parts: dict[str, Any] = {"advantage": advantage}
+        self._parts |= {f"token_weights.{name}": weighting for name, weighting in weightings.items()}
+        known = [*COEFFICIENTS]
+        for name, part in self._parts.items():
+            known += [f"{name}.{its.name}" for its in fields(part) if its.init] if is_dataclass(part) else []
+        for name in schedules:
+            if name not in known:
+                raise ValueError(f"`schedules` has {name!r}, and there is no such coefficient: choose one of {known}.")
+
+    @property
+    def advantage(self) -> Advantage:
+        """Writes A, with its coefficients of this step."""
+        return self._parts["advantage"]
+
+    @property
+    def weightings(self) -> list[TokenWeighting]:
+        """Write w and v when rollouts are there, with their coefficients of this step."""
+        return [part for part in self._parts.values() if isinstance(part, TokenWeighting)]
+
+    @property
+    def policy_weightings(self) -> list[PolicyWeighting]:
+        """Write w and v in the loss, with their coefficients of this step."""
+        return [part for part in self._parts.values() if isinstance(part, PolicyWeighting)]
+
+    def begin_step(self, step: int) -> None:
+        """Set all coefficients to what they are in the step after `step` others."""
+        for name, schedule in self.schedules.items():
+            value = schedule(step)
+            if name in COEFFICIENTS:
+                self.coefficients[name] = value
+            else:
+                part, _, field = name.rpartition(".")
+                self._parts[part] = replace(self._parts[part], **{field: value})
+
+    def observe(self, step: int, statistics: Mapping[str, float]) -> None:
+        """Show the schedules the metrics of step number `step`."""
+        for schedule in self.schedules.values():
+            schedule.observe(step, statistics)
+
+    def has_term(self, coefficient: str) -> bool:
+        """Whether a term ever takes part in the loss."""
+        return coefficient in self.schedules or self.coefficients[coefficient] != 0.0
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether a part reads the scores, in this step."""
+        shapes = self.coefficients["policy_loss_coef"] != 0.0
+        return (shapes and self.advantage.needs_scores) or any(part.needs_scores for part in self.weightings)
+
+    def streams(self, advantages: torch.Tensor, batch: Batch, scores: TokenScores | None) -> dict[str, torch.Tensor]:
+        """
+        The streams of a generation batch.
+
+        Args:
+            advantages (`torch.Tensor` of shape `(B,)`):
+                GRPO's.
+            batch ([`Batch`]):
+                Rollouts.
+            scores ([`TokenScores`], *optional*):
+                Scores of their tokens, if a part needs them.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `advantages` of shape `(B,)` or `(B, T)`; `divergence_mask` and
+            `likelihood_mask`, bool, the tokens that a term counts, and `divergence_weights` and `likelihood_weights`,
+            fp32, all of shape `(B, T)`.
+
+        Raises:
+            ValueError: If a part returns another shape, or numbers that are not finite.
+        """
+        mask, weights = batch.mask, torch.ones_like(batch.mask, dtype=torch.float32)
+        for part in self.weightings:
+            factors = self._checked(part, part(batch, scores), batch)
+            if part.selects:
+                mask = mask & (factors != 0)
+            else:
+                weights = weights * factors
+        if self.coefficients["policy_loss_coef"] != 0.0:
+            shaped = self.advantage(advantages.unsqueeze(1), batch, scores if self.advantage.needs_scores else None)
+            shaped = self._checked(self.advantage, shaped, batch)
+            advantages = shaped.squeeze(1) if shaped.size(1) == 1 else torch.where(batch.mask, shaped, 0.0)
+        divergence_mask = mask & batch.has_context
+        return {
+            "advantages": advantages,
+            "divergence_mask": divergence_mask,
+            "divergence_weights": weights * divergence_mask,
+            "likelihood_mask": mask,
+            "likelihood_weights": weights * mask,
+        }
+
+    @staticmethod
+    def _checked(part: Any, values: torch.Tensor, batch: Batch) -> torch.Tensor:
+        name, shape = type(part).__name__, tuple(batch.mask.shape)
+        if not isinstance(values, torch.Tensor) or values.dim() > 2:
+            raise ValueError(f"{name} has to return a tensor of shape {shape}, got {_shape_of(values)}.")
+        try:
+            whole = values.expand(shape)
+        except RuntimeError as error:
+            raise ValueError(f"{name} has to return a tensor of shape {shape}, got {_shape_of(values)}.") from error
+        wrong = (~whole.isfinite() & batch.mask).any(dim=1).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"{name} gave numbers that are not finite for {len(wrong)} rollouts, row {wrong[0]} first."
+            )
+        return values if values.dim() == 2 else whole
+
+
+def _shape_of(values: Any) -> str:
+    return str(tuple(values.shape)) if isinstance(values, torch.Tensor) else type(values).__name__

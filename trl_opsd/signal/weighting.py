@@ -1,0 +1,116 @@
+"""Weights of tokens in the divergence and the likelihood term."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .batch import Batch, TokenScores
+
+
+class TokenWeighting(ABC):
+    """
+    A factor for each token.
+
+    One that `selects` gives 0 or 1, and what it leaves out is not counted in the normaliser either: the loss is the
+    mean over what is kept.
+    """
+
+    selects: ClassVar[bool] = False
+    needs_scores: ClassVar[bool] = False
+    needs_reward: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+        """
+        The factors.
+
+        Args:
+            batch ([`Batch`]):
+                Rollouts.
+            scores ([`TokenScores`], *optional*):
+                Scores of their tokens. `None` unless a part of the method `needs_scores`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`, or one that broadcasts to it.
+        """
+
+
+@dataclass(frozen=True)
+class CorrectOnly(TokenWeighting):
+    """Keeps rollouts whose reward reaches `success_threshold`, as [correct-only
+    self-distillation](https://huggingface.co/papers/2605.06188) and [STaR](https://huggingface.co/papers/2203.14465)
+    do."""
+
+    selects: ClassVar[bool] = True
+    needs_reward: ClassVar[bool] = True
+
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+        return batch.correct
+
+
+@dataclass(frozen=True)
+class SkipFirst(TokenWeighting):
+    """
+    Leaves out the first tokens of a completion, where a teacher gives its context away ("Based on the text..."), as
+    [SDFT](https://huggingface.co/papers/2601.19897) does.
+
+    Args:
+        num_tokens (`int`, *optional*, defaults to `3`):
+            Number of tokens. A completion that has no more is left out.
+    """
+
+    num_tokens: int = 3
+    selects: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 0:
+            raise ValueError(f"`num_tokens` must not be negative, got {self.num_tokens}.")
+
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+        return torch.arange(batch.mask.size(1), device=batch.mask.device) >= self.num_tokens
+
+
+class PolicyWeighting(ABC):
+    """A factor for each token that depends on the policy as it is in the loss. It is called for each pass."""
+
+    @abstractmethod
+    def __call__(self, log_probs: torch.Tensor, old_log_probs: torch.Tensor) -> torch.Tensor:
+        """
+        The factors.
+
+        Args:
+            log_probs (`torch.Tensor` of shape `(B, T)`):
+                Log-probabilities of the tokens under the current student, fp32, in nats.
+            old_log_probs (`torch.Tensor` of shape `(B, T)`):
+                The same under the policy that sampled them, NaN where they are unknown.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`.
+        """
+
+
+@dataclass(frozen=True)
+class ImportanceClip(PolicyWeighting):
+    """
+    min(p_S(y_t) / p_old(y_t), most): corrects for a policy that has moved since it sampled, or for an engine whose
+    probabilities differ, as [SDPO](https://huggingface.co/papers/2601.20802) does. 1 where neither can be.
+
+    Args:
+        most (`float`, *optional*, defaults to `2.0`):
+            Upper bound of the ratio.
+    """
+
+    most: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.most > 0:
+            raise ValueError(f"`most` must be positive, got {self.most}.")
+
+    def __call__(self, log_probs: torch.Tensor, old_log_probs: torch.Tensor) -> torch.Tensor:
+        log_ratio = (log_probs - old_log_probs).nan_to_num(0.0)
+        return log_ratio.clamp(-20.0, 20.0).exp().clamp(max=self.most)
+
+
+TOKEN_WEIGHTS = {"correct_only": CorrectOnly, "skip_first": SkipFirst, "importance_clip": ImportanceClip}

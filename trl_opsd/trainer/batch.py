@@ -1,0 +1,376 @@
+"""
+From what was sampled to what the loss reads: rollouts, their groups, teacher prompts, tensors. It is handed values and
+functions and knows no trainer.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from trl.trainer.utils import pad
+
+from ..context import Rollout, Rollouts, SampledContext, TeacherPrompt
+from .metrics import Metrics
+
+
+Gather = Callable[[list[Any]], list[Any]]
+"""From a list of each process to the list of all."""
+
+
+@dataclass
+class Generation:
+    """
+    What was sampled for the rows of this process.
+
+    Args:
+        rows (`list[Mapping[str, Any]]`):
+            Dataset rows, with the prompt that the model has read.
+        completions (`list[str]` or `list[list[dict[str, Any]]]`):
+            Decoded completions, as text or messages.
+        token_ids (`list[list[int]]`):
+            Tokens of the completions, those of tools included.
+        rewards (`torch.Tensor` of shape `(num_rollouts, num_reward_funcs)`):
+            Of all processes. NaN where a function did not apply.
+        feedback (`list[str | None]`):
+            What was said about each.
+        tools (`list[list[Callable] | None]`):
+            Tools that the prompt of each shows.
+        empty (`set[int]`, *optional*):
+            Positions of completions without a token of their own.
+    """
+
+    rows: list[Mapping[str, Any]]
+    completions: list[Any]
+    token_ids: list[list[int]]
+    rewards: torch.Tensor
+    feedback: list[str | None]
+    tools: list[list[Callable[..., Any]] | None]
+    empty: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class TeacherInputs:
+    """
+    Makes what the teacher reads of a generation, and what is known of its rewards.
+
+    Args:
+        teacher_prompt ([`TeacherPrompt`]):
+            Renders the context.
+        reward_weights (`torch.Tensor`):
+            Weights of the reward functions.
+        success_threshold (`float`):
+            Least reward of a correct rollout.
+        end_ids (`Sequence[int]`):
+            Tokens that end a completion.
+        pad_token_id (`int`):
+            Token to pad with.
+        pad_to_multiple_of (`int`, *optional*):
+            What widths are multiples of.
+        process_index (`int`):
+            Of this process.
+        num_processes (`int`):
+            Number of processes, each with as many rows.
+        gather (`Callable`):
+            From a list of each process to the list of all.
+        sample (`Callable`):
+            From prompts to completions of the current policy, sampled as the context says; for all processes at once.
+    """
+
+    teacher_prompt: TeacherPrompt
+    reward_weights: torch.Tensor
+    success_threshold: float
+    end_ids: Sequence[int]
+    pad_token_id: int
+    pad_to_multiple_of: int | None
+    process_index: int
+    num_processes: int
+    gather: Gather
+    sample: Callable[[list[list[int]]], list[list[int]]]
+
+    def __call__(
+        self, generation: Generation, student_ids: Sequence[list[int]], num_generations: int, metrics: Metrics
+    ) -> tuple[list[list[int] | None], dict[str, torch.Tensor]]:
+        """
+        Make them for the rows of this process.
+
+        Args:
+            generation ([`Generation`]):
+                What was sampled.
+            student_ids (`Sequence[list[int]]`):
+                Token ids of the student's prompts.
+            num_generations (`int`):
+                Rollouts of a prompt.
+            metrics ([`Metrics`]):
+                Where the lengths of what a context sampled go.
+
+        Returns:
+            `tuple[list[list[int] | None], dict[str, torch.Tensor]]`: the teacher's prompts, `None` for rows without a
+            context, and the tensors of [`collate`] and [`reward_streams`].
+        """
+        first = self.process_index * len(generation.rows)
+        rewards = total_rewards(generation.rewards, self.reward_weights)
+        streams = reward_streams(rewards, self.success_threshold, num_generations)
+        groups: Sequence[Rollouts | None] = [None] * len(generation.rows)
+        if getattr(self.teacher_prompt.context, "reads_rollouts", True):
+            rollouts = make_rollouts(generation, streams, first, num_generations, self.end_ids)
+            is_spread = num_generations > 1 and self.num_processes > 1
+            groups = make_groups(rollouts, first, num_generations, self.gather if is_spread else None)
+        written = self._written(generation, groups, student_ids[0], metrics)
+        prompts = [
+            None if index in generation.empty else self.teacher_prompt.token_ids(row, rollouts, tools, text)
+            for index, (row, rollouts, tools, text) in enumerate(
+                zip(generation.rows, groups, generation.tools, written, strict=True)
+            )
+        ]
+        tensors = collate(prompts, student_ids, self.pad_token_id, self.pad_to_multiple_of)
+        own = slice(first, first + len(prompts))
+        return prompts, tensors | {name: values[own] for name, values in streams.items()}
+
+    def _written(
+        self, generation: Generation, groups: Sequence[Rollouts | None], stand_in: list[int], metrics: Metrics
+    ) -> list[str | None]:
+        """What the current policy writes for a context that samples."""
+        if not isinstance(self.teacher_prompt.context, SampledContext):
+            return [None] * len(generation.rows)
+        questions = [
+            None if index in generation.empty else self.teacher_prompt.sample_ids(row, rollouts)
+            for index, (row, rollouts) in enumerate(zip(generation.rows, groups, strict=True))
+        ]
+        answers = sample_once(questions, self.sample, self.gather, stand_in)
+        given = [ids for ids in answers if ids is not None]
+        number, device = torch.tensor(len(given)), generation.rewards.device
+        num_cut = torch.tensor(sum(bool(ids) and ids[-1] not in self.end_ids for ids in given))
+        num_tokens = torch.tensor(sum(map(len, given)))
+        metrics.add_rate("context_samples/mean_length", num_tokens.to(device), number.to(device))
+        metrics.add_rate("context_samples/truncated_rate", num_cut.to(device), number.to(device))
+        decode = self.teacher_prompt.tokenizer.decode
+        return [None if ids is None else cast(str, decode(ids, skip_special_tokens=True)) for ids in answers]
+
+
+def total_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """
+    The reward of each rollout: the weighted sum over the functions that applied.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(num_rollouts, num_reward_funcs)`):
+            NaN where a function did not apply.
+        weights (`torch.Tensor` of shape `(num_reward_funcs,)`):
+            Weights of the functions.
+
+    Returns:
+        `torch.Tensor` of shape `(num_rollouts,)`, fp32: NaN where none applied.
+    """
+    totals = (rewards * weights.to(rewards.device)).nansum(dim=1).float()
+    return totals.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+
+
+def reward_streams(rewards: torch.Tensor, success_threshold: float, num_generations: int) -> dict[str, torch.Tensor]:
+    """
+    What is known of each rollout's success.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(num_rollouts,)`):
+            Of all processes, the rollouts of a prompt next to one another. NaN where unknown.
+        success_threshold (`float`):
+            Least reward of a correct rollout.
+        num_generations (`int`):
+            Rollouts of a prompt.
+
+    Returns:
+        `dict[str, torch.Tensor]` of shape `(num_rollouts,)` each, fp32: `rewards`; `correct`, 1 or 0; `success_rate`,
+        the mean of `correct` over those rollouts of the prompt in which it is known. NaN where unknown.
+    """
+    correct = (rewards >= success_threshold).float().masked_fill(rewards.isnan(), torch.nan)
+    rates = correct.view(-1, num_generations).nanmean(dim=1)
+    return {"rewards": rewards, "correct": correct, "success_rate": rates.repeat_interleave(num_generations)}
+
+
+def make_rollouts(
+    generation: Generation,
+    streams: Mapping[str, torch.Tensor],
+    first: int,
+    num_generations: int,
+    end_ids: Sequence[int],
+) -> list[Rollout]:
+    """
+    Records of the rollouts of this process.
+
+    Args:
+        generation ([`Generation`]):
+            What was sampled.
+        streams (`Mapping[str, torch.Tensor]`):
+            `rewards` and `correct`, as [`reward_streams`] gives them.
+        first (`int`):
+            Position of this process's first rollout among those of all processes.
+        num_generations (`int`):
+            Rollouts of a prompt.
+        end_ids (`Sequence[int]`):
+            Tokens that end a completion.
+    """
+    rewards, correct = (
+        [None if value != value else value for value in streams[name].tolist()] for name in ("rewards", "correct")
+    )
+    rollouts = []
+    for position, (completion, ids) in enumerate(zip(generation.completions, generation.token_ids, strict=True)):
+        is_empty, is_correct = position in generation.empty, correct[first + position]
+        rollouts.append(
+            Rollout(
+                text=_text(completion),
+                token_ids=[] if is_empty else list(ids),
+                reward=rewards[first + position],
+                correct=None if is_correct is None else bool(is_correct),
+                feedback=generation.feedback[position],
+                truncated=not is_empty and ids[-1] not in end_ids,
+                index=(first + position) % num_generations,
+            )
+        )
+    return rollouts
+
+
+def _text(completion: Any) -> str:
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(str(message.get("content") or "") for message in completion)
+
+
+def make_groups(rollouts: list[Rollout], first: int, num_generations: int, gather: Gather | None) -> list[Rollouts]:
+    """
+    For each rollout of this process, the rollouts of its prompt, which may be spread over processes.
+
+    Args:
+        rollouts (`list[Rollout]`):
+            Of this process.
+        first (`int`):
+            Position of the first among those of all processes.
+        num_generations (`int`):
+            Rollouts of a prompt.
+        gather (`Callable`, *optional*):
+            Collects the rollouts of all processes. `None` if there is one process, or one rollout for each prompt.
+    """
+    everything, first = (rollouts, first % num_generations) if gather is None else (gather(rollouts), first)
+    groups = []
+    for position, rollout in enumerate(rollouts, first):
+        start = position - rollout.index
+        groups.append(Rollouts(everything[start : start + num_generations], rollout.index))
+    return groups
+
+
+def sample_once(
+    prompts: Sequence[list[int] | None],
+    sample: Callable[[list[list[int]]], list[list[int]]],
+    gather: Gather,
+    stand_in: list[int],
+) -> list[list[int] | None]:
+    """
+    Sample from prompts of all processes in one call, in which each has as many. Equal prompts share what was sampled.
+
+    Args:
+        prompts (`Sequence[list[int] | None]`):
+            Token ids of a prompt for each row of this process, `None` for rows without one.
+        sample (`Callable`):
+            Gives the completions of some prompts, and is called by all processes or by none.
+        gather (`Callable`):
+            Collects from all processes.
+        stand_in (`list[int]`):
+            Prompt for a process that has fewer than others.
+
+    Returns:
+        `list[list[int] | None]`: token ids for each row, `None` for rows without a prompt.
+    """
+    distinct = list(dict.fromkeys(tuple(ids) for ids in prompts if ids is not None))
+    most = max(gather([len(distinct)]))
+    if most == 0:
+        return [None] * len(prompts)
+    asked = [*map(list, distinct), *[stand_in] * (most - len(distinct))]
+    answers = dict(zip(distinct, sample(asked)[: len(distinct)], strict=True))
+    return [None if ids is None else answers[tuple(ids)] for ids in prompts]
+
+
+def collate(
+    teacher_ids: Sequence[list[int] | None],
+    student_ids: Sequence[list[int]],
+    pad_token_id: int,
+    pad_to_multiple_of: int | None,
+) -> dict[str, torch.Tensor]:
+    """
+    Tensors of the teacher's prompts.
+
+    Args:
+        teacher_ids (`Sequence[list[int] | None]`):
+            Token ids for each row, `None` for rows without a context.
+        student_ids (`Sequence[list[int]]`):
+            Token ids of the student's prompts, which stand in for those, and are not read.
+        pad_token_id (`int`):
+            Token to pad with, on the left.
+        pad_to_multiple_of (`int`, *optional*):
+            What the width is a multiple of.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `teacher_prompt_ids` and `teacher_prompt_mask` of shape `(B, T)`,
+        `teacher_prompt_groups` of shape `(B,)`, the same number for rows with the same prompt, and `has_context`, bool
+        of shape `(B,)`.
+    """
+    given = [student if ids is None else ids for ids, student in zip(teacher_ids, student_ids, strict=True)]
+    first_rows: dict[tuple[int, ...], int] = {}
+    numbers = [first_rows.setdefault(tuple(ids), index) for index, ids in enumerate(given)]
+    tensors = [torch.tensor(ids) for ids in given]
+    masks = [torch.ones_like(ids) for ids in tensors]
+    return {
+        "teacher_prompt_groups": torch.tensor(numbers),
+        "teacher_prompt_ids": pad(tensors, pad_token_id, "left", pad_to_multiple_of),
+        "teacher_prompt_mask": pad(masks, 0, "left", pad_to_multiple_of),
+        "has_context": torch.tensor([ids is not None for ids in teacher_ids]),
+    }
+
+
+def all_feedback(
+    logged: Sequence[str | None] | None, environments: Sequence[Any] | None, rows: Sequence[Mapping[str, Any]]
+) -> list[str | None]:
+    """
+    What reward functions, environments and rows say about each rollout, in this order.
+
+    Args:
+        logged (`Sequence[str | None]`, *optional*):
+            By reward functions.
+        environments (`Sequence[Any]`, *optional*):
+            Of the rollouts; an attribute `feedback` is read, unless it is a method.
+        rows (`Sequence[Mapping[str, Any]]`):
+            Of the dataset; a column `feedback` is read.
+
+    Raises:
+        ValueError: If something is no text.
+    """
+    nothing = [None] * len(rows)
+    felt = [getattr(environment, "feedback", None) for environment in environments or nothing]
+    felt = [None if callable(value) else value for value in felt]
+    names = " or ".join(sorted({f"`{type(environment).__name__}`" for environment in environments or ()}))
+    felt = check_feedback(felt, len(rows), f"The environment {names}")
+    told = check_feedback([row.get("feedback") for row in rows], len(rows), "The column `feedback`")
+    return [joined_feedback(*given) for given in zip(logged or nothing, felt, told, strict=True)]
+
+
+def joined_feedback(*given: str | None) -> str | None:
+    """What several say about one rollout, with a blank line between; `None` where nobody says anything."""
+    return "\n\n".join(text for text in given if text is not None and text.strip()) or None
+
+
+def check_feedback(values: Sequence[Any], num_rows: int, who: str) -> list[str | None]:
+    """
+    Feedback that is text, or `None`, for each row.
+
+    Raises:
+        ValueError: If it is something else, or not one for each row, naming who gives it.
+    """
+    if len(values) != num_rows:
+        raise ValueError(
+            f"{who} gives feedback on {len(values)} completions of {num_rows}. Give a list with text or `None` for "
+            "each."
+        )
+    for index, value in enumerate(values):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(
+                f"{who} gives {type(value).__name__} as feedback on completion {index} of its batch. Give text, or "
+                "`None` where there is none."
+            )
+    return list(values)
