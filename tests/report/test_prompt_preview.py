@@ -77,7 +77,8 @@ def test_who_trains_whom(preview):
         jsd_weight=0.25,
         divergence_clip=0.05,
         distillation_temperature=0.75,
-        lmbda=0.75,
+        completions="dataset",
+        completions_kwargs={"lmbda": 0.75},
     )
 
     table = {

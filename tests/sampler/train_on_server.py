@@ -50,11 +50,10 @@ def compare_with_local_teacher(trainer: SelfDistillationTrainer, teacher, differ
     compute_loss = trainer.compute_loss
 
     def both(*args, **kwargs):
-        networks = trainer.loss.networks
-        served, networks.teacher = networks.teacher, teacher
+        served, trainer.loss.networks.teacher = trainer.loss.networks.teacher, teacher
         with torch.no_grad():
             local = compute_loss(*args, **kwargs).item()
-        networks.teacher = served
+        trainer.loss.networks.teacher = served
         loss = compute_loss(*args, **kwargs)
         differences.append(abs(loss.item() - local) / abs(local))
         return loss

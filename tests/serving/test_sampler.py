@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from tiny import make_model, make_tokenizer
 
-from trl_opsd.serving import check_rollouts_fit, connect, prepare_sampler, sampler
+from trl_opsd.serving import check_engine_context, connect, prepare_sampler, sampler
 
 
 @pytest.mark.parametrize(
@@ -13,11 +13,11 @@ from trl_opsd.serving import check_rollouts_fit, connect, prepare_sampler, sampl
 )
 def test_rollouts_have_to_fit_in_full(prompt, completion, fits):
     if fits:
-        check_rollouts_fit(100, prompt, completion, "some_field")
+        check_engine_context(100, prompt, completion, "some_field")
         return
     message = rf"context of 100 tokens is too short for prompts of up to {prompt} and .*={completion}`\. Raise `some_f"
     with pytest.raises(ValueError, match=message):
-        check_rollouts_fit(100, prompt, completion, "some_field")
+        check_engine_context(100, prompt, completion, "some_field")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ DIFFERENCES = {
     "opsd_reverse_kl": ("opsd", {"divergence"}),
     "opsd_jsd": ("opsd", {"divergence"}),
     "opsd_sampled": ("opsd_reverse_kl", {"divergence_support"}),
-    "off_policy": ("opsd", {"lmbda", "seq_kd"}),
+    "off_policy": ("opsd", {"completions"}),
     "off_policy_terse": ("off_policy", {"context_kwargs"}),
     "opsd_long": ("opsd", {"max_steps", "lr_scheduler_type"}),
     "opsd_live_long": ("opsd_long", {"teacher"}),

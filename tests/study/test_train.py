@@ -77,14 +77,18 @@ def test_arms_differ_by_what_they_say(folder):
         return train.make_trainer(spec, model, rows, str(folder / "out"))
 
     opsd = trainer("opsd").args
-    assert (opsd.teacher, opsd.divergence, opsd.divergence_clip, opsd.lmbda) == ("initial", "forward_kl", None, 1.0)
+    assert (opsd.teacher, opsd.divergence, opsd.divergence_clip, opsd.completions) == (
+        "initial",
+        "forward_kl",
+        None,
+        "on_policy",
+    )
     assert opsd.privileged_context == "solution"
     assert opsd.context_kwargs["column"] == "solution"
     assert trainer("opsd_clip").args.divergence_clip == 0.05
     assert trainer("opsd_answer").args.privileged_context == "answer"
     assert trainer("opsd_terse").args.context_kwargs["column"] == "terse"
-    assert trainer("off_policy").args.seq_kd
-    assert trainer("off_policy").args.lmbda == 0.0
+    assert trainer("off_policy").args.completions == "teacher"
     assert trainer("grpo").args.num_generations == 8
     assert trainer("opsdc_10").args.teacher_update_steps == 10
     assert trainer("opsdc_frozen").args.teacher == "initial"

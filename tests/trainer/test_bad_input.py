@@ -59,7 +59,7 @@ def test_solution_without_content(refused, value, problem):
 
 def test_solution_that_is_no_text(refused):
     both = {"solution": ["It is 7.", "Seven."], "completion": [{"role": "assistant", "content": "7"}]}
-    refused([{**ROW, **both}], "row 0: `solution` is of type list", lmbda=0.5)
+    refused([{**ROW, **both}], "row 0: `solution` is of type list", completions="dataset")
 
 
 def test_prompt_that_ends_in_an_assistant_turn(refused):
@@ -140,7 +140,7 @@ def test_fewer_rows_than_a_batch_draws(refused):
 
 
 def test_unknown_context(refused):
-    refused([{}], "`privileged_context='hint'` is none of", privileged_context="hint")
+    refused([{}], "`privileged_context='hnit'` is none of", privileged_context="hnit")
 
 
 def test_images(refused):
@@ -164,8 +164,8 @@ def test_off_policy_with_tools(refused):
 
     refused(
         [{"completion": "7"}],
-        "replaces rollouts by off-policy completions",
-        lmbda=0.5,
+        "`completions='dataset'` replaces rollouts .* drop `tools`",
+        completions="dataset",
         trainer_kwargs={"tools": [now]},
     )
 

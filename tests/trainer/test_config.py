@@ -31,7 +31,7 @@ def test_opsd_defaults_are_the_papers_recipe(tmp_path):
     assert config.chat_template_kwargs == {"enable_thinking": False}
     assert config.teacher_chat_template_kwargs == {"enable_thinking": True}
     assert config.vllm_importance_sampling_correction is False
-    assert (config.beta, config.policy_loss_coef, config.lmbda) == (0.0, 0.0, 1.0)
+    assert (config.beta, config.policy_loss_coef, config.completions) == (0.0, 0.0, "on_policy")
 
 
 def test_opsdc_defaults_are_the_papers_recipe(tmp_path):
@@ -76,9 +76,6 @@ def test_settings_of_one_kind_of_teacher(settings, name, default, tmp_path):
         ({"teacher": "periodic", "teacher_update_steps": 0}, "`teacher_update_steps` must be at least 1"),
         ({"max_teacher_prompt_length": 0}, "`max_teacher_prompt_length` must be at least 1"),
         ({"temperature": 0.0}, "`distillation_temperature` must be positive"),
-        ({"lmbda": 1.2}, "`lmbda` must be in"),
-        ({"seq_kd": True}, "`seq_kd=True` has no effect with `lmbda=1.0`"),
-        ({"seq_kd": True, "lmbda": 0.5, "use_vllm": True}, "does not work with `use_vllm=True`"),
         (
             {"use_vllm": True, "vllm_importance_sampling_correction": True, "top_p": 0.95},
             "contradicts truncated sampling",
@@ -135,14 +132,12 @@ def test_addresses_of_servers_may_end_in_a_slash(tmp_path):
         ({"divergence_support": "full"}, "cannot be combined with `divergence_support='full'`"),
         ({"divergence_support": "union_top_k"}, "cannot be combined with `divergence_support='union_top_k'`"),
         ({"temperature": 1.1}, "cannot be combined with `distillation_temperature=1.1`"),
-        ({"seq_kd": True, "lmbda": 0.5}, "`seq_kd=True` samples from weights"),
         ({"teacher_offload": True}, "`teacher_offload=True` has no effect"),
         ({"teacher": "live"}, "has to be the server that samples the rollouts"),
         ({"teacher": "live", **SAMPLER, "vllm_mode": "colocate"}, "has to be the server that samples the rollouts"),
         ({"teacher": "live", **SAMPLER, "vllm_server_base_url": "http://other"}, "has to be the server that samples"),
         ({"teacher": "live", **SAMPLER, "num_iterations": 2}, "the weights move before all of them are used"),
         ({"teacher": "live", **SAMPLER, "steps_per_generation": 8}, "the weights move before all of them are used"),
-        ({"teacher": "live", **SAMPLER, "lmbda": 0.5}, "needs `lmbda=1.0`"),
     ],
 )
 def test_teacher_that_a_server_cannot_be(settings, message, tmp_path):

@@ -61,7 +61,7 @@ def test_text_in_parts_is_text(read, template):
 
 
 def test_a_completion_in_parts_is_text(read):
-    settings = {"lmbda": 0.0, "completion": [{"role": "assistant", "content": parts("It ", "is")}]}
+    settings = {"completions": "dataset", "completion": [{"role": "assistant", "content": parts("It ", "is")}]}
     assert read(make_tokenizer(), [{"role": "user", "content": "2 + 2?"}], **settings)[2] == "It is<|im_end|>"
 
 

@@ -335,7 +335,9 @@ class TestOffPolicy:
 
     @pytest.mark.parametrize(("lmbda", "expected"), [(0.0, 4), (0.5, 2), (0.75, 1)])
     def test_share_of_dataset_completions(self, make_trainer, rows, lmbda, expected):
-        trainer = make_trainer(lmbda=lmbda, train_dataset=rows, max_completion_length=16)
+        trainer = make_trainer(
+            completions="dataset", completions_kwargs={"lmbda": lmbda}, train_dataset=rows, max_completion_length=16
+        )
         batch = trainer._generate_and_score_completions(list(rows.select(range(4))))
         texts = trainer.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
         taken = [text == row["completion"] for text, row in zip(texts, rows, strict=False)]
@@ -347,7 +349,11 @@ class TestOffPolicy:
 
     def test_trains_and_evaluates_on_policy(self, make_trainer, rows):
         trainer = make_trainer(
-            lmbda=0.25, train_dataset=rows, eval_dataset=rows.select(range(4)), max_completion_length=16
+            completions="dataset",
+            completions_kwargs={"lmbda": 0.25},
+            train_dataset=rows,
+            eval_dataset=rows.select(range(4)),
+            max_completion_length=16,
         )
         trainer.train()
         assert all(math.isfinite(value) for value in logged(trainer, "loss"))
@@ -357,17 +363,17 @@ class TestOffPolicy:
         assert not set(texts) & set(rows["completion"])
 
     def test_completion_over_budget_is_refused(self, make_trainer, rows):
-        trainer = make_trainer(lmbda=0.0, train_dataset=rows, max_completion_length=4)
+        trainer = make_trainer(completions="dataset", train_dataset=rows, max_completion_length=4)
         with pytest.raises(ValueError, match="It is never truncated"):
             trainer.train()
 
     def test_completion_column_is_required(self, make_trainer):
         with pytest.raises(ValueError, match="completion"):
-            make_trainer(lmbda=0.5)
+            make_trainer(completions="dataset")
 
-    def test_seq_kd_samples_from_the_teacher(self, make_trainer, dataset):
+    def test_samples_of_the_teacher(self, make_trainer, dataset):
         """A teacher that can only say one token gives completions of that token, and the policy is put back."""
-        trainer = make_trainer(lmbda=0.5, seq_kd=True, top_k=1)
+        trainer = make_trainer(completions="teacher", completions_kwargs={"lmbda": 0.5}, top_k=1)
         token = trainer.processing_class.convert_tokens_to_ids("z")
         with trainer.teacher.weights(trainer.model) as teacher:
             teacher.lm_head.weight.data.zero_()

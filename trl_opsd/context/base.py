@@ -47,7 +47,7 @@ class PrivilegedContext(Protocol):
                 arrives as one user message.
             rollouts ([`Rollouts`], *optional*):
                 The rollouts of this prompt. `None` before they exist: when prompts are checked and shown before
-                training, and when the teacher itself samples (`seq_kd`).
+                training, and when completions are sampled from it (`completions`).
 
         Returns:
             `list[Message]`, *optional*: the teacher's prompt, ending before the assistant's turn. `None` if there is

@@ -113,9 +113,8 @@ def describe_run(trainer: "SelfDistillationTrainer", max_steps: int) -> list[tup
     else:
         engine = "transformers"
     rollouts = f"{args.num_generations}, up to {args.max_completion_length} tokens"
-    if args.lmbda < 1:
-        source = "the teacher" if args.seq_kd else "the dataset"
-        rollouts += f"; {1 - args.lmbda:.0%} of the sequences come from {source} instead"
+    if trainer.completion_source.description:
+        rollouts += f"; {trainer.completion_source.description}"
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     return [

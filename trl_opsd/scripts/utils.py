@@ -181,6 +181,10 @@ class RecipeParser(TrlParser):
         is_flag = name.startswith("-")
         name = name.partition("=")[0] if is_flag else name
         key = name.lstrip("-").replace("-", "_")
+        from trl_opsd.trainer.config import GONE
+
+        if key in GONE:
+            return f"Unknown field: `{key}` is gone: {GONE[key]}"
         what = f"the flag `{name}`" if is_flag else f"`{name}`"
         launch_fields = {action.dest for action in launch_command_parser()._actions} | {"accelerate_config"}
         if key in launch_fields:

@@ -11,7 +11,7 @@ from .client import (
     wait_for_server,
 )
 from .rollouts import report_failures
-from .sampler import check_rollouts_fit, longest_prompt, prepare_sampler, wait_for_sampler
+from .sampler import check_engine_context, longest_prompt, prepare_sampler, wait_for_sampler
 from .teacher import Scores, TeacherServer
 
 
@@ -19,8 +19,8 @@ __all__ = [
     "Scores",
     "ServerError",
     "TeacherServer",
+    "check_engine_context",
     "check_holds_policy",
-    "check_rollouts_fit",
     "check_tokenizer",
     "check_vllm_installed",
     "connect",

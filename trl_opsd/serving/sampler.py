@@ -74,7 +74,7 @@ def prepare_sampler(
     return _asked_once(ask, sender.accelerator.is_main_process)
 
 
-def check_rollouts_fit(limit: int, longest_prompt: int, max_completion_length: int | None, field: str) -> None:
+def check_engine_context(limit: int, longest_prompt: int, max_completion_length: int | None, field: str) -> None:
     """
     Refuse an engine that cannot sample rollouts in full.
 

@@ -1,11 +1,12 @@
 """What cannot work, in the order in which it becomes known: all but the last before the model is loaded."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..context import PrivilegedContext, check_embedded
+from ..context import NoContext, PrivilegedContext, SampledContext, check_embedded
+from ..sampling.sources import CompletionSource
 from ..signal import Signals
 from .config import SelfDistillationConfig
 
@@ -32,6 +33,84 @@ def check_context(
         context.check_run(num_generations, has_rewards, has_rewards or has_rollout_func or "feedback" in columns)
     if hasattr(context, "read_dataset"):
         context.read_dataset(train_dataset)
+
+
+def check_completions(
+    args: SelfDistillationConfig,
+    source: CompletionSource,
+    context: PrivilegedContext,
+    has_reward_funcs: bool,
+    given: Mapping[str, Any],
+) -> None:
+    """
+    Refuse a source of completions that could not give any.
+
+    Args:
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+        source ([`~trl_opsd.sampling.sources.CompletionSource`]):
+            What it names.
+        context ([`PrivilegedContext`]):
+            What the teacher reads.
+        has_reward_funcs (`bool`):
+            Whether there are reward functions.
+        given (`Mapping[str, Any]`):
+            What the trainer is given that says itself what completions are: `tools`, `environment_factory`,
+            `rollout_func`.
+
+    Raises:
+        ValueError: Naming `completions` and the way out.
+    """
+    setting = f"`completions={args.completions!r}`"
+    if not isinstance(source, CompletionSource):
+        raise ValueError(f"{setting} is no subclass of `trl_opsd.sampling.sources.CompletionSource`. Make it one.")
+    if not source.replaces_rollouts:
+        return
+    if names := [f"`{name}`" for name, value in given.items() if value]:
+        raise ValueError(
+            f"{setting} replaces rollouts by completions that have no tool calls and no environment. Set "
+            f"`completions='on_policy'`, or drop {' and '.join(names)}."
+        )
+    if args.divergence_support == "sampled_token":
+        raise ValueError(
+            "`divergence_support='sampled_token'` estimates the divergence from tokens the student sampled, and "
+            f"{setting} replaces some of them. Set `completions='on_policy'`, or choose another support."
+        )
+    if source.needs_rewards and not has_reward_funcs:
+        raise ValueError(f"{setting} has to tell right from wrong. Pass `reward_funcs`.")
+    if source.needs_context:
+        _check_context_of(source, setting, args, context)
+    if args.teacher_server_base_url is not None:
+        if source.samples_teacher:
+            raise ValueError(
+                f"{setting} samples from weights that `teacher_server_base_url` keeps elsewhere. Choose other "
+                "completions."
+            )
+        if args.teacher == "live":
+            raise ValueError(
+                f"`teacher_server_base_url` with `teacher='live'` needs `completions='on_policy'`, not {setting}: the "
+                "server is sent the current weights when it samples rollouts, which other completions may not need."
+            )
+
+
+def _check_context_of(
+    source: CompletionSource, setting: str, args: SelfDistillationConfig, context: PrivilegedContext
+) -> None:
+    kind = f"`privileged_context={args.privileged_context!r}`"
+    if isinstance(context, NoContext):
+        raise ValueError(f"{setting} reads the privileged context, and {kind} is none. Choose another one.")
+    if isinstance(context, SampledContext) or getattr(context, "reads_rollouts", False):
+        raise ValueError(
+            f"{setting} reads the privileged context while completions are made, and {kind} is known only after "
+            "them. Choose a context that neither reads rollouts nor samples."
+        )
+    if source.samples_teacher and args.use_vllm and args.teacher != "live":
+        for name in ("generation_kwargs", "vllm_structured_outputs_regex"):
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"{setting} samples from the teacher with transformers, which takes no "
+                    f"`{name}={getattr(args, name)!r}` of vLLM's. Leave it unset."
+                )
 
 
 def check_completion_length(args: SelfDistillationConfig, model_config: Any, samples_itself: bool) -> None:

@@ -14,6 +14,20 @@ from ..objective.top_log_probs import SERVED_SUPPORTS
 from .method import Method
 
 
+# Fields that were, and what has taken their place
+GONE = {
+    "lmbda": "it is an argument of what completions come from. Set `completions` to 'dataset' or 'teacher' and "
+    "`completions_kwargs={'lmbda': ...}`.",
+    "seq_kd": "set `completions='teacher'`, with the share of on-policy sequences in `completions_kwargs={'lmbda': "
+    "...}`.",
+    **dict.fromkeys(
+        [f"eval_benchmarks{name}" for name in ("", "_steps", "_num_samples", "_limit", "_sampling", "_system_prompt")],
+        "it is one of the training commands. In Python, add a `trl_opsd.eval.in_training.BenchmarkCallback` to the "
+        "trainer.",
+    ),
+}
+
+
 class _DefaultLength(int):
     """A length that nobody has set."""
 
@@ -63,6 +77,21 @@ class SelfDistillationConfig(GRPOConfig):
         overlong_teacher_prompt (`str`, *optional*, defaults to `"error"`):
             What happens to a row whose teacher prompt is too long: `"error"` stops before training, `"skip"` masks the
             row from the loss and counts it in `samples_without_context`.
+
+        > Parameters that control the completions
+
+        completions (`str`, *optional*, defaults to `"on_policy"`):
+            Which completions are trained on. Evaluation is always on the student's own rollouts. Possible values are:
+
+            - `"on_policy"`: the student's own rollouts.
+            - `"dataset"`: the dataset's `completion` column, for all but a share `lmbda` of the sequences (0 by
+              default), as in [`~trl.experimental.gkd.GKDConfig`].
+            - `"teacher"`: samples of the privileged teacher, GKD's `seq_kd`, with the same `lmbda`.
+            - `"hinted_retry"`: what the student gets wrong, it tries again reading the privileged context. A right
+              retry takes the place of the rollout, as an answer to the bare prompt. Needs reward functions.
+            - the import path of a [`~trl_opsd.sampling.sources.CompletionSource`].
+        completions_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of that source, for example `{"lmbda": 0.5}`.
 
         > Parameters that control the teacher
 
@@ -156,12 +185,6 @@ class SelfDistillationConfig(GRPOConfig):
             `"likelihood_coef"`, or the field of a part, such as `"advantage.mix"`. `{"start": 0.5, "end": 0.0,
             "num_steps": 50}` is linear (`"delay"`: steps before it begins); `{"kind": "hysteresis", "value": 0.5}` is
             a gate (see [`Hysteresis`]); `"kind"` may be the import path of a subclass of [`Schedule`].
-        lmbda (`float`, *optional*, defaults to `1.0`):
-            Share of on-policy sequences, as in [`~trl.experimental.gkd.GKDConfig`]. The other sequences take the
-            dataset's `completion` column, or a sample of the teacher with `seq_kd=True`. Evaluation is always
-            on-policy.
-        seq_kd (`bool`, *optional*, defaults to `False`):
-            Whether the off-policy sequences are sampled from the privileged teacher.
 
         > Parameters that control the cost of a step
 
@@ -212,6 +235,7 @@ class SelfDistillationConfig(GRPOConfig):
         "schedules",
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
+        "completions_kwargs",
     ]
 
     max_completion_length: int | None = _DefaultLength(512)
@@ -229,6 +253,9 @@ class SelfDistillationConfig(GRPOConfig):
     teacher_generation_prefix: str | None = None
     max_teacher_prompt_length: int | None = None
     overlong_teacher_prompt: str = field(default="error", metadata={"choices": ["error", "skip"]})
+
+    completions: str = "on_policy"
+    completions_kwargs: dict[str, Any] | str | None = None
 
     teacher: str = field(default="initial", metadata={"choices": ["initial", "live", "periodic", "ema", "external"]})
     teacher_update_steps: int | None = None
@@ -257,8 +284,6 @@ class SelfDistillationConfig(GRPOConfig):
     advantage: str = "grpo"
     advantage_kwargs: dict[str, Any] | str | None = None
     schedules: dict[str, Any] | str | None = None
-    lmbda: float = 1.0
-    seq_kd: bool = False
 
     divergence_memory: int | None = None
     divergence_kernel: str | None = field(default=None, metadata={"choices": list(KERNELS)})
@@ -298,6 +323,11 @@ class SelfDistillationConfig(GRPOConfig):
         if cls.__doc__:
             listed = "".join(f"> - `{name}`: `{value!r}`\n" for name, value in defaults.items())
             cls.__doc__ = f"{cleandoc(cls.__doc__)}\n\n> [!NOTE]\n> Defaults of this class:\n{listed}"
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        for name in GONE.keys() & kwargs.keys():
+            raise TypeError(f"`{name}` is no field of {cls.__name__} any more: {GONE[name]}")
+        return super().__new__(cls)
 
     def __post_init__(self):
         if any(isinstance(value, Field) for value in vars(type(self)).values()):
@@ -382,11 +412,6 @@ class SelfDistillationConfig(GRPOConfig):
                 "`divergence_top_k=1` with `divergence_tail='renormalize'` leaves one token of probability 1 on both "
                 "sides, whose divergence is always 0. Raise `divergence_top_k`, or set `divergence_tail='bucket'`."
             )
-        if self.divergence_support == "sampled_token" and self.lmbda < 1.0:
-            raise ValueError(
-                f"`divergence_support='sampled_token'` estimates the divergence from tokens the student sampled, and "
-                f"`lmbda={self.lmbda}` replaces some of them. Set `lmbda=1.0`, or choose another support."
-            )
         if self.divergence_kernel not in (None, *KERNELS):
             raise ValueError(f"`divergence_kernel` must be one of {list(KERNELS)}, got {self.divergence_kernel!r}.")
         if self.divergence_memory is not None and self.divergence_memory < 1:
@@ -406,18 +431,6 @@ class SelfDistillationConfig(GRPOConfig):
             raise ValueError(
                 f"`max_teacher_prompt_length` must be at least 1, got {self.max_teacher_prompt_length}. Use `None` "
                 "for what the model's context allows."
-            )
-        if not 0.0 <= self.lmbda <= 1.0:
-            raise ValueError(f"`lmbda` must be in [0, 1], got {self.lmbda}.")
-        if self.seq_kd and self.lmbda == 1.0:
-            raise ValueError(
-                "`seq_kd=True` has no effect with `lmbda=1.0`, which makes every sequence on-policy. Lower `lmbda`, "
-                "or set `seq_kd=False`."
-            )
-        if self.seq_kd and self.use_vllm:
-            raise ValueError(
-                "`seq_kd=True` samples from the teacher with transformers and does not work with `use_vllm=True`. Set "
-                "one of them to `False`."
             )
         if self.use_vllm and self.vllm_importance_sampling_correction and self.truncates_sampling:
             raise ValueError(
@@ -473,8 +486,6 @@ class SelfDistillationConfig(GRPOConfig):
                 "default is the sampling temperature): log-probabilities of a few tokens cannot be brought to another "
                 "temperature than 1. Set `distillation_temperature=1.0`."
             )
-        if self.seq_kd:
-            raise ValueError(f"`seq_kd=True` samples from weights that {setting} keeps elsewhere. Set it to `False`.")
         if self.teacher == "external":
             return
         sampler = self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
@@ -491,11 +502,6 @@ class SelfDistillationConfig(GRPOConfig):
                 f"`num_iterations={self.num_iterations}`, "
                 f"`gradient_accumulation_steps={self.gradient_accumulation_steps}`. Leave the first two at their "
                 "defaults, or leave `teacher_server_base_url` unset."
-            )
-        if self.lmbda < 1.0:
-            raise ValueError(
-                f"{setting} with `teacher='live'` needs `lmbda=1.0`, got {self.lmbda}: the server is sent the current "
-                "weights when it samples rollouts, which off-policy batches do not need."
             )
 
     def _check_max_tokens_per_microbatch(self, max_tokens: int) -> None:

@@ -22,11 +22,12 @@ def vllm_settings(sampling: Sampling, end_token_ids: list[int]) -> dict[str, Any
     }
 
 
-def transformers_settings(sampling: Sampling, generation_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes of the trainer, of whose `generation_kwargs` the special tokens and the cache stay."""
+def transformers_settings(sampling: Sampling, generation_kwargs: Mapping[str, Any], **others: Any) -> dict[str, Any]:
+    """Attributes of the trainer: special tokens and cache of `generation_kwargs`, and `others` when drawing."""
     names = ("pad_token_id", "bos_token_id", "eos_token_id", "cache_implementation")
     kwargs = {name: generation_kwargs.get(name) for name in names}
     kwargs |= {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
     if sampling.temperature > 0:
         kwargs |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        kwargs |= others
     return {"generation_config": GenerationConfig(**kwargs, disable_compile=True), "generation_kwargs": kwargs}

@@ -31,6 +31,7 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
 - `_get_train_sampler(dataset)` returns a sampler that draws the order of each epoch from its `generator`.
 - `_load_from_checkpoint(checkpoint, model)` and `_load_best_model()`, of transformers, load the policy's weights; with
   DeepSpeed only the second is called.
+- `_pending_extra_logs` and `_pending_metrics` hold what reward functions log of a batch until it is logged.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
@@ -40,10 +41,10 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset, IterableDataset
@@ -80,11 +81,13 @@ from ..objective import (
     Tail,
     generalized_jsd_loss,
 )
+from ..parts import make_part
 from ..sampling import Sampling
+from ..sampling.sources import SOURCES, CompletionSource
 from ..scoring import Networks, can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
     ServerError,
-    check_rollouts_fit,
+    check_engine_context,
     check_vllm_installed,
     longest_prompt,
     prepare_sampler,
@@ -99,16 +102,25 @@ from .batch import (
     all_feedback,
     check_feedback,
     joined_feedback,
+    total_rewards,
 )
 from .checkpoints import load_weights
-from .checks import check_completion_length, check_context, check_grpo_pass, check_signals, check_special_tokens
+from .checks import (
+    check_completion_length,
+    check_completions,
+    check_context,
+    check_grpo_pass,
+    check_signals,
+    check_special_tokens,
+)
+from .completing import Completing, Engines, decoded
 from .config import SelfDistillationConfig
 from .lengths import fit_completions, prompt_budget
 from .loss import SelfDistillationLoss
 from .method import Method
 from .metrics import Metrics, add_contexts, add_divergence, add_policy, add_sampler_difference
 from .random_numbers import random_numbers
-from .run_state import Attributes, ProcessFiles, RunState, dataset_summary
+from .run_state import Attributes, ProcessFiles, RunState, Stateful, dataset_summary
 from .sampling_settings import transformers_settings, vllm_settings
 from .signals import make_signals
 from .teachers import connect_teacher, load_teacher
@@ -170,6 +182,9 @@ class SelfDistillationTrainer(GRPOTrainer):
     _buffered_inputs: Any
     _signature_columns: list[str]
     _step: int
+    _pending_extra_logs: Any
+    _pending_metrics: Any
+    use_vllm: bool
     _warned_about_clip = False
 
     generalized_jsd_loss = staticmethod(generalized_jsd_loss)
@@ -213,10 +228,15 @@ class SelfDistillationTrainer(GRPOTrainer):
 
         # Everything that can be wrong with the data is found before the model is loaded
         self.context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
-        self.signals = make_signals(args)
-        check_signals(self.signals, args, has_reward=bool(reward_funcs))
         gives = [reward_funcs, environment_factory, rollout_func]
         check_context(self.context, cast(int, args.num_generations), train_dataset, *map(bool, gives))
+        self.completion_source: CompletionSource = make_part(
+            "completions", args.completions, cast(dict[str, Any] | None, args.completions_kwargs), SOURCES
+        )
+        itself = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
+        check_completions(args, self.completion_source, self.context, bool(reward_funcs), itself)
+        self.signals = make_signals(args)
+        check_signals(self.signals, args, has_reward=bool(reward_funcs))
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         if processing_class is None:
             # Not a processor, which multimodal checkpoints have too: what is trained on is text
@@ -246,9 +266,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         )
         context_length = min((limit for limit in limits if limit is not None), default=None)
         self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config, context_length)
-        self._data_columns = self.context.columns
-        if args.lmbda < 1.0 and not args.seq_kd:
-            self._data_columns = (*self._data_columns, "completion")
+        self._data_columns = (*self.context.columns, *self.completion_source.columns)
         if environment_factory is None:  # otherwise the prompt comes from the environment
             train_dataset = self._check_dataset(train_dataset, "train_dataset", tools)
             prompts_per_batch = args.generation_batch_size // args.num_generations
@@ -273,11 +291,6 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "`teacher_server_base_url` with `teacher='live'` cannot be combined with `rollout_func`: the server "
                 "is sent the current weights when it samples the rollouts. Drop one of them."
             )
-        if args.lmbda < 1.0 and (tools or environment_factory or rollout_func):
-            raise ValueError(
-                f"`lmbda={args.lmbda}` replaces rollouts by off-policy completions, which have no tool calls and no "
-                "environment. Set `lmbda=1.0`, or drop `tools`, `environment_factory` and `rollout_func`."
-            )
         if args.use_vllm and args.vllm_mode == "server":
             url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
             wait_for_sampler(url, args.vllm_server_timeout, is_main_process=args.process_index == 0)
@@ -290,7 +303,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._train_sampler = None
         self._rows: list[Mapping[str, Any]] = []
         self._empty_rollouts: set[int] = set()
-        self._dataset_tokens = 0
+        self._extra_tokens = 0
         self._generation: Generation
         self.statistics = {"train": Metrics(), "eval": Metrics()}
         self._num_generated_tokens = 0
@@ -328,6 +341,13 @@ class SelfDistillationTrainer(GRPOTrainer):
             gather_object,
             self._sample_for_context,
         )
+        if self.use_vllm and self.completion_source.samples_teacher:  # with transformers
+            sampling = Sampling(self.temperature, self.top_p, self.top_k, cast(int, self.max_completion_length))
+            tokens = {f"{name}_token_id": getattr(self._tokenizer, f"{name}_token_id") for name in ("pad", "bos")}
+            tokens |= {"eos_token_id": self.eos_token_ids, "cache_implementation": args.cache_implementation}
+            others = {"min_p": self.min_p, "repetition_penalty": self.repetition_penalty}
+            for name, value in transformers_settings(sampling, tokens, **others).items():
+                setattr(self, name, value)
         self._has_grpo_terms = (
             self.beta != 0.0
             or self.signals.has_term("policy_loss_coef")
@@ -474,8 +494,9 @@ class SelfDistillationTrainer(GRPOTrainer):
         run_state = RunState(self.accelerator, self.args, data, fingerprints)
         run_state.add("teacher", self.teacher)
         run_state.add("guard", self._guard)
-        for name, schedule in self.signals.schedules.items():
-            run_state.add(f"schedules.{name}", schedule)
+        run_state.add("schedules", self.signals)
+        if isinstance(self.context, Stateful):
+            run_state.add("context", self.context)
         run_state.add("counts", Attributes(self, num_generated_tokens="_num_generated_tokens"))
         rollouts = ProcessFiles("rollouts", self._leftover_rollouts, self._take_up_rollouts, self.accelerator)
         run_state.add("rollouts", rollouts)
@@ -496,7 +517,7 @@ class SelfDistillationTrainer(GRPOTrainer):
                 self.train_dataset, lambda prompts: self._tokenize_prompts(prompts)[0], self.accelerator
             )
         field = "vllm_max_model_length" if self._samples_in_process else "--max-model-len"
-        check_rollouts_fit(limit, longest, self.max_completion_length, field)
+        check_engine_context(limit, longest, self.max_completion_length, field)
         return limit
 
     def _set_signature_columns_if_needed(self):
@@ -529,7 +550,7 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _generate(self, prompts: list):
         self._first_turn = True
         self._empty_rollouts = set()
-        self._dataset_tokens = 0
+        self._extra_tokens = 0
         return super()._generate(prompts)
 
     def _generate_single_turn(
@@ -538,24 +559,17 @@ class SelfDistillationTrainer(GRPOTrainer):
         first_turn, self._first_turn = self._first_turn, False
         if not first_turn:
             return self._sample_rollouts(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
-        off_policy = self._off_policy_completions(len(prompt_ids)) if self.model.training else {}
-        if not off_policy:
-            completion_ids, logprobs = self._sample_rollouts(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
-        else:
-            on_policy = [index for index in range(len(prompt_ids)) if index not in off_policy]
-            completion_ids = [off_policy.get(index, []) for index in range(len(prompt_ids))]
-            # A sampled token without a log-probability gets an importance ratio of 1
-            logprobs = [[None] * len(ids) for ids in completion_ids] if self.use_vllm else None
-            if on_policy:
-                # The groups are broken up, so every prompt is sampled by itself
-                sampled, sampled_logprobs = self._sample_rollouts([prompt_ids[i] for i in on_policy], None, {}, 1)
-                for position, index in enumerate(on_policy):
-                    completion_ids[index] = sampled[position]
-                    if logprobs is not None:
-                        logprobs[index] = sampled_logprobs[position]
-        return self._mark_empty_rollouts(completion_ids, logprobs)
+        rollouts = partial(
+            self._sample_rollouts, prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+        )
+        if not self.model.training or not self.completion_source.replaces_rollouts:
+            return self._mark_empty_rollouts(*rollouts())
+        completing = Completing(self._engines(rollouts, prompt_ids), self._rows, prompt_ids, gather_object)
+        completions = completing(self.completion_source, self.args.seed, self.state.global_step)
+        self._extra_tokens = completing.num_sampled - sum(map(len, completions.ids))
+        for name, pair in completions.rates.items():
+            self.statistics["train"].add_rate(name, *torch.tensor(pair, device=self.accelerator.device))
+        return self._mark_empty_rollouts(completions.ids, completions.log_probs)
 
     def _sample_rollouts(self, *args: Any) -> tuple[list[list[int]], Any]:
         if not self._samples_in_process:
@@ -590,9 +604,9 @@ class SelfDistillationTrainer(GRPOTrainer):
             `list[list[int]]`: token ids of each completion, the end-of-turn token included.
 
         Raises:
-            ServerError: If the vLLM server failed.
+            ServerError: If the vLLM server failed. In training, the run then ends after a checkpoint.
         """
-        with evaluation_mode(self.model), self._sampling_as(sampling), self._random_numbers(stream):
+        with self._random_numbers(stream), evaluation_mode(self.model), self._sampling_as(sampling):
             return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]
 
     @contextmanager
@@ -653,35 +667,49 @@ class SelfDistillationTrainer(GRPOTrainer):
 
         return checked_rollout_func
 
-    def _off_policy_completions(self, num_rows: int) -> dict[int, list[int]]:
-        """Token ids of the completions that replace rollouts in this batch, by row: a share of 1 − `lmbda` of it."""
-        if self.args.lmbda == 1.0:
-            return {}
-        # The number is the same on every process, which the vLLM server needs; which rows is not
-        step = self.state.global_step
-        shared = np.random.default_rng([self.args.seed, step])
-        own = np.random.default_rng([self.args.seed, step, self.accelerator.process_index + 1])
-        num_on_policy = int(self.args.lmbda * num_rows + shared.random())
-        rows = sorted(own.permutation(num_rows)[num_on_policy:].tolist())
-        if not self.args.seq_kd:
-            completions = {index: self._dataset_completion(self._rows[index]) for index in rows}
-            self._dataset_tokens = sum(len(ids) for ids in completions.values())
-            return completions
+    def _engines(self, rollouts: Callable[[], Any], prompt_ids: list[list[int]]) -> Engines:
+        return Engines(
+            rollouts=rollouts,
+            # The groups are broken up, so every prompt is sampled by itself
+            sample=lambda prompts: self._sample_rollouts(prompts, None, {}, 1),
+            sample_teacher=self._sample_teacher,
+            teacher_prompt=lambda index: self.teacher_prompt.token_ids(self._rows[index], None),
+            encode=self._dataset_completion,
+            grade=lambda rows, completion_ids: self._grade(
+                [self._rows[row] for row in rows], [prompt_ids[row] for row in rows], completion_ids
+            ),
+            process_index=self.accelerator.process_index,
+        )
 
-        prompts = {index: self.teacher_prompt.token_ids(self._rows[index], None) for index in rows}
-        prompts = {index: ids for index, ids in prompts.items() if ids is not None}
-        if not prompts:
-            return {}
-        policy = self.model_wrapped
+    def _sample_teacher(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        if self.use_vllm and self.args.teacher == "live":
+            return self._sample_rollouts(prompt_ids, None, {}, 1)[0]
+        policy, use_vllm = self.model_wrapped, self.use_vllm
         with self.teacher.weights(policy) as self.model_wrapped:
+            self.use_vllm = False  # its engine holds the policy
             try:
-                completion_ids, _ = super()._generate_single_turn(list(prompts.values()), None, {}, 1)
+                return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]
             finally:
-                self.model_wrapped = policy
-        return dict(zip(prompts, completion_ids, strict=True))
+                self.model_wrapped, self.use_vllm = policy, use_vllm
 
-    def _dataset_completion(self, row: Mapping[str, Any]) -> list[int]:
-        completion = row["completion"]
+    def _grade(
+        self, rows: list[Mapping[str, Any]], prompt_ids: list[list[int]], completion_ids: list[list[int]]
+    ) -> list[bool | None]:
+        """Whether completions are right by the reward functions, which log nothing of them."""
+        prompts = [row["prompt"] for row in rows]
+        completions = decoded(self._tokenizer, prompts[0], prompt_ids, completion_ids)
+        kept = {name: vars(self)[name] for name in ("_rows", "_pending_extra_logs", "_pending_metrics")}
+        self._rows, self._pending_extra_logs, self._pending_metrics = rows, defaultdict(list), defaultdict(list)
+        try:
+            rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids)
+        finally:
+            for name, value in kept.items():
+                setattr(self, name, value)
+        own = rewards[self.accelerator.process_index * len(rows) :][: len(rows)]
+        totals = total_rewards(own, self.reward_weights).tolist()
+        return [None if math.isnan(total) else total >= self.args.success_threshold for total in totals]
+
+    def _dataset_completion(self, completion: Any) -> list[int]:
         if not isinstance(completion, str):
             completion = "".join(message["content"] for message in as_text(completion))
         ids = self.processing_class(completion, add_special_tokens=False)["input_ids"] + [self.eos_token_ids[0]]
@@ -791,14 +819,13 @@ class SelfDistillationTrainer(GRPOTrainer):
         batch.update(self.teacher.annotate(teacher_ids, batch))
         groups = tensors.pop("teacher_prompt_groups")  # no work for the device
         batch.update({name: values.to(device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
-        model_tokens = batch.get("tool_mask", 1) * batch["completion_mask"]
-        self._count_tokens(model_tokens, mode)
+        self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
         add_contexts(self.statistics[mode], batch, len(self._empty_rollouts))
         return batch
 
     def _count_tokens(self, model_tokens: torch.Tensor, mode: str) -> None:
         num_stand_ins = model_tokens[sorted(self._empty_rollouts)].sum()
-        num_generated = model_tokens.sum() - self._dataset_tokens - num_stand_ins
+        num_generated = model_tokens.sum() + self._extra_tokens - num_stand_ins
         num_generated = self.accelerator.reduce(num_generated, "sum")
         if mode == "train":
             self._num_generated_tokens += int(num_generated)

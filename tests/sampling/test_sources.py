@@ -1,0 +1,136 @@
+"""What is trained on, given stand-ins for what samples and grades."""
+
+import pytest
+
+from trl_opsd.sampling.sources import (
+    SOURCES,
+    Completions,
+    CompletionSource,
+    FromDataset,
+    FromTeacher,
+    HintedRetry,
+    OnPolicy,
+    Prompts,
+)
+from trl_opsd.trainer.completing import Completing, Engines
+
+
+ROWS = [{"number": number, "completion": f"given {number}"} for number in range(8)]
+
+
+class World:
+    """Rollouts are [row, 0], retries [row, 1] and the teacher's samples [row, 2]; `right` says which are right."""
+
+    def __init__(self, right=(), contexts=range(8), log_probs=False, others=0):
+        self.right, self.contexts, self.log_probs, self.others = set(right), set(contexts), log_probs, others
+        self.sampled, self.graded = [], []
+
+    def sample(self, prompts):
+        self.sampled.append(len(prompts))
+        ids = [[prompt[0], 1 if prompt[1:] == ["hint"] else 0] for prompt in prompts]
+        return ids, [[-1.0, -1.0] for _ in ids] if self.log_probs else None
+
+    def grade(self, rows, ids):
+        self.graded.append(len(rows))
+        return [tuple(completion) in self.right for _, completion in zip(rows, ids, strict=True)]
+
+    def gather(self, items):
+        return [*items, self.others]  # of another process
+
+    def complete(self, source, step=0, process_index=0):
+        prompts = [[row] for row in range(8)]
+        engines = Engines(
+            rollouts=lambda: self.sample(prompts),
+            sample=self.sample,
+            sample_teacher=lambda asked: [[prompt[0], 2] for prompt in asked],
+            teacher_prompt=lambda row: [row, "hint"] if row in self.contexts else None,
+            encode=lambda text: [int(text.split()[-1]), 9],
+            grade=self.grade,
+            process_index=process_index,
+        )
+        self.completing = Completing(engines, ROWS, prompts, self.gather)
+        return self.completing(source, seed=1, step=step)
+
+
+def test_on_policy_is_what_was_sampled():
+    assert World().complete(OnPolicy()).ids == [[row, 0] for row in range(8)]
+
+
+@pytest.mark.parametrize(("source", "mark"), [(FromDataset, 9), (FromTeacher, 2)])
+def test_share_of_others(source, mark):
+    for lmbda, expected in ((0.0, 8), (0.5, 4), (0.75, 2)):
+        completions = World(log_probs=True).complete(source(lmbda=lmbda))
+        assert [ids[0] for ids in completions.ids] == list(range(8))
+        assert {row for row in range(8) if completions.ids[row][1] == mark} == completions.replaced
+        assert len(completions.replaced) == expected
+        assert completions.rates["completions/off_policy_rate"] == (expected, 8)
+        for row, log_probs in enumerate(completions.log_probs or []):
+            assert log_probs == ([None, None] if row in completions.replaced else [-1.0, -1.0])
+
+
+def test_which_rows_depends_on_step_and_process_and_how_many_does_not():
+    source = FromDataset(lmbda=0.45)
+    found = [World().complete(source, step, process).replaced for step in range(20) for process in (0, 1)]
+    assert len({frozenset(rows) for rows in found}) > 20
+    numbers = [len(rows) for rows in found]
+    assert numbers[::2] == numbers[1::2]
+    assert set(numbers) == {4, 5}
+
+
+def test_rows_without_a_context_stay_on_policy():
+    completions = World(contexts=[2, 5]).complete(FromTeacher())
+    assert completions.replaced == {2, 5}
+    assert completions.ids[3] == [3, 0]
+
+
+def test_a_right_retry_takes_the_place_of_a_wrong_rollout():
+    # 0 and 1 are right at once; 2 and 3 when tried again; 4 has no context
+    world = World(right=[(0, 0), (1, 0), (2, 1), (3, 1), (4, 1)], contexts=[0, 1, 2, 3, 5, 6, 7], log_probs=True)
+    completions = world.complete(HintedRetry())
+    assert completions.replaced == {2, 3}
+    assert completions.ids == [[row, int(row in (2, 3))] for row in range(8)]
+    assert completions.log_probs[2] == [None, None]
+    assert completions.log_probs[5] == [-1.0, -1.0]
+    assert completions.rates == {
+        "completions/off_policy_rate": (2, 8),
+        "completions/retry_rate": (5, 8),
+        "completions/retry_success_rate": (2, 5),
+    }
+    assert world.sampled == [8, 5]
+    assert world.graded == [8, 5]
+    assert world.completing.num_sampled == 2 * (8 + 5)
+
+
+def test_what_cannot_be_graded_is_not_tried_again():
+    world = World()
+    world.grade = lambda rows, ids: [None] * len(rows)
+    assert world.complete(HintedRetry()).rates["completions/retry_rate"] == (0, 8)
+
+
+def test_processes_sample_and_grade_as_many():
+    world = World(right=[(row, 0) for row in range(8)], others=3)  # nothing to try again here, three rows elsewhere
+    completions = world.complete(HintedRetry())
+    assert not completions.replaced
+    assert world.sampled == [8, 3]
+    assert world.graded == [8, 3]
+
+    world = World(right=[(row, 0) for row in range(8)])  # nor elsewhere
+    world.complete(HintedRetry())
+    assert world.sampled == [8]
+    assert world.graded == [8]
+
+
+@pytest.mark.parametrize("lmbda", [-0.1, 1.0, 1.2])
+@pytest.mark.parametrize("name", ["dataset", "teacher"])
+def test_bad_shares(name, lmbda):
+    with pytest.raises(ValueError, match=r"`lmbda` of `completions_kwargs` must be in \[0, 1\)"):
+        SOURCES[name](lmbda=lmbda)
+
+
+def test_a_source_that_forgets_a_prompt():
+    class Forgetful(CompletionSource):
+        def __call__(self, prompts: Prompts) -> Completions:
+            return Completions([[1]])
+
+    with pytest.raises(ValueError, match="Forgetful gave 1 completions to 8 prompts"):
+        World().complete(Forgetful())

@@ -1,0 +1,167 @@
+"""Completing the prompts of a batch by a source that may need more than the student's own rollouts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import parse_response
+from trl.data_utils import is_conversational
+
+from ..sampling.sources import Completions, CompletionSource, Prompts
+
+
+@dataclass(frozen=True)
+class Engines:
+    """
+    What samples and grades, each called by all processes at once and with as many rows.
+
+    Args:
+        rollouts (`Callable`):
+            From nothing to the student's rollouts of all rows: token ids and log-probabilities.
+        sample (`Callable`):
+            From prompts to the student's completions: token ids and log-probabilities.
+        sample_teacher (`Callable`):
+            From prompts to the teacher's completions: token ids.
+        teacher_prompt (`Callable`):
+            From the index of a row to what the teacher reads, `None` without a context.
+        encode (`Callable`):
+            From a completion, text or messages, to token ids.
+        grade (`Callable`):
+            From indices of rows and token ids of their completions to whether these are right.
+        process_index (`int`):
+            Number of the process.
+    """
+
+    rollouts: Callable[[], tuple[list[list[int]], Any]]
+    sample: Callable[[list[list[int]]], tuple[list[list[int]], Any]]
+    sample_teacher: Callable[[list[list[int]]], list[list[int]]]
+    teacher_prompt: Callable[[int], list[int] | None]
+    encode: Callable[[Any], list[int]]
+    grade: Callable[[list[int], list[list[int]]], list[bool | None]]
+    process_index: int
+
+
+class Completing:
+    """
+    Completes the prompts of this process once. Sources ask for as many completions as they like: processes that ask
+    for fewer than others sample and grade the first row besides.
+
+    Args:
+        engines ([`Engines`]):
+            What samples and grades.
+        rows (`Sequence[Mapping[str, Any]]`):
+            Dataset rows.
+        prompt_ids (`Sequence[list[int]]`):
+            Token ids of their prompts.
+        gather (`Callable[[list], list]`):
+            From a list of each process to the list of all.
+    """
+
+    def __init__(
+        self,
+        engines: Engines,
+        rows: Sequence[Mapping[str, Any]],
+        prompt_ids: Sequence[list[int]],
+        gather: Callable[[list[Any]], list[Any]],
+    ):
+        self._engines = engines
+        self._rows = rows
+        self._prompt_ids = prompt_ids
+        self._gather = gather
+        self.num_sampled = 0
+
+    def __call__(self, source: CompletionSource, seed: int, step: int) -> Completions:
+        """
+        Complete the prompts.
+
+        Args:
+            source ([`~trl_opsd.sampling.sources.CompletionSource`]):
+                Says how.
+            seed (`int`):
+                Seed of the run.
+            step (`int`):
+                Optimizer steps done.
+
+        Raises:
+            ValueError: If the source does not give a completion for each prompt.
+        """
+        completions = source(
+            Prompts(
+                rows=self._rows,
+                step=step,
+                seed=seed,
+                process_index=self._engines.process_index,
+                rollouts=lambda: self._counted(self._engines.rollouts()),
+                some_rollouts=lambda rows: self._sample([self._prompt_ids[row] for row in rows]),
+                sample=lambda prompts: self._sample(prompts).ids,
+                sample_teacher=lambda prompts: self._sample(prompts, by_teacher=True).ids,
+                teacher_prompt=self._engines.teacher_prompt,
+                encode=self._engines.encode,
+                grade=self._grade,
+            )
+        )
+        if len(completions.ids) != len(self._rows):
+            raise ValueError(
+                f"{type(source).__name__} gave {len(completions.ids)} completions to {len(self._rows)} prompts of "
+                "`completions`. Give one for each."
+            )
+        off_policy = {"completions/off_policy_rate": (len(completions.replaced), len(self._rows))}
+        completions.rates = off_policy | completions.rates
+        return completions
+
+    def _counted(self, sampled: tuple[list[list[int]], Any]) -> Completions:
+        self.num_sampled += sum(map(len, sampled[0]))
+        return Completions(list(sampled[0]), None if sampled[1] is None else list(sampled[1]))
+
+    def _sample(self, prompts: Sequence[list[int]], by_teacher: bool = False) -> Completions:
+        asked = self._even(prompts, self._prompt_ids[0])
+        if not asked:
+            return Completions([])
+        if by_teacher:
+            found = self._counted((self._engines.sample_teacher(asked), None))
+        else:
+            found = self._counted(self._engines.sample(asked))
+        return Completions(
+            found.ids[: len(prompts)], None if found.log_probs is None else found.log_probs[: len(prompts)]
+        )
+
+    def _grade(self, rows: Sequence[int], completion_ids: Sequence[list[int]]) -> list[bool | None]:
+        pairs = self._even(list(zip(rows, completion_ids, strict=True)), (0, []))
+        if not pairs:
+            return []
+        indices, ids = zip(*pairs, strict=True)
+        return self._engines.grade(list(indices), list(ids))[: len(rows)]
+
+    def _even(self, items: Sequence[Any], stand_in: Any) -> list[Any]:
+        most = max(self._gather([len(items)]))
+        return [*items, *[stand_in] * (most - len(items))]
+
+
+def decoded(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Any,
+    prompt_ids: Sequence[list[int]],
+    completion_ids: Sequence[list[int]],
+) -> list[Any]:
+    """
+    Completions as GRPOTrainer shows them to reward functions, without tools.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        prompt (`str` or `list[dict[str, Any]]`):
+            One of the prompts, all of which are text or messages.
+        prompt_ids (`Sequence[list[int]]`):
+            Token ids of the prompts.
+        completion_ids (`Sequence[list[int]]`):
+            Token ids of the completions.
+    """
+    if not is_conversational({"prompt": prompt}):
+        return tokenizer.batch_decode(list(completion_ids), skip_special_tokens=True)
+    parses = any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema"))
+    if parses:
+        pairs = zip(prompt_ids, completion_ids, strict=True)
+        return [[parse_response(tokenizer, ids, prefix=prefix, tools=None)] for prefix, ids in pairs]
+    texts = tokenizer.batch_decode(list(completion_ids), skip_special_tokens=True)
+    return [[{"role": "assistant", "content": text}] for text in texts]
