@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..context import NoContext, PrivilegedContext, SampledContext, check_embedded
@@ -11,16 +12,81 @@ from ..signal import Signals
 from .config import SelfDistillationConfig
 
 
+def check_model(model: Any, peft_config: Any) -> None:
+    """
+    Refuse adapters that put tokens in front of the prompt.
+
+    Raises:
+        ValueError: If there is such an adapter.
+    """
+    if getattr(peft_config or getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "Prefix, prompt and p-tuning put virtual tokens in front of the prompt, which would shift the teacher "
+            "and the student against each other. Use LoRA, or train all weights."
+        )
+
+
+def check_text_only(tokenizer: Any) -> None:
+    """
+    Refuse processors, of images and text.
+
+    Raises:
+        ValueError: If it is no tokenizer.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"What is trained on is text, and needs a tokenizer, got {type(tokenizer).__name__}. Pass "
+            "`processing_class=AutoTokenizer.from_pretrained(...)`."
+        )
+
+
+def check_number_of_rows(args: SelfDistillationConfig, train_dataset: Any) -> None:
+    """
+    Refuse a training set that is smaller than a batch.
+
+    Raises:
+        ValueError: If no batch could be drawn.
+    """
+    prompts_per_batch = args.generation_batch_size // args.num_generations
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < prompts_per_batch:
+        raise ValueError(
+            f"`train_dataset` has {len(train_dataset)} rows, fewer than the {prompts_per_batch} prompts of one "
+            "generation batch, so no batch could be drawn. Add rows, or lower `per_device_train_batch_size`, "
+            "`gradient_accumulation_steps` or `steps_per_generation`."
+        )
+
+
+def check_served_live_teacher(args: SelfDistillationConfig, rollout_func: Any) -> None:
+    """
+    Refuse a live teacher on a server that is not sent the current weights.
+
+    Raises:
+        ValueError: If something else samples the rollouts.
+    """
+    if args.teacher == "live" and args.teacher_server_base_url is not None and rollout_func is not None:
+        raise ValueError(
+            "`teacher_server_base_url` with `teacher='live'` cannot be combined with `rollout_func`: the server is "
+            "sent the current weights when it samples the rollouts. Drop one of them."
+        )
+
+
 def check_context(
-    context: PrivilegedContext,
-    num_generations: int,
-    train_dataset: Any,
-    has_reward_funcs: bool,
-    has_environments: bool,
-    has_rollout_func: bool,
+    context: PrivilegedContext, num_generations: int, train_dataset: Any, has_rewards: bool, has_feedback: bool
 ) -> None:
     """
     Refuse a context that could never be given, and let it see the training set if it wants to.
+
+    Args:
+        context ([`PrivilegedContext`]):
+            The context.
+        num_generations (`int`):
+            Rollouts of a prompt.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Training set, whose column `feedback` gives feedback.
+        has_rewards (`bool`):
+            Whether there may be rewards.
+        has_feedback (`bool`):
+            Whether anything else may give feedback.
 
     Raises:
         ValueError: If the context says so.
@@ -29,8 +95,7 @@ def check_context(
         columns: Iterable[str] = ()
         if train_dataset is not None:
             columns = train_dataset.column_names or next(iter(train_dataset), {})
-        has_rewards = has_reward_funcs or has_environments
-        context.check_run(num_generations, has_rewards, has_rewards or has_rollout_func or "feedback" in columns)
+        context.check_run(num_generations, has_rewards, has_feedback or "feedback" in columns)
     if hasattr(context, "read_dataset"):
         context.read_dataset(train_dataset)
 

@@ -324,6 +324,41 @@ class _Factors(NamedTuple):
     policy_value: torch.Tensor
 
 
+def policy_term(
+    loss_of: Callable[[dict[str, Any], torch.Tensor, torch.Tensor], torch.Tensor],
+    reads_values: Callable[[dict[str, Any]], bool],
+    rows: dict[str, Any],
+    log_probs: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    A loss that depends on the student through its log-probabilities alone, as a [`PolicyTerm`].
+
+    Args:
+        loss_of (`Callable`):
+            From rows, log-probabilities and entropies, both of shape `(B, T)`, to the loss.
+        reads_values (`Callable`):
+            From rows to whether the loss or its gradient depends on the values of the log-probabilities. Otherwise
+            they are left at 0: the ratio to themselves is 1.
+        rows (`dict[str, Any]`):
+            Some rows.
+        log_probs (`Callable`):
+            Gives their log-probabilities and entropies.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the loss, and minus its derivative with respect to each log-probability.
+    """
+    if reads_values(rows):
+        student_log_probs, entropies = log_probs()
+    else:
+        shape = rows["completion_mask"].shape
+        student_log_probs, entropies = rows["completion_mask"].new_zeros(2, *shape, dtype=torch.float32)
+    with torch.enable_grad():
+        student_log_probs = student_log_probs.detach().requires_grad_()
+        loss = loss_of(rows, student_log_probs, entropies)
+        (slope,) = torch.autograd.grad(loss, student_log_probs)
+    return loss.detach(), -slope
+
+
 def _scaled(policy: PolicyTerm, factor: torch.Tensor) -> PolicyTerm:
     def scaled(rows, log_probs):
         value, slopes = policy(rows, log_probs)

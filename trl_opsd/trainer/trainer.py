@@ -37,7 +37,6 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
 """
 
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -51,8 +50,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -63,38 +60,25 @@ from trl.trainer.utils import get_config_model_id
 
 from ..context import (
     SampledContext,
-    TeacherPrompt,
-    TextContext,
     as_text,
     check_embedded,
-    make_context,
-    thinking_prefix,
     without_end,
 )
-from ..data import validate_rows
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
-    Divergence,
     FusedDivergence,
-    Objective,
-    Support,
-    Tail,
     generalized_jsd_loss,
 )
-from ..parts import make_part
 from ..sampling import Sampling
-from ..sampling.sources import SOURCES, CompletionSource
 from ..scoring import Networks, can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
     ServerError,
     check_engine_context,
-    check_vllm_installed,
     longest_prompt,
     prepare_sampler,
     report_failures,
-    wait_for_sampler,
 )
-from ..signal import Batch
+from ..signal import TokenScores
 from ..teacher import Teacher, fingerprint
 from .batch import (
     Generation,
@@ -106,24 +90,21 @@ from .batch import (
 )
 from .checkpoints import load_weights
 from .checks import (
-    check_completion_length,
-    check_completions,
     check_context,
     check_grpo_pass,
     check_signals,
-    check_special_tokens,
 )
 from .completing import Completing, Engines, decoded
 from .config import SelfDistillationConfig
-from .lengths import fit_completions, prompt_budget
-from .loss import SelfDistillationLoss
+from .loss import SelfDistillationLoss, policy_term
 from .method import Method
-from .metrics import Metrics, add_contexts, add_divergence, add_policy, add_sampler_difference
+from .metrics import Metrics, add_contexts, add_divergence, add_policy, add_sampler_difference, warn_of_clip
+from .preparation import prepare
 from .random_numbers import random_numbers
 from .run_state import Attributes, ProcessFiles, RunState, Stateful, dataset_summary
 from .sampling_settings import transformers_settings, vllm_settings
-from .signals import make_signals
-from .teachers import connect_teacher, load_teacher
+from .signals import make_streams
+from .teachers import load_teacher
 from .world import check_world
 
 
@@ -217,83 +198,21 @@ class SelfDistillationTrainer(GRPOTrainer):
             )
         if args.method is not None:
             self._present_as(args.method)
-        if getattr(peft_config or getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            raise ValueError(
-                "Prefix, prompt and p-tuning put virtual tokens in front of the prompt, which would shift the teacher "
-                "and the student against each other. Use LoRA, or train all weights."
-            )
-
-        if args.use_vllm or args.teacher_server_base_url is not None:
-            check_vllm_installed()
-
-        # Everything that can be wrong with the data is found before the model is loaded
-        self.context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
-        gives = [reward_funcs, environment_factory, rollout_func]
-        check_context(self.context, cast(int, args.num_generations), train_dataset, *map(bool, gives))
-        self.completion_source: CompletionSource = make_part(
-            "completions", args.completions, cast(dict[str, Any] | None, args.completions_kwargs), SOURCES
+        run = prepare(
+            args,
+            model,
+            model_id,
+            processing_class,
+            train_dataset,
+            eval_dataset,
+            reward_funcs,
+            peft_config,
+            tools,
+            rollout_func,
+            environment_factory,
         )
-        itself = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
-        check_completions(args, self.completion_source, self.context, bool(reward_funcs), itself)
-        self.signals = make_signals(args)
-        check_signals(self.signals, args, has_reward=bool(reward_funcs))
-        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
-        if processing_class is None:
-            # Not a processor, which multimodal checkpoints have too: what is trained on is text
-            processing_class = AutoTokenizer.from_pretrained(
-                model_id,
-                revision=revision,
-                truncation_side="left",
-                padding_side="left",
-                trust_remote_code=args.trust_remote_code,
-            )
-        if not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise ValueError(
-                f"{type(self).__name__} trains on text and needs a tokenizer, got {type(processing_class).__name__}. "
-                "Pass `processing_class=AutoTokenizer.from_pretrained(...)`."
-            )
-        model_config = (
-            AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
-            if isinstance(model, str)
-            else model.config
-        )
-        check_special_tokens(processing_class, getattr(model_config.get_text_config(), "vocab_size", None))
-        check_completion_length(args, model_config, samples_itself=rollout_func is None)
-        served = connect_teacher(args, processing_class, model_config)
-        limits = (
-            getattr(model_config.get_text_config(), "max_position_embeddings", None),
-            None if served is None else served.context_length,
-        )
-        context_length = min((limit for limit in limits if limit is not None), default=None)
-        self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config, context_length)
-        self._data_columns = (*self.context.columns, *self.completion_source.columns)
-        if environment_factory is None:  # otherwise the prompt comes from the environment
-            train_dataset = self._check_dataset(train_dataset, "train_dataset", tools)
-            prompts_per_batch = args.generation_batch_size // args.num_generations
-            if isinstance(train_dataset, Dataset) and len(train_dataset) < prompts_per_batch:
-                raise ValueError(
-                    f"`train_dataset` has {len(train_dataset)} rows, fewer than the {prompts_per_batch} prompts of "
-                    "one generation batch, so no batch could be drawn. Add rows, or lower "
-                    "`per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
-                )
-            if isinstance(eval_dataset, dict):
-                eval_dataset = type(eval_dataset)(
-                    {
-                        name: self._check_dataset(data, f"eval_dataset[{name!r}]", tools)
-                        for name, data in eval_dataset.items()
-                    }
-                )
-            elif eval_dataset is not None:
-                eval_dataset = self._check_dataset(eval_dataset, "eval_dataset", tools)
-        fit_completions(args, context_length, self.teacher_prompt.longest or self.teacher_prompt.max_length or 0)
-        if args.teacher == "live" and served is not None and rollout_func is not None:
-            raise ValueError(
-                "`teacher_server_base_url` with `teacher='live'` cannot be combined with `rollout_func`: the server "
-                "is sent the current weights when it samples the rollouts. Drop one of them."
-            )
-        if args.use_vllm and args.vllm_mode == "server":
-            url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-            wait_for_sampler(url, args.vllm_server_timeout, is_main_process=args.process_index == 0)
+        self.context, self.completion_source, self.signals = run.context, run.completions, run.signals
+        self.teacher_prompt, self._data_columns = run.teacher_prompt, run.columns
 
         # Set by the generation methods for the batch in hand
         self._first_turn = False
@@ -313,9 +232,9 @@ class SelfDistillationTrainer(GRPOTrainer):
             model=model,
             reward_funcs=reward_funcs or [_no_reward],
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            train_dataset=run.train_dataset,
+            eval_dataset=run.eval_dataset,
+            processing_class=run.tokenizer,
             reward_processing_classes=reward_processing_classes,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -329,6 +248,9 @@ class SelfDistillationTrainer(GRPOTrainer):
             for values in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
                 values.pop(0)
             self.reward_weights = self.reward_weights[1:]
+        if environment_factory is not None and not self.reward_funcs:  # it gives none, which is known only now
+            check_signals(self.signals, args, has_reward=False)
+            check_context(self.context, self.num_generations, run.train_dataset, has_rewards=False, has_feedback=True)
         self._teacher_inputs = TeacherInputs(
             self.teacher_prompt,
             self.reward_weights,
@@ -371,15 +293,6 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "`max_tokens_per_microbatch` unset."
             )
         self.teacher_prompt.chat_template = self.chat_template
-        objective = Objective(
-            divergence=cast(Divergence, args.divergence),
-            jsd_weight=args.jsd_weight,
-            support=cast(Support, args.divergence_support),
-            top_k=args.divergence_top_k,
-            tail=cast(Tail, args.divergence_tail or "bucket"),
-            clip=args.divergence_clip,
-            temperature=cast(float, args.distillation_temperature),
-        )
 
         # With the correction on, GRPO logs it. vLLM's log-probabilities are those of what it samples from
         self._compares_with_sampler = (
@@ -395,7 +308,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.context_length = self._prepare_sampler()
         fingerprints: dict[str, str | None] = {"model": fingerprint(self.model)}
         starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
-        self.teacher: Teacher = served or load_teacher(args, self.accelerator, self.model, starts_at_zero)
+        self.teacher: Teacher = run.served_teacher or load_teacher(args, self.accelerator, self.model, starts_at_zero)
         fingerprints["teacher"] = self.teacher.fingerprint
         shares_prompts, packs_rows = False, can_pack(causal_lm(self.accelerator.unwrap_model(self.model)))
         with self.teacher.weights(self.model) as module:
@@ -409,11 +322,11 @@ class SelfDistillationTrainer(GRPOTrainer):
             packs_rows,
             self.pad_to_multiple_of,
             args.max_tokens_per_microbatch,
-            objective.temperature,
+            cast(float, args.distillation_temperature),
             args.divergence_memory,
             args.divergence_kernel,
         )
-        self.loss = SelfDistillationLoss(args, self.accelerator, networks, objective, self.signals)
+        self.loss = SelfDistillationLoss(args, self.accelerator, networks, args.objective(), self.signals)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             networks.check_logits(self.model)
         self._guard = SkipNonFiniteSteps()
@@ -428,7 +341,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         """Model cards and tags of the Hub name and cite the method of the configuration."""
         self._name = method.name
         self._paper = {"title": method.title, "id": method.paper, "citation": method.citation}  # type: ignore[misc]
-        self._tag_names = ["trl", "trl-opsd", method.name.lower()]  # type: ignore[misc]
+        self._tag_names = ["trl", "trl-opsd", method.name.lower().replace(" ", "-")]  # type: ignore[misc]
 
     @property
     def _samples_in_process(self) -> bool:
@@ -438,56 +351,6 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _sampler_index(self) -> int:
         """Which of several streams of random numbers this process samples by: tensor-parallel ones share theirs."""
         return self.accelerator.process_index // (self.args.vllm_tensor_parallel_size if self.use_vllm else 1)
-
-    def _make_teacher_prompt(
-        self,
-        args: SelfDistillationConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        model_config: Any,
-        context_length: int | None,
-    ) -> TeacherPrompt:
-        student_kwargs = cast(dict[str, Any], args.chat_template_kwargs or {})
-        teacher_kwargs = cast(dict[str, Any] | None, args.teacher_chat_template_kwargs)
-        teacher_kwargs = student_kwargs if teacher_kwargs is None else teacher_kwargs
-        prefix, chat_prefix = args.teacher_generation_prefix, ""
-        if prefix is None:
-            prefix, chat_prefix = "", thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
-
-        asked = self.context.sampling["max_new_tokens"] if isinstance(self.context, SampledContext) else 0
-        policy_context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-        return TeacherPrompt(
-            context=self.context,
-            tokenizer=tokenizer,
-            chat_template_kwargs=teacher_kwargs,
-            generation_prefix=prefix,
-            max_length=prompt_budget(args, context_length),
-            skip_overlong=args.overlong_teacher_prompt == "skip",
-            num_embeddings=getattr(model_config.get_text_config(), "vocab_size", None),
-            chat_prefix=chat_prefix,
-            student_template_kwargs=student_kwargs,
-            max_sample_length=None if policy_context is None else policy_context - asked,
-        )
-
-    def _check_dataset(self, dataset: Any, name: str, tools: list[Callable] | None) -> Any:
-        if dataset is None:
-            return None
-        columns = dataset.column_names or []
-        if images := {"image", "images"} & set(columns):
-            raise ValueError(
-                f"`{name}` has the column {sorted(images)[0]!r}, but the teacher's prompt is text only. Remove it."
-            )
-        # Completions may be messages, and a context of the user's may read anything
-        texts = self.context.columns if isinstance(self.context, TextContext) else ()
-        structured = [column for column in self._data_columns if column not in texts]
-        dataset = validate_rows(dataset, self._data_columns, name=name, structured=structured)
-        first = next(iter(dataset))
-        if not isinstance(first["prompt"], str) and self.teacher_prompt.tokenizer.chat_template is None:
-            raise ValueError(
-                f"`{name}` has conversational prompts, but the tokenizer has no chat template. Use a model with one, "
-                "set `tokenizer.chat_template`, or pass prompts as strings."
-            )
-        self.teacher_prompt.check_rows(dataset, name, tools)
-        return dataset
 
     def _make_run_state(self, fingerprints: dict[str, str | None]) -> RunState:
         data = dataset_summary(self.train_dataset, ("prompt", *self._data_columns))
@@ -771,44 +634,28 @@ class SelfDistillationTrainer(GRPOTrainer):
         if not self.reward_funcs:
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[mode].pop(name, None)
-        return self._add_streams(self._add_teacher_inputs(batch, mode), mode)
-
-    def _add_streams(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
-        """What the method's parts make of the rollouts: the streams of the loss's terms."""
-        signals, mask = self.signals, (batch.get("tool_mask", 1) * batch["completion_mask"]).bool()
-        mask[sorted(self._empty_rollouts)] = False
-        rollouts = Batch(
-            batch["completion_ids"],
-            mask,
-            has_context=batch["has_context"].unsqueeze(1),
-            rewards=batch["rewards"].unsqueeze(1),
-            correct=batch["correct"].unsqueeze(1) == 1,
-            success_rate=batch["success_rate"].unsqueeze(1),
+        batch = self._add_teacher_inputs(batch, mode)
+        streams = make_streams(
+            self.signals,
+            batch,
+            self._empty_rollouts,
+            partial(self._score, mode=mode),
+            partial(self.accelerator.reduce, reduction="sum"),
+            self.statistics[mode],
         )
-        scores = None
-        if signals.needs_scores:
-            scored = {**batch, "divergence_mask": rollouts.mask & rollouts.has_context}
-            size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-            scores, output = self.loss.scores(self.model_wrapped, scored, size)
-            if not signals.coefficients["divergence_coef"]:
-                self._add_divergence(mode, output)
-        batch |= signals.streams(batch["advantages"], rollouts, scores)
-        counts: dict[str, torch.Tensor] = {}
-        for term in ("divergence", "likelihood"):
-            rows = batch[f"{term}_mask"].any(dim=1)
-            counts |= {f"num_{term}_rows": rows.sum(), f"num_{term}_tokens": batch[f"{term}_mask"].sum()}
-            if signals.coefficients[f"{term}_coef"]:
-                self.statistics[mode].add_rate(f"{term}_row_rate", rows.sum(), torch.ones_like(rows).sum())
-        batch |= self.accelerator.reduce({name: count.float() for name, count in counts.items()}, "sum")
-        if signals.policy_weightings:
-            batch["old_log_probs"] = self._old_log_probs(batch)
-        return batch
+        if self.signals.policy_weightings:
+            # Under the policy that sampled, where it is not the student in every loss to come
+            names = ["sampling_per_token_logps"] if self._compares_with_sampler else []
+            given = (batch.get(name) for name in [*names, "old_per_token_logps"])
+            batch["old_log_probs"] = next((values for values in given if values is not None), None)
+        return batch | streams
 
-    def _old_log_probs(self, batch: dict[str, Any]) -> torch.Tensor | None:
-        """Log-probabilities under the policy that sampled, where it is not the student in every loss to come."""
-        if self._compares_with_sampler and "sampling_per_token_logps" in batch:
-            return batch["sampling_per_token_logps"]
-        return batch.get("old_per_token_logps")
+    def _score(self, batch: dict[str, Any], mode: str) -> TokenScores:
+        size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+        scores, output = self.loss.scores(self.model_wrapped, batch, size)
+        if not self.signals.coefficients["divergence_coef"]:  # or the loss says it
+            self._add_divergence(mode, output)
+        return scores
 
     def _add_teacher_inputs(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
         device, size = self.accelerator.device, self.num_generations if mode == "train" else self.num_generations_eval
@@ -837,7 +684,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         num_micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
         num_generation_batches = self.args.steps_per_generation if mode == "train" else 1
-        policy = self._policy_term if self._shares_student_pass else None
+        policy = partial(policy_term, self._given, self._reads_log_probs) if self._shares_student_pass else None
         loss, output, likelihood, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
         metrics = self.statistics[mode]
         if self.signals.coefficients["divergence_coef"]:
@@ -872,25 +719,13 @@ class SelfDistillationTrainer(GRPOTrainer):
             kept[name] += values
         return loss
 
-    def _policy_term(
-        self, inputs: dict[str, Any], log_probs: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """GRPO's own loss, of log-probabilities that are data, and minus its derivative with respect to each."""
-        if self._reads_log_probs(inputs):
-            student_log_probs, entropies = log_probs()
-        else:  # the ratio to themselves is 1
-            student_log_probs, entropies = inputs["completion_mask"].new_zeros(
-                2, *inputs["completion_mask"].shape, dtype=torch.float32
-            )
-        with torch.enable_grad():
-            student_log_probs = student_log_probs.detach().requires_grad_()
-            self._given_log_probs = student_log_probs, entropies, None
-            try:
-                loss = self._grpo_loss(self.model, inputs, "train" if self.model.training else "eval")
-            finally:
-                self._given_log_probs = None
-            (slope,) = torch.autograd.grad(loss, student_log_probs)
-        return loss.detach(), -slope
+    def _given(self, inputs: dict[str, Any], log_probs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+        """GRPO's own loss, of these log-probabilities of the student."""
+        self._given_log_probs = log_probs, entropies, None
+        try:
+            return self._grpo_loss(self.model, inputs, "train" if self.model.training else "eval")
+        finally:
+            self._given_log_probs = None
 
     def _reads_log_probs(self, inputs: dict[str, Any]) -> bool:
         """Whether GRPO's loss or its gradient depends on the values of the student's log-probabilities."""
@@ -921,20 +756,10 @@ class SelfDistillationTrainer(GRPOTrainer):
         if values and mode == "train":
             values["skipped_steps/total"] = self._guard.skipped_steps
         self._metrics[mode].update({name: [value] for name, value in values.items()})
-        if values.get("distillation_loss", 0.0) < 0.0:
-            self._warn_of_clip(values["distillation_loss"])
+        if values.get("distillation_loss", 0.0) < 0.0 and not self._warned_about_clip:
+            self._warned_about_clip = True
+            warn_of_clip(self.args.divergence_clip, values["distillation_loss"])
         super().log(logs, start_time)
-
-    def _warn_of_clip(self, divergence: float) -> None:
-        if self._warned_about_clip:
-            return
-        self._warned_about_clip = True
-        warnings.warn(
-            f"With `divergence_clip={self.args.divergence_clip}` the mean loss of a step is negative "
-            f"({divergence:.4g}): the clip cuts so much of the positive entries that the sum is no divergence any "
-            "more, and making it smaller need not bring the student closer to the teacher. Raise the clip.",
-            stacklevel=2,
-        )
 
     # Checkpoints
 
