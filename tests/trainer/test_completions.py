@@ -201,12 +201,12 @@ SERVED = {
     ],
 )
 def test_teachers_on_servers(refused, settings, message, monkeypatch):
-    monkeypatch.setattr("trl_opsd.trainer.trainer.check_vllm_installed", lambda: None)
+    monkeypatch.setattr("trl_opsd.trainer.preparation.check_vllm_installed", lambda: None)
     refused(message, **SERVED, **settings)
 
 
 def test_what_vllm_alone_understands_of_generation(refused, monkeypatch):
-    monkeypatch.setattr("trl_opsd.trainer.trainer.check_vllm_installed", lambda: None)
+    monkeypatch.setattr("trl_opsd.trainer.preparation.check_vllm_installed", lambda: None)
     settings = {"use_vllm": True, "vllm_mode": "colocate", "generation_kwargs": {"seed": 3}}
     refused("takes no `generation_kwargs", completions="teacher", **settings)
 

@@ -1,4 +1,4 @@
-"""What is known before the model is loaded: the parts of the method, the tokenizer, the teacher's prompts, the data."""
+"""What is known before the model is loaded: the method's parts, the tokenizer, the teacher's prompts, the data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
