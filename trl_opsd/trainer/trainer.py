@@ -741,12 +741,10 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _save_after_failure(self) -> str:
         """Make a checkpoint where one can be made. Says what became of the run."""
-        micro_batch = self._step
-        # Sampling may come in the middle of a step, whose first micro-batches a resumed run begins with
-        self._step = self._first_micro_batch
         if self.state.global_step == 0:
             return "No step had been trained."
-        if self._step != micro_batch and self._step % self._generate_every:
+        # Sampling may come in the middle of a step, whose first micro-batches a resumed run begins with
+        if self._step != self._first_micro_batch and self._first_micro_batch % self._generate_every:
             return "Resume from the last checkpoint: between two generations none could be made."
         directory = self._checkpoint_folder()
         if not self.run_state.is_saved(directory):
