@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 METHODS = {
     "opsd": "opsd.OPSDConfig",
     "opsdc": "opsdc.OPSDCConfig",
+    "sdft": "sdft.SDFTConfig",
+    "sdpo": "sdpo.SDPOConfig",
+    "correct_only": "correct_only.CorrectOnlyConfig",
+    "rlsd": "rlsd.RLSDConfig",
+    "rlrt": "rlrt.RLRTConfig",
+    "vopd": "vopd.VOPDConfig",
+    "star": "star.STaRConfig",
 }
 
 # What can be trained: a method, or what its user makes of the parts
