@@ -160,6 +160,7 @@ def test_bad_column_mapping(text):
         ("learning_rat", "Did you mean `learning_rate`"),
         ("learning-rate", "Did you mean `learning_rate`"),
         ("xyzzy", "`--help` lists every field"),
+        ("compile_divergence", "is none any more: set `divergence_kernel`"),
         ("num_processes", "belongs to `accelerate launch`"),
         ("accelerate_config", "belongs to `accelerate launch`"),
     ],

@@ -1,9 +1,15 @@
+import copy
 import dataclasses
+import inspect
+import pickle
 
 import pytest
 from trl import GRPOConfig
 
 from trl_opsd import OPSDCConfig, OPSDConfig, SelfDistillationConfig
+from trl_opsd.objective import Objective
+from trl_opsd.trainer import config_checks
+from trl_opsd.trainer.config import RETIRED
 
 
 CONFIGS = [SelfDistillationConfig, OPSDConfig, OPSDCConfig]
@@ -151,6 +157,58 @@ def test_other_processes_wait_as_long_as_a_server_may_take(tmp_path):
     assert SelfDistillationConfig(str(tmp_path), use_cpu=True, **settings).ddp_timeout == 2 * 1800 + 600
     assert SelfDistillationConfig(str(tmp_path), use_cpu=True, ddp_timeout=9000, **settings).ddp_timeout == 9000
     assert SelfDistillationConfig(str(tmp_path), use_cpu=True).ddp_timeout == 1800
+
+
+def test_fields_that_are_no_fields(tmp_path):
+    with pytest.raises(TypeError, match=r"OPSDConfig has no field `divergense`\. Did you mean `divergence`\?"):
+        OPSDConfig(str(tmp_path), divergense="jsd")
+    with pytest.raises(TypeError, match=r"`compile_divergence` is no field of OPSDConfig any more: set `divergence_k"):
+        OPSDConfig(str(tmp_path), compile_divergence=True)
+    with pytest.raises(TypeError, match=r"`eval_benchmarks` is no field of OPSDConfig any more: .*BenchmarkCallback"):
+        OPSDConfig(str(tmp_path), eval_benchmarks=["aime24"])
+    assert not {*RETIRED} & {field.name for field in dataclasses.fields(SelfDistillationConfig)}
+
+    @dataclasses.dataclass
+    class Hints(SelfDistillationConfig):
+        def __init__(self, *args, hint, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.hint = hint
+
+    assert Hints(str(tmp_path), use_cpu=True, hint=3, top_k=2).hint == 3
+
+
+def test_a_configuration_can_be_copied(tmp_path):
+    config = OPSDConfig(str(tmp_path), use_cpu=True)
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert copied.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("values", [{"divergence_support": "most"}, {"divergence_tail": "cut"}, {"divergence": "kl"}])
+def test_what_the_objective_refuses_is_told_by_the_names_of_the_fields(values, tmp_path):
+    [(name, value)] = values.items()
+    with pytest.raises(ValueError, match=rf"`{name}` must be one of .*, got '{value}'"):
+        SelfDistillationConfig(str(tmp_path), use_cpu=True, **values)
+    values = {"divergence_support": "teacher_top_k", "divergence_tail": "renormalize", "divergence_top_k": 1}
+    with pytest.raises(ValueError, match=r"`divergence_top_k=1` with `divergence_tail='renormalize'` leaves one"):
+        SelfDistillationConfig(str(tmp_path), use_cpu=True, **values)
+
+
+def test_the_objective_is_that_of_the_fields(tmp_path):
+    values = {"divergence": "jsd", "jsd_weight": 0.3, "divergence_top_k": 7, "divergence_clip": 0.2}
+    values |= {"divergence_support": "student_top_k", "divergence_tail": "renormalize"}
+    config = SelfDistillationConfig(str(tmp_path), use_cpu=True, distillation_temperature=2.0, **values)
+    assert config.objective() == Objective("jsd", 0.3, "student_top_k", 7, "renormalize", 0.2, 2.0)
+
+
+def test_every_refusal_is_in_order():
+    """A function of the file that is in none of the tuples would never be called."""
+    refusals = {
+        name
+        for name, value in vars(config_checks).items()
+        if inspect.isfunction(value) and value.__module__ == config_checks.__name__ and not name.startswith("_")
+    }
+    listed = config_checks.CHECKS + config_checks.SERVED_TEACHER_CHECKS + config_checks.SERVED_LIVE_TEACHER_CHECKS
+    assert sorted(check.__name__ for check in listed) == sorted(refusals - {"check_config"})
 
 
 def test_generation_batch_must_still_hold_whole_groups(tmp_path):

@@ -1,7 +1,7 @@
 """Which divergence, over which part of the vocabulary: the choices that make an objective."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .divergence import Divergence
 
@@ -56,9 +56,9 @@ class Objective:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("divergence", ("forward_kl", "reverse_kl", "jsd")),
-            ("support", ("full", "teacher_top_k", "student_top_k", "union_top_k", "sampled_token")),
-            ("tail", ("bucket", "renormalize")),
+            ("divergence", get_args(Divergence)),
+            ("support", get_args(Support)),
+            ("tail", get_args(Tail)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
@@ -75,4 +75,6 @@ class Objective:
         if self.clip is not None and not self.clip > 0.0:
             raise ValueError(f"`clip` must be positive, got {self.clip}. Use `None` for no clipping.")
         if not self.temperature > 0.0:
-            raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
+            raise ValueError(
+                f"`temperature` must be positive, got {self.temperature}. Set one, also where sampling is greedy."
+            )

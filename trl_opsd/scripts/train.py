@@ -26,9 +26,12 @@ def make_parser(method: str, prog: str | None = None) -> RecipeParser:
     Raises:
         ValueError: If there is no such method.
     """
+    from trl_opsd.trainer.config import RETIRED
+
     return RecipeParser(
         (SelfDistillationScriptArguments, config_class(method), ModelConfig, DatasetMixtureConfig),
         prog=prog,
+        retired=RETIRED,
         usage="%(prog)s --config recipe.yaml [--any_field value]",
         description=f"{summary(method)} A recipe file has any of the fields below as keys; flags take precedence over "
         "it. Started as `trl-opsd`, flags of `accelerate launch` and `--accelerate_config name_or_path` may be mixed "

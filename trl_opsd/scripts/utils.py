@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from argparse import SUPPRESS
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
@@ -81,6 +81,8 @@ class RecipeParser(TrlParser):
             Dataclasses to parse into.
         launch_hint (`str`, *optional*):
             What to do with a flag of `accelerate launch`. By default for commands that are launched.
+        retired (`Mapping[str, str]`, *optional*):
+            What took the place of fields that are gone, by their names.
         **kwargs:
             Keyword arguments of [`~argparse.ArgumentParser`].
     """
@@ -89,11 +91,13 @@ class RecipeParser(TrlParser):
         self,
         dataclass_types: Any = None,
         launch_hint: str = "Give it on the command line of `trl-opsd`, or to `accelerate launch` before `-m`.",
+        retired: Mapping[str, str] | None = None,
         **kwargs: Any,
     ):
         # Abbreviations would let a misspelt flag through, and take launch flags for ours.
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self._launch_hint = launch_hint
+        self._retired = retired or {}
         self._field_types = field_types(self.dataclass_types)
         for action in self._actions:
             if f"--no_{action.dest}" in action.option_strings:
@@ -181,11 +185,9 @@ class RecipeParser(TrlParser):
         is_flag = name.startswith("-")
         name = name.partition("=")[0] if is_flag else name
         key = name.lstrip("-").replace("-", "_")
-        from trl_opsd.trainer.config import GONE
-
-        if key in GONE:
-            return f"Unknown field: `{key}` is gone: {GONE[key]}"
         what = f"the flag `{name}`" if is_flag else f"`{name}`"
+        if key in self._retired:
+            return f"Unknown field: {what} is none any more: {self._retired[key]}."
         launch_fields = {action.dest for action in launch_command_parser()._actions} | {"accelerate_config"}
         if key in launch_fields:
             return f"Unknown field: {what} belongs to `accelerate launch`. {self._launch_hint}"

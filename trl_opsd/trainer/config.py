@@ -1,29 +1,30 @@
-import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import Field, dataclass, field
 from functools import partial
-from inspect import cleandoc
-from typing import Any, ClassVar, cast, get_type_hints
+from inspect import cleandoc, signature
+from typing import Any, ClassVar, Self, cast, get_args, get_type_hints
 
 from trl import GRPOConfig
 
 from ..help import did_you_mean, help_from_docstring
+from ..objective import Divergence, Objective, Support, Tail
 from ..objective.kernels import KERNELS
-from ..objective.top_log_probs import SERVED_SUPPORTS
+from .config_checks import check_config
 from .method import Method
 
 
-# Fields that were, and what has taken their place
-GONE = {
+# Fields that are gone, and what took their place
+RETIRED: dict[str, str] = {
+    "compile_divergence": "set `divergence_kernel` to 'compiled' or 'eager'",
     "lmbda": "it is an argument of what completions come from. Set `completions` to 'dataset' or 'teacher' and "
-    "`completions_kwargs={'lmbda': ...}`.",
+    "`completions_kwargs={'lmbda': ...}`",
     "seq_kd": "set `completions='teacher'`, with the share of on-policy sequences in `completions_kwargs={'lmbda': "
-    "...}`.",
+    "...}`",
     **dict.fromkeys(
         [f"eval_benchmarks{name}" for name in ("", "_steps", "_num_samples", "_limit", "_sampling", "_system_prompt")],
         "it is one of the training commands. In Python, add a `trl_opsd.eval.in_training.BenchmarkCallback` to the "
-        "trainer.",
+        "trainer",
     ),
 }
 
@@ -157,6 +158,7 @@ class SelfDistillationConfig(GRPOConfig):
             does not clip.
         distillation_temperature (`float`, *optional*):
             Temperature both sets of logits are divided by inside the loss. `None` uses the sampling `temperature`.
+
         > Parameters that control the terms of the loss
 
         divergence_coef (`float`, *optional*, defaults to `1.0`):
@@ -266,14 +268,11 @@ class SelfDistillationConfig(GRPOConfig):
     teacher_server_base_url: str | None = None
     vllm_server_request_timeout: float = 1800.0
 
-    divergence: str = field(default="forward_kl", metadata={"choices": ["forward_kl", "reverse_kl", "jsd"]})
+    divergence: str = field(default="forward_kl", metadata={"choices": list(get_args(Divergence))})
     jsd_weight: float = 0.5
-    divergence_support: str = field(
-        default="full",
-        metadata={"choices": ["full", "teacher_top_k", "student_top_k", "union_top_k", "sampled_token"]},
-    )
+    divergence_support: str = field(default="full", metadata={"choices": list(get_args(Support))})
     divergence_top_k: int = 16
-    divergence_tail: str | None = field(default=None, metadata={"choices": ["bucket", "renormalize"]})
+    divergence_tail: str | None = field(default=None, metadata={"choices": list(get_args(Tail))})
     divergence_clip: float | None = None
     distillation_temperature: float | None = None
 
@@ -324,9 +323,15 @@ class SelfDistillationConfig(GRPOConfig):
             listed = "".join(f"> - `{name}`: `{value!r}`\n" for name, value in defaults.items())
             cls.__doc__ = f"{cleandoc(cls.__doc__)}\n\n> [!NOTE]\n> Defaults of this class:\n{listed}"
 
-    def __new__(cls, *args: Any, **kwargs: Any):
-        for name in GONE.keys() & kwargs.keys():
-            raise TypeError(f"`{name}` is no field of {cls.__name__} any more: {GONE[name]}")
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        parameters = signature(cls.__init__).parameters
+        takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+        for name in kwargs.keys() - parameters.keys():
+            if name in RETIRED:
+                raise TypeError(f"`{name}` is no field of {cls.__name__} any more: {RETIRED[name]}.")
+            if not takes_any:
+                hint = did_you_mean(name, parameters, "`--help` lists every field.")
+                raise TypeError(f"{cls.__name__} has no field `{name}`. {hint}")
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -347,175 +352,30 @@ class SelfDistillationConfig(GRPOConfig):
         if single_rollout:
             self.num_generations = 1
 
-        for name in ("loss_type", "overlong_teacher_prompt", "teacher", "divergence", "divergence_support"):
-            choices = type(self).__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
-            raise ValueError(
-                "`loss_type='dr_grpo'` divides by `max_completion_length`, which is `None`. Set it, or choose another "
-                "`loss_type`."
-            )
-        for name, kind, default in (
-            ("teacher_update_steps", "periodic", 50),
-            ("teacher_update_rate", "ema", 0.05),
-            ("teacher_model_name_or_path", "external", None),
-            ("teacher_model_init_kwargs", "external", None),
-        ):
-            if self.teacher == kind and getattr(self, name) is None:
-                setattr(self, name, default)
-            elif self.teacher != kind and getattr(self, name) is not None:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` has no effect with `teacher='{self.teacher}'`. Set "
-                    f"`teacher='{kind}'`, or leave `{name}` unset."
-                )
-        if self.teacher_update_steps is not None and self.teacher_update_steps < 1:
-            raise ValueError(f"`teacher_update_steps` must be at least 1, got {self.teacher_update_steps}.")
-        if self.teacher_update_rate is not None and not 0.0 < self.teacher_update_rate <= 1.0:
-            raise ValueError(
-                f"`teacher_update_rate` must be in (0, 1], got {self.teacher_update_rate}. It is the share of the "
-                "policy: for a decay of 0.999, set 0.001. For a teacher that never moves, set `teacher='initial'`."
-            )
-        if self.teacher == "external" and not (self.teacher_model_name_or_path or self.teacher_server_base_url):
-            raise ValueError(
-                "`teacher='external'` needs `teacher_model_name_or_path`, the model to read it with, or "
-                "`teacher_server_base_url`, a server of it."
-            )
-        if self.teacher_offload and (self.teacher == "live" or self.teacher_server_base_url):
-            raise ValueError(
-                "`teacher_offload=True` has no effect: a teacher that is live or on a server has no weights of its "
-                "own here. Set it to `False`."
-            )
-        if self.vllm_server_request_timeout <= 0:
-            raise ValueError(
-                f"`vllm_server_request_timeout` must be positive, got {self.vllm_server_request_timeout}."
-            )
-        if not 0.0 <= self.jsd_weight <= 1.0:
-            raise ValueError(f"`jsd_weight` must be in [0, 1], got {self.jsd_weight}.")
-        top_k_support = self.divergence_support.endswith("top_k")
-        if self.divergence_tail not in (None, "bucket", "renormalize"):
-            raise ValueError(f"`divergence_tail` must be 'bucket' or 'renormalize', got {self.divergence_tail!r}.")
-        if self.divergence_tail is not None and not top_k_support:
-            raise ValueError(
-                f"`divergence_tail='{self.divergence_tail}'` has no effect with "
-                f"`divergence_support='{self.divergence_support}'`, which has no tail. Choose a top-k support, or "
-                "leave `divergence_tail` unset."
-            )
-        if self.divergence_top_k < 1:
-            raise ValueError(f"`divergence_top_k` must be at least 1, got {self.divergence_top_k}.")
-        if (
-            self.divergence_tail == "renormalize"
-            and self.divergence_top_k == 1
-            and self.divergence_support != "union_top_k"
-        ):
-            raise ValueError(
-                "`divergence_top_k=1` with `divergence_tail='renormalize'` leaves one token of probability 1 on both "
-                "sides, whose divergence is always 0. Raise `divergence_top_k`, or set `divergence_tail='bucket'`."
-            )
-        if self.divergence_kernel not in (None, *KERNELS):
-            raise ValueError(f"`divergence_kernel` must be one of {list(KERNELS)}, got {self.divergence_kernel!r}.")
-        if self.divergence_memory is not None and self.divergence_memory < 1:
-            raise ValueError(f"`divergence_memory` must be at least 1 (MiB), got {self.divergence_memory}.")
-        if self.divergence_clip is not None and not self.divergence_clip > 0.0:
-            raise ValueError(
-                f"`divergence_clip` must be positive, got {self.divergence_clip}. Use `None` for no clipping."
-            )
+        if self.teacher == "periodic" and self.teacher_update_steps is None:
+            self.teacher_update_steps = 50
+        if self.teacher == "ema" and self.teacher_update_rate is None:
+            self.teacher_update_rate = 0.05
         if self.distillation_temperature is None:
             self.distillation_temperature = self.temperature
-        if not self.distillation_temperature > 0.0:
-            raise ValueError(
-                f"`distillation_temperature` must be positive, got {self.distillation_temperature}. Set it when the "
-                "sampling `temperature` is 0."
-            )
-        if self.max_teacher_prompt_length is not None and self.max_teacher_prompt_length < 1:
-            raise ValueError(
-                f"`max_teacher_prompt_length` must be at least 1, got {self.max_teacher_prompt_length}. Use `None` "
-                "for what the model's context allows."
-            )
-        if self.use_vllm and self.vllm_importance_sampling_correction and self.truncates_sampling:
-            raise ValueError(
-                f"`vllm_importance_sampling_correction=True` contradicts truncated sampling (`top_p={self.top_p}`, "
-                f"`top_k={self.top_k}`, `min_p={self.min_p}`): vLLM's log-probabilities are those of the truncated "
-                "distribution, so the ratio would fall towards 0 with every token. Set the correction to `False`, or "
-                "sample from the whole distribution (`top_p=1.0`, `top_k=0`, `min_p=None`)."
-            )
-        if self.use_vllm and self.vllm_enable_sleep_mode and not self.skip_memory_metrics:
-            raise ValueError(
-                "`skip_memory_metrics=False` reports PyTorch's count of allocated memory, in which the weights and "
-                "cache of an engine that sleeps (`vllm_enable_sleep_mode=True`) are still there. Leave it `True`, and "
-                "ask `torch.cuda.mem_get_info()`."
-            )
-        if not math.isfinite(self.success_threshold):
-            raise ValueError(f"`success_threshold` must be a finite number, got {self.success_threshold}.")
-        for name in ("divergence_coef", "policy_loss_coef", "likelihood_coef"):
-            if getattr(self, name) < 0.0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        if self.max_tokens_per_microbatch is not None:
-            self._check_max_tokens_per_microbatch(self.max_tokens_per_microbatch)
         for name in ("vllm_server_base_url", "teacher_server_base_url"):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name).rstrip("/"))  # paths are appended with a slash of their own
-        if self.teacher_server_base_url is not None:
-            self._check_teacher_server(self.teacher_server_base_url)
+        check_config(self)
 
     @property
     def truncates_sampling(self) -> bool:
         """Whether rollouts are sampled from a part of the student's distribution."""
         return self.top_p < 1.0 or self.top_k > 0 or (self.min_p or 0.0) > 0.0
 
-    def _check_teacher_server(self, url: str) -> None:
-        setting = f"`teacher_server_base_url='{url}'`"
-        if self.teacher not in ("live", "external"):
-            raise ValueError(
-                f"{setting} cannot be combined with `teacher='{self.teacher}'`: the server has the weights it was "
-                "started with or, if it samples the rollouts, the current ones. Set `teacher='live'` or 'external', "
-                "or leave `teacher_server_base_url` unset."
-            )
-        for name in ("teacher_model_name_or_path", "teacher_model_init_kwargs"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` has no effect beside {setting}. Leave one unset.")
-        if self.divergence_support not in SERVED_SUPPORTS:
-            raise ValueError(
-                f"{setting} cannot be combined with `divergence_support='{self.divergence_support}'`: a server "
-                "reports the teacher's most probable tokens and the sampled one, and no others. Choose one of "
-                f"{list(SERVED_SUPPORTS)}."
-            )
-        if self.distillation_temperature != 1.0:
-            raise ValueError(
-                f"{setting} cannot be combined with `distillation_temperature={self.distillation_temperature}` (the "
-                "default is the sampling temperature): log-probabilities of a few tokens cannot be brought to another "
-                "temperature than 1. Set `distillation_temperature=1.0`."
-            )
-        if self.teacher == "external":
-            return
-        sampler = self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
-        if not (self.use_vllm and self.vllm_mode == "server") or sampler != url:
-            raise ValueError(
-                f"{setting} with `teacher='live'` has to be the server that samples the rollouts and is sent the "
-                "current weights for them. Set `use_vllm=True`, `vllm_mode='server'` and `vllm_server_base_url` to "
-                "the same address, or leave `teacher_server_base_url` unset."
-            )
-        if self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations):
-            raise ValueError(
-                f"{setting} with `teacher='live'` scores when rollouts are sampled, and the weights move before all "
-                f"of them are used: `steps_per_generation={self.steps_per_generation}`, "
-                f"`num_iterations={self.num_iterations}`, "
-                f"`gradient_accumulation_steps={self.gradient_accumulation_steps}`. Leave the first two at their "
-                "defaults, or leave `teacher_server_base_url` unset."
-            )
-
-    def _check_max_tokens_per_microbatch(self, max_tokens: int) -> None:
-        if max_tokens < 1:
-            raise ValueError(
-                f"`max_tokens_per_microbatch` must be at least 1, got {max_tokens}. Use `None` for one pass."
-            )
-        needs_all = [name for name in ("entropy_coef", "use_adaptive_entropy") if getattr(self, name)]
-        if self.beta or self.policy_loss_coef:
-            needs_all += ["top_entropy_quantile"] if self.top_entropy_quantile < 1.0 else []
-            needs_all += ["distillation_temperature"] if self.distillation_temperature != self.temperature else []
-        for name in needs_all:
-            raise ValueError(
-                f"`max_tokens_per_microbatch={max_tokens}` cannot be combined with `{name}={getattr(self, name)}`: it "
-                "makes GRPO's own loss one of the whole micro-batch at once. Leave `max_tokens_per_microbatch` unset "
-                f"and lower `per_device_train_batch_size`, or leave `{name}` at its default."
-            )
+    def objective(self) -> Objective:
+        """The divergence that the fields describe."""
+        return Objective(
+            divergence=cast(Divergence, self.divergence),
+            jsd_weight=self.jsd_weight,
+            support=cast(Support, self.divergence_support),
+            top_k=self.divergence_top_k,
+            tail=cast(Tail, self.divergence_tail or "bucket"),
+            clip=self.divergence_clip,
+            temperature=cast(float, self.distillation_temperature),
+        )

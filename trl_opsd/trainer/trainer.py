@@ -80,11 +80,7 @@ from ..data import validate_rows
 from ..files import locked
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
-    Divergence,
     FusedDivergence,
-    Objective,
-    Support,
-    Tail,
     generalized_jsd_loss,
 )
 from ..parts import make_part
@@ -380,15 +376,6 @@ class SelfDistillationTrainer(GRPOTrainer):
                 "`max_tokens_per_microbatch` unset."
             )
         self.teacher_prompt.chat_template = self.chat_template
-        objective = Objective(
-            divergence=cast(Divergence, args.divergence),
-            jsd_weight=args.jsd_weight,
-            support=cast(Support, args.divergence_support),
-            top_k=args.divergence_top_k,
-            tail=cast(Tail, args.divergence_tail or "bucket"),
-            clip=args.divergence_clip,
-            temperature=cast(float, args.distillation_temperature),
-        )
 
         # With the correction on, GRPO logs it. vLLM's log-probabilities are those of what it samples from
         self._compares_with_sampler = (
@@ -433,11 +420,11 @@ class SelfDistillationTrainer(GRPOTrainer):
             packs_rows,
             self.pad_to_multiple_of,
             args.max_tokens_per_microbatch,
-            objective.temperature,
+            cast(float, args.distillation_temperature),
             args.divergence_memory,
             args.divergence_kernel,
         )
-        self.loss = SelfDistillationLoss(args, self.accelerator, networks, objective, self.signals)
+        self.loss = SelfDistillationLoss(args, self.accelerator, networks, args.objective(), self.signals)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             networks.check_logits(self.model)
         (self._fingerprints,) = broadcast_object_list([self._fingerprints])
