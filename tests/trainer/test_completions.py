@@ -7,8 +7,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOTrainer
 
-from trl_opsd import OPSDConfig, OPSDTrainer, SelfDistillationConfig
-from trl_opsd.trainer.config import GONE
+from trl_opsd import OPSDConfig, OPSDTrainer
 
 
 ROW = {"prompt": [{"role": "user", "content": "What is 3 + 4?"}], "solution": "It is 7.", "answer": "7"}
@@ -209,14 +208,6 @@ def test_what_vllm_alone_understands_of_generation(refused, monkeypatch):
     monkeypatch.setattr("trl_opsd.trainer.trainer.check_vllm_installed", lambda: None)
     settings = {"use_vllm": True, "vllm_mode": "colocate", "generation_kwargs": {"seed": 3}}
     refused("takes no `generation_kwargs", completions="teacher", **settings)
-
-
-@pytest.mark.parametrize("name", list(GONE))
-def test_fields_that_are_gone(name):
-    with pytest.raises(
-        TypeError, match=f"`{name}` is no field of SelfDistillationConfig any more: .*(completions|add a)"
-    ):
-        SelfDistillationConfig("out", **{name: None})
 
 
 def test_completion_ids_are_tensors_of_the_loss(make_trainer, dataset, says):
