@@ -1,5 +1,7 @@
-"""Files and folders that several processes may want."""
+"""Files and folders that are whole or not there, and that one run at a time works in."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,3 +32,48 @@ def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
         ) from error
     with lock:
         yield
+
+
+def write_whole(file: Path, text: str) -> None:
+    """
+    Write a file whole or not at all, whenever the process dies. What was there is replaced in one go.
+
+    Args:
+        file (`Path`):
+            File to write. Folders it lacks are made.
+        text (`str`):
+            Its content.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())  # or a machine that fails could keep the name and lose the content
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """
+    Write a folder whole or not at all. What was there is replaced.
+
+    Args:
+        folder (`Path`):
+            Folder to write.
+
+    Yields:
+        `Path`: an empty folder beside it, to write to, which gets its name when the block ends without an error.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -25,9 +25,9 @@ from trl.trainer.utils import shuffle_sequence_dict
 
 from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer
 from trl_opsd.scripts.utils import find_checkpoint
-from trl_opsd.teacher import EMATeacher
+from trl_opsd.serving.merged_weights import merged_weights
+from trl_opsd.teacher import EMA
 from trl_opsd.teacher.sharding import part_of, whole_value
-from trl_opsd.trainer.merged_weights import merged_weights
 
 
 def fixed_rollouts(prompts, trainer):
@@ -161,16 +161,16 @@ def count_passes(trainer, num_passes: list[int], output_dir: Path) -> None:
 def follow_average(trainer) -> dict[str, torch.Tensor]:
     """What an EMA teacher has to hold: the same average in fp64, of whole weights."""
     teacher, average = trainer.teacher, {}
-    if not isinstance(teacher, EMATeacher):
+    if not isinstance(getattr(teacher, "rule", None), EMA):
         return average
     move = teacher.on_step_end
 
     def following(step):
         if not average:
-            average.update({name: whole_value(own, part_of(own)).double() for name, _, own in teacher._copy.pairs()})
+            average.update({name: whole_value(own, part_of(own)).double() for name, _, own in teacher.copy.pairs()})
         move(step)
-        for name, student, _ in teacher._copy.pairs():
-            average[name].lerp_(whole_value(student, part_of(student)).double(), teacher._rate)
+        for name, student, _ in teacher.copy.pairs():
+            average[name].lerp_(whole_value(student, part_of(student)).double(), teacher.rule.rate)
 
     teacher.on_step_end = following
     return average

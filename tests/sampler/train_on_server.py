@@ -50,13 +50,13 @@ def compare_with_local_teacher(trainer: SelfDistillationTrainer, teacher, differ
     compute_loss = trainer.compute_loss
 
     def both(*args, **kwargs):
-        trainer.loss.networks.teacher = teacher
+        served, trainer.loss.networks.teacher = trainer.loss.networks.teacher, teacher
         with torch.no_grad():
             local = compute_loss(*args, **kwargs).item()
-        trainer.loss.networks.teacher = None
-        served = compute_loss(*args, **kwargs)
-        differences.append(abs(served.item() - local) / abs(local))
-        return served
+        trainer.loss.networks.teacher = served
+        loss = compute_loss(*args, **kwargs)
+        differences.append(abs(loss.item() - local) / abs(local))
+        return loss
 
     trainer.compute_loss = both
 

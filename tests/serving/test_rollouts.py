@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
-from trl_opsd.serving import ServerError, report_failures, rollouts
-from trl_opsd.trainer import trainer as trainer_module
+from trl_opsd.serving import ServerError, report_failures, rollouts, sampler
 
 
 class Client:
@@ -127,8 +126,8 @@ def test_server_that_does_not_answer_at_the_start_is_refused_on_every_process(
     args = SelfDistillationConfig(**training_args, **settings, vllm_server_timeout=0.5)
     if not is_main_process:
         monkeypatch.setattr(SelfDistillationConfig, "process_index", 1)
-        monkeypatch.setattr(trainer_module, "wait_for_server", None)  # the main process asks
-        told = [f"No vLLM server answers at {server.url}"]
-        monkeypatch.setattr(trainer_module, "broadcast_object_list", lambda objects: told)
+        monkeypatch.setattr(sampler, "wait_for_server", None)  # the main process asks
+        told = [None, f"No vLLM server answers at {server.url}"]
+        monkeypatch.setattr(sampler, "broadcast_object_list", lambda objects: told)
     with pytest.raises(ValueError, match=f"No vLLM server answers at {server.url}"):
         SelfDistillationTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)

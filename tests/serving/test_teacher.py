@@ -113,8 +113,8 @@ def test_failure_is_raised_after_a_checkpoint(make_trainer, serve, model, tokeni
             server.faults = [400] * 4
         return score(*args, **kwargs)
 
-    score = trainer._teacher_server.score
-    trainer._teacher_server.score = fail_in_the_third
+    score = trainer.teacher.server.score
+    trainer.teacher.server.score = fail_in_the_third
     with pytest.raises(ServerError, match=rf"{server.url} failed.*The run is saved in .*checkpoint-2"):
         trainer.train()
 
@@ -152,5 +152,5 @@ def test_resuming_with_another_model_on_the_server(make_trainer, serve, model, t
     trainer.train()
     server.get = lambda path: (200, {"data": [{"id": "another", "max_model_len": 4096}]})
     resumed = make_trainer(teacher_server_base_url=server.url)
-    with pytest.raises(ValueError, match="was written with 'served' as its external teacher"):
+    with pytest.raises(ValueError, match=r"external teacher is not the one .* it was 'served' and is 'another'"):
         resumed.train(resume_from_checkpoint=True)

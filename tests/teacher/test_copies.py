@@ -8,7 +8,7 @@ from tiny import make_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl.trainer.utils import use_adapter
 
-from trl_opsd.teacher import EMATeacher, InitialTeacher, PeriodicTeacher
+from trl_opsd.teacher import EMA, CopiedTeacher, Never, Periodic
 from trl_opsd.teacher.copies import AdapterCopy, with_adapter
 
 
@@ -63,7 +63,7 @@ def logits(policy, teacher=None):
 def test_it_starts_as_the_policy_and_stays(make):
     policy = make()
     before = logits(policy)
-    teacher = InitialTeacher(policy, False, lambda model: model)
+    teacher = CopiedTeacher(policy, Never(), lambda model: model)
     copied = logits(policy, teacher)
     torch.testing.assert_close(copied, before)
     train(policy)
@@ -71,10 +71,10 @@ def test_it_starts_as_the_policy_and_stays(make):
     assert torch.equal(logits(policy, teacher), copied)
 
 
-@pytest.mark.parametrize("kind", [PeriodicTeacher, EMATeacher])
-def test_it_becomes_the_policy(make, kind):
+@pytest.mark.parametrize("rule", [Periodic, EMA])
+def test_it_becomes_the_policy(make, rule):
     policy = make()
-    teacher = kind(policy, 1, lambda model: model)
+    teacher = CopiedTeacher(policy, rule(1), lambda model: model)
     teacher.on_step_end(1)
     train(policy)
     teacher.on_step_end(2)
@@ -84,11 +84,11 @@ def test_it_becomes_the_policy(make, kind):
 def test_it_comes_back_from_a_file(make, tmp_path):
     policy, other = make(), make()
     train(other)
-    copy, restored = AdapterCopy(policy), AdapterCopy(other)
-    assert not torch.allclose(logits(other, restored), logits(policy, copy))
-    copy.save(tmp_path, True)
+    teacher, restored = (CopiedTeacher(its, Never(), lambda model: model) for its in (policy, other))
+    assert not torch.allclose(logits(other, restored), logits(policy, teacher))
+    teacher.save(tmp_path, True)
     restored.load(tmp_path)
-    torch.testing.assert_close(logits(other, restored), logits(policy, copy))
+    torch.testing.assert_close(logits(other, restored), logits(policy, teacher))
 
 
 def test_what_the_policy_ties_is_kept_once(tokenizer):
@@ -106,7 +106,7 @@ def test_fused_experts():
     model = place(Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=96, **sizes, **heads)))
     policy = make_policy(model, {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]})
     before = logits(policy)
-    teacher = InitialTeacher(policy, False, lambda model: model)
+    teacher = CopiedTeacher(policy, Never(), lambda model: model)
     train(policy)
     assert not torch.allclose(logits(policy), before)
     assert torch.equal(logits(policy, teacher), before)

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import make_model
 
-from trl_opsd.teacher import EMATeacher
+from trl_opsd.teacher import EMA, CopiedTeacher
 
 
 def unwrapped(model):
@@ -59,7 +59,7 @@ def test_it_starts_as_the_policy_and_takes_no_gradient(make_policy, dtype):
     policy = make_policy(dtype)
     names = trained(policy).keys()
 
-    teacher = EMATeacher(policy, 0.1, unwrapped)
+    teacher = CopiedTeacher(policy, EMA(0.1), unwrapped)
 
     assert trained(policy).keys() == names
     expected = logits(policy)
@@ -70,7 +70,7 @@ def test_it_starts_as_the_policy_and_takes_no_gradient(make_policy, dtype):
 
 def test_it_moves_at_the_stated_rate(make_policy):
     policy = make_policy()
-    teacher = EMATeacher(policy, 0.1, unwrapped)
+    teacher = CopiedTeacher(policy, EMA(0.1), unwrapped)
     expected = {name: value.detach().clone() for name, value in trained(policy).items()}
 
     for step in range(1, 4):
@@ -87,7 +87,7 @@ def test_it_moves_at_the_stated_rate(make_policy):
 def test_small_steps_add_up_in_half_precision(make_policy):
     """A bf16 average would not move at all: 0.001 of a difference is less than half of its last digit."""
     policy = make_policy(torch.bfloat16)
-    teacher = EMATeacher(policy, 0.001, unwrapped)
+    teacher = CopiedTeacher(policy, EMA(0.001), unwrapped)
     start = teachers(policy, teacher)
     move(policy, 0.25)
 
@@ -104,13 +104,13 @@ def test_small_steps_add_up_in_half_precision(make_policy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_checkpoint_holds_the_average_itself(make_policy, dtype, tmp_path):
     policy = make_policy(dtype)
-    teacher = EMATeacher(policy, 0.001, unwrapped)
+    teacher = CopiedTeacher(policy, EMA(0.001), unwrapped)
     move(policy, 0.25)
     for step in range(7):
         teacher.on_step_end(step)
     teacher.save(tmp_path, is_main_process=True)
     restored_policy = make_policy(dtype)
-    restored = EMATeacher(restored_policy, 0.001, unwrapped)
+    restored = CopiedTeacher(restored_policy, EMA(0.001), unwrapped)
     restored.load(tmp_path)
     found = teachers(restored_policy, restored)
     for name, value in teachers(policy, teacher).items():

@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny import make_model
 
-from trl_opsd.teacher import PeriodicTeacher
+from trl_opsd.teacher import CopiedTeacher, Periodic
 
 
 def make_teacher(tokenizer, **overrides):
-    return PeriodicTeacher(make_model(tokenizer, **overrides), 1, lambda model: model)
+    return CopiedTeacher(make_model(tokenizer, **overrides), Periodic(1), lambda model: model)
 
 
 def test_checkpoint_without_a_teacher(tokenizer, tmp_path):

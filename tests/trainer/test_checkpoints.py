@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 
 from trl_opsd import SelfDistillationTrainer
 from trl_opsd.serving import ServerError
+from trl_opsd.teacher import make_teacher
 from trl_opsd.trainer.checkpoints import STATE_FILE, begin, finish, newest_complete, read_state
-from trl_opsd.trainer.teachers import make_teacher
 
 
 pytestmark = pytest.mark.usefixtures("deterministic")
@@ -280,7 +280,7 @@ def test_checkpoint_contents(make_trainer, tokenizer):
     assert state["complete"]
     assert state["files"].keys() == {path.name for path in checkpoint.iterdir()} - {STATE_FILE}
     assert state["settings"]["teacher"] == "periodic"
-    assert state["num_generated_tokens"] == trainer._num_generated_tokens > 0
+    assert state["parts"]["counts"]["num_generated_tokens"] == trainer._num_generated_tokens > 0
     weights = load_file(checkpoint / "teacher.safetensors")
     assert weights.keys() == dict(trainer.model.named_parameters()).keys()
     reloaded = type(trainer.model).from_pretrained(checkpoint)
@@ -376,11 +376,12 @@ def test_a_run_that_was_finished_takes_no_further_step(make_trainer, checkpoints
 
 def test_counts_go_on(make_trainer, checkpoints):
     state = read_state(checkpoints / "checkpoint-3")
-    finish(checkpoints / "checkpoint-3", {**state, "skipped_steps": 5})
+    parts = {**state["parts"], "guard": {"skipped_steps": 5}}
+    finish(checkpoints / "checkpoint-3", {**state, "parts": parts})
     trainer = make_trainer(max_steps=4)
     trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
     assert trainer.state.log_history[-2]["skipped_steps/total"] == 5
-    assert trainer.state.log_history[-2]["num_generated_tokens"] > state["num_generated_tokens"] > 0
+    assert trainer.state.log_history[-2]["num_generated_tokens"] > parts["counts"]["num_generated_tokens"] > 0
 
 
 @pytest.mark.parametrize("damage", ["never finished", "state without a word on it", "file missing", "file cut off"])
@@ -419,7 +420,7 @@ def test_older_checkpoints_go_when_the_new_one_is_complete(make_trainer, monkeyp
         there.append(sorted(path.name for path in directory.parent.glob("checkpoint-*")))
         finish(directory, state)
 
-    monkeypatch.setattr("trl_opsd.trainer.trainer.finish", watching_finish)
+    monkeypatch.setattr("trl_opsd.trainer.run_state.finish", watching_finish)
     trainer.train()
     assert there == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-6"]]
     assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-6"]
@@ -433,7 +434,7 @@ def test_checkpoint_written_again_is_incomplete_meanwhile(checkpoints):
     begin(checkpoint)
     with pytest.raises(ValueError, match="incomplete"):
         read_state(checkpoint)
-    (checkpoint / f"{STATE_FILE}.tmp").write_text("left behind")
+    (checkpoint / f"{STATE_FILE}.partial").write_text("left behind")
     finish(checkpoint, {"answer": 42})
     assert read_state(checkpoint) == {"complete": True, "answer": 42}
 
@@ -444,4 +445,61 @@ def test_fsdp_copy_without_weights_is_refused(make_trainer):
     plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=None))
     with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: true"):
-        make_teacher(trainer.args, accelerator, trainer.model, adapter_starts_at_zero=False)
+        make_teacher("initial", accelerator, trainer.model)
+
+
+class Playbook:
+    """A part with state, as a context or a schedule may be."""
+
+    def __init__(self):
+        self.lines = []
+
+    def state_dict(self):
+        return {"lines": self.lines}
+
+    def load_state_dict(self, state):
+        self.lines = state["lines"]
+
+
+def test_a_part_saves_itself_under_its_name(make_trainer):
+    written = Playbook()
+    trainer = make_trainer(max_steps=3)
+    trainer.run_state.add("playbook", written)
+    written.lines = ["carry the one"]
+    with pytest.raises(ValueError, match="has a part named 'playbook' already"):
+        trainer.run_state.add("playbook", Playbook())
+    trainer.train()
+
+    resumed, read = make_trainer(max_steps=4), Playbook()
+    resumed.run_state.add("playbook", read)
+    resumed.train(resume_from_checkpoint=True)
+    assert read.lines == ["carry the one"]
+
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4 is of another run: it has the state of 'playbook', this run has"
+    ):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+def test_part_without_a_state_in_the_checkpoint_is_refused(make_trainer, checkpoints):
+    trainer = make_trainer()
+    trainer.run_state.add("playbook", Playbook())
+    with pytest.raises(
+        ValueError, match=r"this run has the state of 'playbook', it has not\. Resume with what it was"
+    ):
+        trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("what", ["parts", "settings"])
+def test_checkpoint_of_another_version_is_refused(make_trainer, checkpoints, what):
+    state = read_state(checkpoints / "checkpoint-3")
+    if what == "parts":
+        state = {**state, "num_generated_tokens": 12, "skipped_steps": 0}
+        del state["parts"]
+        message = r"was written by another version of this library: it differs in the counts.*new run from its weights"
+    else:
+        state["settings"]["gone"] = 1
+        message = r"was written by another version of this library: it differs in gone\. Resume with that version"
+    finish(checkpoints / "checkpoint-3", state)
+    with pytest.raises(ValueError, match=message):
+        make_trainer().train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))

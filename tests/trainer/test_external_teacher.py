@@ -7,7 +7,7 @@ import torch
 from tiny import make_model
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
-from trl_opsd.trainer.teachers import make_teacher
+from trl_opsd.teacher import make_teacher
 
 
 @pytest.fixture
@@ -42,12 +42,10 @@ def test_dtype(kwargs, dtype, make_args, model, tokenizer, dataset):
         assert not torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize(
-    ("settings", "fsdp"), [({"teacher_offload": True}, None), ({}, SimpleNamespace())], ids=["offload", "fsdp"]
-)
-def test_quantised_weights_are_neither_offloaded_nor_sharded(settings, fsdp, make_args, model, monkeypatch):
+@pytest.mark.parametrize(("offloads", "fsdp"), [(True, None), (False, SimpleNamespace())], ids=["offload", "fsdp"])
+def test_quantised_weights_are_neither_offloaded_nor_sharded(offloads, fsdp, model, monkeypatch):
     loaded = SimpleNamespace(is_quantized=True)
-    monkeypatch.setattr("trl_opsd.trainer.teachers.create_model_from_path", lambda *args, **kwargs: loaded)
+    monkeypatch.setattr("trl_opsd.teacher.make.create_model_from_path", lambda *args, **kwargs: loaded)
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=fsdp, deepspeed_plugin=None))
     with pytest.raises(ValueError, match=r"quantised teacher .*drop `quantization_config` from `teacher_model_init_k"):
-        make_teacher(make_args(**settings), accelerator, model, adapter_starts_at_zero=False)
+        make_teacher("external", accelerator, model, model_name_or_path="a model", offloads=offloads)

@@ -160,7 +160,8 @@ class TestSharedPrompts:
         for row, length in enumerate(completion_lengths):
             mask[row, 100 + length :] = 0
         trainer.read.clear()
-        trainer.loss.networks.teacher_states(trainer.model, ids, mask, mask[:, 100:].bool(), torch.zeros(4))
+        with trainer.teacher.weights(trainer.model) as module:
+            trainer.loss.networks.teacher_states(module, ids, mask, mask[:, 100:].bool(), torch.zeros(4))
         return sum(shape.numel() for _, shape in trainer.read)
 
     @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_chat_template
 
 from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer, SelfDistillationTrainer
-from trl_opsd.trainer import trainer as trainer_module
+from trl_opsd.serving import sampler
 from trl_opsd.trainer.loss import SelfDistillationLoss
 
 
@@ -452,10 +452,15 @@ def test_each_process_measures_its_share_of_the_prompts(make_trainer, dataset, m
     rows = [{**row, "prompt": [{"role": "user", "content": "What? " * (1 + i)}]} for i, row in enumerate(dataset)]
     trainer = make_trainer(train_dataset=Dataset.from_list(rows))
     lengths = [len(ids) for ids in trainer._tokenize_prompts([row["prompt"] for row in rows])[0]]
-    assert trainer._longest_prompt() == max(lengths)
-    tokenize, measured = trainer._tokenize_prompts, []
-    monkeypatch.setattr(trainer, "_tokenize_prompts", lambda prompts: measured.extend(prompts) or tokenize(prompts))
+    measured = []
+
+    def tokenize(prompts):
+        measured.extend(prompts)
+        return trainer._tokenize_prompts(prompts)[0]
+
+    assert sampler.longest_prompt(trainer.train_dataset, tokenize, trainer.accelerator) == max(lengths)
+    measured.clear()
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
-    monkeypatch.setattr(trainer_module, "gather_object", lambda own: [*own, 7])
-    assert trainer._longest_prompt() == max(lengths[::2])
+    monkeypatch.setattr(sampler, "gather_object", lambda own: [*own, 7])
+    assert sampler.longest_prompt(trainer.train_dataset, tokenize, trainer.accelerator) == max(lengths[::2])
     assert len(measured) == len(rows) // 2

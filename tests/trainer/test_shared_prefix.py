@@ -61,9 +61,10 @@ class TestTeacher:
             processed.append(args[0].numel())
 
         hooks = [m.register_forward_pre_hook(count) for m in embeddings_of(trainer)]
-        states, _ = trainer.loss.networks.teacher_states(
-            trainer.model, ids, mask, batch["divergence_mask"].bool(), groups
-        )
+        with trainer.teacher.weights(trainer.model) as module:
+            states, _ = trainer.loss.networks.teacher_states(
+                module, ids, mask, batch["divergence_mask"].bool(), groups
+            )
         for hook in hooks:
             hook.remove()
         return states, sum(processed), ids.numel()

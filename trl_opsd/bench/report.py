@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
+from ..files import write_whole
 from .runner import Row
 
 
@@ -104,10 +105,7 @@ def write_json(path: Path, record: dict[str, Any], results: Sequence[CaseResult]
         }
         for result in results
     ]
-    # Whole or not at all: it is written over and over, and the run may be killed meanwhile
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps({**record, "cases": cases}, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, json.dumps({**record, "cases": cases}, indent=2) + "\n")
 
 
 def _seconds(value: float | None) -> str:

@@ -2,12 +2,12 @@
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from .samples import Sample
 from .scorer import score
 
@@ -72,7 +72,7 @@ def open_run(folder: Path, settings: Mapping[str, Any], details: Mapping[str, An
             for file, rows in [(file, _graded_anew(file)) for file in samples]:
                 for name in ("samples.parquet", "metrics.json", "accuracy.png"):
                     (file.parent / name).unlink(missing_ok=True)
-                _replace(file, "".join(_line(asdict(row)) for row in rows))
+                write_whole(file, "".join(_line(asdict(row)) for row in rows))
         elif different:
             raise ValueError(
                 f"{folder} holds a run with other settings: {'; '.join(different.values())}. Choose another "
@@ -131,7 +131,7 @@ def keep_problems(file: Path, problems: Iterable[Mapping[str, Any]]) -> None:
                     f"Problem {problem_id} is not what it was when {file} was written: `{name}` was {value!r} and is "
                     f"{problem[name]!r}. Choose another `output_dir`, or set `overwrite` to delete the earlier run."
                 )
-    _replace(file, "".join(_line(row) for row in known.values()))
+    write_whole(file, "".join(_line(row) for row in known.values()))
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -229,17 +229,7 @@ def write_json(file: Path, value: Any) -> None:
         value (`Any`):
             What goes into it. Dataclasses become objects.
     """
-    _replace(file, json.dumps(value, indent=2, ensure_ascii=False, default=asdict, allow_nan=False) + "\n")
-
-
-def _replace(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(file, json.dumps(value, indent=2, ensure_ascii=False, default=asdict, allow_nan=False) + "\n")
 
 
 def _line(row: Mapping[str, Any]) -> str:

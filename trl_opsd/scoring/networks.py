@@ -1,7 +1,7 @@
 """What student and teacher say of the tokens of some rows: the passes through both networks."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ class Networks:
     Args:
         accelerator ([`~accelerate.Accelerator`]):
             Of the run.
-        teacher ([`Teacher`], *optional*):
-            Whose weights score the rollouts. `None` if a server has scored them already.
+        teacher ([`Teacher`]):
+            What gives the targets.
         can_share_prompts (`bool`):
             Whether the teacher may read a prompt once for several rows.
         packs_rows (`bool`):
@@ -51,7 +51,7 @@ class Networks:
     def __init__(
         self,
         accelerator: Accelerator,
-        teacher: Teacher | None,
+        teacher: Teacher,
         can_share_prompts: bool,
         packs_rows: bool,
         pad_to_multiple_of: int | None,
@@ -92,8 +92,9 @@ class Networks:
         Raises:
             ValueError: See [`~trl_opsd.scoring.check_logits`] and [`~trl_opsd.scoring.check_packing`].
         """
-        with nullcontext(model) if self.teacher is None else self.teacher.weights(model) as teacher:
-            self._check_logits(teacher)
+        with self.teacher.weights(model) as teacher:
+            if teacher is not None:
+                self._check_logits(teacher)
         self._check_logits(model)
         self.has_checked_logits = True
 
@@ -189,18 +190,14 @@ class Networks:
             `tuple[torch.Tensor | TopLogProbs, Head | None]`: states of shape `(number of those tokens, H)` and the
             head that reads them, or what a server has reported.
         """
-        in_loss = rows["divergence_mask"].bool()
-        if self.teacher is None:
-            top_tokens, top_log_probs, log_probs = (
-                rows[f"teacher_{name}"][in_loss] for name in ("top_tokens", "top_log_probs", "log_probs")
-            )
-            token_ids = rows["completion_ids"][in_loss]
-            return TopLogProbs(top_tokens.long(), top_log_probs, token_ids, log_probs), None
-        with_context = in_loss.any(dim=1)
+        return self.teacher.targets(model, rows, rows["divergence_mask"].bool(), partial(self._read, rows))
+
+    def _read(self, rows: dict[str, Any], module: nn.Module) -> tuple[torch.Tensor, Head]:
+        with_context = rows["divergence_mask"].any(dim=1)
         with_context[0] |= ~with_context.any()  # passes of all processes meet in collective operations
         rows = rows_of(rows, with_context.nonzero().flatten().tolist())
         return self.teacher_states(
-            model, *self.sequences(rows, "teacher_prompt", rows["divergence_mask"]), rows["teacher_prompt_groups"]
+            module, *self.sequences(rows, "teacher_prompt", rows["divergence_mask"]), rows["teacher_prompt_groups"]
         )
 
     def sequences(
@@ -215,9 +212,10 @@ class Networks:
         )
         return ids, mask, tokens[:, :width].bool()
 
+    @torch.no_grad()
     def teacher_states(
         self,
-        model: nn.Module,
+        module: nn.Module,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         selected: torch.Tensor,
@@ -227,8 +225,8 @@ class Networks:
         The teacher's hidden states that predict the selected completion tokens, and its head.
 
         Args:
-            model (`nn.Module`):
-                Policy, wrapped as it is trained.
+            module (`nn.Module`):
+                The teacher's weights, possibly wrapped.
             input_ids (`torch.Tensor` of shape `(B, P + T)`):
                 Left-padded teacher prompts and right-padded completions.
             attention_mask (`torch.Tensor` of shape `(B, P + T)`):
@@ -241,14 +239,12 @@ class Networks:
         Returns:
             `tuple[torch.Tensor, Head]`: states of shape `(number of selected tokens, H)`, without a gradient.
         """
-        assert self.teacher is not None
-        with torch.no_grad(), self.teacher.weights(model) as module:
-            teacher = self._accelerator.unwrap_model(module)
-            shares_prompts = self._should_share_prompts(teacher, attention_mask, selected.size(1), groups)
-            with evaluation_mode(teacher):
-                shared_groups = groups if shares_prompts else None
-                hidden = self.within(module, self.states, input_ids, attention_mask, selected, shared_groups)
-            return hidden, head_of(teacher)
+        teacher = self._accelerator.unwrap_model(module)
+        shares_prompts = self._should_share_prompts(teacher, attention_mask, selected.size(1), groups)
+        with evaluation_mode(teacher):
+            shared_groups = groups if shares_prompts else None
+            hidden = self.within(module, self.states, input_ids, attention_mask, selected, shared_groups)
+        return hidden, head_of(teacher)
 
     def states(
         self,

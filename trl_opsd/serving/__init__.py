@@ -11,6 +11,7 @@ from .client import (
     wait_for_server,
 )
 from .rollouts import report_failures
+from .sampler import check_engine_context, longest_prompt, prepare_sampler, wait_for_sampler
 from .teacher import Scores, TeacherServer
 
 
@@ -18,12 +19,16 @@ __all__ = [
     "Scores",
     "ServerError",
     "TeacherServer",
+    "check_engine_context",
     "check_holds_policy",
     "check_tokenizer",
     "check_vllm_installed",
     "connect",
     "context_length",
     "limit_requests",
+    "longest_prompt",
+    "prepare_sampler",
     "report_failures",
+    "wait_for_sampler",
     "wait_for_server",
 ]

@@ -89,6 +89,16 @@ class Signals:
         for schedule in self.schedules.values():
             schedule.observe(step, statistics)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the schedules remember, by the coefficient."""
+        return {name: schedule.state_dict() for name, schedule in self.schedules.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what [`state_dict`] gave. A schedule that is new begins anew."""
+        for name, schedule in self.schedules.items():
+            if name in state:
+                schedule.load_state_dict(state[name])
+
     def has_term(self, coefficient: str) -> bool:
         """Whether a term ever takes part in the loss."""
         return coefficient in self.schedules or self.coefficients[coefficient] != 0.0

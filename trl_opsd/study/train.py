@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..files import write_whole
 from .arms import ARMS, BASE_SEED, BASES, TUNING_SEED, Arm
 
 
@@ -78,7 +78,7 @@ class Run:
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """
-    Writes a result file in one piece.
+    Writes a result file, whole or not at all.
 
     Args:
         path (`Path`):
@@ -86,10 +86,7 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
         result (`dict[str, Any]`):
             Its content.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(result, indent=1) + "\n")
 
 
 def run(spec: Run, folder: Path) -> dict[str, Any]:

@@ -1,24 +1,27 @@
-"""Whose weights read the privileged prompt: one small class per kind of teacher."""
+"""Whose weights read the privileged prompt: the policy's own, a copy of them, another model's or a server's."""
 
-from .base import Teacher
-from .ema import EMATeacher
-from .external import ExternalTeacher
+from .base import Targets, Teacher
+from .copied import EMA, CopiedTeacher, Never, Periodic, UpdateRule
+from .external import ExternalTeacher, check_external_teacher
 from .fingerprint import fingerprint
-from .initial import InitialTeacher
-from .live import LiveTeacher
-from .offload import offload
-from .periodic import PeriodicTeacher
+from .make import make_teacher
 from .served import ServedTeacher
+from .shared import BaseModelTeacher, LiveTeacher
 
 
 __all__ = [
-    "EMATeacher",
+    "EMA",
+    "BaseModelTeacher",
+    "CopiedTeacher",
     "ExternalTeacher",
-    "InitialTeacher",
     "LiveTeacher",
-    "PeriodicTeacher",
+    "Never",
+    "Periodic",
     "ServedTeacher",
+    "Targets",
     "Teacher",
+    "UpdateRule",
+    "check_external_teacher",
     "fingerprint",
-    "offload",
+    "make_teacher",
 ]

@@ -1,30 +1,91 @@
 """The interface every kind of teacher implements."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
+
+from ..objective import Head, TopLogProbs
+
+
+# What a teacher says of N tokens: hidden states of shape (N, H_t) and the head to apply to them, or log-probabilities
+Targets = tuple[torch.Tensor, Head] | tuple[TopLogProbs, None]
 
 
 class Teacher(ABC):
     """
     Whose weights read the privileged prompt.
 
-    A teacher hands out the module to run the forward through and, if it keeps weights of its own, says when they
-    change and puts them into checkpoints.
+    A teacher gives the targets for a batch and, if it keeps weights of its own, says when they change and puts them
+    into checkpoints.
+
+    Attributes:
+        knows_entropy (`bool`):
+            Whether it gives whole distributions, so that their entropy is known.
+        context_length (`int`, *optional*):
+            Tokens it takes for a prompt and its completion, if that is not the policy's limit.
+        fingerprint (`str`, *optional*):
+            Tells it from another teacher, for one that a resumed run neither makes from the policy nor finds in the
+            checkpoint.
     """
 
+    knows_entropy: bool = True
+    context_length: int | None = None
+    fingerprint: str | None = None
+
     @abstractmethod
-    def weights(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
+    def weights(self, policy: nn.Module) -> AbstractContextManager[nn.Module | None]:
         """
-        Context manager that yields a module holding the teacher's weights.
+        Context manager that yields a module holding the teacher's weights, or `None` if they are not here.
 
         Args:
             policy (`nn.Module`):
                 The policy as the trainer calls it, wrapped for DDP, FSDP2 or DeepSpeed. Teachers that share its
                 weights yield it.
         """
+
+    def annotate(self, prompts: list[list[int] | None], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """
+        What has to be asked of the teacher as soon as rollouts are there. Called on every process, each with its own.
+
+        Args:
+            prompts (`list[list[int] | None]`):
+                Token ids of the B teacher prompts. `None` for a row without a context.
+            batch (`dict[str, torch.Tensor]`):
+                The rollouts, with `completion_ids` and `completion_mask` of shape `(B, T)`.
+
+        Returns:
+            `dict[str, torch.Tensor]`: columns for the batch, of B rows, which [`targets`] finds in its rows.
+        """
+        return {}
+
+    def targets(
+        self,
+        policy: nn.Module,
+        rows: dict[str, Any],
+        selected: torch.Tensor,
+        read: Callable[[nn.Module], tuple[torch.Tensor, Head]],
+    ) -> Targets:
+        """
+        What the teacher says of some tokens, without a gradient.
+
+        Args:
+            policy (`nn.Module`):
+                See [`weights`].
+            rows (`dict[str, Any]`):
+                Rows of a batch, with what [`annotate`] added.
+            selected (`torch.Tensor` of shape `(B, T)`, bool):
+                The completion tokens.
+            read (`Callable[[nn.Module], tuple[torch.Tensor, Head]]`):
+                Runs a module over these rows: hidden states that predict these tokens, and its head.
+        """
+        with torch.no_grad(), self.weights(policy) as module:
+            assert module is not None
+            return read(module)
 
     def on_step_end(self, step: int) -> None:
         """Called on every process after optimizer step number `step`."""

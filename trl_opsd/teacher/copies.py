@@ -6,7 +6,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
@@ -18,8 +17,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import use_adapter
 
-from .files import load_parts, save_parts
-from .sharding import copy_parameter, part_of, write_part
+from .sharding import copy_parameter
 
 
 ADAPTER_NAME = "teacher"
@@ -40,17 +38,6 @@ class TeacherCopy(ABC):
     @abstractmethod
     def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """Every parameter of the copy: its name, the policy's and its own."""
-
-    def save(self, directory: Path, is_main_process: bool) -> None:
-        """See [`Teacher.save`]."""
-        parts = ((name, teacher, part_of(teacher)) for name, _, teacher in self.pairs())
-        save_parts(directory, parts, is_main_process)
-
-    def load(self, directory: Path) -> None:
-        """See [`Teacher.load`]."""
-        parameters = {name: teacher for name, _, teacher in self.pairs()}
-        for name, part in load_parts(directory, parameters):
-            write_part(parameters[name], part)
 
 
 class AdapterCopy(TeacherCopy):

@@ -1,10 +1,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .base import Teacher
+from .fingerprint import fingerprint
 
 
 class ExternalTeacher(Teacher):
@@ -20,8 +22,49 @@ class ExternalTeacher(Teacher):
     """
 
     def __init__(self, model: PreTrainedModel, shard: Callable[[nn.Module], nn.Module]):
+        self.fingerprint = fingerprint(model)
         self._wrapped = shard(model.requires_grad_(False).eval())
 
     @contextmanager
     def weights(self, policy: nn.Module) -> Iterator[nn.Module]:
         yield self._wrapped
+
+
+def check_external_teacher(
+    path: str, model_init_kwargs: dict[str, Any], tokenizer: PreTrainedTokenizerBase, model_config: Any
+) -> None:
+    """
+    Refuse an external teacher over other tokens than the policy's, before any model is loaded.
+
+    Args:
+        path (`str`):
+            Model of the teacher.
+        model_init_kwargs (`dict[str, Any]`):
+            What it is loaded with.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the policy.
+        model_config ([`~transformers.PreTrainedConfig`]):
+            Configuration of the policy.
+
+    Raises:
+        ValueError: Naming the first difference.
+    """
+    names = ("revision", "trust_remote_code", "subfolder", "token", "cache_dir")
+    kwargs = {name: value for name, value in model_init_kwargs.items() if name in names}
+    # Other token ids would not even raise an error: the teacher would score another text
+    ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(path, **kwargs).get_vocab()
+    if ours != theirs:
+        different = min(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
+        raise ValueError(
+            f"`teacher_model_name_or_path='{path}'` has another vocabulary than the policy: {different!r} is token "
+            f"{theirs.get(different)} there and {ours.get(different)} here. Choose a teacher with the policy's "
+            "tokenizer."
+        )
+    configs = (model_config, AutoConfig.from_pretrained(path, **kwargs))
+    size, teacher_size = (config.get_text_config().vocab_size for config in configs)
+    if size != teacher_size:
+        raise ValueError(
+            f"`teacher_model_name_or_path='{path}'` has logits over {teacher_size} tokens and the policy over "
+            f"{size}, although their tokenizers agree. Resize one of them with "
+            f"`model.resize_token_embeddings({max(size, teacher_size)})` and save it."
+        )

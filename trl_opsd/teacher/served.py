@@ -1,12 +1,48 @@
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import torch
 from torch import nn
 
-from .base import Teacher
+from ..objective import TopLogProbs
+from ..serving import Scores, TeacherServer
+from .base import Targets, Teacher
 
 
 class ServedTeacher(Teacher):
-    """A model that only a server holds, which scores the rollouts as soon as they are sampled."""
+    """
+    A model that only a vLLM server holds. It scores the rollouts as soon as they are sampled, so that a policy whose
+    weights were sent there can be its own teacher.
 
-    def weights(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
-        raise RuntimeError("The teacher's weights are on a server.")
+    Args:
+        server ([`~trl_opsd.serving.TeacherServer`]):
+            The server.
+        fingerprint (`str`, *optional*):
+            See [`Teacher`].
+    """
+
+    knows_entropy = False
+
+    def __init__(self, server: TeacherServer, fingerprint: str | None = None):
+        self.server = server
+        self.fingerprint = fingerprint
+        self.context_length = server.context_length
+
+    def weights(self, policy: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def annotate(self, prompts: list[list[int] | None], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """
+        See [`Teacher.annotate`].
+
+        Raises:
+            ServerError: On every process, if the server fails on any.
+        """
+        ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
+        completions = [row[selected].tolist() for row, selected in zip(ids, mask, strict=True)]
+        scores = self.server.score(prompts, completions, ids.size(1))
+        return {f"teacher_{name}": values.to(ids.device) for name, values in scores._asdict().items()}
+
+    def targets(self, policy: nn.Module, rows: dict[str, Any], selected: torch.Tensor, read: Any) -> Targets:
+        top_tokens, top_log_probs, log_probs = (rows[f"teacher_{name}"][selected] for name in Scores._fields)
+        return TopLogProbs(top_tokens.long(), top_log_probs, rows["completion_ids"][selected], log_probs), None

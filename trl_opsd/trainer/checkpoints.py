@@ -7,7 +7,6 @@ written, and is replaced, in one go, by one that lists all files once they are a
 
 import copy
 import json
-import os
 import warnings
 from functools import reduce
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.trainer_utils import sort_checkpoints
+
+from ..files import write_whole
 
 
 STATE_FILE = "self_distillation_state.json"
@@ -153,9 +154,4 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _write(directory: Path, state: dict[str, Any]) -> None:
-    temporary = directory / f"{STATE_FILE}.tmp"
-    with temporary.open("w") as file:
-        json.dump(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(directory / STATE_FILE)
+    write_whole(directory / STATE_FILE, json.dumps(state))

@@ -36,24 +36,20 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
 
-import hashlib
-import json
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
+from accelerate.utils import gather_object, set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -61,8 +57,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -77,7 +72,6 @@ from ..context import (
     without_end,
 )
 from ..data import validate_rows
-from ..files import locked
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
     FusedDivergence,
@@ -89,18 +83,15 @@ from ..sampling.sources import SOURCES, CompletionSource
 from ..scoring import Networks, can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
     ServerError,
-    TeacherServer,
-    check_holds_policy,
-    check_tokenizer,
+    check_engine_context,
     check_vllm_installed,
-    connect,
-    context_length,
-    limit_requests,
+    longest_prompt,
+    prepare_sampler,
     report_failures,
-    wait_for_server,
+    wait_for_sampler,
 )
 from ..signal import Batch
-from ..teacher import ServedTeacher, Teacher, fingerprint
+from ..teacher import Teacher, fingerprint
 from .batch import (
     Generation,
     TeacherInputs,
@@ -109,7 +100,7 @@ from .batch import (
     joined_feedback,
     total_rewards,
 )
-from .checkpoints import begin, finish, is_complete, load_weights, newest_complete, read_state
+from .checkpoints import load_weights
 from .checks import (
     check_completion_length,
     check_completions,
@@ -122,13 +113,14 @@ from .completing import Completing, Engines, decoded
 from .config import SelfDistillationConfig
 from .lengths import fit_completions, prompt_budget
 from .loss import SelfDistillationLoss
-from .merged_weights import check_mergeable, merged_weights
 from .method import Method
 from .metrics import Metrics, add_contexts, add_divergence, add_policy, add_sampler_difference
 from .random_numbers import random_numbers
+from .run_state import Attributes, ProcessFiles, RunState, Stateful, dataset_summary
 from .sampling_settings import transformers_settings, vllm_settings
 from .signals import make_signals
-from .teachers import check_external_teacher, check_world, make_teacher
+from .teachers import connect_teacher, load_teacher
+from .world import check_world
 
 
 def _no_reward(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -263,14 +255,12 @@ class SelfDistillationTrainer(GRPOTrainer):
         )
         check_special_tokens(processing_class, getattr(model_config.get_text_config(), "vocab_size", None))
         check_completion_length(args, model_config, samples_itself=rollout_func is None)
-        self._teacher_server = None
-        if args.teacher_server_base_url is not None:
-            self._teacher_server = self._connect_teacher_server(args, processing_class, model_config)
-        elif args.teacher == "external":
-            check_external_teacher(args, processing_class, model_config)
-        context_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-        if self._teacher_server is not None:
-            context_length = int(min(context_length or math.inf, self._teacher_server.context_length))
+        served = connect_teacher(args, processing_class, model_config)
+        limits = (
+            getattr(model_config.get_text_config(), "max_position_embeddings", None),
+            None if served is None else served.context_length,
+        )
+        context_length = min((limit for limit in limits if limit is not None), default=None)
         self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config, context_length)
         self._data_columns = (*self.context.columns, *self.completion_source.columns)
         if environment_factory is None:  # otherwise the prompt comes from the environment
@@ -292,13 +282,14 @@ class SelfDistillationTrainer(GRPOTrainer):
             elif eval_dataset is not None:
                 eval_dataset = self._check_dataset(eval_dataset, "eval_dataset", tools)
         fit_completions(args, context_length, self.teacher_prompt.longest or self.teacher_prompt.max_length or 0)
-        if args.teacher == "live" and self._teacher_server is not None and rollout_func is not None:
+        if args.teacher == "live" and served is not None and rollout_func is not None:
             raise ValueError(
                 "`teacher_server_base_url` with `teacher='live'` cannot be combined with `rollout_func`: the server "
                 "is sent the current weights when it samples the rollouts. Drop one of them."
             )
         if args.use_vllm and args.vllm_mode == "server":
-            self._wait_for_sampler(args)
+            url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+            wait_for_sampler(url, args.vllm_server_timeout, is_main_process=args.process_index == 0)
 
         # Set by the generation methods for the batch in hand
         self._first_turn = False
@@ -385,37 +376,22 @@ class SelfDistillationTrainer(GRPOTrainer):
             and args.distillation_temperature == self.temperature
             and self.repetition_penalty == 1.0
         )
-        starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
         check_world(args, self.accelerator, self.model)
-        if self.use_vllm and isinstance(self.model, PeftModel):
-            check_mergeable(self.model)
-            self.vllm_generation._iter_named_params = partial(
-                merged_weights, self.model, self.vllm_generation._dist.gather_params
-            )
-        if self._samples_in_process:
-            weights = self.vllm_generation._iter_named_params
-            self.vllm_generation._iter_named_params = partial(self._load_into_engine, weights)
-            # The engine has seeded this process anew, by its number alone
-            set_seed(self.args.seed + self._sampler_index)
         self.context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if self.use_vllm:
-            self.context_length = self._check_sampler()
-        self._fingerprints: dict[str, str | None] = {"model": fingerprint(self.model)}
-        self.teacher: Teacher
-        if self._teacher_server is None:
-            self.teacher, external = make_teacher(args, self.accelerator, self.model, starts_at_zero)
-        else:
-            self.teacher, external = ServedTeacher(), self._teacher_server.name
-        if args.teacher == "external":
-            self._fingerprints["teacher_model_name_or_path"] = external
+            self.context_length = self._prepare_sampler()
+        fingerprints: dict[str, str | None] = {"model": fingerprint(self.model)}
+        starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
+        self.teacher: Teacher = served or load_teacher(args, self.accelerator, self.model, starts_at_zero)
+        fingerprints["teacher"] = self.teacher.fingerprint
         shares_prompts, packs_rows = False, can_pack(causal_lm(self.accelerator.unwrap_model(self.model)))
-        if self._teacher_server is None:
-            with self.teacher.weights(self.model) as module:
+        with self.teacher.weights(self.model) as module:
+            if module is not None:
                 teacher = causal_lm(self.accelerator.unwrap_model(module))
                 shares_prompts, packs_rows = can_share_prompts(teacher), packs_rows and can_pack(teacher)
         networks = Networks(
             self.accelerator,
-            self.teacher if self._teacher_server is None else None,
+            self.teacher,
             shares_prompts,
             packs_rows,
             self.pad_to_multiple_of,
@@ -427,11 +403,11 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.loss = SelfDistillationLoss(args, self.accelerator, networks, args.objective(), self.signals)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             networks.check_logits(self.model)
-        (self._fingerprints,) = broadcast_object_list([self._fingerprints])
-        self._dataset_summary = self._summarize(self.train_dataset)
         self._guard = SkipNonFiniteSteps()
         self.add_callback(self._guard)
         self.add_callback(_StepCallback(self))
+
+        self.run_state = self._make_run_state(fingerprints)
 
     # Construction
 
@@ -500,84 +476,36 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.teacher_prompt.check_rows(dataset, name, tools)
         return dataset
 
-    def _summarize(self, dataset: Dataset | IterableDataset) -> str:
-        """What tells one dataset from another: its length, and what teacher and student read of up to 64 rows."""
-        if isinstance(dataset, Dataset):
-            name, some = f"{len(dataset)} rows", dataset.select(np.linspace(0, len(dataset) - 1, 64, dtype=int))
-        else:
-            name, some = "stream", dataset.take(1)
-        columns = ("prompt", *self._data_columns)
-        text = json.dumps([[row.get(column) for column in columns] for row in some], sort_keys=True, default=str)
-        return f"{name}, fingerprint {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    def _make_run_state(self, fingerprints: dict[str, str | None]) -> RunState:
+        data = dataset_summary(self.train_dataset, ("prompt", *self._data_columns))
+        run_state = RunState(self.accelerator, self.args, data, fingerprints)
+        run_state.add("teacher", self.teacher)
+        run_state.add("guard", self._guard)
+        run_state.add("schedules", self.signals)
+        if isinstance(self.context, Stateful):
+            run_state.add("context", self.context)
+        run_state.add("counts", Attributes(self, num_generated_tokens="_num_generated_tokens"))
+        rollouts = ProcessFiles("rollouts", self._leftover_rollouts, self._take_up_rollouts, self.accelerator)
+        run_state.add("rollouts", rollouts)
+        return run_state
 
-    @staticmethod
-    def _wait_for_sampler(args: SelfDistillationConfig) -> None:
-        failure = None
-        if args.process_index == 0:
-            url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-            try:
-                wait_for_server(url, args.vllm_server_timeout)
-            except ValueError as error:  # the others wait to hear of it
-                failure = str(error)
-        (failure,) = broadcast_object_list([failure])
-        if failure is not None:
-            raise ValueError(failure)
-
-    def _check_sampler(self) -> int:
+    def _prepare_sampler(self) -> int:
         """The engine's context length. Refuses one that cannot sample this policy's rollouts in full."""
-        failure, limit = None, None
-        if self.vllm_mode == "colocate":
-            limit = self.vllm_generation.llm.model_config.max_model_len
-        elif self.accelerator.is_main_process:
-            client = self.vllm_generation.vllm_client
-            limit_requests(client.session, self.args.vllm_server_request_timeout)
-            try:
-                limit = context_length(client)
-                check_tokenizer(client, "vllm_server_base_url", self._tokenizer)
-                check_holds_policy(client, self.model.config)
-            except Exception as error:  # the others wait to hear of it
-                failure = str(error)
-        failure, limit = broadcast_object_list([failure, limit])
-        if failure is not None:
-            raise ValueError(failure)
-        if self.vllm_mode == "server" and self.rollout_func is None:  # which may talk to the client itself
-            report_failures(self.vllm_generation)
-        longest = 0 if self.environment_factories else self._longest_prompt()
-        if longest + (self.max_completion_length or 1) > limit:
-            field = "vllm_max_model_length" if self.vllm_mode == "colocate" else "--max-model-len"
-            raise ValueError(
-                f"vLLM's context of {limit} tokens is too short for prompts of up to {longest} and "
-                f"`max_completion_length={self.max_completion_length}`. Raise `{field}`, or lower "
-                "`max_completion_length`."
-            )
-        return limit
-
-    def _longest_prompt(self) -> int:
-        """Tokens of the longest student prompt, of which each process measures its share; 0 for a stream."""
-        if not isinstance(self.train_dataset, Dataset):
-            return 0
-        accelerator, num_rows = self.accelerator, len(self.train_dataset)
-        share = self.train_dataset.select(range(accelerator.process_index, num_rows, accelerator.num_processes))
+        generation, args = self.vllm_generation, self.args
+        limit = prepare_sampler(generation, self.model, self._tokenizer, args.vllm_server_request_timeout)
+        if self._samples_in_process:
+            # The engine has seeded this process anew, by its number alone
+            set_seed(args.seed + self._sampler_index)
+        elif self.rollout_func is None:  # which may talk to the client itself
+            report_failures(generation)
         longest = 0
-        with tqdm(
-            total=len(share),
-            desc="Measuring prompts of `train_dataset`",
-            leave=False,
-            disable=None if accelerator.is_local_main_process else True,  # None: no bar where there is no terminal
-        ) as progress:
-            for rows in share.iter(1000):
-                longest = max(longest, *map(len, self._tokenize_prompts(rows["prompt"])[0]))
-                progress.update(len(rows["prompt"]))
-        return max(gather_object([longest]))
-
-    @staticmethod
-    def _connect_teacher_server(
-        args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any
-    ) -> TeacherServer:
-        url = cast(str, args.teacher_server_base_url)
-        client = connect(url, args.vllm_server_timeout, args.vllm_server_request_timeout)
-        check_tokenizer(client, "teacher_server_base_url", tokenizer)
-        return TeacherServer(client, args.divergence_top_k, model_config.get_text_config().vocab_size)
+        if not self.environment_factories:
+            longest = longest_prompt(
+                self.train_dataset, lambda prompts: self._tokenize_prompts(prompts)[0], self.accelerator
+            )
+        field = "vllm_max_model_length" if self._samples_in_process else "--max-model-len"
+        check_engine_context(limit, longest, self.max_completion_length, field)
+        return limit
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -644,15 +572,6 @@ class SelfDistillationTrainer(GRPOTrainer):
         num_draws = num_draws + 1 if key == last_key else 0
         self._num_draws[stream] = key, num_draws
         return random_numbers(*key, num_draws, *stream, device=self.accelerator.device)
-
-    def _load_into_engine(self, weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> Iterable[Any]:
-        """
-        Load all weights into a colocated engine in one call, which takes them one after another, and leave none to
-        TRL. In a call for each, vLLM would walk through its whole model every time: most of a synchronisation.
-        """
-        executor = self.vllm_generation.llm.llm_engine.model_executor
-        executor.driver_worker.model_runner.model.load_weights(weights())
-        return ()
 
     def sample(self, prompt_ids: list[list[int]], sampling: Sampling, stream: int = 0) -> list[list[int]]:
         """
@@ -884,26 +803,12 @@ class SelfDistillationTrainer(GRPOTrainer):
             ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
         ]
         teacher_ids, tensors = self._teacher_inputs(self._generation, student_ids, size, self.statistics[mode])
-        if self._teacher_server is not None:
-            scores = self._score_on_server(self._teacher_server, batch, teacher_ids)
-            batch.update({f"teacher_{name}": values.to(device) for name, values in scores.items()})
+        batch.update(self.teacher.annotate(teacher_ids, batch))
         groups = tensors.pop("teacher_prompt_groups")  # no work for the device
         batch.update({name: values.to(device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
         self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
         add_contexts(self.statistics[mode], batch, len(self._empty_rollouts))
         return batch
-
-    def _score_on_server(
-        self, server: TeacherServer, batch: dict[str, Any], teacher_ids: list[list[int] | None]
-    ) -> dict[str, torch.Tensor]:
-        completions = [
-            ids[mask].tolist()
-            for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
-        ]
-        try:
-            return server.score(teacher_ids, completions, batch["completion_ids"].size(1))._asdict()
-        except ServerError as error:
-            raise self._saved(error) from error
 
     def _count_tokens(self, model_tokens: torch.Tensor, mode: str) -> None:
         num_stand_ins = model_tokens[sorted(self._empty_rollouts)].sum()
@@ -938,7 +843,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _add_divergence(self, mode: str, output: FusedDivergence) -> None:
         clips = self.args.divergence_clip is not None
-        add_divergence(self.statistics[mode], output, self._teacher_server is None, clips)
+        add_divergence(self.statistics[mode], output, self.teacher.knows_entropy, clips)
 
     def _grpo_loss(self, model, inputs, mode):
         """GRPO's own loss. What it logs becomes sums and counts."""
@@ -1021,35 +926,12 @@ class SelfDistillationTrainer(GRPOTrainer):
     # Checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_complete(cast(str, self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"There is no complete checkpoint in `output_dir={self.args.output_dir}` to resume from. Start "
-                    "without `resume_from_checkpoint`."
-                )
-        if resume_from_checkpoint:
-            self._check_same_run(resume_from_checkpoint, read_state(Path(resume_from_checkpoint)))
-        with self._alone_in_output_dir():
+        checkpoint = self.run_state.checkpoint(resume_from_checkpoint)
+        with self.run_state.alone():
             try:
-                return super().train(resume_from_checkpoint, *args, **kwargs)
-            except ServerError as error:  # wherever it comes from: rollouts, scores, evaluations
-                raise self._saved(error) from error
-
-    @contextmanager
-    def _alone_in_output_dir(self) -> Iterator[None]:
-        failure = None
-        with ExitStack() as stack:
-            if self.accelerator.is_main_process:
-                try:
-                    # Of a name that is not pushed to the Hub with the rest
-                    stack.enter_context(locked(Path(cast(str, self.args.output_dir)), "_lock"))
-                except ValueError as error:  # the others wait to hear of it
-                    failure = str(error)
-            (failure,) = broadcast_object_list([failure])
-            if failure is not None:
-                raise ValueError(failure)
-            yield
+                return super().train(checkpoint, *args, **kwargs)
+            except ServerError as error:  # of a sampler or a teacher, wherever it was asked
+                raise ServerError(f"{error} {self._save_after_failure()}") from error
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -1057,32 +939,6 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
-
-    def _check_same_run(self, checkpoint: str, state: dict[str, Any]) -> None:
-        if state["only_model"]:
-            raise ValueError(
-                f"{checkpoint} was written with `save_only_model=True` and holds no more than weights. Start a new "
-                "run from them with `model`."
-            )
-        for name, value in self._fixed_settings().items():
-            if state["settings"][name] != value:
-                raise ValueError(
-                    f"{checkpoint} was written with `{name}={state['settings'][name]!r}` and cannot be resumed with "
-                    f"`{name}={value!r}`: its teacher, its position in the data or its leftover rollouts would not "
-                    "fit. Resume with the same, or start a new run from its weights with `model`."
-                )
-        for name, model in (("model", "The policy"), ("teacher_model_name_or_path", "The external teacher")):
-            if state["fingerprints"].get(name) not in (None, self._fingerprints.get(name)):
-                if name != "model" and self._teacher_server is not None:
-                    raise ValueError(
-                        f"{checkpoint} was written with '{state['fingerprints'][name]}' as its external teacher, and "
-                        f"`teacher_server_base_url` serves '{self._fingerprints[name]}'. Serve the same model."
-                    )
-                raise ValueError(
-                    f"{model} is not the one {checkpoint} was started with: its initial weights differ. Resume with "
-                    f"the same `{name}` in the same dtype. (What training made of the policy comes from the "
-                    "checkpoint.)"
-                )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled or isinstance(self.model, PeftModel):
@@ -1096,97 +952,44 @@ class SelfDistillationTrainer(GRPOTrainer):
         else:
             load_weights(Path(cast(str, self.state.best_model_checkpoint)), self.model)
 
-    def _save_checkpoint(self, model, trial):
-        directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        directory.mkdir(parents=True, exist_ok=True)  # on every machine
-        if self.args.should_save:
-            begin(directory)
-        self.accelerator.wait_for_everyone()
-        if not self.args.save_only_model:
-            self.teacher.save(directory, self.args.should_save)
-            self._save_rollouts(directory)
-        # Older checkpoints go when this one is complete, and not before
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            torch.save(self.args, directory / TRAINING_ARGS_NAME)  # with the limit
-            state = {
-                "only_model": self.args.save_only_model,
-                "settings": self._fixed_settings(),
-                "fingerprints": self._fingerprints,
-                "num_generated_tokens": self._num_generated_tokens,
-                "skipped_steps": self._guard.skipped_steps,
-            }
-            finish(directory, state)
-            rotate_checkpoints(str(directory.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.run_state.load(Path(checkpoint))
 
-    def _saved(self, error: ServerError) -> ServerError:
-        """The error to end the run with, after a checkpoint where one can be made."""
-        step = self.state.global_step
-        directory = Path(self._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        generate_every = self.args.steps_per_generation * self.num_iterations
+    def _checkpoint_folder(self, trial: Any = None) -> Path:
+        return Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    def _save_checkpoint(self, model, trial):
+        with self.run_state.saving(self._checkpoint_folder(trial), self.state):
+            super()._save_checkpoint(model, trial)
+
+    def _save_after_failure(self) -> str:
+        """Make a checkpoint where one can be made. Says what became of the run."""
         micro_batch = self._step
         # Sampling may come in the middle of a step, whose first micro-batches a resumed run begins with
         self._step = self._first_micro_batch
-        (has_checkpoint,) = broadcast_object_list([is_complete(directory)])
-        if not self.is_in_train or step == 0:
-            outcome = "No step had been trained."
-        elif self._step != micro_batch and self._step % generate_every:
-            outcome = "Resume from the last checkpoint: between two generations none could be made."
-        else:
-            if not has_checkpoint:
-                only_model, self.args.save_only_model = self.args.save_only_model, False
-                self._save_checkpoint(self.model, trial=None)
-                self.args.save_only_model = only_model
-            outcome = f"The run is saved in {directory}: start the server and resume with `resume_from_checkpoint`."
-        return ServerError(f"{error} {outcome}")
+        if self.state.global_step == 0:
+            return "No step had been trained."
+        if self._step != micro_batch and self._step % self._generate_every:
+            return "Resume from the last checkpoint: between two generations none could be made."
+        directory = self._checkpoint_folder()
+        if not self.run_state.is_saved(directory):
+            only_model, self.args.save_only_model = self.args.save_only_model, False
+            self._save_checkpoint(self.model, trial=None)
+            self.args.save_only_model = only_model
+        return f"The run is saved in {directory}: start the server and resume with `resume_from_checkpoint`."
 
-    def _fixed_settings(self) -> dict[str, Any]:
-        """What a resumed run shares with its checkpoint: what the teacher reads, and what its position counts in."""
-        names = (
-            "teacher",
-            "privileged_context",
-            "context_kwargs",
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "steps_per_generation",
-            "num_generations",
-            "num_iterations",
-            "shuffle_dataset",
-            "seed",
-        )
-        settings = {name: getattr(self.args, name) for name in names}
-        settings["num_processes"] = self.accelerator.num_processes
-        settings["train_dataset"] = self._dataset_summary
-        # As they come back from a file; what JSON cannot hold counts by its type
-        return json.loads(json.dumps(settings, default=lambda value: type(value).__name__))
+    @property
+    def _generate_every(self) -> int:
+        return self.args.steps_per_generation * self.num_iterations
 
-    def _save_rollouts(self, directory: Path) -> None:
+    def _leftover_rollouts(self) -> dict[str, Any]:
         # Between two generations, micro-batches are left over that a resumed run could not sample again
-        generate_every = self.args.steps_per_generation * self.num_iterations
-        pending = self._buffered_inputs if self._step % generate_every else None
-        rollouts = {"step": self._step, "pending": pending}
-        torch.save(rollouts, directory / f"rollouts_{self.accelerator.process_index}.pt")
+        return {"step": self._step, "pending": self._buffered_inputs if self._step % self._generate_every else None}
 
-    def _load_rollouts(self, directory: Path) -> None:
-        file = directory / f"rollouts_{self.accelerator.process_index}.pt"
-        rollouts = send_to_device(torch.load(file, map_location="cpu", weights_only=True), self.accelerator.device)
+    def _take_up_rollouts(self, rollouts: dict[str, Any]) -> None:
         self._step, self._buffered_inputs = rollouts["step"], rollouts["pending"]
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        directory = Path(checkpoint)
-        state = read_state(directory)
-        self._num_generated_tokens = state["num_generated_tokens"]
-        self._guard.skipped_steps = state["skipped_steps"]
-        self._load_rollouts(directory)
-        self.teacher.load(directory)
 
 
 class _StepCallback(TrainerCallback):

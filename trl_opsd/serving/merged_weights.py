@@ -1,6 +1,6 @@
 """The policy's weights as an inference engine wants them: its adapter merged, under the names of the base model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -50,7 +50,7 @@ def merged_weights(
         for name, child in module.named_children():
             yield from walk(child, f"{prefix}{name}.")
 
-    def values(parameters, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    def values(parameters: Iterable[tuple[str, nn.Parameter]], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in parameters:
             if id(parameter) not in seen:  # tied weights have one name
                 seen.add(id(parameter))

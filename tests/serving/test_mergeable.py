@@ -9,7 +9,7 @@ from placement import place
 from tiny import make_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from trl_opsd.trainer.merged_weights import check_mergeable, merged_weights
+from trl_opsd.serving.merged_weights import check_mergeable, merged_weights
 
 
 EMBEDDINGS = ["embed_tokens", "lm_head"]

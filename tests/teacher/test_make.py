@@ -1,4 +1,4 @@
-"""From the configuration to the teacher."""
+"""From the settings to the teacher."""
 
 from types import SimpleNamespace
 
@@ -6,12 +6,11 @@ import pytest
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from tiny import make_model
 
-from trl_opsd import OPSDConfig
-from trl_opsd.trainer.teachers import make_teacher
+from trl_opsd.teacher import make_teacher
 
 
 @pytest.fixture
-def make(tokenizer, tmp_path):
+def make(tokenizer):
     state = SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=None)
 
     def make(teacher, unfrozen=None, **lora):
@@ -19,10 +18,17 @@ def make(tokenizer, tmp_path):
         policy = get_peft_model(make_model(tokenizer, attention_bias=True), config)
         if unfrozen is not None:
             policy.get_parameter(unfrozen).requires_grad_(True)
-        args = OPSDConfig(str(tmp_path), use_cpu=True, teacher=teacher)
-        return make_teacher(args, SimpleNamespace(state=state), policy, adapter_starts_at_zero=True)
+        return make_teacher(teacher, SimpleNamespace(state=state), policy, adapter_starts_at_zero=True)
 
     return make
+
+
+def test_initial_policy_of_an_adapter_that_starts_at_zero_needs_no_copy(tokenizer):
+    world = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=None))
+    for starts_at_zero, names in ((True, {"default"}), (False, {"default", "teacher"})):
+        policy = get_peft_model(make_model(tokenizer), LoraConfig(target_modules=["q_proj"]))
+        make_teacher("initial", world, policy, adapter_starts_at_zero=starts_at_zero)
+        assert policy.peft_config.keys() == names
 
 
 @pytest.mark.parametrize("teacher", ["initial", "periodic", "ema"])
@@ -51,10 +57,9 @@ def test_all_that_belongs_to_an_adapter_may_train(make, teacher, settings):
 
 
 @pytest.mark.parametrize("teacher", ["periodic", "ema"])
-def test_adapters_that_can_have_no_twin_are_refused(tokenizer, tmp_path, teacher):
+def test_adapters_that_can_have_no_twin_are_refused(tokenizer, teacher):
     config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"])
     policy = get_peft_model(make_model(tokenizer), config)
-    args = OPSDConfig(str(tmp_path), use_cpu=True, teacher=teacher)
     world = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=None))
     with pytest.raises(ValueError, match=rf"`teacher='{teacher}'` needs a second adapter .*AdaLora.*`teacher='live'`"):
-        make_teacher(args, world, policy, adapter_starts_at_zero=True)
+        make_teacher(teacher, world, policy)

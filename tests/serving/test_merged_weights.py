@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import make_model
 
-from trl_opsd.trainer.merged_weights import check_mergeable, merged_weights
+from trl_opsd.serving.merged_weights import check_mergeable, merged_weights
 
 
 @contextmanager
