@@ -2,8 +2,9 @@
 
 import signal
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, HelpFormatter
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = ArgumentParser(
         prog="trl-opsd",
+        formatter_class=partial(HelpFormatter, max_help_position=28),
         description="On-policy self-distillation on top of TRL.",
         epilog="A training command starts `accelerate launch`: trl-opsd opsd --config recipe.yaml "
         "[--accelerate_config zero3] [--num_processes 2] [--any_field value]. `trl-opsd opsd --help` explains every "

@@ -24,7 +24,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import shuffle_sequence_dict
 
 from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer
-from trl_opsd.scripts.utils import find_checkpoint
+from trl_opsd.scripts.train import find_checkpoint
 from trl_opsd.serving.merged_weights import merged_weights
 from trl_opsd.teacher import EMA
 from trl_opsd.teacher.sharding import part_of, whole_value

@@ -11,8 +11,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from tiny import make_model, make_tokenizer
 
 from trl_opsd.methods import TRAINABLE
-from trl_opsd.scripts.train import make_parser
-from trl_opsd.scripts.utils import run
+from trl_opsd.scripts.train import make_parser, run
 
 
 ROOT = Path(__file__).parents[2] / "recipes"

@@ -3,7 +3,7 @@ import pytest
 from trl_opsd import SelfDistillationConfig
 from trl_opsd.eval import in_training
 from trl_opsd.scripts.benchmarks import BenchmarkArguments, callback_values
-from trl_opsd.scripts.utils import SelfDistillationScriptArguments
+from trl_opsd.scripts.inputs import SelfDistillationScriptArguments
 
 
 pytestmark = pytest.mark.needs("math_verify")

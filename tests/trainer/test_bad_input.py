@@ -140,7 +140,7 @@ def test_fewer_rows_than_a_batch_draws(refused):
 
 
 def test_unknown_context(refused):
-    refused([{}], "`privileged_context='hnit'` is none of", privileged_context="hnit")
+    refused([{}], "`privileged_context='hints'` is none of", privileged_context="hints")
 
 
 def test_images(refused):

@@ -326,6 +326,13 @@ def test_what_an_environment_says_of_a_rollout_reaches_the_teacher(make_trainer,
         assert f"Beads moved: {int(index == 0)}." in tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("settings", [{"policy_loss_coef": 1.0}, {"privileged_context": "peers"}])
+def test_only_an_environment_that_has_rewards_stands_in_for_reward_functions(make_trainer, settings):
+    make_trainer(environment_factory=Abacus, reward_funcs=None, **settings)
+    with pytest.raises(ValueError, match=r"needs (`reward_funcs`|rewards)"):
+        make_trainer(environment_factory=Silence, reward_funcs=None, **settings)
+
+
 def test_the_teacher_is_told_of_the_tools_of_its_rows_environment(make_trainer, scripted, rows, tokenizer):
     names = ["abacus", "abacus", "silence", "silence"]
     trainer = make_trainer(environment_factory={"abacus": Abacus, "silence": Silence})

@@ -40,7 +40,7 @@ class CorrectOnlyConfig(
     """
 
     method: ClassVar[Method] = Method(
-        name="correct-only self-distillation",
+        name="Correct-Only",
         paper="2605.06188",
         title="OPSD Compresses What RLVR Teaches: A Post-RL Compaction Stage for Reasoning Models",
         citation=dedent("""\

@@ -29,7 +29,7 @@ class RLRTConfig(
     },
 ):
     r"""
-    Train with rewards, and credit correct rollouts where they depart from what a teacher would have said.
+    Train with rewards, and credit what is right although no teacher would say it.
 
     Defaults of RLRT, from [Rebellious Student: Reversing Teacher Signals for Reasoning Exploration with Self-Distilled
     RLVR](https://huggingface.co/papers/2605.10781), for instruction-tuned models. The teacher is the current policy

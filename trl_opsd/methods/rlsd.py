@@ -29,7 +29,7 @@ class RLSDConfig(
     },
 ):
     r"""
-    Train with rewards, and let a teacher that has read the solution say which tokens earned them.
+    Train with rewards, and let a teacher say which tokens earned them.
 
     Defaults of RLSD, from [Self-Distilled RLVR](https://huggingface.co/papers/2604.03128): GRPO, whose advantage A of
     a rollout is made larger where the teacher agrees with its direction, and smaller where it does not. See

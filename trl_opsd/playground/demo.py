@@ -130,8 +130,7 @@ def run_demo(
     from ..context import TemplateContext, make_context
     from ..data import load_rows
     from ..report import PromptPreviewCallback
-    from ..scripts.train import make_parser
-    from ..scripts.utils import find_checkpoint
+    from ..scripts.train import find_checkpoint, make_parser
     from .base import BASE_RECIPES, has_base, train_base
     from .evaluate import evaluate
     from .world import WORLDS
@@ -261,7 +260,8 @@ def run_demo(
 def _make_trainer(script_args: Any, training_args: Any, model_args: Any, rows: Any) -> Any:
     from transformers import PrinterCallback, ProgressCallback
 
-    from ..scripts.utils import load_reward_funcs, make_trainer
+    from ..scripts.inputs import load_reward_funcs
+    from ..scripts.train import make_trainer
 
     rewards = load_reward_funcs(script_args)
     trainer = make_trainer(script_args, training_args, model_args, rows, reward_funcs=rewards)

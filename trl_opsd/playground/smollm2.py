@@ -451,8 +451,8 @@ def run_demo(
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
     from ..report import PromptPreviewCallback
-    from ..scripts.train import make_parser
-    from ..scripts.utils import load_datasets, make_trainer
+    from ..scripts.inputs import load_datasets
+    from ..scripts.train import make_parser, make_trainer
 
     started = time.perf_counter()
     console.rule(f"[bold]{method.upper()}[/bold] on SmolLM2-135M")

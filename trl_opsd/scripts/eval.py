@@ -14,7 +14,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any, cast
 
 from trl_opsd.eval.arguments import EvalArguments
-from trl_opsd.scripts.utils import RecipeParser
+from trl_opsd.scripts.recipe import RecipeParser
 
 
 if TYPE_CHECKING:

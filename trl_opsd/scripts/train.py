@@ -1,11 +1,24 @@
 """Train a model: `trl-opsd <method>`, or `accelerate launch -m trl_opsd.scripts.train <method>`."""
 
+import logging
 import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from trl import DatasetMixtureConfig, ModelConfig
 
 from trl_opsd.methods import TRAINABLE, config_class, summary
-from trl_opsd.scripts.utils import RecipeParser, SelfDistillationScriptArguments, run
+from trl_opsd.scripts.benchmarks import callback_values
+from trl_opsd.scripts.inputs import SelfDistillationScriptArguments, load_datasets, load_reward_funcs
+from trl_opsd.scripts.recipe import RecipeParser
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+    from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 
 
 def make_parser(method: str, prog: str | None = None) -> RecipeParser:
@@ -37,6 +50,180 @@ def make_parser(method: str, prog: str | None = None) -> RecipeParser:
         "it. Started as `trl-opsd`, flags of `accelerate launch` and `--accelerate_config name_or_path` may be mixed "
         "in.",
     )
+
+
+def says_how_to_resume(command: Callable[..., None]) -> Callable[..., None]:
+    """Make Ctrl-C end a training command in words, with status 130."""
+
+    @wraps(command)
+    def interruptible(*args: Any) -> None:
+        try:
+            command(*args)
+        except KeyboardInterrupt:
+            (training_args,) = (argument for argument in args if hasattr(argument, "output_dir"))
+            if training_args.process_index == 0:
+                print(
+                    "Interrupted. `--resume_from_checkpoint auto` goes on from the last checkpoint in "
+                    f"{training_args.output_dir}, if there is one.",
+                    file=sys.stderr,
+                )
+            raise SystemExit(130) from None
+
+    return interruptible
+
+
+@says_how_to_resume
+def run(
+    script_args: SelfDistillationScriptArguments,
+    training_args: "SelfDistillationConfig",
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> None:
+    """
+    Train, save and, if asked to, push a model.
+
+    Args:
+        script_args ([`SelfDistillationScriptArguments`]):
+            Data and rewards.
+        training_args ([`SelfDistillationConfig`]):
+            Arguments of the trainer. `resume_from_checkpoint` may also be `"true"`, the newest checkpoint in
+            `output_dir`, or `"auto"`, the same if there is one.
+        model_args ([`~trl.ModelConfig`]):
+            Model, LoRA and quantization.
+        dataset_args ([`~trl.DatasetMixtureConfig`]):
+            Mixture of datasets, instead of `script_args.dataset_name`.
+    """
+    import transformers
+    from packaging.version import Version
+
+    from trl_opsd.report import PromptPreviewCallback
+
+    if model_args.model_name_or_path is None:
+        raise ValueError("No model to train: set `model_name_or_path` to a Hub id or a local folder.")
+    if training_args.process_index > 0:
+        logging.getLogger("trl_opsd").setLevel(logging.ERROR)
+    checkpoint = find_checkpoint(training_args.resume_from_checkpoint, str(training_args.output_dir))
+
+    # The main process fills the cache of `datasets`, the others read it.
+    with training_args.main_process_first(desc="loading the dataset"):
+        train_dataset, eval_dataset = load_datasets(
+            script_args, dataset_args, with_eval=training_args.eval_strategy != "no"
+        )
+    trainer = make_trainer(
+        script_args,
+        training_args,
+        model_args,
+        train_dataset,
+        eval_dataset,
+        load_reward_funcs(script_args),
+    )
+    trainer.add_callback(PromptPreviewCallback(trainer))
+
+    if checkpoint is not None:
+        trainer.accelerator.print(f"Resuming from {checkpoint}.")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.accelerator.print("✅ Training completed.")
+
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
+
+    if training_args.push_to_hub:
+        # A model card can only name a dataset of the Hub.
+        name = script_args.dataset_name
+        trainer.push_to_hub(dataset_name=None if name is None or Path(name).expanduser().exists() else name)
+        trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
+
+    if Version(transformers.__version__) >= Version("5.18.0"):
+        trainer.end()
+
+
+def make_trainer(
+    script_args: SelfDistillationScriptArguments,
+    training_args: "SelfDistillationConfig",
+    model_args: ModelConfig,
+    train_dataset: "Dataset | IterableDataset",
+    eval_dataset: "Dataset | IterableDataset | None" = None,
+    reward_funcs: Any = None,
+) -> "SelfDistillationTrainer":
+    """
+    Make the trainer that a recipe describes, on rows that have been loaded.
+
+    Args:
+        script_args ([`SelfDistillationScriptArguments`]):
+            Its system prompt is also that of benchmarks which have none of their own.
+        training_args ([`SelfDistillationConfig`]):
+            Arguments of the trainer. `model_init_kwargs` is completed with what `model_args` says, and wins over it.
+        model_args ([`~trl.ModelConfig`]):
+            Model, LoRA and quantization.
+        train_dataset (`Dataset` or `IterableDataset`):
+            Rows to train on.
+        eval_dataset (`Dataset` or `IterableDataset`, *optional*):
+            Rows to evaluate on.
+        reward_funcs (*optional*):
+            Reward functions, as the trainer takes them.
+
+    Returns:
+        [`SelfDistillationTrainer`]:
+            The trainer.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    from trl_opsd import SelfDistillationTrainer
+
+    model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    model_init_kwargs.update(cast(dict[str, Any], training_args.model_init_kwargs or {}))
+    training_args.model_init_kwargs = model_init_kwargs
+    benchmarks = callback_values(script_args, training_args, script_args.system_prompt)
+    trainer = SelfDistillationTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=reward_funcs,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    if benchmarks is not None:
+        from trl_opsd.eval.in_training import BenchmarkCallback
+
+        trainer.add_callback(BenchmarkCallback(trainer, **benchmarks))
+    return trainer
+
+
+def find_checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
+    """
+    Find the checkpoint that `resume_from_checkpoint` asks for.
+
+    Args:
+        resume (`str` or `bool`, *optional*):
+            Folder of a checkpoint, `"true"` for the newest in `output_dir`, or `"auto"` for the same if there is one.
+        output_dir (`str`):
+            Folder a run saves its checkpoints in.
+
+    Returns:
+        `str`, *optional*:
+            Folder of the checkpoint, `None` to start from the beginning.
+    """
+    from trl_opsd.trainer.checkpoints import newest_complete, read_state
+
+    choice = str(resume).lower()
+    if choice in ("none", "false", "no"):
+        return None
+    if choice in ("true", "auto"):
+        newest = newest_complete(output_dir)
+        if newest is None and choice == "true":
+            raise ValueError(
+                f"`resume_from_checkpoint` is true, but {output_dir} has no complete checkpoint. Name one, or use "
+                "`auto` to start from the beginning where there is none."
+            )
+        return newest
+    read_state(Path(str(resume)))
+    return str(resume)
 
 
 def main() -> None:

@@ -12,15 +12,22 @@ from .config import SelfDistillationConfig
 
 
 def check_context(
-    context: PrivilegedContext,
-    num_generations: int,
-    train_dataset: Any,
-    has_reward_funcs: bool,
-    has_environments: bool,
-    has_rollout_func: bool,
+    context: PrivilegedContext, num_generations: int, train_dataset: Any, has_rewards: bool, has_feedback: bool
 ) -> None:
     """
     Refuse a context that could never be given, and let it see the training set if it wants to.
+
+    Args:
+        context ([`PrivilegedContext`]):
+            The context.
+        num_generations (`int`):
+            Rollouts of a prompt.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Training set, whose column `feedback` gives feedback.
+        has_rewards (`bool`):
+            Whether there may be rewards.
+        has_feedback (`bool`):
+            Whether anything else may give feedback.
 
     Raises:
         ValueError: If the context says so.
@@ -29,8 +36,7 @@ def check_context(
         columns: Iterable[str] = ()
         if train_dataset is not None:
             columns = train_dataset.column_names or next(iter(train_dataset), {})
-        has_rewards = has_reward_funcs or has_environments
-        context.check_run(num_generations, has_rewards, has_rewards or has_rollout_func or "feedback" in columns)
+        context.check_run(num_generations, has_rewards, has_feedback or "feedback" in columns)
     if hasattr(context, "read_dataset"):
         context.read_dataset(train_dataset)
 

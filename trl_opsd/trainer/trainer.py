@@ -224,15 +224,16 @@ class SelfDistillationTrainer(GRPOTrainer):
 
         # Everything that can be wrong with the data is found before the model is loaded
         self.context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
-        gives = [reward_funcs, environment_factory, rollout_func]
-        check_context(self.context, cast(int, args.num_generations), train_dataset, *map(bool, gives))
+        num_generations, has_rewards = cast(int, args.num_generations), bool(reward_funcs or environment_factory)
+        has_feedback = has_rewards or rollout_func is not None
+        check_context(self.context, num_generations, train_dataset, has_rewards, has_feedback)
         self.completion_source: CompletionSource = make_part(
             "completions", args.completions, cast(dict[str, Any] | None, args.completions_kwargs), SOURCES
         )
         itself = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
         check_completions(args, self.completion_source, self.context, bool(reward_funcs), itself)
         self.signals = make_signals(args)
-        check_signals(self.signals, args, has_reward=bool(reward_funcs))
+        check_signals(self.signals, args, has_rewards)
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         if processing_class is None:
             # Not a processor, which multimodal checkpoints have too: what is trained on is text
@@ -325,6 +326,9 @@ class SelfDistillationTrainer(GRPOTrainer):
             for values in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
                 values.pop(0)
             self.reward_weights = self.reward_weights[1:]
+        if has_rewards and not self.reward_funcs:  # the environment gives none, which is known only now
+            check_signals(self.signals, args, has_reward=False)
+            check_context(self.context, num_generations, train_dataset, has_rewards=False, has_feedback=True)
         self._teacher_inputs = TeacherInputs(
             self.teacher_prompt,
             self.reward_weights,
@@ -415,7 +419,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         """Model cards and tags of the Hub name and cite the method of the configuration."""
         self._name = method.name
         self._paper = {"title": method.title, "id": method.paper, "citation": method.citation}  # type: ignore[misc]
-        self._tag_names = ["trl", "trl-opsd", method.name.lower()]  # type: ignore[misc]
+        self._tag_names = ["trl", "trl-opsd", method.name.lower().replace(" ", "-")]  # type: ignore[misc]
 
     @property
     def _samples_in_process(self) -> bool:

@@ -8,8 +8,8 @@ import yaml
 from peft import PeftConfig
 from transformers import AutoModelForCausalLM
 
-from trl_opsd.scripts.train import main, make_parser
-from trl_opsd.scripts.utils import run
+from trl_opsd.scripts.train import find_checkpoint, main, make_parser, run
+from trl_opsd.trainer.checkpoints import begin, finish
 
 
 @pytest.fixture
@@ -160,3 +160,43 @@ def test_launched_without_a_method(args, message, monkeypatch, capsys):
 def test_unknown_method():
     with pytest.raises(ValueError, match=r"Unknown method: `opsdd`\. Did you mean `opsd`\?"):
         make_parser("opsdd")
+
+
+def make_checkpoint(folder, *, complete=True):
+    begin(folder)
+    if complete:
+        finish(folder, {})
+    return str(folder)
+
+
+def test_newest_complete_checkpoint(tmp_path):
+    make_checkpoint(tmp_path / "checkpoint-9")
+    newest = make_checkpoint(tmp_path / "checkpoint-10")
+    make_checkpoint(tmp_path / "checkpoint-11", complete=False)
+    make_checkpoint(tmp_path / "checkpoint-best")
+
+    for choice in (True, "true", "auto"):
+        with pytest.warns(match="checkpoint-11 is incomplete"):
+            assert find_checkpoint(choice, str(tmp_path)) == newest
+    assert find_checkpoint(newest, str(tmp_path)) == newest
+    assert find_checkpoint(None, str(tmp_path)) is find_checkpoint("false", str(tmp_path)) is None
+
+
+def test_no_checkpoint(tmp_path):
+    assert find_checkpoint("auto", str(tmp_path)) is None
+    with pytest.raises(ValueError, match=r"is true, but .* has no complete checkpoint"):
+        find_checkpoint("true", str(tmp_path))
+
+
+def test_checkpoint_that_cannot_be_resumed(tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint-8 does not exist"):
+        find_checkpoint(str(tmp_path / "checkpoint-8"), str(tmp_path))
+    with pytest.raises(ValueError, match=r"checkpoint-9 is incomplete"):
+        find_checkpoint(make_checkpoint(tmp_path / "checkpoint-9", complete=False), str(tmp_path))
+
+
+def test_model_is_required(recipe):
+    args = make_parser("opsd").parse_args_and_config(["--config", recipe(model_name_or_path=None)])
+
+    with pytest.raises(ValueError, match="set `model_name_or_path`"):
+        run(*args)

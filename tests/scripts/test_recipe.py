@@ -1,22 +1,11 @@
-import json
 import os
 from dataclasses import fields
 
 import pytest
 import yaml
-from trl import DatasetMixtureConfig
-from trl.rewards import accuracy_reward
 
 from trl_opsd.methods import TRAINABLE
 from trl_opsd.scripts.train import make_parser
-from trl_opsd.scripts.utils import (
-    SelfDistillationScriptArguments,
-    find_checkpoint,
-    load_datasets,
-    load_reward_funcs,
-    run,
-)
-from trl_opsd.trainer.checkpoints import begin, finish
 
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
@@ -30,16 +19,6 @@ def recipe(tmp_path):
         return str(path)
 
     return write
-
-
-@pytest.fixture
-def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"problem": f"{n} + {n}?", "solution": f"{2 * n}"}) + "\n" for n in range(10)))
-    return str(path)
-
-
-# Recipe files and flags
 
 
 def test_recipe_and_flags_fill_every_dataclass(recipe):
@@ -148,12 +127,6 @@ def test_column_mapping_on_the_command_line(text, recipe):
     assert make_parser("opsd").parse_args_and_config(args)[0].column_mapping == {"question": "prompt", "n": "m"}
 
 
-@pytest.mark.parametrize("text", ["question", "[question, prompt]", "{question: 3}", "{question"])
-def test_bad_column_mapping(text):
-    with pytest.raises(ValueError, match="Expected `column_mapping` to map column names"):
-        SelfDistillationScriptArguments(column_mapping=text)
-
-
 @pytest.mark.parametrize(
     ("key", "hint"),
     [
@@ -202,117 +175,3 @@ def test_help_explains_every_field(method):
     assert "--config recipe.yaml" in parser.format_help()
     explained = {action.dest: action.help for action in parser._actions}
     assert all(explained[field.name] for cls in parser.dataclass_types for field in fields(cls))
-
-
-# Data, rewards and checkpoints
-
-
-def test_train_and_test_splits(rows):
-    args = SelfDistillationScriptArguments(
-        dataset_name=rows, dataset_train_split="train[:80%]", dataset_test_split="train[80%:]", system_prompt="s"
-    )
-
-    train, test = load_datasets(args, DatasetMixtureConfig(), with_eval=True)
-
-    assert (len(train), len(test)) == (8, 2)
-    assert test[0]["prompt"] == [{"role": "system", "content": "s"}, {"role": "user", "content": "8 + 8?"}]
-    assert load_datasets(args, DatasetMixtureConfig(), with_eval=False)[1] is None
-
-
-def test_streaming(rows):
-    args = SelfDistillationScriptArguments(
-        dataset_name=rows, dataset_streaming=True, prompt_template="Solve {problem}", column_mapping={"problem": "p"}
-    )
-
-    train, _ = load_datasets(args, DatasetMixtureConfig(), with_eval=False)
-
-    assert next(iter(train))["prompt"][0]["content"] == "Solve 0 + 0?"
-
-
-def test_mixture(rows, caplog):
-    mixture = DatasetMixtureConfig(datasets=[{"path": "json", "data_files": rows}] * 2, test_split_size=0.25)
-    args = SelfDistillationScriptArguments(dataset_name="not/used")
-
-    train, test = load_datasets(args, mixture, with_eval=True)
-
-    assert (len(train), len(test)) == (15, 5)
-    assert train[0]["prompt"][0]["role"] == "user"
-    assert "`datasets` is used" in caplog.text
-
-
-def test_mixture_without_the_split(rows):
-    mixture = DatasetMixtureConfig(datasets=[{"path": "json", "data_files": rows}])
-
-    with pytest.raises(ValueError, match=r"no split 'test', only: train\. Set `test_split_size`"):
-        load_datasets(SelfDistillationScriptArguments(), mixture, with_eval=True)
-
-
-def test_no_data():
-    with pytest.raises(ValueError, match="set `dataset_name`"):
-        load_datasets(SelfDistillationScriptArguments(), DatasetMixtureConfig(), with_eval=False)
-
-
-def test_reward_funcs(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards_of_test_utils.py").write_text("def short(completions, **kwargs):\n    return [1.0]\n")
-    monkeypatch.chdir(tmp_path)
-    names = ["accuracy_reward", "get_soft_overlong_punishment", "my_rewards_of_test_utils.short"]
-
-    model, accuracy, overlong, short = load_reward_funcs(
-        SelfDistillationScriptArguments(reward_funcs=names, reward_model_name_or_path="some/model")
-    )
-
-    assert (model, accuracy) == ("some/model", accuracy_reward)
-    assert overlong(completion_ids=[[0]]) == [0]
-    assert short([]) == [1.0]
-
-
-def test_single_reward_func_of_a_recipe(recipe):
-    script = make_parser("opsd").parse_args_and_config(["--config", recipe(reward_funcs="accuracy_reward")])[0]
-
-    assert load_reward_funcs(script) == [accuracy_reward]
-
-
-@pytest.mark.parametrize("name", ["acuracy_reward", "no_such_module.reward", "json.no_such_reward"])
-def test_unknown_reward_func(name):
-    with pytest.raises(ValueError, match=rf"reward function '{name}'.*accuracy_reward"):
-        load_reward_funcs(SelfDistillationScriptArguments(reward_funcs=[name]))
-
-
-def make_checkpoint(folder, *, complete=True):
-    begin(folder)
-    if complete:
-        finish(folder, {})
-    return str(folder)
-
-
-def test_newest_complete_checkpoint(tmp_path):
-    make_checkpoint(tmp_path / "checkpoint-9")
-    newest = make_checkpoint(tmp_path / "checkpoint-10")
-    make_checkpoint(tmp_path / "checkpoint-11", complete=False)
-    make_checkpoint(tmp_path / "checkpoint-best")
-
-    for choice in (True, "true", "auto"):
-        with pytest.warns(match="checkpoint-11 is incomplete"):
-            assert find_checkpoint(choice, str(tmp_path)) == newest
-    assert find_checkpoint(newest, str(tmp_path)) == newest
-    assert find_checkpoint(None, str(tmp_path)) is find_checkpoint("false", str(tmp_path)) is None
-
-
-def test_no_checkpoint(tmp_path):
-    assert find_checkpoint("auto", str(tmp_path)) is None
-    with pytest.raises(ValueError, match=r"is true, but .* has no complete checkpoint"):
-        find_checkpoint("true", str(tmp_path))
-
-
-def test_checkpoint_that_cannot_be_resumed(tmp_path):
-    with pytest.raises(ValueError, match=r"checkpoint-8 does not exist"):
-        find_checkpoint(str(tmp_path / "checkpoint-8"), str(tmp_path))
-    with pytest.raises(ValueError, match=r"checkpoint-9 is incomplete"):
-        find_checkpoint(make_checkpoint(tmp_path / "checkpoint-9", complete=False), str(tmp_path))
-
-
-def test_model_is_required(recipe, rows):
-    args = make_parser("opsd").parse_args_and_config(["--config", recipe(dataset_name=rows)])
-
-    with pytest.raises(ValueError, match="set `model_name_or_path`"):
-        run(*args)
