@@ -46,7 +46,7 @@ class Engines:
 class Completing:
     """
     Completes the prompts of this process once. Sources ask for as many completions as they like: processes that ask
-    for fewer than others sample and grade the first row besides.
+    for fewer than others sample and grade the first row besides, which counts for nothing.
 
     Args:
         engines ([`Engines`]):
@@ -93,7 +93,7 @@ class Completing:
                 step=step,
                 seed=seed,
                 process_index=self._engines.process_index,
-                rollouts=lambda: self._counted(self._engines.rollouts()),
+                rollouts=lambda: self._counted(*self._engines.rollouts(), len(self._rows)),
                 some_rollouts=lambda rows: self._sample([self._prompt_ids[row] for row in rows]),
                 sample=lambda prompts: self._sample(prompts).ids,
                 sample_teacher=lambda prompts: self._sample(prompts, by_teacher=True).ids,
@@ -111,21 +111,18 @@ class Completing:
         completions.rates = off_policy | completions.rates
         return completions
 
-    def _counted(self, sampled: tuple[list[list[int]], Any]) -> Completions:
-        self.num_sampled += sum(map(len, sampled[0]))
-        return Completions(list(sampled[0]), None if sampled[1] is None else list(sampled[1]))
+    def _counted(self, ids: list[list[int]], log_probs: Any, number: int) -> Completions:
+        """What was sampled for some prompts, without what was sampled besides."""
+        self.num_sampled += sum(map(len, ids[:number]))
+        return Completions(list(ids[:number]), None if log_probs is None else list(log_probs[:number]))
 
     def _sample(self, prompts: Sequence[list[int]], by_teacher: bool = False) -> Completions:
         asked = self._even(prompts, self._prompt_ids[0])
         if not asked:
             return Completions([])
         if by_teacher:
-            found = self._counted((self._engines.sample_teacher(asked), None))
-        else:
-            found = self._counted(self._engines.sample(asked))
-        return Completions(
-            found.ids[: len(prompts)], None if found.log_probs is None else found.log_probs[: len(prompts)]
-        )
+            return self._counted(self._engines.sample_teacher(asked), None, len(prompts))
+        return self._counted(*self._engines.sample(asked), len(prompts))
 
     def _grade(self, rows: Sequence[int], completion_ids: Sequence[list[int]]) -> list[bool | None]:
         pairs = self._even(list(zip(rows, completion_ids, strict=True)), (0, []))
