@@ -269,10 +269,11 @@ class SelfDistillationLoss:
         heads = [student_head] if teacher_head is None else [student_head, teacher_head]
         parameters = [parameter for head in heads for parameter in (head.weight, head.bias)]
         with maybe_gather_lm_head_ctx(*parameters), self._accelerator.autocast():
-            student_head, *others = map(unsharded, heads)
+            student_head = unsharded(student_head)
             device = student_head.weight.device
             hidden, token_ids = hidden.to(device), rows["completion_ids"][selected]
-            targets = None if teacher_states is None else teacher_states.to(device), *(others or [None])
+            if teacher_states is not None:
+                targets = teacher_states.to(device), None if teacher_head is None else unsharded(teacher_head)
             read = partial(self.networks.log_probs_of, hidden, student_head, token_ids, selected)
             factors = self._factors(rows, selected, read, policy)
             groups = self._groups(rows["divergence_mask"].bool()[selected], targets, factors.likelihood is not None)
