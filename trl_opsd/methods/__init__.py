@@ -18,9 +18,12 @@ METHODS = {
     "opsdc": "opsdc.OPSDCConfig",
     "sdft": "sdft.SDFTConfig",
     "sdpo": "sdpo.SDPOConfig",
+    "mopd": "mopd.MOPDConfig",
     "correct_only": "correct_only.CorrectOnlyConfig",
     "rlsd": "rlsd.RLSDConfig",
     "rlrt": "rlrt.RLRTConfig",
+    "dasd": "dasd.DASDConfig",
+    "antisd": "antisd.AntiSDConfig",
     "vopd": "vopd.VOPDConfig",
     "star": "star.STaRConfig",
 }
