@@ -8,7 +8,7 @@ from datasets import Dataset
 from trl import GRPOTrainer
 
 from trl_opsd import OPSDConfig, OPSDTrainer, SelfDistillationConfig
-from trl_opsd.trainer.config import GONE
+from trl_opsd.trainer.config import RETIRED
 
 
 ROW = {"prompt": [{"role": "user", "content": "What is 3 + 4?"}], "solution": "It is 7.", "answer": "7"}
@@ -211,10 +211,10 @@ def test_what_vllm_alone_understands_of_generation(refused, monkeypatch):
     refused("takes no `generation_kwargs", completions="teacher", **settings)
 
 
-@pytest.mark.parametrize("name", list(GONE))
+@pytest.mark.parametrize("name", list(RETIRED))
 def test_fields_that_are_gone(name):
     with pytest.raises(
-        TypeError, match=f"`{name}` is no field of SelfDistillationConfig any more: .*(completions|add a)"
+        TypeError, match=f"`{name}` is no field of SelfDistillationConfig any more: .*(set|Set|add) "
     ):
         SelfDistillationConfig("out", **{name: None})
 
