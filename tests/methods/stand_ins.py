@@ -115,27 +115,34 @@ STAND_INS = {
 }
 
 
-def begins_with_r(completions, **kwargs):
-    return [float(completion[-1]["content"].startswith("R")) for completion in completions]
+def begins_with_r(completions, log_extra, **kwargs):
+    texts = [completion[-1]["content"] for completion in completions]
+    log_extra("feedback", [feedback_on(text) for text in texts])
+    return [float(text.startswith("R")) for text in texts]
+
+
+def feedback_on(text: str) -> str | None:
+    """On wrong completions of an even length."""
+    return f"It is not {text[1:]}." if text.startswith("W") and len(text) % 2 == 0 else None
 
 
 class Sampler:
     """
-    Made-up completions of two to eight tokens, the same whenever a prompt is answered. Some are right and begin with
-    "R", others begin with "W"; of the rollouts of a prompt, every third is right.
+    Made-up completions of two to eight tokens, the same whenever a prompt is answered. Those that are right begin with
+    "R", others with "W". Of the rollouts of a prompt, two of four, one of four or none are right.
     """
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.is_right = lambda number: number % 3 == 0
-        self.num_tokens = lambda number: 2 + 5 * number % 7
+        self.patterns = ("RWRW", "WWRW", "WWWW")
+        self.num_letters = lambda number: 5 * number % 7
 
     def __call__(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        completions, seen = [], dict.fromkeys(map(tuple, prompt_ids), 0)
+        completions, answered = [], dict.fromkeys(map(tuple, prompt_ids), 0)
         for ids in map(tuple, prompt_ids):
-            number = sum(ids) + seen[ids]
-            seen[ids] += 1
-            letters = "".join(chr(97 + (number + 7 * t * t) % 26) for t in range(self.num_tokens(number) - 2))
-            text = "W" if not self.is_right(number) else "R"
-            completions.append(self.tokenizer(text + letters)["input_ids"] + [self.tokenizer.eos_token_id])
+            index, answered[ids] = answered[ids] % 4, answered[ids] + 1
+            number = sum(ids) + index
+            letters = "".join(chr(97 + (number + 7 * t * t) % 26) for t in range(self.num_letters(number)))
+            text = self.patterns[sum(ids) % len(self.patterns)][index] + letters
+            completions.append([*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id])
         return completions

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from methods.stand_ins import STAND_INS, Sampler, Seen, begins_with_r
+from methods.stand_ins import STAND_INS, Sampler, Seen, begins_with_r, feedback_on
 from plain_loop import Row, loss_and_gradient, plain, probabilities
 from rollouts import make_rollouts
 from tiny import make_model
@@ -77,9 +77,10 @@ def logged(trainer):
 
 
 def rows_for(trainer):
-    """A generation batch of rows of the dataset."""
-    num_generations = trainer.args.num_generations
-    return [trainer.train_dataset[index // num_generations] for index in range(8)]
+    """A generation batch. Among groups, there is one with two right rollouts, one with one and one with none."""
+    if trainer.args.num_generations == 1:
+        return [trainer.train_dataset[index] for index in range(8)]
+    return [trainer.train_dataset[index] for index in (0, 2, 3) for _ in range(4)]
 
 
 def batch_of(trainer, rows):
@@ -162,17 +163,20 @@ def grpo_advantages(rewards, num_generations):
 
 def read_by_the_teacher(trainer, sampler, rows, texts, rewards):
     """Prompts that are made from rollouts that this file knows."""
-    size, prompts = trainer.args.num_generations, []
+    size, prompts, feedback = trainer.args.num_generations, [], list(map(feedback_on, texts))
     for index, row in enumerate(rows):
         start = index - index % size
-        group = make_rollouts(rewards[start : start + size], texts[start : start + size])
+        group = make_rollouts(*(values[start : start + size] for values in (rewards, texts, feedback)))
         rollouts = Rollouts(group, index % size)
         asked = trainer.teacher_prompt.sample_ids(row, rollouts)
-        told = None if asked is None else trainer.processing_class.decode(sampler([asked])[0], skip_special_tokens=True)
+        told = (
+            None if asked is None else trainer.processing_class.decode(sampler([asked])[0], skip_special_tokens=True)
+        )
         prompts.append(trainer.teacher_prompt.token_ids(row, rollouts, None, told))
         if trainer.args.privileged_context == "peers":
-            others_are_right = any(peer.correct for peer in group if peer.index != index % size)
-            assert (prompts[-1] is not None) == others_are_right
+            shows_feedback = "feedback" in trainer.args.context_kwargs and feedback[index] is not None
+            others_are_right = any(peer.correct for peer in rollouts.others())
+            assert (prompts[-1] is not None) == (others_are_right or shows_feedback)
     return prompts
 
 

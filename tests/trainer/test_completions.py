@@ -213,9 +213,7 @@ def test_what_vllm_alone_understands_of_generation(refused, monkeypatch):
 
 @pytest.mark.parametrize("name", list(RETIRED))
 def test_fields_that_are_gone(name):
-    with pytest.raises(
-        TypeError, match=f"`{name}` is no field of SelfDistillationConfig any more: .*(set|Set|add) "
-    ):
+    with pytest.raises(TypeError, match=f"`{name}` is no field of SelfDistillationConfig any more: .*(set|Set|add) "):
         SelfDistillationConfig("out", **{name: None})
 
 
