@@ -67,14 +67,15 @@ def with_a_baseline(seen: Seen) -> dict[str, Any]:
 @dataclass(frozen=True)
 class StandIn:
     """
-    Settings that make a method small, whether it needs a reward, the settings of its loss, what its formula makes of a
-    rollout (the streams of a row of the plain loop), and metrics that it logs.
+    The settings of a method's loss, what its formula makes of a rollout (streams of a row of the plain loop), settings
+    that make it small, whether it needs a reward, whether its teacher is the policy itself, and metrics that it logs.
     """
 
     loss: plain_loop.Method
     formula: Callable[[Seen], Mapping[str, Any]] = nothing
     settings: Mapping[str, Any] = field(default_factory=dict)
     has_reward: bool = False
+    has_live_teacher: bool = False
     metrics: tuple[str, ...] = ("distillation_loss", "divergence_row_rate", "teacher_entropy")
 
 
@@ -103,7 +104,12 @@ STAND_INS = {
         plain_loop.Method(**GRPO, epsilon_high=0.28), with_the_teacher, GROUPS, has_reward=True, metrics=SHAPED
     ),
     "rlrt": StandIn(
-        plain_loop.Method(**GRPO, epsilon_high=0.28), against_the_teacher, GROUPS, has_reward=True, metrics=SHAPED
+        plain_loop.Method(**GRPO, epsilon_high=0.28),
+        against_the_teacher,
+        GROUPS,
+        has_reward=True,
+        has_live_teacher=True,
+        metrics=SHAPED,
     ),
     "vopd": StandIn(plain_loop.Method(**GRPO), with_a_baseline, metrics=SHAPED),
     "star": StandIn(
@@ -122,8 +128,8 @@ def begins_with_r(completions, log_extra, **kwargs):
 
 
 def feedback_on(text: str) -> str | None:
-    """On wrong completions of an even length."""
-    return f"It is not {text[1:]}." if text.startswith("W") and len(text) % 2 == 0 else None
+    """On wrong completions of more than two letters."""
+    return f"It is not {text[1:]}." if text.startswith("W") and len(text) > 2 else None
 
 
 class Sampler:

@@ -217,15 +217,14 @@ def again(trainer, sampler, row, ids):
 def test_loss_and_gradient_are_those_of_the_formula(make_trainer, sampler, name):
     """The policy has moved since the beginning when it samples, and once more before the loss."""
     trainer = make_trainer(name, num_iterations=2)
-    read_by = plain(trainer.model)
+    initial, rows = plain(trainer.model), rows_for(trainer)
     shifted(trainer.model, 1)
     sampled_by = plain(trainer.model)
-    rows = rows_for(trainer)
+    read_by = sampled_by if STAND_INS[name].has_live_teacher else initial
     batch = batch_of(trainer, rows)
     shifted(trainer.model, 2)
     with torch.no_grad():
-        live = trainer.args.teacher == "live"
-        made = plain_rows(trainer, name, rows, sampler, sampled_by, sampled_by if live else read_by)
+        made = plain_rows(trainer, name, rows, sampler, sampled_by, read_by)
     expected_loss, expected = loss_and_gradient(trainer.model, read_by, made, STAND_INS[name].loss)
     loss, gradient = gradient_of(trainer, batch)
     assert loss == pytest.approx(expected_loss, rel=1e-4, abs=1e-6)
