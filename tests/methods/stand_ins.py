@@ -1,6 +1,6 @@
 """What a method needs to be tried out on a tiny model, and its formula, written down from its paper."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,12 +143,16 @@ class Sampler:
         self.patterns = ("RWRW", "WWRW", "WWWW")
         self.num_letters = lambda number: 5 * number % 7
 
+    def pattern(self, prompt_ids: Sequence[int]) -> str:
+        """Which of the rollouts of a prompt are right."""
+        return self.patterns[sum(prompt_ids) % len(self.patterns)]
+
     def __call__(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         completions, answered = [], dict.fromkeys(map(tuple, prompt_ids), 0)
         for ids in map(tuple, prompt_ids):
             index, answered[ids] = answered[ids] % 4, answered[ids] + 1
             number = sum(ids) + index
             letters = "".join(chr(97 + (number + 7 * t * t) % 26) for t in range(self.num_letters(number)))
-            text = self.patterns[sum(ids) % len(self.patterns)][index] + letters
+            text = self.pattern(ids)[index] + letters
             completions.append([*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id])
         return completions

@@ -1,11 +1,10 @@
 """Every method, on a tiny model whose rollouts are made up: that it trains, by its formula, and resumes."""
 
-import copy
 import math
 
 import pytest
 import torch
-from methods.stand_ins import STAND_INS, Sampler, Seen, begins_with_r, feedback_on
+from methods.stand_ins import GROUPS, STAND_INS, Sampler, Seen, begins_with_r, feedback_on
 from plain_loop import Row, loss_and_gradient, plain, probabilities
 from rollouts import make_rollouts
 from tiny import make_model
@@ -23,7 +22,8 @@ SMALL = {
     "warmup_steps": 0,
 }
 WITHOUT_A_CONTEXT = {"teacher": "live", "privileged_context": "none", "context_kwargs": None}
-WITHOUT_A_CONTEXT |= {"teacher_update_steps": None, "teacher_update_rate": None}
+WITHOUT_A_CONTEXT |= dict.fromkeys(["teacher_update_steps", "teacher_update_rate", "teacher_chat_template_kwargs"])
+SGD = {"optim": "sgd", "learning_rate": 0.1}  # Adam would blow up the rounding of gradients that are almost zero
 REWARDED = [name for name, stand_in in STAND_INS.items() if stand_in.has_reward]
 
 
@@ -81,6 +81,11 @@ def rows_for(trainer):
     if trainer.args.num_generations == 1:
         return [trainer.train_dataset[index] for index in range(8)]
     return [trainer.train_dataset[index] for index in (0, 2, 3) for _ in range(4)]
+
+
+def prompt_of(trainer, row):
+    templated = {"add_generation_prompt": True, "return_dict": False, **(trainer.args.chat_template_kwargs or {})}
+    return trainer.processing_class.apply_chat_template(row["prompt"], **templated)
 
 
 def batch_of(trainer, rows):
@@ -183,8 +188,7 @@ def read_by_the_teacher(trainer, sampler, rows, texts, rewards):
 def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
     """What a method trains on, made here. The models are those that sampled, and that the teacher had at that time."""
     tokenizer, stand_in, made = trainer.processing_class, STAND_INS[name], []
-    templated = {"add_generation_prompt": True, "return_dict": False, **(trainer.args.chat_template_kwargs or {})}
-    prompts = [tokenizer.apply_chat_template(row["prompt"], **templated) for row in rows]
+    prompts = [prompt_of(trainer, row) for row in rows]
     completions = sampler(prompts)
     if name == "star":
         completions = [again(trainer, sampler, *pair) for pair in zip(rows, completions, strict=True)]
@@ -235,3 +239,176 @@ def test_loss_and_gradient_are_those_of_the_formula(make_trainer, sampler, name)
 
 
 # That it is its parent algorithm where its own part is off
+
+
+OFF = {
+    "schedule": {"schedules": {"advantage.mix": {"start": 0.0, "end": 0.0, "num_steps": 1}}},
+    "argument": {"schedules": {}, "advantage_kwargs": {"mix": 0.0}},
+}
+
+
+@pytest.mark.parametrize("off", OFF.values(), ids=OFF)
+@pytest.mark.parametrize("name", ["rlsd", "rlrt"])
+def test_without_its_teacher_it_is_grpo(make_trainer, tokenizer, dataset, training_args, name, off):
+    trainer, parent = make_trainer(name, **SGD, **off), make_trainer(name, **SGD, schedules={}, advantage="grpo")
+    passes = count_teacher_passes(trainer)
+    for one in (trainer, parent):
+        trained(one)
+    assert not passes
+    assert are_equal(weights(trainer), weights(parent))
+    assert logged(trainer) == logged(parent)
+
+    # TRL's takes logits from a product over the whole vocabulary, which rounds in another way
+    args = {"loss_type": "dapo", "epsilon_high": 0.28, "temperature": 1.0, **SGD}
+    grpo = GRPOTrainer(
+        make_model(tokenizer),
+        reward_funcs=begins_with_r,
+        args=GRPOConfig(**{**training_args, **SMALL, **GROUPS, **args}),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    assert_close(trained(grpo), trainer)
+    assert [entry["loss"] for entry in logged(trainer)] == pytest.approx(
+        [entry["loss"] for entry in logged(grpo)], rel=1e-5, abs=1e-7
+    )
+
+
+def assert_close(one, other):
+    for name, value in weights(one).items():
+        torch.testing.assert_close(other.model.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", ["rlsd", "rlrt"])
+def test_a_teacher_that_is_the_student_leaves_grpo(make_trainer, name):
+    same, parent = {**SGD, **WITHOUT_A_CONTEXT}, {**SGD, "schedules": {}, "advantage": "grpo"}
+    assert_close(*(trained(make_trainer(name, **settings)) for settings in (same, parent)))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("rlsd", "rlrt", "star")])
+def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
+    trainer = make_trainer(name, **WITHOUT_A_CONTEXT)
+    _, gradient = gradient_of(trainer, batch_of(trainer, rows_for(trainer)))
+    assert size(gradient) < 1e-6
+
+
+@pytest.mark.parametrize("name", REWARDED)
+def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
+    sampler.patterns = ("WWWW",)
+    sampler.num_letters = lambda number: 1  # about which there is no feedback
+    trainer = make_trainer(name)
+    before = weights(trainer)
+    for entry in logged(trained(trainer)):
+        assert all(math.isfinite(value) for value in entry.values())
+        assert (entry["loss"], entry["grad_norm"], entry["skipped_steps/total"]) == (0.0, 0.0, 0.0)
+        rates = [value for key, value in entry.items() if key.endswith("_row_rate")]
+        assert rates == ([] if name in ("rlsd", "rlrt") else [0.0])
+    assert are_equal(weights(trainer), before)
+
+
+@pytest.mark.parametrize("name", ["correct_only", "star"])
+def test_if_all_is_right_nothing_is_left_out(make_trainer, sampler, name):
+    sampler.patterns = ("RRRR",)
+    filtered, unfiltered = make_trainer(name), make_trainer(name, token_weights={})
+    assert are_equal(weights(trained(filtered)), weights(trained(unfiltered)))
+    assert logged(filtered) == logged(unfiltered)
+
+
+def test_sdpo_counts_no_rollout_that_nothing_can_be_said_about(make_trainer, sampler):
+    """One more of them, or none, does not change the loss."""
+    sampler.num_letters = lambda number: 1
+    trainer = make_trainer("sdpo")
+    by_pattern = {sampler.pattern(prompt_of(trainer, row)): row for row in rows_for(trainer)}
+    right, wrong = by_pattern["RWRW"], by_pattern["WWWW"]
+    found = []
+    for rows in ([right] * 4, [right] * 4 + [wrong] * 4, [right] * 4 + [wrong] * 8):
+        batch = batch_of(trainer, rows)
+        assert batch["divergence_mask"].any(dim=1).tolist() == [row is right for row in rows]
+        trainer.model.zero_grad()
+        loss, gradient = gradient_of(trainer, batch)
+        found.append((loss, {name: value.clone() for name, value in gradient.items()}))
+    (expected_loss, expected), *others = found
+    assert size(expected) > 1e-3
+    for loss, gradient in others:
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        for name, value in gradient.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_sdft_says_nothing_about_the_beginning(make_trainer, sampler):
+    sampler.num_letters = lambda number: number % 2  # and two more tokens
+    trainer = make_trainer("sdft")
+    before = weights(trainer)
+    for entry in logged(trained(trainer)):
+        assert (entry["loss"], entry["grad_norm"], entry["divergence_row_rate"]) == (0.0, 0.0, 0.0)
+    assert are_equal(weights(trainer), before)
+
+
+def test_star_learns_right_retries_as_answers_to_the_bare_prompt(make_trainer, sampler):
+    trainer = make_trainer("star")
+    rows = rows_for(trainer)
+    batch = batch_of(trainer, rows)
+    first = sampler([prompt_of(trainer, row) for row in rows])
+    kinds = set()
+    for index, row in enumerate(rows):
+        assert batch["prompt_ids"][index][batch["prompt_mask"][index].bool()].tolist() == prompt_of(trainer, row)
+        ids = batch["completion_ids"][index][batch["completion_mask"][index].bool()].tolist()
+        assert ids == again(trainer, sampler, row, first[index])
+        is_right = sampler.tokenizer.decode(ids).startswith("R")
+        assert batch["likelihood_mask"][index].any() == is_right
+        kinds.add((is_right, ids == first[index]))
+    assert kinds == {(True, True), (True, False), (False, True)}  # right, right at the second try, wrong
+
+
+def test_rlsd_takes_no_pass_of_the_teacher_in_the_end(make_trainer):
+    trainer = make_trainer("rlsd")
+    passes = count_teacher_passes(trainer)
+    for step, is_read in ((49, True), (50, False), (51, False)):
+        passes.clear()
+        trainer.signals.begin_step(step)
+        batch_of(trainer, rows_for(trainer))
+        assert bool(passes) == is_read
+
+    trainer = make_trainer("rlsd", schedules={"advantage.mix": {"start": 0.5, "end": 0.0, "num_steps": 1}})
+    passes = count_teacher_passes(trainer)
+    steps = logged(trained(trainer))
+    assert set(passes) == {0}
+    assert ["teacher_entropy" in entry for entry in steps] == [True, False]
+
+
+# That a run may be cut: in time, and into micro-batches
+
+
+HYSTERESIS = {"divergence_coef": {"kind": "hysteresis", "value": 2.0, "metric": "entropy", "warmup_steps": 1}}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [*((name, {}) for name in METHODS), ("opsdc", {"schedules": HYSTERESIS})], ids=str
+)
+def test_resumed_equals_uninterrupted(make_trainer, tmp_path, name, settings):
+    settings = {"save_strategy": "steps", "save_steps": 1, **settings}
+    whole = trained(make_trainer(name, **settings))
+    resumed = make_trainer(name, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert logged(resumed) == logged(whole)
+    assert are_equal(weights(resumed), weights(whole))
+    if "schedules" in settings:
+        assert [entry["grad_norm"] > 0 for entry in logged(whole)] == [False, True]
+        assert resumed.signals.state_dict() == whole.signals.state_dict()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_micro_batches_change_nothing(make_trainer, name):
+    whole, split, cut = (
+        trained(make_trainer(name, **SGD, **more))
+        for more in (
+            {},
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+            {"max_tokens_per_microbatch": 1200},
+        )
+    )
+    for other in (split, cut):
+        assert_close(whole, other)
+        for one, another in zip(logged(whole), logged(other), strict=True):
+            assert one.keys() == another.keys()
+            for key in {"loss", *STAND_INS[name].metrics} & one.keys():
+                assert another[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key

@@ -912,7 +912,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         if values and mode == "train":
             values["skipped_steps/total"] = self._guard.skipped_steps
         self._metrics[mode].update({name: [value] for name, value in values.items()})
-        if values.get("distillation_loss", 0.0) < 0.0:
+        if self.args.divergence_clip is not None and values.get("distillation_loss", 0.0) < 0.0:
             self._warn_of_clip(values["distillation_loss"])
         super().log(logs, start_time)
 
