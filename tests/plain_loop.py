@@ -25,9 +25,11 @@ class Method:
     temperature: float = 1.0
     loss_type: str = "grpo"
     max_completion_length: int = 0
+    divergence_coef: float = 1.0
     policy_loss_coef: float = 0.0
     likelihood_coef: float = 0.0
     epsilon: float = 0.2
+    epsilon_high: float = 0.2
 
 
 @dataclass
@@ -38,7 +40,8 @@ class Row:
     teacher_prompt: list[int] | None  # None: without a context
     completion: list[int]
     by_student: list[int] | None = None  # 0 for what a tool or an environment wrote
-    advantage: float = 0.0
+    selected: list[int] | None = None  # 0 for what the divergence and the likelihood leave out
+    advantage: float | list[float] = 0.0
     old_log_probs: list[float] | None = None  # None: those of the student
     divergence_weights: list[float] | None = None
     likelihood_weights: list[float] | None = None
@@ -59,17 +62,22 @@ def loss_and_gradient(
             p_t = probabilities(teacher, row.teacher_prompt or row.prompt, row.completion, method.temperature)
         log_probs = p_s.gather(1, token_ids)[:, 0].log()
         old = log_probs.detach() if row.old_log_probs is None else torch.tensor(row.old_log_probs)
-        ratio = (log_probs - old).exp()
-        clipped = ratio.clamp(1 - method.epsilon, 1 + method.epsilon)
+        ratio, advantage = (log_probs - old).exp(), torch.tensor(row.advantage)
+        clipped = ratio.clamp(1 - method.epsilon, 1 + method.epsilon_high)
         entries = divergence_entries(p_s, p_t, token_ids, method)
         divergence = entries.clamp(max=torch.inf if method.clip is None else method.clip).sum(-1)
         terms["divergence"].append(divergence * _given(row.divergence_weights, token_ids))
-        terms["policy"].append(-torch.min(ratio * row.advantage, clipped * row.advantage))
+        terms["policy"].append(-torch.min(ratio * advantage, clipped * advantage))
         terms["likelihood"].append(-log_probs * _given(row.likelihood_weights, token_ids))
-        masks["divergence"].append(by_student * (row.teacher_prompt is not None))
+        selected = by_student * _given(row.selected, token_ids)
+        masks["divergence"].append(selected * (row.teacher_prompt is not None))
         masks["policy"].append(by_student)
-        masks["likelihood"].append(by_student)
-    factors = {"divergence": 1.0, "policy": method.policy_loss_coef, "likelihood": method.likelihood_coef}
+        masks["likelihood"].append(selected)
+    factors = {
+        "divergence": method.divergence_coef,
+        "policy": method.policy_loss_coef,
+        "likelihood": method.likelihood_coef,
+    }
     loss = 0.0
     for name, values in terms.items():
         # In GRPO's term, a row without a token counts as a row of loss 0

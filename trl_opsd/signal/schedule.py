@@ -3,13 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 class Schedule(ABC):
     """
     A coefficient as a function of the number of optimizer steps taken. One with a memory puts it into checkpoints.
+
+    One that `reads_metrics` of student and teacher has them measured in every generation, even if nothing else asks.
     """
+
+    reads_metrics: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, step: int) -> float:
@@ -76,6 +80,8 @@ class Hysteresis(Schedule):
         warmup_steps (`int`, *optional*, defaults to `5`):
             Optimizer steps in which that mean is taken. The coefficient is 0 in them, and the gate is open after.
     """
+
+    reads_metrics: ClassVar[bool] = True
 
     value: float
     metric: str = "teacher_entropy"

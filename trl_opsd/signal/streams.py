@@ -105,9 +105,13 @@ class Signals:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether a part reads the scores, in this step."""
-        shapes = self.coefficients["policy_loss_coef"] != 0.0
-        return (shapes and self.advantage.needs_scores) or any(part.needs_scores for part in self.weightings)
+        """Whether a part reads the scores, in this step, or a schedule their metrics, which the loss does not give."""
+        shapes, measures = (self.coefficients[f"{term}_coef"] != 0.0 for term in ("policy_loss", "divergence"))
+        return (
+            (shapes and self.advantage.needs_scores)
+            or any(part.needs_scores for part in self.weightings)
+            or (not measures and any(schedule.reads_metrics for schedule in self.schedules.values()))
+        )
 
     def streams(self, advantages: torch.Tensor, batch: Batch, scores: TokenScores | None) -> dict[str, torch.Tensor]:
         """

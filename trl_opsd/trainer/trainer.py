@@ -693,7 +693,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         if values and mode == "train":
             values["skipped_steps/total"] = self._guard.skipped_steps
         self._metrics[mode].update({name: [value] for name, value in values.items()})
-        if values.get("distillation_loss", 0.0) < 0.0 and not self._warned_about_clip:
+        is_negative = self.args.divergence_clip is not None and values.get("distillation_loss", 0.0) < 0.0
+        if is_negative and not self._warned_about_clip:
             self._warned_about_clip = True
             warn_of_clip(self.args.divergence_clip, values["distillation_loss"])
         super().log(logs, start_time)

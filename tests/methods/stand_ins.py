@@ -1,0 +1,193 @@
+"""What a method needs to be tried out on a tiny model, and its formula, written down from its paper."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import plain_loop
+import torch
+
+
+@dataclass
+class Seen:
+    """What a formula may read of a rollout of T tokens. Distributions are of shape (T, V), in float64."""
+
+    token_ids: torch.Tensor  # (T, 1)
+    is_right: bool
+    advantage: float  # GRPO's
+    ratio: torch.Tensor  # of the student's probability of each token to what it was when it was sampled
+    student: torch.Tensor  # when it was sampled
+    teacher: torch.Tensor | None  # at that time too; none without a context
+
+    @property
+    def delta(self) -> torch.Tensor:
+        """log p_T − log p_S of the tokens."""
+        log_p_s, log_p_t = (p.gather(1, self.token_ids)[:, 0].log() for p in (self.student, self.teacher))
+        return log_p_t - log_p_s
+
+
+def nothing(seen: Seen) -> dict[str, list]:
+    return {}
+
+
+def right_ones(seen: Seen) -> dict[str, list]:
+    return {"selected": [int(seen.is_right)] * len(seen.token_ids)}
+
+
+def at_most_twice(seen: Seen) -> dict[str, list]:
+    return {"divergence_weights": seen.ratio.clamp(max=2.0).tolist()}
+
+
+def after_three(seen: Seen) -> dict[str, list]:
+    return {"selected": [int(t >= 3) for t in range(len(seen.token_ids))], **at_most_twice(seen)}
+
+
+def mixed(seen: Seen, direction: float, clip: float) -> list[float]:
+    """A·[(1 − λ) + λ·clip((p_T / p_S)^(± sign A), 1 ± ε)] with λ = 0.5."""
+    sign = 1.0 if seen.advantage > 0 else -1.0
+    factor = (direction * sign * seen.delta).exp().clamp(1 - clip, 1 + clip)
+    return (seen.advantage * (0.5 + 0.5 * factor)).tolist()
+
+
+def with_the_teacher(seen: Seen) -> dict[str, Any]:
+    return {"advantage": seen.advantage if seen.teacher is None else mixed(seen, 1.0, 0.2)}
+
+
+def against_the_teacher(seen: Seen) -> dict[str, Any]:
+    return {"advantage": mixed(seen, -1.0, 0.5) if seen.is_right and seen.teacher is not None else seen.advantage}
+
+
+def entropies(p: torch.Tensor) -> torch.Tensor:
+    return -(p * p.log()).sum(dim=1)
+
+
+def by_entropy(seen: Seen) -> dict[str, Any]:
+    entropy, scaled = entropies(seen.student), seen.delta / (seen.delta.abs().quantile(0.5) + 1e-6)
+    deviation = (entropy - entropy.mean()).abs().mean() + 1e-6
+    weight = torch.tanh((entropy.quantile(0.2) - entropy) / deviation) * torch.sigmoid(scaled.abs() - 1)
+    return {"advantage": (seen.advantage + 0.1 * weight * scaled).tolist()}
+
+
+def away_from_the_teacher(seen: Seen) -> dict[str, Any]:
+    if seen.teacher is None:
+        return {"advantage": seen.advantage}
+    phi = 0.5 * ((1 + seen.delta.exp()).log() - torch.log(torch.tensor(2.0)))
+    return {"advantage": (seen.advantage - 0.5 * phi).tolist()}
+
+
+def with_a_baseline(seen: Seen) -> dict[str, Any]:
+    inside = plain_loop.top_k_mask(seen.student, 20)
+    q_s, q_t = (plain_loop.reduced(p, inside, "renormalize") for p in (seen.student, seen.teacher))
+    baseline = (q_s * plain_loop.log_ratio(q_s, q_t)).sum(dim=1)
+    return {"advantage": (seen.delta + baseline).tolist()}
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """
+    The settings of a method's loss, what its formula makes of a rollout (streams of a row of the plain loop), settings
+    that make it small, whether it needs a reward, whether its teacher is the policy itself, and metrics that it logs.
+    """
+
+    loss: plain_loop.Method
+    formula: Callable[[Seen], Mapping[str, Any]] = nothing
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    has_reward: bool = False
+    has_live_teacher: bool = False
+    metrics: tuple[str, ...] = ("distillation_loss", "divergence_row_rate", "teacher_entropy")
+
+
+GROUPS = {"num_generations": 4}
+# GRPO's loss, and what the scores that shape its advantages say
+SHAPED = ("distillation_loss", "teacher_entropy", "clip_ratio/region_mean")
+GRPO = {"divergence_coef": 0.0, "policy_loss_coef": 1.0, "loss_type": "dapo"}
+
+STAND_INS = {
+    "opsd": StandIn(plain_loop.Method("forward_kl", clip=0.05, temperature=1.1)),
+    "opsdc": StandIn(plain_loop.Method("reverse_kl")),
+    "sdft": StandIn(plain_loop.Method("forward_kl"), after_three),
+    "sdpo": StandIn(
+        plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),
+        at_most_twice,
+        GROUPS,
+        has_reward=True,
+    ),
+    "mopd": StandIn(
+        plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),
+        at_most_twice,
+        GROUPS,
+        has_reward=True,
+    ),
+    "correct_only": StandIn(
+        plain_loop.Method("reverse_kl"),
+        right_ones,
+        {"context_kwargs": {"max_new_tokens": 8}},
+        has_reward=True,
+    ),
+    "rlsd": StandIn(
+        plain_loop.Method(**GRPO, epsilon_high=0.28), with_the_teacher, GROUPS, has_reward=True, metrics=SHAPED
+    ),
+    "rlrt": StandIn(
+        plain_loop.Method(**GRPO, epsilon_high=0.28),
+        against_the_teacher,
+        GROUPS,
+        has_reward=True,
+        has_live_teacher=True,
+        metrics=SHAPED,
+    ),
+    "dasd": StandIn(
+        plain_loop.Method(**GRPO), by_entropy, GROUPS, has_reward=True, has_live_teacher=True, metrics=SHAPED
+    ),
+    "antisd": StandIn(
+        plain_loop.Method(**GRPO),
+        away_from_the_teacher,
+        {**GROUPS, "schedules": None},
+        has_reward=True,
+        has_live_teacher=True,
+        metrics=SHAPED,
+    ),
+    "vopd": StandIn(plain_loop.Method(**GRPO), with_a_baseline, metrics=SHAPED),
+    "star": StandIn(
+        plain_loop.Method(divergence_coef=0.0, likelihood_coef=1.0),
+        right_ones,
+        has_reward=True,
+        metrics=("likelihood_loss", "likelihood_row_rate", "completions/retry_rate"),
+    ),
+}
+
+
+def begins_with_r(completions, log_extra, **kwargs):
+    texts = [completion[-1]["content"] for completion in completions]
+    log_extra("feedback", [feedback_on(text) for text in texts])
+    return [float(text.startswith("R")) for text in texts]
+
+
+def feedback_on(text: str) -> str | None:
+    """On wrong completions of more than two letters."""
+    return f"It is not {text[1:]}." if text.startswith("W") and len(text) > 2 else None
+
+
+class Sampler:
+    """
+    Made-up completions of two to eight tokens, the same whenever a prompt is answered. Those that are right begin with
+    "R", others with "W". Of the rollouts of a prompt, two of four, one of four or none are right.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.patterns = ("RWRW", "WWRW", "WWWW")
+        self.num_letters = lambda number: 5 * number % 7
+
+    def pattern(self, prompt_ids: Sequence[int]) -> str:
+        """Which of the rollouts of a prompt are right."""
+        return self.patterns[sum(prompt_ids) % len(self.patterns)]
+
+    def __call__(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        completions, answered = [], dict.fromkeys(map(tuple, prompt_ids), 0)
+        for ids in map(tuple, prompt_ids):
+            index, answered[ids] = answered[ids] % 4, answered[ids] + 1
+            number = sum(ids) + index
+            letters = "".join(chr(97 + (number + 7 * t * t) % 26) for t in range(self.num_letters(number)))
+            text = self.pattern(ids)[index] + letters
+            completions.append([*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id])
+        return completions

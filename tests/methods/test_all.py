@@ -1,0 +1,414 @@
+"""Every method, on a tiny model whose rollouts are made up: that it trains, by its formula, and resumes."""
+
+import math
+
+import pytest
+import torch
+from methods.stand_ins import GROUPS, STAND_INS, Sampler, Seen, begins_with_r, feedback_on
+from plain_loop import Row, loss_and_gradient, plain, probabilities
+from rollouts import make_rollouts
+from tiny import make_model
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_opsd import SelfDistillationTrainer, cli
+from trl_opsd.context import Rollouts
+from trl_opsd.methods import METHODS, config_class
+
+
+SMALL = {
+    "per_device_train_batch_size": 8,
+    "max_completion_length": 8,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+}
+WITHOUT_A_CONTEXT = {"teacher": "live", "privileged_context": "none", "context_kwargs": None}
+WITHOUT_A_CONTEXT |= dict.fromkeys(["teacher_update_steps", "teacher_update_rate", "teacher_chat_template_kwargs"])
+SGD = {"optim": "sgd", "learning_rate": 0.1}  # Adam would blow up the rounding of gradients that are almost zero
+REWARDED = [name for name, stand_in in STAND_INS.items() if stand_in.has_reward]
+
+
+@pytest.fixture
+def sampler(tokenizer, monkeypatch):
+    """Completes all prompts, also those of TRL's trainer."""
+    sampler = Sampler(tokenizer)
+    monkeypatch.setattr(
+        GRPOTrainer, "_generate_single_turn", lambda trainer, prompt_ids, *args, **kwargs: (sampler(prompt_ids), None)
+    )
+    return sampler
+
+
+@pytest.fixture
+def make_trainer(tokenizer, dataset, training_args, sampler):
+    def make(name, **settings):
+        stand_in = STAND_INS[name]
+        return SelfDistillationTrainer(
+            make_model(tokenizer),
+            reward_funcs=begins_with_r if stand_in.has_reward else None,
+            args=config_class(name)(**{**training_args, **SMALL, **stand_in.settings, **settings}),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+
+    return make
+
+
+def trained(trainer):
+    torch.manual_seed(0)
+    trainer.train()
+    return trainer
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def are_equal(one, other):
+    assert one.keys() == other.keys()
+    return all(value.equal(other[name]) for name, value in one.items())
+
+
+def logged(trainer):
+    """What each step logged, without what a clock says."""
+    return [
+        {name: value for name, value in entry.items() if "time" not in name}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+def rows_for(trainer):
+    """A generation batch. Among groups, there is one with two right rollouts, one with one and one with none."""
+    if trainer.args.num_generations == 1:
+        return [trainer.train_dataset[index] for index in range(8)]
+    return [trainer.train_dataset[index] for index in (0, 2, 3) for _ in range(4)]
+
+
+def prompt_of(trainer, row):
+    templated = {"add_generation_prompt": True, "return_dict": False, **(trainer.args.chat_template_kwargs or {})}
+    return trainer.processing_class.apply_chat_template(row["prompt"], **templated)
+
+
+def batch_of(trainer, rows):
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer._generate_and_score_completions(rows)
+
+
+def gradient_of(trainer, batch):
+    loss = trainer._compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.item(), {name: value.grad for name, value in trainer.model.named_parameters()}
+
+
+def size(gradient):
+    return max(0.0 if value is None else value.abs().max().item() for value in gradient.values())
+
+
+def count_teacher_passes(trainer):
+    networks, passes = trainer.loss.networks, []
+    targets = networks.targets
+    networks.targets = lambda *args: passes.append(trainer.state.global_step) or targets(*args)
+    return passes
+
+
+def test_there_is_a_stand_in_for_every_method():
+    assert STAND_INS.keys() == METHODS.keys()
+
+
+# That it trains
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_trains(make_trainer, name, tmp_path):
+    trainer, method = make_trainer(name), config_class(name).method
+    before = weights(trainer)
+    steps = logged(trained(trainer))
+    assert len(steps) == 2
+    for entry in steps:
+        assert math.isfinite(entry["loss"])
+        assert entry["grad_norm"] > 1e-5
+        assert entry.keys() >= set(STAND_INS[name].metrics)
+        assert ("reward" in entry) == STAND_INS[name].has_reward
+    assert all(not value.equal(before[key]) for key, value in weights(trainer).items())
+
+    trainer.create_model_card()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"trained with {method.name}, a method introduced in [{method.title}]" in card
+    assert f"https://huggingface.co/papers/{method.paper}" in card
+    assert method.citation.splitlines()[0] in card
+    assert trainer.model.model_tags[:2] == ["trl", "trl-opsd"]
+    assert method.name.lower() in trainer.model.model_tags
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_has_a_command(name, monkeypatch, capsys):
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([name, "--help"])
+    assert not stopped.value.code
+    assert capsys.readouterr().out.startswith(f"usage: trl-opsd {name} ")
+
+
+# That its loss is the formula's
+
+
+def shifted(model, seed):
+    """The model after some training, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+
+
+def grpo_advantages(rewards, num_generations):
+    if num_generations == 1:
+        return [0.0] * len(rewards)
+    groups = torch.tensor(rewards).view(-1, num_generations)
+    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten().tolist()
+
+
+def read_by_the_teacher(trainer, sampler, rows, texts, rewards):
+    """Prompts that are made from rollouts that this file knows."""
+    size, prompts, feedback = trainer.args.num_generations, [], list(map(feedback_on, texts))
+    for index, row in enumerate(rows):
+        start = index - index % size
+        group = make_rollouts(*(values[start : start + size] for values in (rewards, texts, feedback)))
+        rollouts = Rollouts(group, index % size)
+        asked = trainer.teacher_prompt.sample_ids(row, rollouts)
+        told = (
+            None if asked is None else trainer.processing_class.decode(sampler([asked])[0], skip_special_tokens=True)
+        )
+        prompts.append(trainer.teacher_prompt.token_ids(row, rollouts, None, told))
+        if trainer.args.privileged_context == "peers":
+            shows_feedback = "feedback" in trainer.args.context_kwargs and feedback[index] is not None
+            others_are_right = any(peer.correct for peer in rollouts.others())
+            assert (prompts[-1] is not None) == (others_are_right or shows_feedback)
+    return prompts
+
+
+def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
+    """What a method trains on, made here. The models are those that sampled, and that the teacher had at that time."""
+    tokenizer, stand_in, made = trainer.processing_class, STAND_INS[name], []
+    prompts = [prompt_of(trainer, row) for row in rows]
+    completions = sampler(prompts)
+    if name == "star":
+        completions = [again(trainer, sampler, *pair) for pair in zip(rows, completions, strict=True)]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+    rewards = [float(text.startswith("R")) for text in texts]
+    advantages = grpo_advantages(rewards, trainer.args.num_generations)
+    read = read_by_the_teacher(trainer, sampler, rows, texts, rewards)
+    for prompt, teacher_prompt, ids, reward, advantage in zip(
+        prompts, read, completions, rewards, advantages, strict=True
+    ):
+        token_ids, temperature = torch.tensor(ids)[:, None], stand_in.loss.temperature
+        then, now = (probabilities(plain(model), prompt, ids, temperature) for model in (sampled_by, trainer.model))
+        p_t = None if teacher_prompt is None else probabilities(read_by, teacher_prompt, ids, temperature)
+        old, new = (p.gather(1, token_ids)[:, 0].log() for p in (then, now))
+        seen = Seen(token_ids, reward == 1.0, advantage, (new - old).exp(), then, p_t)
+        streams = {"advantage": advantage, **stand_in.formula(seen)}
+        made.append(Row(prompt, teacher_prompt, ids, old_log_probs=old.tolist(), **streams))
+    return made
+
+
+def again(trainer, sampler, row, ids):
+    """What STaR makes of a rollout that is wrong: a right retry, if there is one."""
+    if sampler.tokenizer.decode(ids).startswith("R"):
+        return ids
+    [retry] = sampler([trainer.teacher_prompt.token_ids(row, None)])
+    return retry if sampler.tokenizer.decode(retry).startswith("R") else ids
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_loss_and_gradient_are_those_of_the_formula(make_trainer, sampler, name):
+    """The policy has moved since the beginning when it samples, and once more before the loss."""
+    trainer = make_trainer(name, num_iterations=2)
+    initial, rows = plain(trainer.model), rows_for(trainer)
+    shifted(trainer.model, 1)
+    sampled_by = plain(trainer.model)
+    read_by = sampled_by if STAND_INS[name].has_live_teacher else initial
+    batch = batch_of(trainer, rows)
+    shifted(trainer.model, 2)
+    with torch.no_grad():
+        made = plain_rows(trainer, name, rows, sampler, sampled_by, read_by)
+    expected_loss, expected = loss_and_gradient(trainer.model, read_by, made, STAND_INS[name].loss)
+    loss, gradient = gradient_of(trainer, batch)
+    assert loss == pytest.approx(expected_loss, rel=1e-4, abs=1e-6)
+    assert gradient.keys() == expected.keys()
+    assert size(expected) > 1e-3
+    for key, value in expected.items():
+        torch.testing.assert_close(gradient[key].double(), value, rtol=1e-3, atol=1e-5 * size(expected), msg=key)
+
+
+# That it is its parent algorithm where its own part is off
+
+
+OFF = {
+    "schedule": {"schedules": {"advantage.mix": {"start": 0.0, "end": 0.0, "num_steps": 1}}},
+    "argument": {"schedules": {}, "advantage_kwargs": {"mix": 0.0}},
+}
+
+
+@pytest.mark.parametrize("off", OFF.values(), ids=OFF)
+@pytest.mark.parametrize("name", ["rlsd", "rlrt"])
+def test_without_its_teacher_it_is_grpo(make_trainer, tokenizer, dataset, training_args, name, off):
+    trainer, parent = make_trainer(name, **SGD, **off), make_trainer(name, **SGD, schedules={}, advantage="grpo")
+    passes = count_teacher_passes(trainer)
+    for one in (trainer, parent):
+        trained(one)
+    assert not passes
+    assert are_equal(weights(trainer), weights(parent))
+    assert logged(trainer) == logged(parent)
+
+    # TRL's takes logits from a product over the whole vocabulary, which rounds in another way
+    args = {"loss_type": "dapo", "epsilon_high": 0.28, "temperature": 1.0, **SGD}
+    grpo = GRPOTrainer(
+        make_model(tokenizer),
+        reward_funcs=begins_with_r,
+        args=GRPOConfig(**{**training_args, **SMALL, **GROUPS, **args}),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    assert_close(trained(grpo), trainer)
+    assert [entry["loss"] for entry in logged(trainer)] == pytest.approx(
+        [entry["loss"] for entry in logged(grpo)], rel=1e-5, abs=1e-7
+    )
+
+
+def assert_close(one, other):
+    for name, value in weights(one).items():
+        torch.testing.assert_close(other.model.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", ["rlsd", "rlrt"])
+def test_a_teacher_that_is_the_student_leaves_grpo(make_trainer, name):
+    same, parent = {**SGD, **WITHOUT_A_CONTEXT}, {**SGD, "schedules": {}, "advantage": "grpo"}
+    assert_close(*(trained(make_trainer(name, **settings)) for settings in (same, parent)))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("rlsd", "rlrt", "star")])
+def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
+    trainer = make_trainer(name, **WITHOUT_A_CONTEXT)
+    _, gradient = gradient_of(trainer, batch_of(trainer, rows_for(trainer)))
+    assert size(gradient) < 1e-6
+
+
+@pytest.mark.parametrize("name", REWARDED)
+def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
+    sampler.patterns = ("WWWW",)
+    sampler.num_letters = lambda number: 1  # about which there is no feedback
+    trainer = make_trainer(name)
+    before = weights(trainer)
+    for entry in logged(trained(trainer)):
+        assert all(math.isfinite(value) for value in entry.values())
+        assert (entry["loss"], entry["grad_norm"], entry["skipped_steps/total"]) == (0.0, 0.0, 0.0)
+        rates = [value for key, value in entry.items() if key.endswith("_row_rate")]
+        assert rates == ([] if name in ("rlsd", "rlrt") else [0.0])
+    assert are_equal(weights(trainer), before)
+
+
+@pytest.mark.parametrize("name", ["correct_only", "star"])
+def test_if_all_is_right_nothing_is_left_out(make_trainer, sampler, name):
+    sampler.patterns = ("RRRR",)
+    filtered, unfiltered = make_trainer(name), make_trainer(name, token_weights={})
+    assert are_equal(weights(trained(filtered)), weights(trained(unfiltered)))
+    assert logged(filtered) == logged(unfiltered)
+
+
+def test_sdpo_counts_no_rollout_that_nothing_can_be_said_about(make_trainer, sampler):
+    """One more of them, or none, does not change the loss."""
+    sampler.num_letters = lambda number: 1
+    trainer = make_trainer("sdpo")
+    by_pattern = {sampler.pattern(prompt_of(trainer, row)): row for row in rows_for(trainer)}
+    right, wrong = by_pattern["RWRW"], by_pattern["WWWW"]
+    found = []
+    for rows in ([right] * 4, [right] * 4 + [wrong] * 4, [right] * 4 + [wrong] * 8):
+        batch = batch_of(trainer, rows)
+        assert batch["divergence_mask"].any(dim=1).tolist() == [row is right for row in rows]
+        trainer.model.zero_grad()
+        loss, gradient = gradient_of(trainer, batch)
+        found.append((loss, {name: value.clone() for name, value in gradient.items()}))
+    (expected_loss, expected), *others = found
+    assert size(expected) > 1e-3
+    for loss, gradient in others:
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        for name, value in gradient.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_sdft_says_nothing_about_the_beginning(make_trainer, sampler):
+    sampler.num_letters = lambda number: number % 2  # and two more tokens
+    trainer = make_trainer("sdft")
+    before = weights(trainer)
+    for entry in logged(trained(trainer)):
+        assert (entry["loss"], entry["grad_norm"], entry["divergence_row_rate"]) == (0.0, 0.0, 0.0)
+    assert are_equal(weights(trainer), before)
+
+
+def test_star_learns_right_retries_as_answers_to_the_bare_prompt(make_trainer, sampler):
+    trainer = make_trainer("star")
+    rows = rows_for(trainer)
+    batch = batch_of(trainer, rows)
+    first = sampler([prompt_of(trainer, row) for row in rows])
+    kinds = set()
+    for index, row in enumerate(rows):
+        assert batch["prompt_ids"][index][batch["prompt_mask"][index].bool()].tolist() == prompt_of(trainer, row)
+        ids = batch["completion_ids"][index][batch["completion_mask"][index].bool()].tolist()
+        assert ids == again(trainer, sampler, row, first[index])
+        is_right = sampler.tokenizer.decode(ids).startswith("R")
+        assert batch["likelihood_mask"][index].any() == is_right
+        kinds.add((is_right, ids == first[index]))
+    assert kinds == {(True, True), (True, False), (False, True)}  # right, right at the second try, wrong
+
+
+def test_rlsd_takes_no_pass_of_the_teacher_in_the_end(make_trainer):
+    trainer = make_trainer("rlsd")
+    passes = count_teacher_passes(trainer)
+    for step, is_read in ((49, True), (50, False), (51, False)):
+        passes.clear()
+        trainer.signals.begin_step(step)
+        batch_of(trainer, rows_for(trainer))
+        assert bool(passes) == is_read
+
+    trainer = make_trainer("rlsd", schedules={"advantage.mix": {"start": 0.5, "end": 0.0, "num_steps": 1}})
+    passes = count_teacher_passes(trainer)
+    steps = logged(trained(trainer))
+    assert set(passes) == {0}
+    assert ["teacher_entropy" in entry for entry in steps] == [True, False]
+
+
+# That a run may be cut: in time, and into micro-batches
+
+
+HYSTERESIS = {"divergence_coef": {"kind": "hysteresis", "value": 2.0, "metric": "entropy", "warmup_steps": 1}}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [*((name, {}) for name in METHODS), ("opsdc", {"schedules": HYSTERESIS})], ids=str
+)
+def test_resumed_equals_uninterrupted(make_trainer, tmp_path, name, settings):
+    settings = {"save_strategy": "steps", "save_steps": 1, **settings}
+    whole = trained(make_trainer(name, **settings))
+    resumed = make_trainer(name, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert logged(resumed) == logged(whole)
+    assert are_equal(weights(resumed), weights(whole))
+    if "schedules" in settings:
+        assert [entry["grad_norm"] > 0 for entry in logged(whole)] == [False, True]
+        assert resumed.signals.state_dict() == whole.signals.state_dict()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_micro_batches_change_nothing(make_trainer, name):
+    whole, split, cut = (
+        trained(make_trainer(name, **SGD, **more))
+        for more in (
+            {},
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+            {"max_tokens_per_microbatch": 1200},
+        )
+    )
+    for other in (split, cut):
+        assert_close(whole, other)
+        for one, another in zip(logged(whole), logged(other), strict=True):
+            assert one.keys() == another.keys()
+            for key in {"loss", *STAND_INS[name].metrics} & one.keys():
+                assert another[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
