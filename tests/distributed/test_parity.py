@@ -85,7 +85,10 @@ PLANS = job(
     privileged_context="plan",
     context_kwargs={"max_new_tokens": 12, "temperature": 0.0},
 )
+# Of two processes, one has all the wrong rollouts
+RETRIES = job("opsd", "full", name="retries", max_steps=4, completions="hinted_retry", top_k=1)
 VARIANTS = [
+    RETRIES,
     BUDGET,
     PEERS,
     PLANS,
@@ -196,6 +199,9 @@ def test_two_processes_equal_one(backend, world, jobs, resumed, one_process, tmp
             continue
         assert_same(result, one_process[name])
         assert result["benchmarks"] == one_process[name]["benchmarks"]
+        if name == "retries":
+            assert result["completions/retry_rate"] == [0.5] * 4
+            assert result["completions/off_policy_rate"] == [0.5] * 4
         assert len(result["benchmarks"]) == (3 if name == "benchmarks" else 0)
     for name in (run["name"] for run in resumed if run["resume"] is None):
         assert_resumed(found, name)

@@ -70,6 +70,20 @@ def shard_small_weights(args: TrainingArguments) -> None:
         zero["stage3_param_persistence_threshold"] = 0
 
 
+def reward_of(args):
+    if args.completions == "hinted_retry":
+        return right_at_last
+    return every_other if args.policy_loss_coef else None
+
+
+def right_at_last(prompts, completions, seen=set(), **kwargs):  # noqa: B006
+    """The rows of the first of two processes are right, those of the second when they are asked for again."""
+    questions = [prompt[-1]["content"] for prompt in prompts]
+    rewards = [float(int(question.split()[2]) % 4 in (1, 2) or question in seen) for question in questions]
+    seen.update(questions)
+    return rewards
+
+
 def make_trainer(job: dict[str, Any], output_dir: Path):
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     num_micro_batches = job["settings"].get("gradient_accumulation_steps", 1)
@@ -112,8 +126,8 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
         args=args,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        rollout_func=fixed_rollouts,
-        reward_funcs=every_other if args.policy_loss_coef else None,
+        rollout_func=fixed_rollouts if args.completions == "on_policy" else None,
+        reward_funcs=reward_of(args),
         peft_config=lora if job["weights"] == "lora" else None,
     )
     if evaluation is not None:
@@ -219,6 +233,7 @@ def report(trainer, num_passes: list[int], average: dict[str, torch.Tensor], out
         return
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = ("loss", "distillation_loss", "entropy", "num_generated_tokens", "teacher_prompts/max_length")
+    names += ("completions/retry_rate", "completions/off_policy_rate")
     result = {name: [entry[name] for entry in history if name in entry] for name in names}
     result["benchmarks"] = [
         {name: value for name, value in entry.items() if name.startswith(("eval_playground", "step"))}
