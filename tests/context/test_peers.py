@@ -119,6 +119,16 @@ def test_own_template_and_columns():
         PeersContext(template="{prompt}")
 
 
+def test_what_is_shown_can_be_worded():
+    context = PeersContext(template="{prompt}\n\n{peers}", shown="{text} is {title}.", wrong=1)
+
+    shown = "y1 is a correct attempt.\n\ny0 is an attempt that is wrong."
+    assert content(context, make_rollouts([0.0, 1.0, 1.0]), 2) == f"Why?\n\n{shown}"
+    for wording in ("{title}", "{text} {solution}"):
+        with pytest.raises(ValueError, match=r"`shown` of the peers context has the placeholder \{text\}"):
+            PeersContext(shown=wording)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

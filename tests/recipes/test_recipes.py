@@ -10,7 +10,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from tiny import make_model, make_tokenizer
 
-from trl_opsd.methods import TRAINABLE
+from trl_opsd.methods import METHODS, TRAINABLE
 from trl_opsd.scripts.train import make_parser, run
 
 
@@ -21,10 +21,12 @@ RECIPES = sorted(set(ROOT.rglob("*.y*ml")) - set(ACCELERATE))
 # What stands in for the hardware of a recipe
 SMALL = {
     "max_steps": 1,
-    "per_device_train_batch_size": 2,
+    "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
+    "generation_batch_size": None,
     "max_completion_length": 8,
     "use_vllm": False,
+    "vllm_importance_sampling_correction": False,
     "bf16": False,
     "gradient_checkpointing": False,
     "eval_strategy": "no",
@@ -32,6 +34,13 @@ SMALL = {
     "report_to": "none",
     "disable_tqdm": True,
 }
+
+
+FEEDBACK_REWARDS = """
+def tests_pass(completions, log_extra, **kwargs):
+    log_extra("feedback", ["It does not run."] * len(completions))
+    return [0.0] * len(completions)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +51,25 @@ def long_context_model(tmp_path_factory):
     make_model(tokenizer, max_position_embeddings=40_960).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+# By recipe: completions of an update, updates from what is sampled at once, steps or epochs, weight decay
+PAPERS = {
+    "opsd/qwen3-1.7b": (32, 1, 100, 0.0),
+    "opsd/qwen3-4b": (32, 1, 100, 0.0),
+    "opsd/qwen3-8b": (32, 1, 100, 0.0),
+    "opsdc/qwen3-8b": (32, 1, 100, 0.01),
+    "opsdc/qwen3-14b": (32, 1, 100, 0.01),
+    "sdft/qwen2.5-7b": (32, 1, "2 epochs", 0.0),
+    "sdpo/qwen3-8b": (32 * 8, 1, 100, 0.01),
+    "sdpo/qwen3-8b-feedback": (1 * 8, 32, "30 epochs", 0.01),
+    "correct_only/qwen3-8b": (32, 1, 100, 0.0),
+    "rlsd/qwen3-8b": (256 * 8, 1, 100, 0.0),
+    "rlrt/qwen3-4b-base": (128 * 8, 2, 200, 0.01),
+    "rlrt/qwen3-4b-instruct": (128 * 8, 2, 200, 0.01),
+    "vopd/qwen3-1.7b-base": (64, 1, "1 epochs", 0.0),
+    "star/qwen2.5-1.5b": (80, 1, 500, 0.0),
+}
 
 
 def name(path):
@@ -55,19 +83,22 @@ def parser_of(recipe):
 
 def rows_for(recipe):
     """Rows with the columns that a recipe reads its prompt from, and with a solution and an answer."""
-    columns = [field for _, field, _, _ in Formatter().parse(recipe.get("prompt_template") or "") if field]
-    columns += recipe.get("column_mapping") or {}
+    mapping = recipe.get("column_mapping") or {}
+    fields = [field for _, field, _, _ in Formatter().parse(recipe.get("prompt_template") or "") if field]
+    columns = [*mapping, *(field for field in fields if field not in mapping.values())]
     rows = []
-    for a in range(4):
+    for a in range(8):
         row = dict.fromkeys(columns or ["prompt"], f"What is {a} + 1?")
         if "prompt" in row and not columns:
             row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-        rows.append(row | {"solution": f"{a} and 1 make {a + 1}.", "answer": str(a + 1)})
+        known = {"solution": f"{a} and 1 make {a + 1}.", "answer": str(a + 1)}
+        rows.append(row | {name: text for name, text in known.items() if name not in mapping.values()})
     return rows
 
 
 def test_recipes_are_found():
-    assert {recipe.parent.name for recipe in RECIPES} >= {"opsd", "opsdc", "playground"}
+    assert {recipe.parent.name for recipe in RECIPES} >= {*METHODS, "playground"}
+    assert {recipe.stem for recipe in RECIPES if recipe.parent.name == "playground"} == set(METHODS)
     assert {path.stem for path in ACCELERATE} >= {"single", "ddp", "zero2", "zero3", "fsdp2"}
 
 
@@ -100,27 +131,36 @@ def test_misspelt_key_is_refused(recipe, tmp_path):
         parser_of(recipe).parse_args_and_config(["--config", str(path)])
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.parent.name in ("opsd", "opsdc")], ids=name)
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe.parent.name in METHODS], ids=name)
 def test_paper_recipe_has_the_batch_of_the_paper(recipe, tmp_path):
+    batch, updates, length, weight_decay = PAPERS[name(recipe).removesuffix(".yaml")]
+    values = yaml.safe_load(recipe.read_text())
     path = tmp_path / recipe.name
-    path.write_text(f"{recipe.read_text()}\nuse_cpu: true\nbf16: false\n")
+    path.write_text(yaml.safe_dump(values | {"use_cpu": True, "bf16": False}))
     _, config, *_ = parser_of(recipe).parse_args_and_config(["--config", str(path)])
     num_gpus = int(re.search(r"(\d+) GPUs", recipe.read_text()).group(1))
-    assert num_gpus * config.per_device_train_batch_size * config.gradient_accumulation_steps == 32
-    assert config.max_steps == 100
-    assert config.weight_decay == {"opsd": 0.0, "opsdc": 0.01}[recipe.parent.name]
+    assert num_gpus * config.per_device_train_batch_size * config.gradient_accumulation_steps == batch
+    assert values.get("generation_batch_size", batch) == updates * batch
+    assert batch % config.num_generations == 0
+    assert (config.max_steps if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs") == length
+    assert config.weight_decay == weight_decay
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name)
-def test_recipe_trains_a_tiny_model(recipe, long_context_model, tmp_path, device):
+def test_recipe_trains_a_tiny_model(recipe, long_context_model, tmp_path, device, monkeypatch):
     values = yaml.safe_load(recipe.read_text())
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows_for(values)))
     output = tmp_path / "output"
     local = {"model_name_or_path": long_context_model, "dataset_name": str(data), "output_dir": str(output)}
     values |= SMALL | local | {"dataset_config": None, "use_cpu": device.type == "cpu"}
+    if "teacher_model_name_or_path" in values:
+        values["teacher_model_name_or_path"] = long_context_model
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
+    # Stands for a reward that a recipe leaves to its user
+    (tmp_path / "feedback_rewards.py").write_text(FEEDBACK_REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
 
     run(*parser_of(recipe).parse_args_and_config(["--config", str(path)]))
 

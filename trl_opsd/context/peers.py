@@ -1,6 +1,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..data import Template
 from .base import Message, without_thinking
 from .rollouts import Rollout, Rollouts
 from .template import TextContext
@@ -14,6 +15,10 @@ For your eyes only, this is what is known about the problem.
 
 Use it to find out what is right, then solve the problem yourself in your own words, without mentioning any of it. \
 Give the final answer in the form the problem asks for."""
+
+_SHOWN = """<<< {title} >>>
+{text}
+<<< end >>>"""
 
 _FEEDBACK = ("never", "always", "without_correct")
 
@@ -44,9 +49,12 @@ class PeersContext(TextContext):
         template (`str`, *optional*):
             Text of the teacher's last user turn, with the placeholders `{prompt}` and `{peers}`, besides any dataset
             columns.
+        shown (`str`, *optional*):
+            Text of each thing that is shown, with the placeholders `{title}`, which says what it is, and `{text}`.
+            Defaults to fences with the title.
 
     Raises:
-        ValueError: If nothing would ever be shown.
+        ValueError: If nothing would ever be shown, or a template is malformed.
     """
 
     reads_rollouts = True
@@ -61,6 +69,7 @@ class PeersContext(TextContext):
         wrong_alone: bool = True,
         strip_thinking: bool = False,
         template: str | None = None,
+        shown: str = _SHOWN,
     ):
         super().__init__(_PEERS if template is None else template, "peers")
         if correct < 0 or wrong < 0 or correct + wrong == 0:
@@ -72,6 +81,11 @@ class PeersContext(TextContext):
         if feedback not in _FEEDBACK:
             raise ValueError(
                 f"`feedback` of the peers context must be true, false or 'without_correct', got {feedback!r}."
+            )
+        self._shown = Template(shown, "`shown` of the peers context")
+        if "text" not in self._shown.names or set(self._shown.names) - {"title", "text"}:
+            raise ValueError(
+                f"`shown` of the peers context has the placeholder {{text}} and may have {{title}}, got {shown!r}."
             )
         self.correct, self.wrong, self.include_own = correct, wrong, include_own
         self.feedback, self.fallback = feedback, fallback
@@ -109,7 +123,7 @@ class PeersContext(TextContext):
         if not blocks:
             return None
         return self.rewritten(
-            row, peers="\n\n".join(f"<<< {title} >>>\n{text}\n<<< end >>>" for title, text in blocks)
+            row, peers="\n\n".join(self._shown.fill({"title": title, "text": text}) for title, text in blocks)
         )
 
     def _texts(self, rollouts: Iterable[Rollout], most: int) -> list[str]:

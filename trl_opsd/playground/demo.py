@@ -3,6 +3,8 @@ The main demo: a small model teaches itself in minutes on two CPU cores.
 
     python -m trl_opsd.playground.demo opsd
     python -m trl_opsd.playground.demo opsdc
+
+So with every other method, on the base model of one of these two.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from ..methods import METHODS, summary
 from .present import find_recipe, quiet, refuse_flags, stage, write_page
 
 
@@ -27,10 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-METHODS = {
-    "opsd": "OPSD: the model learns to solve what it could only solve while reading the worked solution.",
-    "opsdc": "OPSDC: the model learns to be as brief as it is when told to be.",
-}
+# Methods that shorten answers have the verbose world. All others have the one in which answers are hard.
+SHORTENING = ("opsdc", "correct_only")
 TOLD = {"opsd": "base, reading the solution", "opsdc": "base, told to be brief"}
 
 # What the demo makes itself, and trains on whatever the recipe says
@@ -51,6 +52,11 @@ _OWN_FIELDS = {
 _REWARD = "rewards/accuracy_reward/mean"
 
 
+def world_of(method: str) -> str:
+    """Key in [`~trl_opsd.playground.world.WORLDS`] of the world that a method is shown in."""
+    return "opsdc" if method in SHORTENING else "opsd"
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Makes the parser of the demo's own arguments."""
     parser = argparse.ArgumentParser(
@@ -62,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--learning_rate 1e-3 or --max_steps 50.",
         allow_abbrev=False,
     )
-    parser.add_argument("method", choices=list(METHODS), help=" ".join(METHODS.values()))
+    parser.add_argument("method", choices=list(METHODS), metavar="method", help=f"one of: {', '.join(METHODS)}")
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument(
         "--seed", type=int, default=0, help="seed of the problems, the base and the training (default: 0)"
@@ -70,7 +76,11 @@ def make_parser() -> argparse.ArgumentParser:
     seeds.add_argument(
         "--seeds", type=int, nargs="+", help="several seeds, one after the other, with one table at the end"
     )
-    parser.add_argument("--output_dir", type=Path, help="where everything goes (default: outputs/demo-METHOD)")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        help="where everything goes (default: outputs/demo-METHOD, the base to that of the demo of OPSD or OPSDC)",
+    )
     parser.add_argument("--recipe", type=Path, help="recipe of the self-distillation (default: recipes/playground)")
     parser.add_argument("--base_steps", type=int, help="optimizer steps of the base model's training")
     return parser
@@ -81,10 +91,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = make_parser().parse_known_args(argv)
     console = Console()
     output_dir = args.output_dir or Path("outputs") / f"demo-{args.method}"
+    bases = args.output_dir or Path("outputs") / f"demo-{world_of(args.method)}"
     recipe = args.recipe or find_recipe(f"playground/{args.method}")
     seeds = [args.seed] if args.seeds is None else args.seeds
     results = [
-        run_demo(args.method, seed, output_dir / f"seed{seed}", recipe, overrides, args.base_steps, console)
+        run_demo(
+            args.method,
+            seed,
+            output_dir / f"seed{seed}",
+            recipe,
+            overrides,
+            args.base_steps,
+            console,
+            base=bases / f"seed{seed}" / "base",
+        )
         for seed in seeds
     ]
     if len(results) > 1:
@@ -100,13 +120,14 @@ def run_demo(
     overrides: Sequence[str] = (),
     base_steps: int | None = None,
     console: Console | None = None,
+    base: Path | None = None,
 ) -> dict[str, Any]:
     """
     Runs one demo, or what is left of it.
 
     Args:
         method (`str`):
-            `"opsd"` or `"opsdc"`.
+            Key of [`~trl_opsd.methods.METHODS`].
         seed (`int`):
             Seed of the problems, the base model and the self-distillation.
         folder (`Path`):
@@ -119,6 +140,8 @@ def run_demo(
             Optimizer steps of the base model's training. `None` takes the demo's own number.
         console ([`~rich.console.Console`], *optional*):
             Console to write to.
+        base (`Path`, *optional*):
+            Folder of the base model, which is trained if it is not there. `None` puts it into `folder`.
 
     Returns:
         `dict[str, Any]`:
@@ -127,7 +150,6 @@ def run_demo(
     # Imported late: `--help` should not wait for torch.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..context import TemplateContext, make_context
     from ..data import load_rows
     from ..report import PromptPreviewCallback
     from ..scripts.train import find_checkpoint, make_parser
@@ -139,10 +161,10 @@ def run_demo(
     console = console or Console()
     quiet()
     console.rule(f"[bold]{method.upper()}[/bold], seed {seed}")
-    console.print(METHODS[method])
+    console.print(summary(method))
     refuse_flags(overrides, _OWN_FIELDS, "The demo makes its own base model, problems and checkpoints")
 
-    base, model_dir = folder / "base", folder / "model"
+    base, model_dir = base or folder / "base", folder / "model"
     settings = {
         "method": method,
         "seed": seed,
@@ -167,14 +189,8 @@ def run_demo(
     script_args, training_args, model_args, _ = make_parser(method).parse_args_and_config(
         ["--config", str(recipe), *overrides, "--output_dir", str(model_dir), "--seed", str(seed)]
     )
-    context = make_context(training_args.privileged_context, training_args.context_kwargs)
-    if not isinstance(context, TemplateContext):
-        raise ValueError(
-            f"The demo's base model learns to read its context from a template, which `privileged_context="
-            f"{training_args.privileged_context!r}` has not. Use 'solution', 'answer', 'concise' or 'template'."
-        )
-
-    world, base_recipe = WORLDS[method], BASE_RECIPES[method]
+    context = _readable_context(method, training_args)
+    world, base_recipe = WORLDS[world_of(method)], BASE_RECIPES[world_of(method)]
     if base_steps is not None:
         base_recipe = replace(base_recipe, steps=base_steps)
     splits = world.splits(seed)
@@ -226,7 +242,7 @@ def run_demo(
         after = answer(model_dir, test["prompt"])
     timings["total"] = time.perf_counter() - started
 
-    logs = [row for row in trainer.state.log_history if "distillation_loss" in row]
+    logs = [row for row in trainer.state.log_history if "num_generated_tokens" in row]
     keys = {"divergence": "distillation_loss", "accuracy": _REWARD, "tokens": "completions/mean_length"}
     results = {
         "method": method,
@@ -257,6 +273,17 @@ def run_demo(
     return results
 
 
+def _readable_context(method: str, training_args: Any) -> Any:
+    """What the base learns to read: the recipe's template of columns, or the world's own where a method has none."""
+    from ..context import TemplateContext, make_context
+
+    context = make_context(training_args.privileged_context, training_args.context_kwargs)
+    if isinstance(context, TemplateContext):
+        return context
+    own = yaml.safe_load(find_recipe(f"playground/{world_of(method)}").read_text())
+    return make_context(own["privileged_context"], own["context_kwargs"])
+
+
 def _make_trainer(script_args: Any, training_args: Any, model_args: Any, rows: Any) -> Any:
     from transformers import PrinterCallback, ProgressCallback
 
@@ -282,8 +309,10 @@ def _progress_callback(progress: Progress, task: TaskID) -> Any:
             progress.update(task, completed=state.global_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if "distillation_loss" in logs:
-                status = f"KL {logs['distillation_loss']:.3f}, {logs['completions/mean_length']:.0f} tokens"
+            if "num_generated_tokens" in logs:
+                status = f"{logs['completions/mean_length']:.0f} tokens"
+                if "distillation_loss" in logs:
+                    status = f"KL {logs['distillation_loss']:.3f}, {status}"
                 if _REWARD in logs:
                     status += f", {logs[_REWARD]:.0%} right"
                 progress.update(task, status=status)
@@ -313,7 +342,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
         f"{method.upper()} {seconds['self-distillation']:.0f} s.",
     )
     table.add_column("")
-    for name in ("base", TOLD[method], f"after {method.upper()}"):
+    for name in ("base", TOLD[world_of(method)], f"after {method.upper()}"):
         table.add_column(name, justify="right")
     columns = [results[name] for name in ("before", "told", "after")]
     table.add_row("accuracy", *(f"{column['accuracy']:.1%}" for column in columns))
@@ -348,7 +377,7 @@ def plot(results: Mapping[str, Any]) -> "Figure":
     grey, blue, light = "#9aa5b1", "#2f6fde", "#cdd5de"
     method, curve = results["method"].upper(), results["curve"]
     columns = [results[name] for name in ("before", "told", "after")]
-    labels = ["base", TOLD[results["method"]].replace(", ", ",\n"), f"after\n{method}"]
+    labels = ["base", TOLD[world_of(results["method"])].replace(", ", ",\n"), f"after\n{method}"]
     figure = Figure(figsize=(11, 6.6), layout="constrained")
     (accuracy, length), (divergence, rollouts) = figure.subplots(2, 2)
     shares, tokens = [100 * column["accuracy"] for column in columns], [column["mean_tokens"] for column in columns]
@@ -360,14 +389,14 @@ def plot(results: Mapping[str, Any]) -> "Figure":
         axes.bar_label(bars, labels=[f"{value:.1f}" for value in values], padding=2)
         axes.set_title(title)
         axes.set_ylim(0, top)
-    divergence.plot(curve["step"], curve["divergence"], color=blue)
+    divergence.plot(curve["step"], [_or_nan(value) for value in curve["divergence"]], color=blue)
     divergence.set_title("Divergence from the teacher in training (nats per token)")
     divergence.set_ylim(bottom=0)
-    if results["method"] == "opsd":
+    if world_of(results["method"]) == "opsd":
         shown, scale, title = "accuracy", 100, "Right rollouts in training (%, sampled)"
     else:
         shown, scale, title = "tokens", 1, "Rollout length in training (tokens)"
-    rollouts.plot(curve["step"], [math.nan if value is None else scale * value for value in curve[shown]], color=blue)
+    rollouts.plot(curve["step"], [scale * _or_nan(value) for value in curve[shown]], color=blue)
     rollouts.set_title(title)
     rollouts.set_ylim(bottom=0)
     for axes in (divergence, rollouts):
@@ -376,6 +405,10 @@ def plot(results: Mapping[str, Any]) -> "Figure":
     for axes in (accuracy, length, divergence, rollouts):
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 _PAGE = """\
@@ -403,8 +436,8 @@ def write_results_page(results: Mapping[str, Any], folder: Path) -> None:
         values={
             "results": results,
             "method": method.upper(),
-            "lead": METHODS[method],
-            "told": TOLD[method],
+            "lead": summary(method),
+            "told": TOLD[world_of(method)],
             "columns": [results[name] for name in ("before", "told", "after")],
         },
         figure=plot(results),
