@@ -62,8 +62,8 @@ def entropies(p: torch.Tensor) -> torch.Tensor:
 
 
 def by_entropy(seen: Seen) -> dict[str, Any]:
-    entropy, scaled = entropies(seen.student), seen.delta / (seen.delta.abs().quantile(0.5) + 1e-6)
-    deviation = (entropy - entropy.mean()).abs().mean() + 1e-6
+    entropy, scaled = entropies(seen.student), seen.delta / (seen.delta.abs().quantile(0.5) + 1e-3)
+    deviation = (entropy - entropy.mean()).abs().mean() + 1e-3
     weight = torch.tanh((entropy.quantile(0.2) - entropy) / deviation) * torch.sigmoid(scaled.abs() - 1)
     return {"advantage": (seen.advantage + 0.1 * weight * scaled).tolist()}
 

@@ -24,6 +24,7 @@ SMALL = {
 WITHOUT_A_CONTEXT = {"teacher": "live", "privileged_context": "none", "context_kwargs": None}
 WITHOUT_A_CONTEXT |= dict.fromkeys(["teacher_update_steps", "teacher_update_rate", "teacher_chat_template_kwargs"])
 SGD = {"optim": "sgd", "learning_rate": 0.1}  # Adam would blow up the rounding of gradients that are almost zero
+SHAPES = ["rlsd", "rlrt", "dasd", "antisd"]  # GRPO's advantages
 REWARDED = [name for name, stand_in in STAND_INS.items() if stand_in.has_reward]
 
 
@@ -180,8 +181,10 @@ def read_by_the_teacher(trainer, sampler, rows, texts, rewards):
         prompts.append(trainer.teacher_prompt.token_ids(row, rollouts, None, told))
         if trainer.args.privileged_context == "peers":
             shows_feedback = "feedback" in trainer.args.context_kwargs and feedback[index] is not None
-            others_are_right = any(peer.correct for peer in rollouts.others())
-            assert (prompts[-1] is not None) == (others_are_right or shows_feedback)
+            kwargs = trainer.args.context_kwargs
+            shows_right = any(peer.correct for peer in rollouts.others()) or "fallback" in kwargs
+            shows_wrong = "wrong" in kwargs and not all(peer.correct for peer in rollouts.others())
+            assert (prompts[-1] is not None) == (shows_right or shows_wrong or shows_feedback)
     return prompts
 
 
@@ -278,20 +281,21 @@ def assert_close(one, other):
         torch.testing.assert_close(other.model.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("name", ["rlsd", "rlrt"])
+@pytest.mark.parametrize("name", SHAPES)
 def test_a_teacher_that_is_the_student_leaves_grpo(make_trainer, name):
     same, parent = {**SGD, **WITHOUT_A_CONTEXT}, {**SGD, "schedules": {}, "advantage": "grpo"}
     assert_close(*(trained(make_trainer(name, **settings)) for settings in (same, parent)))
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("rlsd", "rlrt", "star")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in (*SHAPES, "star")])
 def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
     trainer = make_trainer(name, **WITHOUT_A_CONTEXT)
     _, gradient = gradient_of(trainer, batch_of(trainer, rows_for(trainer)))
     assert size(gradient) < 1e-6
 
 
-@pytest.mark.parametrize("name", REWARDED)
+# The others learn from what is wrong
+@pytest.mark.parametrize("name", [name for name in REWARDED if name not in ("mopd", "dasd", "antisd")])
 def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
     sampler.patterns = ("WWWW",)
     sampler.num_letters = lambda number: 1  # about which there is no feedback

@@ -37,9 +37,9 @@ class AntiSDConfig(
     Defaults of AntiSD, from [Anti-Self-Distillation for Reasoning RL via Pointwise Mutual
     Information](https://huggingface.co/papers/2605.11609), as the paper has it. The teacher is the current policy
     reading another correct rollout of the same prompt, or the reference solution where there is none. See
-    [`AwayFromTeacher`] for the advantage, whose expected gradient ascends the Jensen-Shannon divergence. Its strength λ
-    is 0 for 5 steps, then 0.5 while the teacher's entropy is at least 0.93 of what it was in them, and 0 from then on
-    until it is back. It needs a reward, and a `solution` column.
+    [`AwayFromTeacher`] for the advantage, whose expected gradient ascends the Jensen-Shannon divergence. Its strength
+    λ is 0 for 5 steps, then 0.5 while the teacher's entropy is at least 0.93 of what it was in them, and 0 from then
+    on until it is back. It needs a reward, and a `solution` column.
 
     The released code is another algorithm (it standardises within each sequence, gates by perplexity, and has other
     strengths), and not this one. Deviations: the gate reads the mean of the teacher's entropy, where the paper takes

@@ -33,9 +33,9 @@ class DASDConfig(
     Reasoning](https://huggingface.co/papers/2605.22263). The teacher is the current policy reading the reference
     solution. See [`DirectionByEntropy`] for the advantage. It needs a reward.
 
-    Chosen here: β = `strength` 0.1, which the paper prints nowhere, and the mean over all tokens (`loss_type`). The
-    wording of the teacher's prompt is this library's. Nothing bounds δ̄: where student and teacher agree on most tokens
-    of a rollout, its median is small, and the others weigh much.
+    Chosen here: β = `strength` 0.1 and ε = `epsilon` 1e-3, which the paper prints nowhere, and the mean over all
+    tokens (`loss_type`). The wording of the teacher's prompt is this library's. Nothing else bounds δ̄: where student
+    and teacher agree on most tokens of a rollout, its median is small, and the others weigh much.
 
     All parameters are those of [`SelfDistillationConfig`].
     """
@@ -69,10 +69,13 @@ class DirectionByEntropy(Advantage):
             β. At 0 this is GRPO.
         quantile (`float`, *optional*, defaults to `0.2`):
             ρ. Tokens with less entropy than this quantile are pulled towards the teacher.
+        epsilon (`float`, *optional*, defaults to `1e-3`):
+            ε, in nats. Where the two differ by less, as by rounding, little is made of it.
     """
 
     strength: float = 0.1
     quantile: float = 0.2
+    epsilon: float = 1e-3
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.quantile <= 1.0:
@@ -92,8 +95,7 @@ class DirectionByEntropy(Advantage):
         return advantages + self.strength * pull
 
     def _pull(self, delta: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
-        tiny = 1e-6
         deviation = (entropy - entropy.mean()).abs().mean()
-        direction = torch.tanh((entropy.quantile(self.quantile) - entropy) / (deviation + tiny))
-        scaled = delta / (delta.abs().quantile(0.5) + tiny)  # between the middle two of an even number
+        direction = torch.tanh((entropy.quantile(self.quantile) - entropy) / (deviation + self.epsilon))
+        scaled = delta / (delta.abs().quantile(0.5) + self.epsilon)  # between the middle two of an even number
         return direction * torch.sigmoid(scaled.abs() - 1) * scaled
