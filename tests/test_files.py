@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from trl_opsd.files import whole_folder, write_whole
+from trl_opsd.files import LineFile, whole_folder, write_whole
 
 
 def test_file_is_replaced_in_one_go(tmp_path, monkeypatch):
@@ -39,3 +39,18 @@ def test_folder_gets_its_name_when_it_is_whole(tmp_path):
         (partial / "others").write_text("third")
     assert [path.name for path in folder.iterdir()] == ["others"]
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_lines_go_on_after_the_last_whole_one(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    file = LineFile(path)
+    file.append("ü")
+    assert path.read_text(encoding="utf-8") == "ü\n"  # also while it is open
+    file.close()
+    with path.open("a", encoding="utf-8") as killed:
+        killed.write("cut o")
+
+    file = LineFile(path)
+    file.append("second")
+    file.close()
+    assert path.read_text(encoding="utf-8") == "ü\nsecond\n"

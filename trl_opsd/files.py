@@ -56,6 +56,43 @@ def write_whole(file: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+class LineFile:
+    """
+    A file of lines, each on disk before the next is written. What is left of a line that was cut off when a run was
+    killed is removed.
+
+    Args:
+        file (`Path`):
+            File to go on with. It is made, with the folders it lacks, if it is not there.
+    """
+
+    def __init__(self, file: Path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: what `append` has written is out of this process, and nothing is left over after an error
+        self._file = file.open("a+b", buffering=0)
+        self._file.seek(0)
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)
+
+    def append(self, line: str) -> None:
+        """
+        Write a line.
+
+        Args:
+            line (`str`):
+                The line, without its end.
+
+        Raises:
+            OSError: If it cannot be written. Those before it are kept.
+        """
+        rest = f"{line}\n".encode()
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """

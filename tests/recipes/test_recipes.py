@@ -16,7 +16,8 @@ from trl_opsd.scripts.train import make_parser, run
 
 ROOT = Path(__file__).parents[2] / "recipes"
 ACCELERATE = sorted(ROOT.glob("accelerate/*.yaml"))
-RECIPES = sorted(set(ROOT.rglob("*.y*ml")) - set(ACCELERATE))
+GENERATE = sorted(ROOT.rglob("generate-*.yaml"))  # tried in tests/scripts/test_generate.py
+RECIPES = sorted(set(ROOT.rglob("*.y*ml")) - set(ACCELERATE) - set(GENERATE))
 
 # What stands in for the hardware of a recipe
 SMALL = {
@@ -105,7 +106,7 @@ def test_recipes_are_found():
     assert {path.stem for path in ACCELERATE} >= {"single", "ddp", "zero2", "zero3", "fsdp2"}
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=name)
+@pytest.mark.parametrize("recipe", [*RECIPES, *GENERATE], ids=name)
 def test_first_line_states_hardware_and_time(recipe):
     first_line = recipe.read_text().splitlines()[0]
     assert first_line.startswith("# ")

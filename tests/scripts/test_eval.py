@@ -368,7 +368,7 @@ def test_weights_on_the_hub_are_told_apart_by_their_commit(monkeypatch):
     arguments = EvalArguments(
         model_name_or_path="org/a", adapter="org/b", revision="main", benchmarks=["playground_opsd"]
     )
-    assert [command._fingerprint(name, arguments) for name in ("org/a", "org/b")] == ["a1", "b1"]
+    assert [arguments.fingerprint(name) for name in ("org/a", "org/b")] == ["a1", "b1"]
     assert asked == [("org/a", "config.json", "main"), ("org/b", "adapter_config.json", None)]
 
 

@@ -1,14 +1,12 @@
 """The fields of an evaluation. Nothing heavy is imported here, so that `--help` answers at once."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
-
 from ..help import help_from_docstring
 from ..sampling import Sampling
+from ..sampling.arguments import EngineArguments, as_mapping
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -35,40 +33,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @help_from_docstring
 @dataclass
-class EvalArguments:
+class EvalArguments(EngineArguments):
     """
-    Fields of `trl-opsd eval`.
+    Fields of `trl-opsd eval`, beside those of the model and the backend.
 
     Args:
-        > Parameters that control the model
-
-        model_name_or_path (`str`, *optional*):
-            Hub id or local folder of the model. With `backend="vllm_server"`, the name the server has for it, or the
-            path it was started with.
-        adapter (`str`, *optional*):
-            Hub id or local folder of a PEFT adapter.
-        tokenizer (`str`, *optional*):
-            Hub id or local folder of the tokenizer, if it is not the model's.
-        revision (`str`, *optional*):
-            Branch, tag or commit of the model.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Dtype of the weights, e.g. `"bfloat16"`. `"auto"` is that of the checkpoint, on every backend.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code that comes with the model.
-        model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
-            Further keyword arguments of `from_pretrained` or, with `backend="vllm"`, of `vllm.LLM`, e.g.
-            `{"tensor_parallel_size": 2}`.
-
-        > Parameters that control the backend
-
-        backend (`str`, *optional*, defaults to `"vllm"`):
-            What generates: `"vllm"`, `"transformers"`, or `"vllm_server"` for a running `vllm serve`.
-        base_url (`str`, *optional*, defaults to `"http://localhost:8000"`):
-            Address of the server.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Completions generated together by transformers, or requests under way at a server. vLLM in this process
-            decides by itself.
-
         > Parameters that control the problems
 
         benchmarks (`list[str]`, *optional*):
@@ -131,18 +100,6 @@ class EvalArguments:
             Whether to delete an earlier run in that folder.
     """
 
-    model_name_or_path: str | None = None
-    adapter: str | None = None
-    tokenizer: str | None = None
-    revision: str | None = None
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    model_init_kwargs: dict[str, Any] | str | None = None
-
-    backend: Literal["vllm", "transformers", "vllm_server"] = "vllm"
-    base_url: str = "http://localhost:8000"
-    batch_size: int = 32
-
     benchmarks: list[str] | None = None
     dataset_name: str | None = None
     dataset_config: str | None = None
@@ -174,10 +131,8 @@ class EvalArguments:
             self.benchmarks = [self.benchmarks]
         if not all(isinstance(benchmark, str) for benchmark in self.benchmarks or []):
             raise ValueError(f"`benchmarks` must be names or files, got {self.benchmarks!r}.")
-        if not self.model_name_or_path:
-            raise ValueError("No model to evaluate: set `model_name_or_path` to a Hub id or a local folder.")
-        for name in ("chat_template_kwargs", "model_init_kwargs"):
-            setattr(self, name, _mapping(name, getattr(self, name)))
+        super().__post_init__()
+        self.chat_template_kwargs = as_mapping("chat_template_kwargs", self.chat_template_kwargs)
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -186,20 +141,8 @@ class EvalArguments:
                 "Name the problems: either `benchmarks` (`trl-opsd eval --list` shows them) or `dataset_name`."
             )
         self._check_numbers()
-        if self.backend == "vllm_server" and (self.adapter or self.model_init_kwargs):
-            raise ValueError(
-                "A server has loaded its model already: with `backend` vllm_server, `adapter` and `model_init_kwargs` "
-                "have no effect. Serve the adapter with `--lora-modules`, name it in `model_name_or_path`, and its "
-                "base model in `tokenizer`."
-            )
-        folder = Path(self.model_name_or_path)
-        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{folder} holds an adapter. Name it in `adapter`, and the model it belongs to in "
-                "`model_name_or_path`."
-            )
         if self.output_dir is None:
-            parts = [self.model_name_or_path, *([self.adapter] if self.adapter else [])]
+            parts = [str(self.model_name_or_path), *([self.adapter] if self.adapter else [])]
             self.output_dir = f"eval/{'-'.join(Path(part).name for part in parts)}"
 
     def sampling(self) -> Sampling:
@@ -213,7 +156,7 @@ class EvalArguments:
 
     def _check_numbers(self) -> None:
         self.sampling()
-        for name in ("num_samples", "batch_size", "limit"):
+        for name in ("num_samples", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -222,12 +165,3 @@ class EvalArguments:
                 f"With `temperature` 0 all {self.num_samples} completions of a problem would be the same. Set "
                 "`num_samples` to 1, or raise the temperature."
             )
-
-
-def _mapping(name: str, value: Any) -> dict[str, Any] | None:
-    if isinstance(value, str):
-        with suppress(yaml.YAMLError):
-            value = yaml.safe_load(value)
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"Expected `{name}` to be a mapping, such as '{{enable_thinking: false}}', got {value!r}.")
-    return value

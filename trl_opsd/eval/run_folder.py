@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..files import write_whole
+from ..files import LineFile, write_whole
 from .samples import Sample
 from .scorer import score
 
@@ -72,7 +72,7 @@ def open_run(folder: Path, settings: Mapping[str, Any], details: Mapping[str, An
             for file, rows in [(file, _graded_anew(file)) for file in samples]:
                 for name in ("samples.parquet", "metrics.json", "accuracy.png"):
                     (file.parent / name).unlink(missing_ok=True)
-                write_whole(file, "".join(_line(asdict(row)) for row in rows))
+                write_whole(file, "".join(f"{_line(asdict(row))}\n" for row in rows))
         elif different:
             raise ValueError(
                 f"{folder} holds a run with other settings: {'; '.join(different.values())}. Choose another "
@@ -131,7 +131,7 @@ def keep_problems(file: Path, problems: Iterable[Mapping[str, Any]]) -> None:
                     f"Problem {problem_id} is not what it was when {file} was written: `{name}` was {value!r} and is "
                     f"{problem[name]!r}. Choose another `output_dir`, or set `overwrite` to delete the earlier run."
                 )
-    write_whole(file, "".join(_line(row) for row in known.values()))
+    write_whole(file, "".join(f"{_line(row)}\n" for row in known.values()))
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -183,11 +183,7 @@ class SampleFile:
         self._path = file
         self.samples: list[Sample] = []
         """Samples in the file, in the order in which they were written."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: what `append` has written is out of this process, and nothing is left over after an error
-        self._file = file.open("a+b", buffering=0)
-        self._file.seek(0)
-        self._file.truncate(self._file.read().rfind(b"\n") + 1)
+        self._file = LineFile(file)
         seen = set()
         for number, sample in enumerate(read_samples(file), 1):
             if (sample.problem_id, sample.sample_index) in seen:
@@ -209,9 +205,7 @@ class SampleFile:
         Raises:
             OSError: If it cannot be written. Those before it are kept.
         """
-        line = _line(asdict(sample)).encode()
-        while line:
-            line = line[self._file.write(line) :]
+        self._file.append(_line(asdict(sample)))
         self.samples.append(sample)
 
     def close(self) -> None:
@@ -233,4 +227,4 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(row, ensure_ascii=False)

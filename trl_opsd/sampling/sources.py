@@ -234,8 +234,7 @@ class HintedRetry(CompletionSource):
         completions = prompts.rollouts()
         rows = range(len(prompts.rows))
         graded = prompts.grade(rows, completions.ids)
-        read = {row: prompts.teacher_prompt(row) for row in rows if graded[row] is False}
-        hinted = {row: ids for row, ids in read.items() if ids is not None}
+        hinted = second_tries(graded, prompts.teacher_prompt)
         retries = dict(zip(hinted, prompts.sample(list(hinted.values())), strict=True))
         right = prompts.grade(list(retries), list(retries.values()))
         for (row, ids), is_right in zip(retries.items(), right, strict=True):
@@ -246,6 +245,26 @@ class HintedRetry(CompletionSource):
             "completions/retry_success_rate": (len(completions.replaced), len(retries)),
         }
         return completions
+
+
+def second_tries(
+    graded: Sequence[bool | None], teacher_prompt: Callable[[int], TokenIds | None]
+) -> dict[int, TokenIds]:
+    """
+    Which rows get another try with the privileged context: those that are wrong, not those without a verdict.
+
+    Args:
+        graded (`Sequence[bool | None]`):
+            Whether the first try of each row is right, `None` without a verdict.
+        teacher_prompt (`Callable[[int], list[int] | None]`):
+            Token ids of the prompt with the context of a row, `None` if it has none.
+
+    Returns:
+        `dict[int, list[int]]`:
+            Token ids of the prompt of the second try, by row.
+    """
+    read = {row: teacher_prompt(row) for row, is_right in enumerate(graded) if is_right is False}
+    return {row: ids for row, ids in read.items() if ids is not None}
 
 
 SOURCES: dict[str, type | str] = {

@@ -30,15 +30,6 @@ _NOT_SETTINGS = {
     "dataset_split", "question_column", "answer_column", "answer_type", "prompt_template", "chat_template_path",
     "output_dir", "overwrite",
 }  # fmt: skip
-# Of `model_init_kwargs`: where a model lies and how much of it is computed at once
-_MEMORY = {
-    "cpu_offload_gb", "data_parallel_size", "device_map", "enforce_eager", "gpu_memory_utilization",
-    "max_num_batched_tokens", "max_num_seqs", "pipeline_parallel_size", "swap_space", "tensor_parallel_size",
-}  # fmt: skip
-_MODEL_FILES = (
-    "*config.json", "*.safetensors*", "*.bin*", "*.gguf", "*token*", "vocab*", "merges*", "*.model", "chat_template*",
-    "*.py",
-)  # fmt: skip
 _LISTED_UNGRADABLE = 10
 
 
@@ -119,8 +110,6 @@ def run(arguments: EvalArguments) -> "list[Summary]":
         `list[Summary]`:
             Metrics of each benchmark.
     """
-    from transformers import AutoTokenizer
-
     from trl_opsd.eval.chat import ChatFormat
     from trl_opsd.eval.evaluate import evaluate
     from trl_opsd.eval.run_folder import SampleFile
@@ -129,18 +118,7 @@ def run(arguments: EvalArguments) -> "list[Summary]":
     if find_spec("matplotlib") is None:
         raise ValueError("The plots need matplotlib: pip install 'trl-opsd[eval]'.")
     problems = {benchmark.name: benchmark.problems(arguments.limit) for benchmark in _benchmarks(arguments)}
-    name = arguments.tokenizer or str(arguments.model_name_or_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name,
-            revision=None if arguments.tokenizer else arguments.revision,
-            trust_remote_code=arguments.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"Cannot load the tokenizer of {name}: {' '.join(str(error).split())} If only a server knows that name, "
-            "or the tokenizer is elsewhere, set `tokenizer` to a folder or Hub id."
-        ) from error
+    tokenizer = arguments.load_tokenizer()
     template = arguments.chat_template_path
     chat = ChatFormat(
         tokenizer,
@@ -152,7 +130,7 @@ def run(arguments: EvalArguments) -> "list[Summary]":
     folder = Path(str(arguments.output_dir))
     backend = None
     if arguments.backend == "vllm_server":
-        backend = _load_backend(arguments, tokenizer)  # its weights are among the settings
+        backend = arguments.load_backend(tokenizer)  # its weights are among the settings
     served = getattr(backend, "root", None)
     if served not in (None, arguments.model_name_or_path):
         print(f"The server loaded {arguments.model_name_or_path} from {served}.")
@@ -172,7 +150,7 @@ def run(arguments: EvalArguments) -> "list[Summary]":
                 _check_references(rows)
             samples = evaluate(
                 [problem for name in problems for problem in problems[name]],
-                backend or _load_backend(arguments, tokenizer),
+                backend or arguments.load_backend(tokenizer),
                 chat,
                 arguments.sampling(),
                 num_samples=num_samples,
@@ -187,24 +165,6 @@ def run(arguments: EvalArguments) -> "list[Summary]":
                 for name, file in files.items()
             },
         )
-
-
-def _load_backend(arguments: EvalArguments, tokenizer: Any) -> Any:
-    from trl_opsd.sampling import loading
-
-    return loading.load_backend(
-        arguments.backend,
-        str(arguments.model_name_or_path),
-        tokenizer,
-        tokenizer_name=arguments.tokenizer,
-        adapter=arguments.adapter,
-        revision=arguments.revision,
-        trust_remote_code=arguments.trust_remote_code,
-        dtype=arguments.dtype,
-        model_init_kwargs=cast("dict[str, Any] | None", arguments.model_init_kwargs),
-        batch_size=arguments.batch_size,
-        base_url=arguments.base_url,
-    )
 
 
 def _benchmarks(arguments: EvalArguments) -> "list[Benchmark]":
@@ -262,14 +222,7 @@ def _prepare(
 
     fields = asdict(arguments)
     settings = {name: value for name, value in fields.items() if name not in _NOT_SETTINGS}
-    given = fields["model_init_kwargs"] or {}
-    settings["model_init_kwargs"] = {name: value for name, value in given.items() if name not in _MEMORY} or None
-    if arguments.backend == "vllm_server":
-        is_here = served is not None and Path(served).is_dir()
-        settings["weights"] = _fingerprint(str(served), arguments) if is_here else served
-    else:
-        settings["weights"] = _fingerprint(str(arguments.model_name_or_path), arguments)
-        settings["adapter_weights"] = _fingerprint(arguments.adapter, arguments) if arguments.adapter else None
+    settings |= arguments.engine_settings(served)
     settings["scorer_version"] = SCORER_VERSION
     others = {
         name: fields[name] for name in sorted(_NOT_SETTINGS - {"output_dir", "overwrite"} | {"model_init_kwargs"})
@@ -277,22 +230,6 @@ def _prepare(
     open_run(folder, settings, {"other_fields": others, "versions": _versions()}, arguments.overwrite)
     for name, rows in problems.items():
         keep_problems(folder / name / "problems.jsonl", map(chat.rendered, rows))
-
-
-def _fingerprint(name: str, arguments: EvalArguments) -> str:
-    """What changes when the weights do: names, sizes and times of a local model's files, the commit on the Hub."""
-    import hashlib
-
-    from huggingface_hub import hf_hub_download
-
-    if Path(name).is_dir():
-        files = {file for pattern in _MODEL_FILES for file in Path(name).glob(pattern) if file.is_file()}
-        stats = {file.name: file.stat() for file in sorted(files)}
-        text = str([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-    is_adapter = name == arguments.adapter
-    file = "adapter_config.json" if is_adapter else "config.json"
-    return Path(hf_hub_download(name, file, revision=None if is_adapter else arguments.revision)).parent.name
 
 
 def _versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What a training command trains on: rows with their prompts, and rewards."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 @help_from_docstring
 @dataclass
-class SelfDistillationScriptArguments(BenchmarkArguments, GRPOScriptArguments):
+class PromptArguments:
     """
-    Script arguments of a training command: those of TRL's GRPO script, how to make prompts, and benchmarks.
+    Which rows, and how to make prompts of them.
 
     Args:
         dataset_name (`str`, *optional*):
@@ -61,7 +61,26 @@ class SelfDistillationScriptArguments(BenchmarkArguments, GRPOScriptArguments):
                 f"{mapping!r}."
             )
         self.column_mapping = mapping
-        super().__post_init__()
+
+    def with_prompts(self, rows: "Dataset | IterableDataset") -> "Dataset | IterableDataset":
+        """Rows with their `prompt` column."""
+        from trl_opsd.data import to_prompts
+
+        return to_prompts(
+            rows,
+            column_mapping=cast(dict[str, str] | None, self.column_mapping),
+            prompt_template=self.prompt_template,
+            system_prompt=self.system_prompt,
+        )
+
+
+@dataclass
+class SelfDistillationScriptArguments(PromptArguments, BenchmarkArguments, GRPOScriptArguments):
+    """Script arguments of a training command: those of TRL's GRPO script, how to make prompts, and benchmarks."""
+
+    def __post_init__(self) -> None:
+        PromptArguments.__post_init__(self)
+        BenchmarkArguments.__post_init__(self)
 
 
 def load_datasets(
@@ -84,7 +103,7 @@ def load_datasets(
     """
     from trl import get_dataset
 
-    from trl_opsd.data import load_rows, to_prompts
+    from trl_opsd.data import load_rows
 
     splits = [script_args.dataset_train_split, *([script_args.dataset_test_split] if with_eval else [])]
     if dataset_args.datasets:
@@ -111,15 +130,7 @@ def load_datasets(
         raise ValueError(
             "No data to train on: set `dataset_name` to a Hub id or a local file or folder, or `datasets`."
         )
-    train, *rest = (
-        to_prompts(
-            dataset,
-            column_mapping=cast(dict[str, str] | None, script_args.column_mapping),
-            prompt_template=script_args.prompt_template,
-            system_prompt=script_args.system_prompt,
-        )
-        for dataset in rows
-    )
+    train, *rest = (script_args.with_prompts(dataset) for dataset in rows)
     return train, rest[0] if rest else None
 
 
@@ -135,27 +146,42 @@ def load_reward_funcs(script_args: GRPOScriptArguments) -> list[str | Callable[.
         `list`:
             The reward functions, and the name of the reward model.
     """
+    model = script_args.reward_model_name_or_path
+    return [*([model] if model else []), *find_reward_funcs(script_args.reward_funcs)]
+
+
+def find_reward_funcs(names: str | Sequence[str] | None) -> list[Callable[..., Any]]:
+    """
+    Find reward functions.
+
+    Args:
+        names (`str` or `Sequence[str]`, *optional*):
+            Names of rewards in `trl.rewards`, or dotted import paths. A recipe may give a single one.
+
+    Returns:
+        `list[Callable]`:
+            The functions.
+
+    Raises:
+        ValueError: If there is no such function.
+    """
     from trl import rewards
 
-    found: list[str | Callable[..., Any]] = []
-    if script_args.reward_model_name_or_path:
-        found.append(script_args.reward_model_name_or_path)
-    names = {name: getattr(rewards, name) for name in dir(rewards) if name.endswith("_reward")}
-    given: Any = script_args.reward_funcs or []
-    # A recipe may name a single one without making it a list.
-    for name in [given] if isinstance(given, str) else given:
+    found: list[Callable[..., Any]] = []
+    known = {name: getattr(rewards, name) for name in dir(rewards) if name.endswith("_reward")}
+    for name in [names] if isinstance(names, str) else names or []:
         if name == "get_soft_overlong_punishment":
             # The values TRL's GRPO script uses.
             found.append(rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256))
             continue
-        if name in names:
-            found.append(names[name])
+        if name in known:
+            found.append(known[name])
             continue
         try:
             found.append(import_object(name))
         except ImportError as error:
             raise ValueError(
                 f"Cannot load the reward function {name!r}: {error}. Give the import path of a function, or one of "
-                f"{', '.join([*names, 'get_soft_overlong_punishment'])}."
+                f"{', '.join([*known, 'get_soft_overlong_punishment'])}."
             ) from error
     return found

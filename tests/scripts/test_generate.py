@@ -1,0 +1,314 @@
+"""`trl-opsd generate`, with a tiny model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import load_dataset
+from transformers import AutoTokenizer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from trl_opsd import cli
+from trl_opsd.files import locked
+from trl_opsd.sampling import loading
+from trl_opsd.sampling.transformers import TransformersBackend
+from trl_opsd.scripts.generate import make_parser
+
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "playground" / "generate-star.yaml"
+
+
+def even(completions, number, **kwargs):
+    """Of plain text and of messages: right where the sum of an even row's number and the length is even."""
+    texts = [its if isinstance(its, str) else its[-1]["content"] for its in completions]
+    return [float((len(text) + int(n)) % 2 == 0) for text, n in zip(texts, number, strict=True)]
+
+
+def write_rows(path, plain=False, count=8):
+    rows = [{"prompt": f"{n} + 1?", "answer": str(n + 1), "number": n} for n in range(count)]
+    if not plain:
+        rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def generate(model_path, tmp_path, monkeypatch):
+    """Runs the command into tmp_path/run, and returns its exit status."""
+    (tmp_path / "rewards_of_test_generate.py").write_text(Path(__file__).read_text().split("\n\n\n")[2])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write_rows(tmp_path / "rows.jsonl")
+
+    def run(maker, *args, output_dir="run", **fields):
+        settings = {
+            "model_name_or_path": model_path,
+            "backend": "transformers",
+            "batch_size": 3,
+            "dataset_name": "rows.jsonl",
+            "reward_funcs": "rewards_of_test_generate.even",
+            "max_new_tokens": 200,
+            "output_dir": output_dir,
+            **({"privileged_context": "answer"} if maker == "star" else {}),
+            **fields,
+        }
+        Path("recipe.yaml").write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not None}))
+        return cli.main(["generate", maker, "--config", "recipe.yaml", *args])
+
+    return run
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_star_end_to_end(generate, capsys):
+    assert generate("star") == 0
+
+    records, summary = lines("run/data/train.jsonl"), json.loads(Path("run/summary.json").read_text())
+    assert summary["rows"] == 8
+    assert sum(summary["kept"].values()) == len(records)
+    assert sum(summary["kept"].values()) + sum(summary["dropped"].values()) == 8
+    assert set(summary["kept"]) == {"first_try", "hinted_retry"}
+    rows = lines("rows.jsonl")
+    completions = {(entry["row"], entry["seed"]): entry for entry in lines("run/completions.jsonl")}
+    for record in records:
+        assert record["prompt"] == rows[record["row"]]["prompt"]
+        assert record["completion"] == completions[record["row"], record["seed"]]["completion"]
+        assert (record["correct"], record["reward"], record["truncated"]) == (True, 1.0, False)
+        assert record["model"]
+    assert f"{len(records)} records of 8 rows" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_not(generate, monkeypatch, capsys):
+    assert generate("star", output_dir="whole") == 0
+    whole = lines("whole/completions.jsonl")
+    own = TransformersBackend.generate
+    made = []
+
+    def interrupted(self, requests, sampling):
+        for item in own(self, requests, sampling):
+            if len(made) == 4:
+                raise KeyboardInterrupt
+            made.append(item)
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersBackend, "generate", interrupted)
+        assert generate("star") == 130
+    assert "interrupted. All finished completions are kept" in capsys.readouterr().err
+    assert lines("run/completions.jsonl") == whole[:4]
+    assert not Path("run/data").exists()
+    with open("run/completions.jsonl", "a") as file:
+        file.write('{"row": 4, "pro')  # as a killed run leaves it
+
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersBackend, "generate", lambda *args: asked.append(len(args[1])) or own(*args))
+        assert generate("star", batch_size=2) == 0
+    assert sum(asked) == len(whole) - 4
+    assert lines("run/completions.jsonl") == whole
+    assert Path("run/data/train.jsonl").read_bytes() == Path("whole/data/train.jsonl").read_bytes()
+
+
+def test_a_finished_run_loads_no_model_and_grows(generate, monkeypatch):
+    fields = {"maker_kwargs": {"num_samples": 2, "keep": "all"}}
+    assert generate("rollouts", "--limit", "3", **fields) == 0
+    assert len(lines("run/data/train.jsonl")) == 6
+    before = lines("run/completions.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "load_backend", lambda *args, **kwargs: pytest.fail("loaded a model for nothing"))
+        assert generate("rollouts", "--limit", "3", maker_kwargs={"keep": "all"}) == 0
+        assert len(lines("run/data/train.jsonl")) == 3
+        # Another threshold grades anew what is there
+        assert generate("rollouts", "--limit", "3", success_threshold=2.0, **fields) == 0
+        assert not any(record["correct"] for record in lines("run/data/train.jsonl"))
+    assert generate("rollouts", "--limit", "4", **fields) == 0
+    after = lines("run/completions.jsonl")
+    assert after[:6] == before
+    assert len(after) == 8
+    seeds = [record["seed"] for record in lines("run/data/train.jsonl")]
+    assert len(set(seeds)) == 8
+
+
+def test_rows_with_the_same_prompt_get_completions_of_their_own(generate, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", count=1)
+    (tmp_path / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text() * 3)
+    assert generate("rollouts", maker_kwargs={"keep": "all"}) == 0
+    assert len({record["seed"] for record in lines("run/data/train.jsonl")}) == 3
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["conversational", "plain"])
+def test_trl_trains_on_it_as_it_is(generate, plain, tmp_path, model_path, training_args):
+    write_rows(tmp_path / "rows.jsonl", plain)
+    kwargs = None if plain else {"enable_thinking": False}
+    assert generate("star", chat_template_kwargs=kwargs) == 0
+
+    dataset = load_dataset("run/data")["train"]  # as `trl sft --dataset_name run/data` does
+    assert len(dataset) > 2
+    for name in ("max_completion_length", "per_device_train_batch_size"):
+        training_args.pop(name)
+    args = SFTConfig(**training_args, per_device_train_batch_size=2)
+    trainer = SFTTrainer(model_path, args=args, train_dataset=dataset)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+    # What is learnt is the completion as it was sampled, after the prompt it is an answer to
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    sampled = {entry["seed"]: entry["token_ids"] for entry in lines("run/completions.jsonl")}
+    for row, record in zip(trainer.train_dataset, dataset, strict=True):
+        if plain:
+            prompt = tokenizer(record["prompt"])["input_ids"]
+        else:
+            prompt = tokenizer.apply_chat_template(
+                record["prompt"], add_generation_prompt=True, return_dict=True, enable_thinking=False
+            )["input_ids"]
+            # The template of the tests shows the answer without the empty thought, and ends the turn with a new line
+            prompt = prompt[: len(prompt) - 2 - 4]
+            assert record["chat_template_kwargs"] == {"enable_thinking": False}
+        assert row["input_ids"][: len(prompt)] == prompt
+        text = tokenizer.decode(sampled[record["seed"]], skip_special_tokens=True)
+        assert text in tokenizer.decode(row["input_ids"][len(prompt) :])
+
+
+def test_dpo_trains_on_what_the_maker_of_the_docs_makes(generate, tmp_path, model_path, training_args, monkeypatch):
+    page = (ROOT / "docs" / "generate.md").read_text()
+    (tmp_path / "makers_of_test_generate.py").write_text(page.split("```python\n")[1].split("```")[0])
+    assert generate("makers_of_test_generate.Pairs", reward_funcs=None, privileged_context="answer") == 0
+
+    dataset = load_dataset("run/data")["train"]
+    assert len(dataset) == 8
+    assert all(row["chosen"] != row["rejected"] for row in dataset)
+    for name in ("max_completion_length", "per_device_train_batch_size"):
+        training_args.pop(name)
+    trainer = DPOTrainer(
+        model_path, args=DPOConfig(**training_args, per_device_train_batch_size=2), train_dataset=dataset
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_completions_that_do_not_fit_the_model_are_refused(generate, capsys):
+    assert generate("rollouts", max_new_tokens=4096) == 2
+    error = capsys.readouterr().err
+    assert "The prompt of row 0 has" in error
+    assert "Lower `max_new_tokens` to at most" in error
+
+
+@pytest.mark.parametrize(
+    ("maker", "fields", "message"),
+    [
+        ("star", {"reward_funcs": None}, "The maker star has to tell right from wrong. Set `reward_funcs`."),
+        (
+            "rollouts",
+            {"reward_funcs": None, "maker_kwargs": {"keep": "correct"}},
+            "The maker rollouts has to tell right from wrong",
+        ),
+        ("star", {"privileged_context": "solution"}, "rows.jsonl has no column `solution`"),
+        ("star", {"privileged_context": None}, "Set `privileged_context`, for example to answer."),
+        ("star", {"privileged_context": "peers"}, "`privileged_context='peers'` reads them, or samples"),
+        ("star", {"privileged_context": "reflection"}, "Choose a context that does neither"),
+        ("star", {"privileged_context": "plan"}, "Choose a context that does neither"),
+        ("star", {"privileged_context": "none"}, "`privileged_context='none'` is none"),
+        ("star", {"privileged_context": "anwser"}, "Did you mean 'answer'?"),
+        ("rollouts", {"privileged_context": "answer"}, "has no effect with the maker rollouts"),
+        ("rollouts", {"context_kwargs": {"column": "a"}}, "has no effect without `privileged_context`"),
+        ("star", {"reward_funcs": "accuracy_reward"}, "missing a required argument: 'solution'"),
+        ("star", {"reward_funcs": "nowhere.reward"}, "Cannot load the reward function 'nowhere.reward'"),
+        ("stra", {}, "Did you mean 'star'?"),
+        ("star", {"maker_kwargs": {"keep": "all"}}, "do not fit `maker='star'`"),
+        ("star", {"dataset_name": None}, "set `dataset_name`"),
+        ("star", {"dataset_name": "nowhere.jsonl"}, "There is no file or folder nowhere.jsonl"),
+        ("star", {"output_dir": None}, "set `output_dir`"),
+        ("star", {"model_name_or_path": None}, "set `model_name_or_path`"),
+        ("star", {"limit": 0}, "`limit` must be at least 1"),
+        ("star", {"temperature": -1.0}, "`temperature` must be at least 0"),
+        ("star", {"num_sample": 3}, "Unknown field: `num_sample`"),
+    ],
+)
+def test_bad_input_is_told_before_the_model_is_loaded(generate, monkeypatch, capsys, maker, fields, message):
+    monkeypatch.setattr(loading, "load_backend", lambda *args, **kwargs: pytest.fail("loaded the model"))
+    assert generate(maker, **fields) == 2
+    error = capsys.readouterr().err
+    assert "trl-opsd generate: error: " in error
+    assert message in error
+    assert not Path("run").exists()
+
+
+def test_a_row_without_the_column_of_the_context(generate, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "load_backend", lambda *args, **kwargs: pytest.fail("loaded the model"))
+    rows = lines(tmp_path / "rows.jsonl")
+    rows[5]["answer"] = " "
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert generate("star") == 2
+    assert "rows.jsonl, row 5: `answer` is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("maker", "fields", "name"),
+    [
+        ("star", {"temperature": 0.7}, "temperature` was 1.0 and is 0.7"),
+        ("star", {"seed": 1}, "seed` was 0 and is 1"),
+        ("star", {"context_kwargs": {"template": "{prompt} {answer}"}}, "context_kwargs` was None and is"),
+        ("rollouts", {}, "maker` was 'star' and is 'rollouts'"),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused(generate, capsys, maker, fields, name):
+    assert generate("star", "--limit", "1", success_threshold=0.0) == 0
+    before = Path("run/data/train.jsonl").read_bytes()
+    assert generate(maker, "--limit", "1", **fields) == 2
+    error = capsys.readouterr().err
+    assert name in error
+    assert "Choose another `output_dir`" in error
+    assert Path("run/data/train.jsonl").read_bytes() == before
+
+
+def test_other_weights_of_the_same_name_are_refused(generate, model_path, tmp_path, capsys):
+    shutil.copytree(model_path, tmp_path / "model")
+    fields = {"model_name_or_path": "model", "success_threshold": 0.0}
+    assert generate("rollouts", "--limit", "1", maker_kwargs={"keep": "all"}, **fields) == 0
+    (tmp_path / "model" / "model.safetensors").touch()
+    assert generate("rollouts", "--limit", "1", maker_kwargs={"keep": "all"}, **fields) == 2
+    assert "`weights` was" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_worked_in_or_unknown_is_refused(generate, capsys):
+    with locked(Path("run")):
+        assert generate("star") == 2
+    assert "Another run works in run" in capsys.readouterr().err
+    Path("run/completions.jsonl").write_text('{"row": 0}\n')
+    assert generate("star") == 2
+    assert "run.json does not say how" in capsys.readouterr().err
+
+
+def test_nothing_that_is_worth_keeping_is_an_error(generate, capsys):
+    assert generate("star", "--limit", "2") in (0, 2)
+    assert generate("star", "--limit", "2", success_threshold=9.0) == 2
+    assert "Nothing of 2 rows is worth keeping (" in capsys.readouterr().err
+    assert not Path("run/data").exists()
+
+
+@pytest.mark.parametrize("args", [[], ["--config", "recipe.yaml"]])
+def test_a_maker_has_to_be_named(args, capsys):
+    assert cli.main(["generate", *args]) == 2
+    assert "Name the maker before all flags" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [["--help"], ["star", "--help"]])
+def test_help(args, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["generate", *args])
+    assert "The maker is one of rollouts, star" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_shipped_recipe_makes_data(generate, model_path, tmp_path):
+    values = yaml.safe_load(RECIPE.read_text())
+    (arguments,) = make_parser().parse_args_and_config(["--config", str(RECIPE)])
+    assert all(getattr(arguments, name) == value for name, value in values.items() if name != "reward_funcs")
+    rows = [{**row, "solution": row["answer"]} for row in lines("rows.jsonl")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = {"model_name_or_path": model_path, "dataset_name": "rows.jsonl", "output_dir": "run", "limit": 2}
+    assert generate("star", **{**values, **small, "success_threshold": 0.0, "max_new_tokens": 200}) == 0
