@@ -23,7 +23,8 @@ from trl.distributed import DistributedBackend
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import shuffle_sequence_dict
 
-from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer
+from trl_opsd import SelfDistillationTrainer
+from trl_opsd.methods import config_class
 from trl_opsd.scripts.train import find_checkpoint
 from trl_opsd.serving.merged_weights import merged_weights
 from trl_opsd.teacher import EMA
@@ -34,7 +35,7 @@ def fixed_rollouts(prompts, trainer):
     completions = [f"It is {prompt[-1]['content'][8:]}" for prompt in prompts]
     ids = trainer.processing_class(completions, add_special_tokens=False)["input_ids"]
     # With rewards, the rollouts of a prompt differ, or their advantages would cancel out
-    apart = 2 if trainer.args.policy_loss_coef else 0
+    apart = 2 if trainer.args.policy_loss_coef or trainer.args.privileged_context == "peers" else 0
     ids = [row[: 3 + (sum(row) + index % 2 * apart) % 5] for index, row in enumerate(ids)]
     return {"prompt_ids": trainer._tokenize_prompts(prompts)[0], "completion_ids": ids, "logprobs": None}
 
@@ -42,6 +43,30 @@ def fixed_rollouts(prompts, trainer):
 def every_other(completions, **kwargs):
     """Of the two rollouts of a prompt, the second is better."""
     return [float(index % 2) for index in range(len(completions))]
+
+
+def of_odd_problems(prompts, completions, **kwargs):
+    """As above, and none of the others, whose rollouts all lie on one process."""
+    return [
+        rewarded * (problem(prompt) % 2) for rewarded, prompt in zip(every_other(completions), prompts, strict=True)
+    ]
+
+
+def by_text(prompts, completions, **kwargs):
+    """One process has nothing to try again."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [
+        float(problem(prompt) % 4 in (3, 0) or sum(map(ord, text)) % 2)
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
+def problem(prompt):
+    """Number of a row, from 1."""
+    return int(prompt[0]["content"].split()[2])
+
+
+REWARDS = {"rlrt": of_odd_problems, "sdpo": of_odd_problems, "star": by_text}
 
 
 def relabel_cpu_world() -> None:
@@ -73,11 +98,12 @@ def shard_small_weights(args: TrainingArguments) -> None:
 def make_trainer(job: dict[str, Any], output_dir: Path):
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     num_micro_batches = job["settings"].get("gradient_accumulation_steps", 1)
-    config_class, trainer_class = {"opsd": (OPSDConfig, OPSDTrainer), "opsdc": (OPSDCConfig, OPSDCTrainer)}[
-        job["method"]
-    ]
     rows = [
-        {"prompt": [{"role": "user", "content": f"What is {a} + {7 * a}?"}], "solution": f"{a}+{7 * a}={8 * a}"}
+        {
+            "prompt": [{"role": "user", "content": f"What is {a} + {7 * a}?"}],
+            "solution": f"{a}+{7 * a}={8 * a}",
+            "answer": str(8 * a),
+        }
         for a in range(1, 17)
     ]
     tokenizer = make_tokenizer()
@@ -100,20 +126,21 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
         **job["settings"],
     }
     evaluation = settings.pop("evaluation", None)
-    args = config_class(**settings)
+    args = config_class(job["method"])(**settings)
     shard_small_weights(args)
     grpo_trainer.shuffle_sequence_dict = (
         shuffle_sequence_dict if job["shuffle"] else partial(deal, num_micro_batches=args.steps_per_generation)
     )
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     model = job["model"] or make_model(tokenizer)
-    trainer = trainer_class(
+    grpo_reward = every_other if args.policy_loss_coef else None
+    trainer = SelfDistillationTrainer(
         model=use_flash_attention(model) if job["packed"] else model,
         args=args,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        rollout_func=fixed_rollouts,
-        reward_funcs=every_other if args.policy_loss_coef else None,
+        rollout_func=fixed_rollouts if args.completions == "on_policy" else None,
+        reward_funcs=REWARDS.get(job["method"], grpo_reward),
         peft_config=lora if job["weights"] == "lora" else None,
     )
     if evaluation is not None:
@@ -218,7 +245,17 @@ def report(trainer, num_passes: list[int], average: dict[str, torch.Tensor], out
     if not accelerator.is_main_process:
         return
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    names = ("loss", "distillation_loss", "entropy", "num_generated_tokens", "teacher_prompts/max_length")
+    names = (
+        "loss",
+        "distillation_loss",
+        "likelihood_loss",
+        "entropy",
+        "num_generated_tokens",
+        "context_rate",
+        "teacher_prompts/max_length",
+        "completions/retry_rate",
+        "completions/retry_success_rate",
+    )
     result = {name: [entry[name] for entry in history if name in entry] for name in names}
     result["benchmarks"] = [
         {name: value for name, value in entry.items() if name.startswith(("eval_playground", "step"))}

@@ -80,7 +80,15 @@ from ..objective import (
 from ..parts import make_part
 from ..sampling import Sampling
 from ..sampling.sources import SOURCES, CompletionSource
-from ..scoring import Networks, can_pack, can_share_prompts, causal_lm, evaluation_mode, keep_groups_together
+from ..scoring import (
+    Networks,
+    announce_head,
+    can_pack,
+    can_share_prompts,
+    causal_lm,
+    evaluation_mode,
+    keep_groups_together,
+)
 from ..serving import (
     ServerError,
     check_engine_context,
@@ -407,6 +415,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.loss = SelfDistillationLoss(args, self.accelerator, networks, args.objective(), self.signals)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             networks.check_logits(self.model)
+        announce_head(self.model)
         self._guard = SkipNonFiniteSteps()
         self.add_callback(self._guard)
         self.add_callback(_StepCallback(self))
