@@ -52,21 +52,9 @@ def of_odd_problems(prompts, completions, **kwargs):
     ]
 
 
-def by_text(prompts, completions, **kwargs):
-    """One process has nothing to try again."""
-    texts = [completion[0]["content"] for completion in completions]
-    return [
-        float(problem(prompt) % 4 in (3, 0) or sum(map(ord, text)) % 2)
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-
-
 def problem(prompt):
     """Number of a row, from 1."""
     return int(prompt[0]["content"].split()[2])
-
-
-REWARDS = {"rlrt": of_odd_problems, "sdpo": of_odd_problems, "star": by_text}
 
 
 def relabel_cpu_world() -> None:
@@ -93,6 +81,27 @@ def shard_small_weights(args: TrainingArguments) -> None:
     if args.deepspeed_plugin is not None:
         zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0
+
+
+def reward_of(method: str, args: TrainingArguments):
+    if args.completions == "hinted_retry":
+        return right_at_last()
+    if args.privileged_context == "peers" and method != "opsd":
+        return of_odd_problems
+    return every_other if args.policy_loss_coef else None
+
+
+def right_at_last():
+    seen = set()
+
+    def reward(prompts, **kwargs):
+        """The rows of the first of two processes are right, those of the second when they are asked for again."""
+        numbers = [problem(prompt) for prompt in prompts]
+        rewards = [float(number % 4 in (1, 2) or number in seen) for number in numbers]
+        seen.update(numbers)
+        return rewards
+
+    return reward
 
 
 def make_trainer(job: dict[str, Any], output_dir: Path):
@@ -133,14 +142,13 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
     )
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     model = job["model"] or make_model(tokenizer)
-    grpo_reward = every_other if args.policy_loss_coef else None
     trainer = SelfDistillationTrainer(
         model=use_flash_attention(model) if job["packed"] else model,
         args=args,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         rollout_func=fixed_rollouts if args.completions == "on_policy" else None,
-        reward_funcs=REWARDS.get(job["method"], grpo_reward),
+        reward_funcs=reward_of(job["method"], args),
         peft_config=lora if job["weights"] == "lora" else None,
     )
     if evaluation is not None:
@@ -245,17 +253,8 @@ def report(trainer, num_passes: list[int], average: dict[str, torch.Tensor], out
     if not accelerator.is_main_process:
         return
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    names = (
-        "loss",
-        "distillation_loss",
-        "likelihood_loss",
-        "entropy",
-        "num_generated_tokens",
-        "context_rate",
-        "teacher_prompts/max_length",
-        "completions/retry_rate",
-        "completions/retry_success_rate",
-    )
+    names = ("loss", "distillation_loss", "likelihood_loss", "entropy", "num_generated_tokens", "context_rate")
+    names += ("teacher_prompts/max_length", "completions/retry_rate", "completions/off_policy_rate")
     result = {name: [entry[name] for entry in history if name in entry] for name in names}
     result["benchmarks"] = [
         {name: value for name, value in entry.items() if name.startswith(("eval_playground", "step"))}

@@ -50,7 +50,9 @@ def make_trainer(model, dataset, tokenizer, training_args):
 
 
 def evaluations(trainer):
-    return {entry["step"]: entry for entry in trainer.state.log_history if "eval_sums/mean_tokens" in entry}
+    found = [entry for entry in trainer.state.log_history if "eval_sums/mean_tokens" in entry]
+    assert len({entry["step"] for entry in found}) == len(found)  # never twice
+    return {entry["step"]: entry for entry in found}
 
 
 def test_evaluates_before_while_and_after_training(

@@ -6,7 +6,7 @@ from serving.fake_server import FakeServer
 def serve(monkeypatch):
     """Start servers. TRL's client wants vLLM to be installed, although it only talks to one."""
     monkeypatch.setattr("trl.generation.vllm_client.is_vllm_available", lambda *args: True)
-    monkeypatch.setattr("trl_opsd.trainer.trainer.check_vllm_installed", lambda: None)
+    monkeypatch.setattr("trl_opsd.trainer.preparation.check_vllm_installed", lambda: None)
     servers = []
 
     def start(*args, **kwargs):

@@ -104,6 +104,7 @@ def test_resumed_equals_uninterrupted(make_trainer, lora, teacher, external):
         {"teacher": "ema", "teacher_offload": True},
         {"teacher": "periodic", "teacher_offload": True, "teacher_update_steps": 2},
         {"init_lora_weights": False, "lora": True},  # a random adapter, which the initial teacher copies
+        {"schedules": {"likelihood_coef": {"kind": "hysteresis", "value": 0.5, "low": 0.1, "warmup_steps": 2}}},
     ],
     ids=str,
 )

@@ -68,7 +68,7 @@ class Engine:
 
 @pytest.fixture
 def make_trainer(model_path, dataset, tokenizer, training_args, monkeypatch):
-    monkeypatch.setattr("trl_opsd.trainer.trainer.check_vllm_installed", lambda: None)
+    monkeypatch.setattr("trl_opsd.trainer.preparation.check_vllm_installed", lambda: None)
     monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
     monkeypatch.setattr(vllm_generation, "LLM", Engine, raising=False)
     monkeypatch.setattr(vllm_generation, "SamplingParams", SimpleNamespace, raising=False)

@@ -7,8 +7,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOTrainer
 
-from trl_opsd import OPSDConfig, OPSDTrainer, SelfDistillationConfig
-from trl_opsd.trainer.config import RETIRED
+from trl_opsd import OPSDConfig, OPSDTrainer
 
 
 ROW = {"prompt": [{"role": "user", "content": "What is 3 + 4?"}], "solution": "It is 7.", "answer": "7"}
@@ -60,6 +59,10 @@ def odd_needs_z(prompts, completions, answer, log_metric, log_extra, **kwargs):
     ]
 
 
+def half_of_them(completions, **kwargs):
+    return [float(ord(completion[-1]["content"][:1] or "a") % 2) for completion in completions]
+
+
 class TestHintedRetry:
     def test_right_retries_are_trained_on_as_answers_to_the_bare_prompt(self, make_trainer, dataset, says):
         trainer = make_trainer(odd_needs_z, completions="hinted_retry")
@@ -97,17 +100,33 @@ class TestHintedRetry:
         trainer._generate_and_score_completions(list(dataset.select(range(4))))
         assert len(says.asked) == 1
 
-    def test_trains_and_evaluates_on_policy(self, make_trainer, dataset):
+    def test_trains(self, make_trainer):
         trainer = make_trainer(odd_needs_z, completions="hinted_retry")
         trainer.train()
         [*losses] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert len(losses) == 2
         assert all(math.isfinite(loss) for loss in losses)
         assert "completions/retry_rate" in trainer.state.log_history[0]
+
+    def test_evaluation_is_on_policy(self, make_trainer, dataset, says):
+        trainer = make_trainer(odd_needs_z, completions="hinted_retry")
         trainer.model.eval()
         trainer._generate_and_score_completions(list(dataset.select(range(4))))
-        trainer.statistics["eval"].reduce(trainer.accelerator.gather)
-        assert "completions/retry_rate" not in trainer.statistics["eval"].take()
+        assert len(says.asked) == 1
+
+    @pytest.mark.usefixtures("deterministic")
+    def test_resumed_equals_uninterrupted(self, make_trainer, model, tmp_path):
+        initial = {name: value.clone() for name, value in model.state_dict().items()}
+        settings = {"completions": "hinted_retry", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        found = []
+        for resume in (None, str(tmp_path / "run" / "checkpoint-2")):
+            model.load_state_dict(initial)
+            trainer = make_trainer(half_of_them, **settings)
+            trainer.train(resume_from_checkpoint=resume)
+            names = ("loss", "completions/retry_rate", "num_generated_tokens")
+            found.append([[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry])
+        assert found[0] == found[1]
+        assert any(retries for _, retries, _ in found[0])
 
 
 def test_the_teacher_is_sampled_without_vllm(make_trainer, dataset, monkeypatch):
@@ -201,20 +220,14 @@ SERVED = {
     ],
 )
 def test_teachers_on_servers(refused, settings, message, monkeypatch):
-    monkeypatch.setattr("trl_opsd.trainer.trainer.check_vllm_installed", lambda: None)
+    monkeypatch.setattr("trl_opsd.trainer.preparation.check_vllm_installed", lambda: None)
     refused(message, **SERVED, **settings)
 
 
 def test_what_vllm_alone_understands_of_generation(refused, monkeypatch):
-    monkeypatch.setattr("trl_opsd.trainer.trainer.check_vllm_installed", lambda: None)
+    monkeypatch.setattr("trl_opsd.trainer.preparation.check_vllm_installed", lambda: None)
     settings = {"use_vllm": True, "vllm_mode": "colocate", "generation_kwargs": {"seed": 3}}
     refused("takes no `generation_kwargs", completions="teacher", **settings)
-
-
-@pytest.mark.parametrize("name", list(RETIRED))
-def test_fields_that_are_gone(name):
-    with pytest.raises(TypeError, match=f"`{name}` is no field of SelfDistillationConfig any more: .*(set|Set|add) "):
-        SelfDistillationConfig("out", **{name: None})
 
 
 def test_completion_ids_are_tensors_of_the_loss(make_trainer, dataset, says):

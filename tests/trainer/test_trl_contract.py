@@ -76,6 +76,7 @@ def test_what_reward_functions_log_is_there_until_rewards_are_returned():
     assert 'reward_kwargs["log_extra"] = self._log_completion_extra' in source
     assert "_pending_extra_logs" not in source
     assert "_pending_extra_logs[column].extend(values)" in inspect.getsource(GRPOTrainer._log_completion_extra)
+    assert "_pending_metrics[name].append(value)" in inspect.getsource(GRPOTrainer._log_metric)
     assert "self.environments = None\n" in inspect.getsource(GRPOTrainer.__init__)
 
 

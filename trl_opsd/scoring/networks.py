@@ -11,8 +11,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from ..objective import Head, TopLogProbs, token_log_probs
-from ..teacher import Teacher
+from ..objective import Head, token_log_probs
+from ..teacher import Targets, Teacher
 from .heads import causal_lm, head_of, unsharded
 from .logits import check_logits, check_packing
 from .packed import can_pack
@@ -176,7 +176,7 @@ class Networks:
         idle = [_idle_row(inputs)] * (number - len(passes))
         return [rows_of(kept, rows) for rows in passes] + idle
 
-    def targets(self, model: nn.Module, rows: dict[str, Any]) -> tuple[torch.Tensor | TopLogProbs, Head | None]:
+    def targets(self, model: nn.Module, rows: dict[str, Any]) -> Targets:
         """
         What the teacher says of some tokens.
 
@@ -187,8 +187,8 @@ class Networks:
                 Some rows. Their `divergence_mask` of shape `(b, T)` says which tokens.
 
         Returns:
-            `tuple[torch.Tensor | TopLogProbs, Head | None]`: states of shape `(number of those tokens, H)` and the
-            head that reads them, or what a server has reported.
+            [`Targets`]: states of shape `(number of those tokens, H)` and the head that reads them, or what a server
+            has reported.
         """
         return self.teacher.targets(model, rows, rows["divergence_mask"].bool(), partial(self._read, rows))
 

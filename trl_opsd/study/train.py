@@ -200,7 +200,7 @@ def make_trainer(spec: Run, model: str, rows: Any, output_dir: str) -> Any:
     }
     if arm.trainer != "sft":
         shared["max_completion_length"] = BASES[spec.base].family.max_completion_length
-    trainer = _MAKERS[arm.trainer](arm, model, rows, {**shared, **arm.settings})
+    trainer = _PEERS.get(arm.trainer, _self_distillation)(arm, model, rows, {**shared, **arm.settings})
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
@@ -235,19 +235,16 @@ def _sdft(arm: Arm, model: str, rows: Any, settings: dict[str, Any]) -> Any:
     return SDFTTrainer(model, args=args, train_dataset=rows)
 
 
-def _opsd(arm: Arm, model: str, rows: Any, settings: dict[str, Any]) -> Any:
-    from trl_opsd import OPSDConfig, OPSDTrainer
+def _self_distillation(arm: Arm, model: str, rows: Any, settings: dict[str, Any]) -> Any:
+    from trl_opsd import SelfDistillationTrainer
 
-    return OPSDTrainer(model, args=OPSDConfig(**settings), train_dataset=rows)
+    from ..methods import config_class
 
-
-def _opsdc(arm: Arm, model: str, rows: Any, settings: dict[str, Any]) -> Any:
-    from trl_opsd import OPSDCConfig, OPSDCTrainer
-
-    return OPSDCTrainer(model, args=OPSDCConfig(**settings), train_dataset=rows)
+    return SelfDistillationTrainer(model, args=config_class(arm.trainer)(**settings), train_dataset=rows)
 
 
-_MAKERS = {"sft": _sft, "grpo": _grpo, "sdft": _sdft, "opsd": _opsd, "opsdc": _opsdc}
+# TRL's own trainers; all others are methods of this library
+_PEERS = {"sft": _sft, "grpo": _grpo, "sdft": _sdft}
 
 
 def examine(

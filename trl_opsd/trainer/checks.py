@@ -3,12 +3,71 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..context import NoContext, PrivilegedContext, SampledContext, check_embedded
 from ..sampling.sources import CompletionSource
 from ..signal import Signals
 from .config import SelfDistillationConfig
+
+
+def check_model(model: Any, peft_config: Any) -> None:
+    """
+    Refuse adapters that put tokens in front of the prompt.
+
+    Raises:
+        ValueError: If there is such an adapter.
+    """
+    if getattr(peft_config or getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "Prefix, prompt and p-tuning put virtual tokens in front of the prompt, which would shift the teacher "
+            "and the student against each other. Use LoRA, or train all weights."
+        )
+
+
+def check_text_only(tokenizer: Any) -> None:
+    """
+    Refuse processors, of images and text.
+
+    Raises:
+        ValueError: If it is no tokenizer.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"What is trained on is text, and needs a tokenizer, got {type(tokenizer).__name__}. Pass "
+            "`processing_class=AutoTokenizer.from_pretrained(...)`."
+        )
+
+
+def check_number_of_rows(args: SelfDistillationConfig, train_dataset: Any) -> None:
+    """
+    Refuse a training set that is smaller than a batch.
+
+    Raises:
+        ValueError: If no batch could be drawn.
+    """
+    prompts_per_batch = args.generation_batch_size // args.num_generations
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < prompts_per_batch:
+        raise ValueError(
+            f"`train_dataset` has {len(train_dataset)} rows, fewer than the {prompts_per_batch} prompts of one "
+            "generation batch, so no batch could be drawn. Add rows, or lower `per_device_train_batch_size`, "
+            "`gradient_accumulation_steps` or `steps_per_generation`."
+        )
+
+
+def check_served_live_teacher(args: SelfDistillationConfig, rollout_func: Any) -> None:
+    """
+    Refuse a live teacher on a server that is not sent the current weights.
+
+    Raises:
+        ValueError: If something else samples the rollouts.
+    """
+    if args.teacher == "live" and args.teacher_server_base_url is not None and rollout_func is not None:
+        raise ValueError(
+            "`teacher_server_base_url` with `teacher='live'` cannot be combined with `rollout_func`: the server is "
+            "sent the current weights when it samples the rollouts. Drop one of them."
+        )
 
 
 def check_context(
@@ -179,6 +238,21 @@ def check_grpo_pass(policy: Any, router_aux_loss_coef: float) -> None:
         )
 
 
+def check_auxiliary_loss(args: SelfDistillationConfig, has_one: bool, coefficient: float) -> None:
+    """
+    Refuse the auxiliary loss of a mixture of experts beside passes of some rows.
+
+    Raises:
+        ValueError: If there is one, and rows are cut into passes.
+    """
+    if args.max_tokens_per_microbatch is not None and has_one:
+        raise ValueError(
+            f"`max_tokens_per_microbatch={args.max_tokens_per_microbatch}` cannot be combined with the auxiliary loss "
+            f"of a mixture of experts (`router_aux_loss_coef={coefficient}`), which is a statistic of the whole "
+            "micro-batch. Set `router_aux_loss_coef=0.0`, or leave `max_tokens_per_microbatch` unset."
+        )
+
+
 def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bool) -> None:
     """
     Refuse a loss without a term, and parts of a method that need a reward or a temperature where there is none.
@@ -213,10 +287,10 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
             raise ValueError(
                 f"`token_weights` has {type(part).__name__}, which needs `reward_funcs`. Pass some, or leave it out."
             )
-    for part in signals.policy_weightings:
+    for weighting in signals.policy_weightings:
         if args.distillation_temperature != args.temperature:
             raise ValueError(
-                f"`token_weights` has {type(part).__name__}, which compares log-probabilities of the student at "
+                f"`token_weights` has {type(weighting).__name__}, which compares log-probabilities of the student at "
                 f"`distillation_temperature={args.distillation_temperature}` with those it was sampled with, at "
                 f"`temperature={args.temperature}`. Set both to the same, or leave it out."
             )

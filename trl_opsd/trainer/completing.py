@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
 
+from ..context import as_text
 from ..sampling.sources import Completions, CompletionSource, Prompts
 
 
@@ -45,7 +46,7 @@ class Engines:
 class Completing:
     """
     Completes the prompts of this process once. Sources ask for as many completions as they like: processes that ask
-    for fewer than others sample and grade the first row besides.
+    for fewer than others sample and grade the first row besides, which counts for nothing.
 
     Args:
         engines ([`Engines`]):
@@ -92,7 +93,7 @@ class Completing:
                 step=step,
                 seed=seed,
                 process_index=self._engines.process_index,
-                rollouts=lambda: self._counted(self._engines.rollouts()),
+                rollouts=lambda: self._counted(*self._engines.rollouts(), len(self._rows)),
                 some_rollouts=lambda rows: self._sample([self._prompt_ids[row] for row in rows]),
                 sample=lambda prompts: self._sample(prompts).ids,
                 sample_teacher=lambda prompts: self._sample(prompts, by_teacher=True).ids,
@@ -110,21 +111,18 @@ class Completing:
         completions.rates = off_policy | completions.rates
         return completions
 
-    def _counted(self, sampled: tuple[list[list[int]], Any]) -> Completions:
-        self.num_sampled += sum(map(len, sampled[0]))
-        return Completions(list(sampled[0]), None if sampled[1] is None else list(sampled[1]))
+    def _counted(self, ids: list[list[int]], log_probs: Any, number: int) -> Completions:
+        """What was sampled for some prompts, without what was sampled besides."""
+        self.num_sampled += sum(map(len, ids[:number]))
+        return Completions(list(ids[:number]), None if log_probs is None else list(log_probs[:number]))
 
     def _sample(self, prompts: Sequence[list[int]], by_teacher: bool = False) -> Completions:
         asked = self._even(prompts, self._prompt_ids[0])
         if not asked:
             return Completions([])
         if by_teacher:
-            found = self._counted((self._engines.sample_teacher(asked), None))
-        else:
-            found = self._counted(self._engines.sample(asked))
-        return Completions(
-            found.ids[: len(prompts)], None if found.log_probs is None else found.log_probs[: len(prompts)]
-        )
+            return self._counted(self._engines.sample_teacher(asked), None, len(prompts))
+        return self._counted(*self._engines.sample(asked), len(prompts))
 
     def _grade(self, rows: Sequence[int], completion_ids: Sequence[list[int]]) -> list[bool | None]:
         pairs = self._even(list(zip(rows, completion_ids, strict=True)), (0, []))
@@ -165,3 +163,84 @@ def decoded(
         return [[parse_response(tokenizer, ids, prefix=prefix, tools=None)] for prefix, ids in pairs]
     texts = tokenizer.batch_decode(list(completion_ids), skip_special_tokens=True)
     return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, end_token_id: int, max_completion_length: int | None, completion: Any
+) -> list[int]:
+    """
+    Token ids of a dataset's completion, with the token that ends it.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        end_token_id (`int`):
+            The token that ends it.
+        max_completion_length (`int`, *optional*):
+            Most tokens.
+        completion (`str` or `list[dict[str, Any]]`):
+            Text or messages.
+
+    Raises:
+        ValueError: If it is longer.
+    """
+    if not isinstance(completion, str):
+        completion = "".join(message["content"] for message in as_text(completion))
+    ids = [*tokenizer(completion, add_special_tokens=False)["input_ids"], end_token_id]
+    if max_completion_length is not None and len(ids) > max_completion_length:
+        raise ValueError(
+            f"The completion {completion[:60]!r}... of the dataset has {len(ids)} tokens, more than "
+            f"`max_completion_length={max_completion_length}`. It is never truncated: raise the limit, or drop the "
+            "row."
+        )
+    return ids
+
+
+def with_stand_ins(
+    completion_ids: Sequence[Sequence[int]], log_probs: Any, end_token_id: int
+) -> tuple[list[list[int]], Any, set[int]]:
+    """
+    Completions without tokens, replaced by an end token, since GRPOTrainer looks at the last token of each.
+
+    Args:
+        completion_ids (`Sequence[Sequence[int]]`):
+            Token ids.
+        log_probs (`list[list[float | None]]`, *optional*):
+            What the sampler reports of them. Changed where there is nothing.
+        end_token_id (`int`):
+            The end token.
+
+    Returns:
+        `tuple[list[list[int]], list[list[float | None]] | None, set[int]]`: both, and which were empty.
+    """
+    ids, empty = [list(its) for its in completion_ids], set()
+    for index, its in enumerate(ids):
+        if not its:
+            empty.add(index)
+            its.append(end_token_id)
+            if log_probs is not None:
+                log_probs[index] = [None]
+    return ids, log_probs, empty
+
+
+def without_empty(rollout_func: Callable[..., dict[str, Any]], mark: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    A rollout function whose empty completions are marked, and no part of which is the student's.
+
+    Args:
+        rollout_func (`Callable[..., dict[str, Any]]`):
+            The function.
+        mark (`Callable`):
+            From token ids and log-probabilities to the same without empty completions, and which were empty.
+    """
+
+    def marked(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        output = dict(rollout_func(prompts, trainer))
+        if "completion_ids" in output:
+            ids, log_probs, empty = mark(output["completion_ids"], output.get("logprobs"))
+            output["completion_ids"], output["logprobs"] = ids, log_probs
+            for index in empty if "env_mask" in output else ():
+                output["env_mask"][index] = [0]
+        return output
+
+    return marked

@@ -19,8 +19,18 @@ from ..objective import (
     fused_divergence,
     share_of_rows,
 )
-from ..scoring import Networks, evaluation_mode, head_of, rows_of, unsharded
+from ..scoring import (
+    Networks,
+    can_pack,
+    can_share_prompts,
+    causal_lm,
+    evaluation_mode,
+    head_of,
+    rows_of,
+    unsharded,
+)
 from ..signal import Signals, TokenScores
+from ..teacher import Teacher
 from .config import SelfDistillationConfig
 
 
@@ -262,40 +272,47 @@ class SelfDistillationLoss:
         parameters = [parameter for head in heads for parameter in (head.weight, head.bias)]
         with maybe_gather_lm_head_ctx(*parameters), self._accelerator.autocast():
             student_head = unsharded(student_head)
-            teacher_head = None if teacher_head is None else unsharded(teacher_head)
             device = student_head.weight.device
             hidden, token_ids = hidden.to(device), rows["completion_ids"][selected]
-            teacher_states = None if teacher_states is None else teacher_states.to(device)
-            factors = self._factors(
-                rows, selected, partial(self.networks.log_probs_of, hidden, student_head, token_ids, selected), policy
-            )
-            inside = rows["divergence_mask"].bool()[selected]
-            groups = [(inside, teacher_states, teacher_head)]
-            if teacher_states is None:
-                groups = [(~inside, None, None)]
-            elif not inside.all():  # of the others nothing but their likelihood counts
-                groups.append((~inside, None, None))
+            if teacher_states is not None:
+                targets = teacher_states.to(device), None if teacher_head is None else unsharded(teacher_head)
+            read = partial(self.networks.log_probs_of, hidden, student_head, token_ids, selected)
+            factors = self._factors(rows, selected, read, policy)
+            groups = self._groups(rows["divergence_mask"].bool()[selected], targets, factors.likelihood is not None)
             loss, log_probs, outputs = factors.policy_value, torch.zeros(len(hidden), device=device), []
             for tokens, states, head in groups:
+                of_these = partial(_at, tokens)
                 output = fused_divergence(
-                    hidden if tokens.all() else hidden[tokens],
+                    of_these(hidden),
                     states,
                     student_head,
                     head,
-                    token_ids[tokens],
-                    factors.divergence[tokens],
+                    of_these(token_ids),
+                    of_these(factors.divergence),
                     self._objective,
-                    likelihood_weights=None if factors.likelihood is None else factors.likelihood[tokens],
+                    likelihood_weights=None if factors.likelihood is None else of_these(factors.likelihood),
                     memory_budget=self._args.divergence_memory,
                     kernel=self._args.divergence_kernel,
                 )
-                log_probs[tokens] = output.student_log_prob.float().where(output.finite.bool(), 0.0)
+                if factors.likelihood is not None:
+                    log_probs[slice(None) if tokens is None else tokens] = output.student_log_prob.to(log_probs).where(
+                        output.finite.bool(), 0.0
+                    )
                 loss = loss + output.loss
                 outputs.append(output)
             if factors.policy is not None:  # its likelihood is there for the gradient
                 loss = loss + (factors.policy * log_probs).sum()
-            divergence = _none_of(outputs[0]) if teacher_states is None else outputs[0]
+            divergence = _none_of(outputs[0]) if targets[0] is None else outputs[0]
             return PassLoss(loss, divergence, -log_probs[rows["likelihood_mask"].bool()[selected]])
+
+    @staticmethod
+    def _groups(
+        inside: torch.Tensor, targets: tuple[torch.Tensor | TopLogProbs | None, Head | None], counts_others: bool
+    ) -> list[tuple[torch.Tensor | None, torch.Tensor | TopLogProbs | None, Head | None]]:
+        """The tokens of each call of the fused loss, `None` for all, and their targets."""
+        if targets[0] is None or not counts_others or inside.all():
+            return [(None, *targets)]
+        return [(inside, *targets), (~inside, None, None)]  # of the others nothing but their likelihood counts
 
     def _factors(
         self,
@@ -313,7 +330,7 @@ class SelfDistillationLoss:
         if policy is not None:
             value, slope = policy(rows, read)
             likelihood, slope = likelihood + slope, slope[selected]
-        elif not rows["likelihood_mask"].any():
+        elif self._signals.coefficients["likelihood_coef"] == 0.0:
             likelihood = None
         return _Factors(divergence[selected], None if likelihood is None else likelihood[selected], slope, value)
 
@@ -326,12 +343,77 @@ class _Factors(NamedTuple):
     policy_value: torch.Tensor
 
 
+def make_networks(
+    args: SelfDistillationConfig,
+    accelerator: Accelerator,
+    policy: Any,
+    teacher: Teacher,
+    pad_to_multiple_of: int | None,
+) -> Networks:
+    """Student and teacher, as the configuration has them read."""
+    shares_prompts, packs_rows = False, can_pack(causal_lm(accelerator.unwrap_model(policy)))
+    with teacher.weights(policy) as module:
+        if module is not None:
+            model = causal_lm(accelerator.unwrap_model(module))
+            shares_prompts, packs_rows = can_share_prompts(model), packs_rows and can_pack(model)
+    return Networks(
+        accelerator,
+        teacher,
+        shares_prompts,
+        packs_rows,
+        pad_to_multiple_of,
+        args.max_tokens_per_microbatch,
+        cast(float, args.distillation_temperature),
+        args.divergence_memory,
+        args.divergence_kernel,
+    )
+
+
+def policy_term(
+    loss_of: Callable[[dict[str, Any], torch.Tensor, torch.Tensor], torch.Tensor],
+    reads_values: Callable[[dict[str, Any]], bool],
+    rows: dict[str, Any],
+    log_probs: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    A loss that depends on the student through its log-probabilities alone, as a [`PolicyTerm`].
+
+    Args:
+        loss_of (`Callable`):
+            From rows, log-probabilities and entropies, both of shape `(B, T)`, to the loss.
+        reads_values (`Callable`):
+            From rows to whether the loss or its gradient depends on the values of the log-probabilities. Otherwise
+            they are left at 0: the ratio to themselves is 1.
+        rows (`dict[str, Any]`):
+            Some rows.
+        log_probs (`Callable`):
+            Gives their log-probabilities and entropies.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the loss, and minus its derivative with respect to each log-probability.
+    """
+    if reads_values(rows):
+        student_log_probs, entropies = log_probs()
+    else:
+        shape = rows["completion_mask"].shape
+        student_log_probs, entropies = rows["completion_mask"].new_zeros(2, *shape, dtype=torch.float32)
+    with torch.enable_grad():
+        student_log_probs = student_log_probs.detach().requires_grad_()
+        loss = loss_of(rows, student_log_probs, entropies)
+        (slope,) = torch.autograd.grad(loss, student_log_probs)
+    return loss.detach(), -slope
+
+
 def _scaled(policy: PolicyTerm, factor: torch.Tensor) -> PolicyTerm:
     def scaled(rows, log_probs):
         value, slopes = policy(rows, log_probs)
         return value * factor, slopes * factor
 
     return scaled
+
+
+def _at(tokens: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    return values if tokens is None else values[tokens]
 
 
 def _none_of(output: FusedDivergence) -> FusedDivergence:

@@ -1,6 +1,7 @@
 """What is logged: sums and counts, reduced over processes once per optimizer step."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -209,3 +210,13 @@ def add_policy(
             add(name, values[~values.isnan()])
     known = {*counts, "clip_ratio/low_min", "clip_ratio/high_max", "entropy"}
     return {name: values for name, values in logged.items() if name not in known}
+
+
+def warn_of_clip(clip: float | None, divergence: float) -> None:
+    """Say what it means that the mean loss of a step is negative."""
+    warnings.warn(
+        f"With `divergence_clip={clip}` the mean loss of a step is negative ({divergence:.4g}): the clip cuts so much "
+        "of the positive entries that the sum is no divergence any more, and making it smaller need not bring the "
+        "student closer to the teacher. Raise the clip.",
+        stacklevel=3,
+    )

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -33,3 +33,37 @@ def random_numbers(*key: int, device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+class Draws:
+    """
+    Random numbers by step, so that a resumed run draws the same, and so do the processes of a tensor-parallel engine,
+    whose own random numbers part ways in training.
+
+    Args:
+        seed (`int`):
+            Seed of the run.
+    """
+
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._num_draws: dict[tuple[int, ...], tuple[tuple[int, ...], int]] = {}
+
+    def random_numbers(
+        self, key: tuple[int, ...], stream: tuple[int, ...], device: torch.device
+    ) -> AbstractContextManager[None]:
+        """
+        As [`random_numbers`], others at each call.
+
+        Args:
+            key (`tuple[int, ...]`):
+                Where the run is.
+            stream (`tuple[int, ...]`):
+                What tells a purpose from others.
+            device (`torch.device`):
+                See there.
+        """
+        last_key, num_draws = self._num_draws.get(stream, (key, -1))
+        num_draws = num_draws + 1 if key == last_key else 0
+        self._num_draws[stream] = key, num_draws
+        return random_numbers(self._seed, *key, num_draws, *stream, device=device)

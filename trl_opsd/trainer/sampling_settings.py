@@ -1,6 +1,7 @@
 """A way of sampling, as the engines of GRPOTrainer's rollouts are told of it: the attributes to set."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import GenerationConfig
@@ -31,3 +32,31 @@ def transformers_settings(sampling: Sampling, generation_kwargs: Mapping[str, An
         kwargs |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         kwargs |= others
     return {"generation_config": GenerationConfig(**kwargs, disable_compile=True), "generation_kwargs": kwargs}
+
+
+@contextmanager
+def changed_settings(target: Any, settings: Mapping[str, Any], models: Sequence[Any]) -> Iterator[None]:
+    """
+    Inside, sampling is done by other settings.
+
+    Args:
+        target (`Any`):
+            Object whose attributes they are.
+        settings (`Mapping[str, Any]`):
+            The attributes.
+        models (`Sequence[Any]`):
+            Models whose own generation configuration says nothing meanwhile: `generate` fills what another leaves open
+            from it, say with a repetition penalty.
+    """
+    originals = {name: getattr(target, name) for name in settings}
+    vars(target).update(settings)
+    unique = {id(model): model for model in models}.values()
+    own_configs = [model.generation_config for model in unique]
+    for model in unique:
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for model, config in zip(unique, own_configs, strict=True):
+            model.generation_config = config
+        vars(target).update(originals)

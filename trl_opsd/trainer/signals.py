@@ -1,6 +1,9 @@
-"""From the configuration to the parts that write the loss's streams."""
+"""The parts that write the loss's streams: from the configuration, and what they make of a batch."""
 
+from collections.abc import Callable, Collection
 from typing import Any, cast
+
+import torch
 
 from ..parts import make_part
 from ..signal import (
@@ -9,12 +12,15 @@ from ..signal import (
     SCHEDULES,
     TOKEN_WEIGHTS,
     Advantage,
+    Batch,
     PolicyWeighting,
     Schedule,
     Signals,
+    TokenScores,
     TokenWeighting,
 )
 from .config import SelfDistillationConfig
+from .metrics import Metrics
 
 
 def make_signals(args: SelfDistillationConfig) -> Signals:
@@ -44,3 +50,53 @@ def _check_kind(slot: str, part: Any, bases: tuple[type, ...]) -> None:
     if not isinstance(part, bases):
         names = " or ".join(base.__name__ for base in bases)
         raise ValueError(f"`{slot}` names {type(part).__name__}, which is no subclass of {names}.")
+
+
+def make_streams(
+    signals: Signals,
+    batch: dict[str, Any],
+    empty_rows: Collection[int],
+    score: Callable[[dict[str, Any]], TokenScores],
+    total: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    metrics: Metrics,
+) -> dict[str, torch.Tensor]:
+    """
+    What the parts make of a generation batch. All processes call this at once.
+
+    Args:
+        signals ([`Signals`]):
+            The parts.
+        batch (`dict[str, Any]`):
+            Generation batch.
+        empty_rows (`Collection[int]`):
+            Rows without a token of the student's.
+        score (`Callable[[dict[str, Any]], TokenScores]`):
+            From a batch, whose `divergence_mask` says which tokens, to their scores. Called if a part needs them.
+        total (`Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]`):
+            From counts of each process to their sums.
+        metrics ([`Metrics`]):
+            Where the share of rows that each term counts goes.
+
+    Returns:
+        `dict[str, torch.Tensor]`: see [`Signals.streams`]; besides, the number of rows and tokens, on all processes,
+        that the terms count.
+    """
+    mask = (batch.get("tool_mask", 1) * batch["completion_mask"]).bool()
+    mask[sorted(empty_rows)] = False
+    rollouts = Batch(
+        batch["completion_ids"],
+        mask,
+        has_context=batch["has_context"].unsqueeze(1),
+        rewards=batch["rewards"].unsqueeze(1),
+        correct=batch["correct"].unsqueeze(1) == 1,
+        success_rate=batch["success_rate"].unsqueeze(1),
+    )
+    scores = score({**batch, "divergence_mask": mask & rollouts.has_context}) if signals.needs_scores else None
+    streams = signals.streams(batch["advantages"], rollouts, scores)
+    counts: dict[str, torch.Tensor] = {}
+    for term in ("divergence", "likelihood"):
+        rows = streams[f"{term}_mask"].any(dim=1)
+        counts |= {f"num_{term}_rows": rows.sum(), f"num_{term}_tokens": streams[f"{term}_mask"].sum()}
+        if signals.coefficients[f"{term}_coef"]:
+            metrics.add_rate(f"{term}_row_rate", rows.sum(), torch.ones_like(rows).sum())
+    return streams | total({name: count.float() for name, count in counts.items()})

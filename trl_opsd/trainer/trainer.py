@@ -37,7 +37,6 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
 """
 
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -51,9 +50,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
@@ -63,42 +59,25 @@ from trl.trainer.utils import get_config_model_id
 
 from ..context import (
     SampledContext,
-    TeacherPrompt,
-    TextContext,
     as_text,
     check_embedded,
-    make_context,
-    thinking_prefix,
     without_end,
 )
-from ..data import validate_rows
 from ..guard import SkipNonFiniteSteps
 from ..objective import (
     FusedDivergence,
     generalized_jsd_loss,
 )
-from ..parts import make_part
 from ..sampling import Sampling
-from ..sampling.sources import SOURCES, CompletionSource
-from ..scoring import (
-    Networks,
-    announce_head,
-    can_pack,
-    can_share_prompts,
-    causal_lm,
-    evaluation_mode,
-    keep_groups_together,
-)
+from ..scoring import announce_head, causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
     ServerError,
     check_engine_context,
-    check_vllm_installed,
     longest_prompt,
     prepare_sampler,
     report_failures,
-    wait_for_sampler,
 )
-from ..signal import Batch
+from ..signal import TokenScores
 from ..teacher import Teacher, fingerprint
 from .batch import (
     Generation,
@@ -110,24 +89,23 @@ from .batch import (
 )
 from .checkpoints import load_weights
 from .checks import (
-    check_completion_length,
-    check_completions,
+    check_auxiliary_loss,
     check_context,
     check_grpo_pass,
     check_signals,
-    check_special_tokens,
 )
-from .completing import Completing, Engines, decoded
+from .completing import Completing, Engines, decoded, encoded, with_stand_ins, without_empty
 from .config import SelfDistillationConfig
-from .lengths import fit_completions, prompt_budget
-from .loss import SelfDistillationLoss
+from .loss import SelfDistillationLoss, make_networks, policy_term
 from .method import Method
-from .metrics import Metrics, add_contexts, add_divergence, add_policy, add_sampler_difference
-from .random_numbers import random_numbers
+from .metrics import Metrics, add_contexts, add_divergence, add_policy, add_sampler_difference, warn_of_clip
+from .preparation import prepare
+from .random_numbers import Draws
 from .run_state import Attributes, ProcessFiles, RunState, Stateful, dataset_summary
-from .sampling_settings import transformers_settings, vllm_settings
-from .signals import make_signals
-from .teachers import connect_teacher, load_teacher
+from .sampling_settings import changed_settings, transformers_settings, vllm_settings
+from .signals import make_streams
+from .steps import OrderOfEpochs, StepCallback
+from .teachers import load_teacher
 from .world import check_world
 
 
@@ -221,91 +199,27 @@ class SelfDistillationTrainer(GRPOTrainer):
             )
         if args.method is not None:
             self._present_as(args.method)
-        if getattr(peft_config or getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            raise ValueError(
-                "Prefix, prompt and p-tuning put virtual tokens in front of the prompt, which would shift the teacher "
-                "and the student against each other. Use LoRA, or train all weights."
-            )
-
-        if args.use_vllm or args.teacher_server_base_url is not None:
-            check_vllm_installed()
-
-        # Everything that can be wrong with the data is found before the model is loaded
-        self.context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
-        num_generations, has_rewards = cast(int, args.num_generations), bool(reward_funcs or environment_factory)
-        has_feedback = has_rewards or rollout_func is not None
-        check_context(self.context, num_generations, train_dataset, has_rewards, has_feedback)
-        self.completion_source: CompletionSource = make_part(
-            "completions", args.completions, cast(dict[str, Any] | None, args.completions_kwargs), SOURCES
+        run = prepare(
+            args,
+            model,
+            model_id,
+            processing_class,
+            train_dataset,
+            eval_dataset,
+            reward_funcs,
+            peft_config,
+            tools,
+            rollout_func,
+            environment_factory,
         )
-        itself = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
-        check_completions(args, self.completion_source, self.context, bool(reward_funcs), itself)
-        self.signals = make_signals(args)
-        check_signals(self.signals, args, has_rewards)
-        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
-        if processing_class is None:
-            # Not a processor, which multimodal checkpoints have too: what is trained on is text
-            processing_class = AutoTokenizer.from_pretrained(
-                model_id,
-                revision=revision,
-                truncation_side="left",
-                padding_side="left",
-                trust_remote_code=args.trust_remote_code,
-            )
-        if not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise ValueError(
-                f"{type(self).__name__} trains on text and needs a tokenizer, got {type(processing_class).__name__}. "
-                "Pass `processing_class=AutoTokenizer.from_pretrained(...)`."
-            )
-        model_config = (
-            AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
-            if isinstance(model, str)
-            else model.config
-        )
-        check_special_tokens(processing_class, getattr(model_config.get_text_config(), "vocab_size", None))
-        check_completion_length(args, model_config, samples_itself=rollout_func is None)
-        served = connect_teacher(args, processing_class, model_config)
-        limits = (
-            getattr(model_config.get_text_config(), "max_position_embeddings", None),
-            None if served is None else served.context_length,
-        )
-        context_length = min((limit for limit in limits if limit is not None), default=None)
-        self.teacher_prompt = self._make_teacher_prompt(args, processing_class, model_config, context_length)
-        self._data_columns = (*self.context.columns, *self.completion_source.columns)
-        if environment_factory is None:  # otherwise the prompt comes from the environment
-            train_dataset = self._check_dataset(train_dataset, "train_dataset", tools)
-            prompts_per_batch = args.generation_batch_size // args.num_generations
-            if isinstance(train_dataset, Dataset) and len(train_dataset) < prompts_per_batch:
-                raise ValueError(
-                    f"`train_dataset` has {len(train_dataset)} rows, fewer than the {prompts_per_batch} prompts of "
-                    "one generation batch, so no batch could be drawn. Add rows, or lower "
-                    "`per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
-                )
-            if isinstance(eval_dataset, dict):
-                eval_dataset = type(eval_dataset)(
-                    {
-                        name: self._check_dataset(data, f"eval_dataset[{name!r}]", tools)
-                        for name, data in eval_dataset.items()
-                    }
-                )
-            elif eval_dataset is not None:
-                eval_dataset = self._check_dataset(eval_dataset, "eval_dataset", tools)
-        fit_completions(args, context_length, self.teacher_prompt.longest or self.teacher_prompt.max_length or 0)
-        if args.teacher == "live" and served is not None and rollout_func is not None:
-            raise ValueError(
-                "`teacher_server_base_url` with `teacher='live'` cannot be combined with `rollout_func`: the server "
-                "is sent the current weights when it samples the rollouts. Drop one of them."
-            )
-        if args.use_vllm and args.vllm_mode == "server":
-            url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-            wait_for_sampler(url, args.vllm_server_timeout, is_main_process=args.process_index == 0)
+        self.context, self.completion_source, self.signals = run.context, run.completions, run.signals
+        self.teacher_prompt, self._data_columns = run.teacher_prompt, run.columns
 
         # Set by the generation methods for the batch in hand
         self._first_turn = False
-        self._num_draws: dict[tuple[int, ...], tuple[tuple[int, ...], int]] = {}
+        self._draws = Draws(args.seed)
         self._generation_step = -1
         self._first_micro_batch = 0
-        self._train_sampler = None
         self._rows: list[Mapping[str, Any]] = []
         self._empty_rollouts: set[int] = set()
         self._extra_tokens = 0
@@ -318,25 +232,25 @@ class SelfDistillationTrainer(GRPOTrainer):
             model=model,
             reward_funcs=reward_funcs or [_no_reward],
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            train_dataset=run.train_dataset,
+            eval_dataset=run.eval_dataset,
+            processing_class=run.tokenizer,
             reward_processing_classes=reward_processing_classes,
             callbacks=callbacks,
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
             tools=tools,
-            rollout_func=None if rollout_func is None else self._without_empty_rollouts(rollout_func),
+            rollout_func=None if rollout_func is None else without_empty(rollout_func, self._mark_empty_rollouts),
             environment_factory=environment_factory,
         )
         if self.reward_funcs[0] is _no_reward:
             for values in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
                 values.pop(0)
             self.reward_weights = self.reward_weights[1:]
-        if has_rewards and not self.reward_funcs:  # the environment gives none, which is known only now
+        if environment_factory is not None and not self.reward_funcs:  # it gives none, which is known only now
             check_signals(self.signals, args, has_reward=False)
-            check_context(self.context, num_generations, train_dataset, has_rewards=False, has_feedback=True)
+            check_context(self.context, self.num_generations, run.train_dataset, has_rewards=False, has_feedback=True)
         self._teacher_inputs = TeacherInputs(
             self.teacher_prompt,
             self.reward_weights,
@@ -371,13 +285,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         )
         if self._has_grpo_terms and not self._shares_student_pass:
             check_grpo_pass(causal_lm(self.model), self.router_aux_loss_coef)
-        if self.args.max_tokens_per_microbatch is not None and self.aux_loss_enabled:
-            raise ValueError(
-                f"`max_tokens_per_microbatch={self.args.max_tokens_per_microbatch}` cannot be combined with the "
-                f"auxiliary loss of a mixture of experts (`router_aux_loss_coef={self.router_aux_loss_coef}`), which "
-                "is a statistic of the whole micro-batch. Set `router_aux_loss_coef=0.0`, or leave "
-                "`max_tokens_per_microbatch` unset."
-            )
+        check_auxiliary_loss(args, self.aux_loss_enabled, self.router_aux_loss_coef)
         self.teacher_prompt.chat_template = self.chat_template
 
         # With the correction on, GRPO logs it. vLLM's log-probabilities are those of what it samples from
@@ -394,31 +302,16 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.context_length = self._prepare_sampler()
         fingerprints: dict[str, str | None] = {"model": fingerprint(self.model)}
         starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
-        self.teacher: Teacher = served or load_teacher(args, self.accelerator, self.model, starts_at_zero)
+        self.teacher: Teacher = run.served_teacher or load_teacher(args, self.accelerator, self.model, starts_at_zero)
         fingerprints["teacher"] = self.teacher.fingerprint
-        shares_prompts, packs_rows = False, can_pack(causal_lm(self.accelerator.unwrap_model(self.model)))
-        with self.teacher.weights(self.model) as module:
-            if module is not None:
-                teacher = causal_lm(self.accelerator.unwrap_model(module))
-                shares_prompts, packs_rows = can_share_prompts(teacher), packs_rows and can_pack(teacher)
-        networks = Networks(
-            self.accelerator,
-            self.teacher,
-            shares_prompts,
-            packs_rows,
-            self.pad_to_multiple_of,
-            args.max_tokens_per_microbatch,
-            cast(float, args.distillation_temperature),
-            args.divergence_memory,
-            args.divergence_kernel,
-        )
+        networks = make_networks(args, self.accelerator, self.model, self.teacher, self.pad_to_multiple_of)
         self.loss = SelfDistillationLoss(args, self.accelerator, networks, args.objective(), self.signals)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             networks.check_logits(self.model)
         announce_head(self.model)
         self._guard = SkipNonFiniteSteps()
         self.add_callback(self._guard)
-        self.add_callback(_StepCallback(self))
+        self.add_callback(StepCallback(self.teacher, self.signals, self.statistics["train"], self._begin_step))
 
         self.run_state = self._make_run_state(fingerprints)
 
@@ -438,56 +331,6 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _sampler_index(self) -> int:
         """Which of several streams of random numbers this process samples by: tensor-parallel ones share theirs."""
         return self.accelerator.process_index // (self.args.vllm_tensor_parallel_size if self.use_vllm else 1)
-
-    def _make_teacher_prompt(
-        self,
-        args: SelfDistillationConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        model_config: Any,
-        context_length: int | None,
-    ) -> TeacherPrompt:
-        student_kwargs = cast(dict[str, Any], args.chat_template_kwargs or {})
-        teacher_kwargs = cast(dict[str, Any] | None, args.teacher_chat_template_kwargs)
-        teacher_kwargs = student_kwargs if teacher_kwargs is None else teacher_kwargs
-        prefix, chat_prefix = args.teacher_generation_prefix, ""
-        if prefix is None:
-            prefix, chat_prefix = "", thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
-
-        asked = self.context.sampling["max_new_tokens"] if isinstance(self.context, SampledContext) else 0
-        policy_context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-        return TeacherPrompt(
-            context=self.context,
-            tokenizer=tokenizer,
-            chat_template_kwargs=teacher_kwargs,
-            generation_prefix=prefix,
-            max_length=prompt_budget(args, context_length),
-            skip_overlong=args.overlong_teacher_prompt == "skip",
-            num_embeddings=getattr(model_config.get_text_config(), "vocab_size", None),
-            chat_prefix=chat_prefix,
-            student_template_kwargs=student_kwargs,
-            max_sample_length=None if policy_context is None else policy_context - asked,
-        )
-
-    def _check_dataset(self, dataset: Any, name: str, tools: list[Callable] | None) -> Any:
-        if dataset is None:
-            return None
-        columns = dataset.column_names or []
-        if images := {"image", "images"} & set(columns):
-            raise ValueError(
-                f"`{name}` has the column {sorted(images)[0]!r}, but the teacher's prompt is text only. Remove it."
-            )
-        # Completions may be messages, and a context of the user's may read anything
-        texts = self.context.columns if isinstance(self.context, TextContext) else ()
-        structured = [column for column in self._data_columns if column not in texts]
-        dataset = validate_rows(dataset, self._data_columns, name=name, structured=structured)
-        first = next(iter(dataset))
-        if not isinstance(first["prompt"], str) and self.teacher_prompt.tokenizer.chat_template is None:
-            raise ValueError(
-                f"`{name}` has conversational prompts, but the tokenizer has no chat template. Use a model with one, "
-                "set `tokenizer.chat_template`, or pass prompts as strings."
-            )
-        self.teacher_prompt.check_rows(dataset, name, tools)
-        return dataset
 
     def _make_run_state(self, fingerprints: dict[str, str | None]) -> RunState:
         data = dataset_summary(self.train_dataset, ("prompt", *self._data_columns))
@@ -563,13 +406,13 @@ class SelfDistillationTrainer(GRPOTrainer):
             self._sample_rollouts, prompt_ids, images, multimodal_fields, num_generations, has_tool_images
         )
         if not self.model.training or not self.completion_source.replaces_rollouts:
-            return self._mark_empty_rollouts(*rollouts())
+            return self._mark_empty_rollouts(*rollouts())[:2]
         completing = Completing(self._engines(rollouts, prompt_ids), self._rows, prompt_ids, gather_object)
         completions = completing(self.completion_source, self.args.seed, self.state.global_step)
         self._extra_tokens = completing.num_sampled - sum(map(len, completions.ids))
         for name, pair in completions.rates.items():
             self.statistics["train"].add_rate(name, *torch.tensor(pair, device=self.accelerator.device))
-        return self._mark_empty_rollouts(completions.ids, completions.log_probs)
+        return self._mark_empty_rollouts(completions.ids, completions.log_probs)[:2]
 
     def _sample_rollouts(self, *args: Any) -> tuple[list[list[int]], Any]:
         if not self._samples_in_process:
@@ -578,13 +421,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             return super()._generate_single_turn(*args)
 
     def _random_numbers(self, *stream: int) -> AbstractContextManager[None]:
-        # By step, so that a resumed run draws the same, and so do the processes of a tensor-parallel engine, whose own
-        # random numbers part ways in training
-        key = (self.args.seed, self.state.global_step, int(self.model.training), self._sampler_index)
-        last_key, num_draws = self._num_draws.get(stream, (key, -1))
-        num_draws = num_draws + 1 if key == last_key else 0
-        self._num_draws[stream] = key, num_draws
-        return random_numbers(*key, num_draws, *stream, device=self.accelerator.device)
+        key = (self.state.global_step, int(self.model.training), self._sampler_index)
+        return self._draws.random_numbers(key, stream, self.accelerator.device)
 
     def sample(self, prompt_ids: list[list[int]], sampling: Sampling, stream: int = 0) -> list[list[int]]:
         """
@@ -611,61 +449,36 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     @contextmanager
     def _sampling_as(self, sampling: Sampling) -> Iterator[None]:
-        target: Any = self.vllm_generation if self.use_vllm else self
-        changes = (
-            vllm_settings(sampling, self.eos_token_ids)
-            if self.use_vllm
-            else transformers_settings(sampling, self.generation_kwargs)
-        )
-        originals = {name: getattr(target, name) for name in changes}
-        vars(target).update(changes)
-        # `generate` fills what a configuration leaves open from the model's own, say with a repetition penalty
-        models = {id(model): model for model in (self.model, causal_lm(self.model))}.values()
-        own_configs = [model.generation_config for model in models]
-        for model in models:
-            model.generation_config = GenerationConfig()
-        try:
-            yield
-        finally:
-            for model, config in zip(models, own_configs, strict=True):
-                model.generation_config = config
-            vars(target).update(originals)
-            # FSDP2 leaves it to a backward pass, which does not come, to shard the root module again
-            for module in self.model_wrapped.modules() if self.is_fsdp_enabled else ():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+        models = [self.model, causal_lm(self.model)]
+        if self.use_vllm:
+            changed = changed_settings(self.vllm_generation, vllm_settings(sampling, self.eos_token_ids), models)
+        else:
+            changed = changed_settings(self, transformers_settings(sampling, self.generation_kwargs), models)
+        with changed:
+            try:
+                yield
+            finally:
+                # FSDP2 leaves it to a backward pass, which does not come, to shard the root module again
+                for module in self.model_wrapped.modules() if self.is_fsdp_enabled else ():
+                    if isinstance(module, FSDPModule):
+                        module.reshard()
 
     def _sample_for_context(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         return self.sample(prompt_ids, Sampling(**cast(SampledContext, self.context).sampling), stream=2)
 
     def _get_train_sampler(self, dataset=None):
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
+        sampler = super()._get_train_sampler(dataset)
+        # There is no generator without shuffling
+        self.add_callback(OrderOfEpochs(getattr(sampler, "generator", None)))
+        return sampler
+
+    def _begin_step(self) -> None:
+        self._first_micro_batch = self._step
 
     def _mark_empty_rollouts(self, completion_ids, logprobs):
-        # GRPOTrainer looks at the last token of every rollout. One without tokens gets an eos token and is left out of
-        # the loss.
-        completion_ids = [list(ids) for ids in completion_ids]
-        for index, ids in enumerate(completion_ids):
-            if not ids:
-                self._empty_rollouts.add(index)
-                completion_ids[index] = [self.eos_token_ids[0]]
-                if logprobs is not None:
-                    logprobs[index] = [None]
-        return completion_ids, logprobs
-
-    def _without_empty_rollouts(self, rollout_func: Callable) -> Callable:
-        def checked_rollout_func(prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
-            output = dict(rollout_func(prompts, trainer))
-            if "completion_ids" in output:
-                output["completion_ids"], output["logprobs"] = self._mark_empty_rollouts(
-                    output["completion_ids"], output.get("logprobs")
-                )
-                for index in self._empty_rollouts if "env_mask" in output else ():
-                    output["env_mask"][index] = [0]
-            return output
-
-        return checked_rollout_func
+        ids, logprobs, empty = with_stand_ins(completion_ids, logprobs, self.eos_token_ids[0])
+        self._empty_rollouts |= empty
+        return ids, logprobs, empty
 
     def _engines(self, rollouts: Callable[[], Any], prompt_ids: list[list[int]]) -> Engines:
         return Engines(
@@ -674,7 +487,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             sample=lambda prompts: self._sample_rollouts(prompts, None, {}, 1),
             sample_teacher=self._sample_teacher,
             teacher_prompt=lambda index: self.teacher_prompt.token_ids(self._rows[index], None),
-            encode=self._dataset_completion,
+            encode=partial(encoded, self._tokenizer, self.eos_token_ids[0], self.max_completion_length),
             grade=lambda rows, completion_ids: self._grade(
                 [self._rows[row] for row in rows], [prompt_ids[row] for row in rows], completion_ids
             ),
@@ -708,18 +521,6 @@ class SelfDistillationTrainer(GRPOTrainer):
         own = rewards[self.accelerator.process_index * len(rows) :][: len(rows)]
         totals = total_rewards(own, self.reward_weights).tolist()
         return [None if math.isnan(total) else total >= self.args.success_threshold for total in totals]
-
-    def _dataset_completion(self, completion: Any) -> list[int]:
-        if not isinstance(completion, str):
-            completion = "".join(message["content"] for message in as_text(completion))
-        ids = self.processing_class(completion, add_special_tokens=False)["input_ids"] + [self.eos_token_ids[0]]
-        if self.max_completion_length is not None and len(ids) > self.max_completion_length:
-            raise ValueError(
-                f"The completion {completion[:60]!r}... of the dataset has {len(ids)} tokens, more than "
-                f"`max_completion_length={self.max_completion_length}`. It is never truncated: raise the limit, or "
-                "drop the row."
-            )
-        return ids
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         if self.reward_funcs:
@@ -771,44 +572,28 @@ class SelfDistillationTrainer(GRPOTrainer):
         if not self.reward_funcs:
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[mode].pop(name, None)
-        return self._add_streams(self._add_teacher_inputs(batch, mode), mode)
-
-    def _add_streams(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
-        """What the method's parts make of the rollouts: the streams of the loss's terms."""
-        signals, mask = self.signals, (batch.get("tool_mask", 1) * batch["completion_mask"]).bool()
-        mask[sorted(self._empty_rollouts)] = False
-        rollouts = Batch(
-            batch["completion_ids"],
-            mask,
-            has_context=batch["has_context"].unsqueeze(1),
-            rewards=batch["rewards"].unsqueeze(1),
-            correct=batch["correct"].unsqueeze(1) == 1,
-            success_rate=batch["success_rate"].unsqueeze(1),
+        batch = self._add_teacher_inputs(batch, mode)
+        streams = make_streams(
+            self.signals,
+            batch,
+            self._empty_rollouts,
+            partial(self._score, mode=mode),
+            partial(self.accelerator.reduce, reduction="sum"),
+            self.statistics[mode],
         )
-        scores = None
-        if signals.needs_scores:
-            scored = {**batch, "divergence_mask": rollouts.mask & rollouts.has_context}
-            size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-            scores, output = self.loss.scores(self.model_wrapped, scored, size)
-            if not signals.coefficients["divergence_coef"]:
-                self._add_divergence(mode, output)
-        batch |= signals.streams(batch["advantages"], rollouts, scores)
-        counts: dict[str, torch.Tensor] = {}
-        for term in ("divergence", "likelihood"):
-            rows = batch[f"{term}_mask"].any(dim=1)
-            counts |= {f"num_{term}_rows": rows.sum(), f"num_{term}_tokens": batch[f"{term}_mask"].sum()}
-            if signals.coefficients[f"{term}_coef"]:
-                self.statistics[mode].add_rate(f"{term}_row_rate", rows.sum(), torch.ones_like(rows).sum())
-        batch |= self.accelerator.reduce({name: count.float() for name, count in counts.items()}, "sum")
-        if signals.policy_weightings:
-            batch["old_log_probs"] = self._old_log_probs(batch)
-        return batch
+        if self.signals.policy_weightings:
+            # Under the policy that sampled, where it is not the student in every loss to come
+            names = ["sampling_per_token_logps"] if self._compares_with_sampler else []
+            given = (batch.get(name) for name in [*names, "old_per_token_logps"])
+            batch["old_log_probs"] = next((values for values in given if values is not None), None)
+        return batch | streams
 
-    def _old_log_probs(self, batch: dict[str, Any]) -> torch.Tensor | None:
-        """Log-probabilities under the policy that sampled, where it is not the student in every loss to come."""
-        if self._compares_with_sampler and "sampling_per_token_logps" in batch:
-            return batch["sampling_per_token_logps"]
-        return batch.get("old_per_token_logps")
+    def _score(self, batch: dict[str, Any], mode: str) -> TokenScores:
+        size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+        scores, output = self.loss.scores(self.model_wrapped, batch, size)
+        if not self.signals.coefficients["divergence_coef"]:  # or the loss says it
+            self._add_divergence(mode, output)
+        return scores
 
     def _add_teacher_inputs(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
         device, size = self.accelerator.device, self.num_generations if mode == "train" else self.num_generations_eval
@@ -837,7 +622,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         num_micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
         num_generation_batches = self.args.steps_per_generation if mode == "train" else 1
-        policy = self._policy_term if self._shares_student_pass else None
+        policy = partial(policy_term, self._given, self._reads_log_probs) if self._shares_student_pass else None
         loss, output, likelihood, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
         metrics = self.statistics[mode]
         if self.signals.coefficients["divergence_coef"]:
@@ -872,25 +657,13 @@ class SelfDistillationTrainer(GRPOTrainer):
             kept[name] += values
         return loss
 
-    def _policy_term(
-        self, inputs: dict[str, Any], log_probs: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """GRPO's own loss, of log-probabilities that are data, and minus its derivative with respect to each."""
-        if self._reads_log_probs(inputs):
-            student_log_probs, entropies = log_probs()
-        else:  # the ratio to themselves is 1
-            student_log_probs, entropies = inputs["completion_mask"].new_zeros(
-                2, *inputs["completion_mask"].shape, dtype=torch.float32
-            )
-        with torch.enable_grad():
-            student_log_probs = student_log_probs.detach().requires_grad_()
-            self._given_log_probs = student_log_probs, entropies, None
-            try:
-                loss = self._grpo_loss(self.model, inputs, "train" if self.model.training else "eval")
-            finally:
-                self._given_log_probs = None
-            (slope,) = torch.autograd.grad(loss, student_log_probs)
-        return loss.detach(), -slope
+    def _given(self, inputs: dict[str, Any], log_probs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+        """GRPO's own loss, of these log-probabilities of the student."""
+        self._given_log_probs = log_probs, entropies, None
+        try:
+            return self._grpo_loss(self.model, inputs, "train" if self.model.training else "eval")
+        finally:
+            self._given_log_probs = None
 
     def _reads_log_probs(self, inputs: dict[str, Any]) -> bool:
         """Whether GRPO's loss or its gradient depends on the values of the student's log-probabilities."""
@@ -921,20 +694,11 @@ class SelfDistillationTrainer(GRPOTrainer):
         if values and mode == "train":
             values["skipped_steps/total"] = self._guard.skipped_steps
         self._metrics[mode].update({name: [value] for name, value in values.items()})
-        if self.args.divergence_clip is not None and values.get("distillation_loss", 0.0) < 0.0:
-            self._warn_of_clip(values["distillation_loss"])
+        is_negative = self.args.divergence_clip is not None and values.get("distillation_loss", 0.0) < 0.0
+        if is_negative and not self._warned_about_clip:
+            self._warned_about_clip = True
+            warn_of_clip(self.args.divergence_clip, values["distillation_loss"])
         super().log(logs, start_time)
-
-    def _warn_of_clip(self, divergence: float) -> None:
-        if self._warned_about_clip:
-            return
-        self._warned_about_clip = True
-        warnings.warn(
-            f"With `divergence_clip={self.args.divergence_clip}` the mean loss of a step is negative "
-            f"({divergence:.4g}): the clip cuts so much of the positive entries that the sum is no divergence any "
-            "more, and making it smaller need not bring the student closer to the teacher. Raise the clip.",
-            stacklevel=2,
-        )
 
     # Checkpoints
 
@@ -979,12 +743,10 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _save_after_failure(self) -> str:
         """Make a checkpoint where one can be made. Says what became of the run."""
-        micro_batch = self._step
-        # Sampling may come in the middle of a step, whose first micro-batches a resumed run begins with
-        self._step = self._first_micro_batch
         if self.state.global_step == 0:
             return "No step had been trained."
-        if self._step != micro_batch and self._step % self._generate_every:
+        # Sampling may come in the middle of a step, whose first micro-batches a resumed run begins with
+        if self._step != self._first_micro_batch and self._first_micro_batch % self._generate_every:
             return "Resume from the last checkpoint: between two generations none could be made."
         directory = self._checkpoint_folder()
         if not self.run_state.is_saved(directory):
@@ -1003,24 +765,3 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _take_up_rollouts(self, rollouts: dict[str, Any]) -> None:
         self._step, self._buffered_inputs = rollouts["step"], rollouts["pending"]
-
-
-class _StepCallback(TrainerCallback):
-    def __init__(self, trainer: SelfDistillationTrainer):
-        self._trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # GRPOTrainer goes on with one generator, which a resumed run would begin anew: with the order of epoch 0
-        generator = getattr(self._trainer._train_sampler, "generator", None)  # there is none without shuffling
-        if generator is not None:
-            generator.manual_seed(args.seed + int(state.epoch or 0))
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._trainer._first_micro_batch = self._trainer._step
-        self._trainer.signals.begin_step(state.global_step)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        trainer = self._trainer
-        trainer.teacher.on_step_end(state.global_step)
-        trainer.signals.observe(state.global_step, trainer.statistics["train"].latest)
-        trainer._first_micro_batch = trainer._step  # of the next step

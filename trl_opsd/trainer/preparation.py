@@ -1,0 +1,229 @@
+"""What is known before the model is loaded: the method's parts, the tokenizer, the teacher's prompts, the data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from ..context import PrivilegedContext, SampledContext, TeacherPrompt, TextContext, make_context, thinking_prefix
+from ..data import validate_rows
+from ..parts import make_part
+from ..sampling.sources import SOURCES, CompletionSource
+from ..serving import check_vllm_installed, wait_for_sampler
+from ..signal import Signals
+from ..teacher import ServedTeacher
+from .checks import (
+    check_completion_length,
+    check_completions,
+    check_context,
+    check_model,
+    check_number_of_rows,
+    check_served_live_teacher,
+    check_signals,
+    check_special_tokens,
+    check_text_only,
+)
+from .config import SelfDistillationConfig
+from .lengths import fit_completions, prompt_budget
+from .signals import make_signals
+from .teachers import connect_teacher
+
+
+@dataclass
+class Prepared:
+    """
+    What a run consists of beside its weights.
+
+    Args:
+        context ([`PrivilegedContext`]):
+            What the teacher reads.
+        completions ([`CompletionSource`]):
+            Which completions are trained on.
+        signals ([`Signals`]):
+            Write the streams of the loss.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Of the policy and the teacher.
+        teacher_prompt ([`TeacherPrompt`]):
+            Renders what the teacher reads.
+        served_teacher ([`ServedTeacher`], *optional*):
+            The teacher, if it is on a server.
+        columns (`tuple[str, ...]`):
+            Dataset columns that are read beside the prompt.
+        train_dataset (`Any`):
+            Rows to train on, checked.
+        eval_dataset (`Any`):
+            Rows to evaluate on, checked.
+    """
+
+    context: PrivilegedContext
+    completions: CompletionSource
+    signals: Signals
+    tokenizer: PreTrainedTokenizerBase
+    teacher_prompt: TeacherPrompt
+    served_teacher: ServedTeacher | None
+    columns: tuple[str, ...]
+    train_dataset: Any
+    eval_dataset: Any
+
+
+def prepare(
+    args: SelfDistillationConfig,
+    model: Any,
+    model_id: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    train_dataset: Any,
+    eval_dataset: Any,
+    reward_funcs: Any,
+    peft_config: Any,
+    tools: list[Callable] | None,
+    rollout_func: Callable | None,
+    environment_factory: Any,
+) -> Prepared:
+    """
+    Make all of a run that needs no weights, and refuse what cannot work. All processes call this at once.
+
+    Args:
+        args ([`SelfDistillationConfig`]):
+            Configuration. A `max_completion_length` that is a default may change.
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy.
+        model_id (`str`):
+            Its name.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Its tokenizer. `None` loads it.
+        train_dataset, eval_dataset, reward_funcs, peft_config, tools, rollout_func, environment_factory:
+            See [`SelfDistillationTrainer`].
+
+    Raises:
+        ValueError: If the data, the tokenizer or the configuration cannot work, naming what and the way out.
+    """
+    check_model(model, peft_config)
+    if args.use_vllm or args.teacher_server_base_url is not None:
+        check_vllm_installed()
+    context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
+    has_rewards = bool(reward_funcs or environment_factory)
+    has_feedback = has_rewards or rollout_func is not None
+    check_context(context, cast(int, args.num_generations), train_dataset, has_rewards, has_feedback)
+    completions_kwargs = cast(dict[str, Any] | None, args.completions_kwargs)
+    completions: CompletionSource = make_part("completions", args.completions, completions_kwargs, SOURCES)
+    itself = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
+    check_completions(args, completions, context, bool(reward_funcs), itself)
+    signals = make_signals(args)
+    check_signals(signals, args, has_rewards)
+
+    tokenizer, model_config = load_tokenizer_and_config(args, model, model_id, tokenizer)
+    check_special_tokens(tokenizer, getattr(model_config.get_text_config(), "vocab_size", None))
+    check_completion_length(args, model_config, samples_itself=rollout_func is None)
+    served = connect_teacher(args, tokenizer, model_config)
+    own_context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    limits = (own_context, None if served is None else served.context_length)
+    context_length = min((limit for limit in limits if limit is not None), default=None)
+    teacher_prompt = make_teacher_prompt(args, context, tokenizer, model_config, context_length)
+    columns = (*context.columns, *completions.columns)
+    if environment_factory is None:  # otherwise the prompt comes from the environment
+        train_dataset, eval_dataset = (
+            _checked(data, name, teacher_prompt, columns, tools)
+            for data, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset"))
+        )
+        check_number_of_rows(args, train_dataset)
+    fit_completions(args, context_length, teacher_prompt.longest or teacher_prompt.max_length or 0)
+    check_served_live_teacher(args, rollout_func)
+    if args.use_vllm and args.vllm_mode == "server":
+        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        wait_for_sampler(url, args.vllm_server_timeout, is_main_process=args.process_index == 0)
+    return Prepared(
+        context, completions, signals, tokenizer, teacher_prompt, served, columns, train_dataset, eval_dataset
+    )
+
+
+def load_tokenizer_and_config(
+    args: SelfDistillationConfig, model: Any, model_id: str, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedTokenizerBase, Any]:
+    """Tokenizer and configuration of the policy, as [`prepare`] takes and checks them."""
+    revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+    if tokenizer is None:
+        # Not a processor, which multimodal checkpoints have too: what is trained on is text
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_id,
+            revision=revision,
+            truncation_side="left",
+            padding_side="left",
+            trust_remote_code=args.trust_remote_code,
+        )
+    check_text_only(tokenizer)
+    if not isinstance(model, str):
+        return tokenizer, model.config
+    kwargs = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+    return tokenizer, AutoConfig.from_pretrained(model, **kwargs)
+
+
+def make_teacher_prompt(
+    args: SelfDistillationConfig,
+    context: PrivilegedContext,
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: Any,
+    context_length: int | None,
+) -> TeacherPrompt:
+    """
+    What renders the teacher's prompts.
+
+    Args:
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+        context ([`PrivilegedContext`]):
+            What the teacher reads.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        model_config (`PreTrainedConfig`):
+            Configuration of the policy.
+        context_length (`int`, *optional*):
+            Tokens that the teacher can read.
+    """
+    student_kwargs = cast(dict[str, Any], args.chat_template_kwargs or {})
+    teacher_kwargs = cast(dict[str, Any] | None, args.teacher_chat_template_kwargs)
+    teacher_kwargs = student_kwargs if teacher_kwargs is None else teacher_kwargs
+    prefix, chat_prefix = args.teacher_generation_prefix, ""
+    if prefix is None:
+        prefix, chat_prefix = "", thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
+    asked = context.sampling["max_new_tokens"] if isinstance(context, SampledContext) else 0
+    policy_context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return TeacherPrompt(
+        context=context,
+        tokenizer=tokenizer,
+        chat_template_kwargs=teacher_kwargs,
+        generation_prefix=prefix,
+        max_length=prompt_budget(args, context_length),
+        skip_overlong=args.overlong_teacher_prompt == "skip",
+        num_embeddings=getattr(model_config.get_text_config(), "vocab_size", None),
+        chat_prefix=chat_prefix,
+        student_template_kwargs=student_kwargs,
+        max_sample_length=None if policy_context is None else policy_context - asked,
+    )
+
+
+def _checked(
+    dataset: Any, name: str, teacher_prompt: TeacherPrompt, columns: tuple[str, ...], tools: list[Callable] | None
+) -> Any:
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return type(dataset)(
+            {key: _checked(data, f"{name}[{key!r}]", teacher_prompt, columns, tools) for key, data in dataset.items()}
+        )
+    if images := {"image", "images"} & set(dataset.column_names or []):
+        raise ValueError(
+            f"`{name}` has the column {sorted(images)[0]!r}, but the teacher's prompt is text only. Remove it."
+        )
+    # Completions may be messages, and a context of the user's may read anything
+    texts = teacher_prompt.context.columns if isinstance(teacher_prompt.context, TextContext) else ()
+    structured = [column for column in columns if column not in texts]
+    dataset = validate_rows(dataset, columns, name=name, structured=structured)
+    first = next(iter(dataset))
+    if not isinstance(first["prompt"], str) and teacher_prompt.tokenizer.chat_template is None:
+        raise ValueError(
+            f"`{name}` has conversational prompts, but the tokenizer has no chat template. Use a model with one, "
+            "set `tokenizer.chat_template`, or pass prompts as strings."
+        )
+    teacher_prompt.check_rows(dataset, name, tools)
+    return dataset
