@@ -412,7 +412,7 @@ def test_micro_batches_change_nothing(make_trainer, name):
         for more in (
             {},
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
-            {"max_tokens_per_microbatch": 1200},
+            {"max_tokens_per_microbatch": 400},
         )
     )
     passes, networks = [], cut.loss.networks
