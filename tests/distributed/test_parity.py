@@ -111,6 +111,13 @@ VARIANTS = [
     ),
     job("opsd", "full", name="iterations", max_steps=4, num_iterations=2, teacher="ema", teacher_update_rate=0.2),
 ]
+# In every step, one process has no row with a context, or nothing to try again
+METHODS = [
+    job("rlrt", "full", max_steps=4, rows=8, num_generations=4),
+    job("sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
+    job("star", "full", max_steps=4, top_k=1),
+    job("vopd", "full", max_steps=4),
+]
 OFFLOADED = job("opsd", "full", name="offloaded", max_steps=4, teacher_offload=True)
 ZERO1 = [with_deepspeed(job, "zero1", zero_stage=1) for job in (JOBS[1], BUDGET, ACCUMULATION, CHECKPOINTING)]
 # Offloading the optimizer turns SGD into Adam. This epsilon keeps its steps for gradients that are almost zero small
@@ -134,13 +141,14 @@ SPLIT = [
 
 @pytest.fixture(scope="session")
 def one_process(tmp_path_factory):
-    jobs = [*JOBS, *SPLIT, *VARIANTS, *ON_CPU, OFFLOADED]
+    jobs = [*JOBS, *SPLIT, *VARIANTS, *METHODS, *ON_CPU, OFFLOADED]
     found = launch("single", jobs, tmp_path_factory.mktemp("parity") / "single")
     assert all(result["world"] == [1, "NO"] for result in found.values())
     return found
 
 
-METRICS = ("loss", "distillation_loss", "entropy", "num_generated_tokens", "teacher_prompts/max_length")
+METRICS = ("loss", "distillation_loss", "likelihood_loss", "entropy", "num_generated_tokens", "context_rate")
+METRICS += ("teacher_prompts/max_length", "completions/retry_rate", "completions/off_policy_rate")
 
 
 def assert_same(found, expected, metrics=METRICS):
@@ -166,9 +174,9 @@ DEEPSPEED = {
 @pytest.mark.parametrize(
     ("backend", "world", "jobs", "resumed"),
     [
-        ("ddp", "MULTI_CPU", [*JOBS, *VARIANTS, OFFLOADED], RESUMED),
+        ("ddp", "MULTI_CPU", [*JOBS, *VARIANTS, *METHODS, OFFLOADED], RESUMED),
         ("zero2", "DEEPSPEED", [*JOBS, *VARIANTS, *ZERO1, BF16], []),
-        ("zero3", "DEEPSPEED", [*JOBS, *VARIANTS, *OFFLOAD, BF16], []),
+        ("zero3", "DEEPSPEED", [*JOBS, *VARIANTS, *METHODS, *OFFLOAD, BF16], []),
         ("fsdp2", "FSDP", [*JOBS, *VARIANTS, BF16], RESUMED),
     ],
     ids=["ddp", "zero2", "zero3", "fsdp2"],
@@ -199,7 +207,7 @@ def test_two_processes_equal_one(backend, world, jobs, resumed, one_process, tmp
             continue
         assert_same(result, one_process[name])
         assert result["benchmarks"] == one_process[name]["benchmarks"]
-        if name == "retries":
+        if name in ("retries", "star-full"):
             assert result["completions/retry_rate"] == [0.5] * 4
             assert result["completions/off_policy_rate"] == [0.5] * 4
         assert len(result["benchmarks"]) == (3 if name == "benchmarks" else 0)

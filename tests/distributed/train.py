@@ -23,7 +23,8 @@ from trl.distributed import DistributedBackend
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import shuffle_sequence_dict
 
-from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer
+from trl_opsd import SelfDistillationTrainer
+from trl_opsd.methods import config_class
 from trl_opsd.scripts.train import find_checkpoint
 from trl_opsd.serving.merged_weights import merged_weights
 from trl_opsd.teacher import EMA
@@ -34,7 +35,7 @@ def fixed_rollouts(prompts, trainer):
     completions = [f"It is {prompt[-1]['content'][8:]}" for prompt in prompts]
     ids = trainer.processing_class(completions, add_special_tokens=False)["input_ids"]
     # With rewards, the rollouts of a prompt differ, or their advantages would cancel out
-    apart = 2 if trainer.args.policy_loss_coef else 0
+    apart = 2 if trainer.args.policy_loss_coef or trainer.args.privileged_context == "peers" else 0
     ids = [row[: 3 + (sum(row) + index % 2 * apart) % 5] for index, row in enumerate(ids)]
     return {"prompt_ids": trainer._tokenize_prompts(prompts)[0], "completion_ids": ids, "logprobs": None}
 
@@ -42,6 +43,18 @@ def fixed_rollouts(prompts, trainer):
 def every_other(completions, **kwargs):
     """Of the two rollouts of a prompt, the second is better."""
     return [float(index % 2) for index in range(len(completions))]
+
+
+def of_odd_problems(prompts, completions, **kwargs):
+    """As above, and none of the others, whose rollouts all lie on one process."""
+    return [
+        rewarded * (problem(prompt) % 2) for rewarded, prompt in zip(every_other(completions), prompts, strict=True)
+    ]
+
+
+def problem(prompt):
+    """Number of a row, from 1."""
+    return int(prompt[0]["content"].split()[2])
 
 
 def relabel_cpu_world() -> None:
@@ -70,28 +83,36 @@ def shard_small_weights(args: TrainingArguments) -> None:
         zero["stage3_param_persistence_threshold"] = 0
 
 
-def reward_of(args):
+def reward_of(method: str, args: TrainingArguments):
     if args.completions == "hinted_retry":
-        return right_at_last
+        return right_at_last()
+    if args.privileged_context == "peers" and method != "opsd":
+        return of_odd_problems
     return every_other if args.policy_loss_coef else None
 
 
-def right_at_last(prompts, completions, seen=set(), **kwargs):  # noqa: B006
-    """The rows of the first of two processes are right, those of the second when they are asked for again."""
-    questions = [prompt[-1]["content"] for prompt in prompts]
-    rewards = [float(int(question.split()[2]) % 4 in (1, 2) or question in seen) for question in questions]
-    seen.update(questions)
-    return rewards
+def right_at_last():
+    seen = set()
+
+    def reward(prompts, **kwargs):
+        """The rows of the first of two processes are right, those of the second when they are asked for again."""
+        numbers = [problem(prompt) for prompt in prompts]
+        rewards = [float(number % 4 in (1, 2) or number in seen) for number in numbers]
+        seen.update(numbers)
+        return rewards
+
+    return reward
 
 
 def make_trainer(job: dict[str, Any], output_dir: Path):
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     num_micro_batches = job["settings"].get("gradient_accumulation_steps", 1)
-    config_class, trainer_class = {"opsd": (OPSDConfig, OPSDTrainer), "opsdc": (OPSDCConfig, OPSDCTrainer)}[
-        job["method"]
-    ]
     rows = [
-        {"prompt": [{"role": "user", "content": f"What is {a} + {7 * a}?"}], "solution": f"{a}+{7 * a}={8 * a}"}
+        {
+            "prompt": [{"role": "user", "content": f"What is {a} + {7 * a}?"}],
+            "solution": f"{a}+{7 * a}={8 * a}",
+            "answer": str(8 * a),
+        }
         for a in range(1, 17)
     ]
     tokenizer = make_tokenizer()
@@ -114,20 +135,20 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
         **job["settings"],
     }
     evaluation = settings.pop("evaluation", None)
-    args = config_class(**settings)
+    args = config_class(job["method"])(**settings)
     shard_small_weights(args)
     grpo_trainer.shuffle_sequence_dict = (
         shuffle_sequence_dict if job["shuffle"] else partial(deal, num_micro_batches=args.steps_per_generation)
     )
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     model = job["model"] or make_model(tokenizer)
-    trainer = trainer_class(
+    trainer = SelfDistillationTrainer(
         model=use_flash_attention(model) if job["packed"] else model,
         args=args,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         rollout_func=fixed_rollouts if args.completions == "on_policy" else None,
-        reward_funcs=reward_of(args),
+        reward_funcs=reward_of(job["method"], args),
         peft_config=lora if job["weights"] == "lora" else None,
     )
     if evaluation is not None:
@@ -232,8 +253,8 @@ def report(trainer, num_passes: list[int], average: dict[str, torch.Tensor], out
     if not accelerator.is_main_process:
         return
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    names = ("loss", "distillation_loss", "entropy", "num_generated_tokens", "teacher_prompts/max_length")
-    names += ("completions/retry_rate", "completions/off_policy_rate")
+    names = ("loss", "distillation_loss", "likelihood_loss", "entropy", "num_generated_tokens", "context_rate")
+    names += ("teacher_prompts/max_length", "completions/retry_rate", "completions/off_policy_rate")
     result = {name: [entry[name] for entry in history if name in entry] for name in names}
     result["benchmarks"] = [
         {name: value for name, value in entry.items() if name.startswith(("eval_playground", "step"))}

@@ -1,6 +1,6 @@
 """From token ids to the hidden states that predict a completion, and the head that reads them."""
 
-from .heads import backbone_of, causal_lm, head_of, unsharded
+from .heads import announce_head, backbone_of, causal_lm, head_of, unsharded
 from .logits import check_logits, check_packing
 from .networks import Networks, rows_of
 from .packed import can_pack, packed_states
@@ -12,6 +12,7 @@ from .states import completion_states, evaluation_mode
 
 __all__ = [
     "Networks",
+    "announce_head",
     "backbone_of",
     "can_pack",
     "can_share_prompts",

@@ -7,6 +7,7 @@ from accelerate.utils import align_module_device
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..objective import Head
 
@@ -49,6 +50,20 @@ def head_of(model: nn.Module) -> Head:
     caps = (getattr(config, name, None) for name in _SOFTCAPS)
     softcap = next((cap for cap in caps if cap is not None), None)
     return Head(weight, bias, scale, softcap)
+
+
+def announce_head(model: nn.Module) -> None:
+    """
+    Tell ZeRO-3 that the forward of a model reads the head outside of the head's own. It would notice by itself, but
+    perhaps after it has learnt in which order parameters are read, and then it fails.
+    """
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        head = head_of(model)
+        for parameter in (head.weight, head.bias):
+            if parameter is not None:
+                deepspeed.zero.register_external_parameter(model, parameter)
 
 
 def unsharded(head: Head) -> Head:

@@ -255,7 +255,7 @@ def check_auxiliary_loss(args: SelfDistillationConfig, has_one: bool, coefficien
 
 def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bool) -> None:
     """
-    Refuse a loss without a term, and parts of a method that need a reward where there is none.
+    Refuse a loss without a term, and parts of a method that need a reward or a temperature where there is none.
 
     Args:
         signals ([`Signals`]):
@@ -286,4 +286,11 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
         if part.needs_reward and not has_reward:
             raise ValueError(
                 f"`token_weights` has {type(part).__name__}, which needs `reward_funcs`. Pass some, or leave it out."
+            )
+    for weighting in signals.policy_weightings:
+        if args.distillation_temperature != args.temperature:
+            raise ValueError(
+                f"`token_weights` has {type(weighting).__name__}, which compares log-probabilities of the student at "
+                f"`distillation_temperature={args.distillation_temperature}` with those it was sampled with, at "
+                f"`temperature={args.temperature}`. Set both to the same, or leave it out."
             )

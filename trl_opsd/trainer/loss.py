@@ -189,6 +189,8 @@ class SelfDistillationLoss:
         Returns:
             `tuple[TokenScores, FusedDivergence]`: the scores, and what they come from, of the tokens that were read.
         """
+        if not self.networks.has_checked_logits:
+            self.networks.check_logits(model)
         tokens = inputs["divergence_mask"].bool()
         nothing = torch.zeros(tokens.shape, device=tokens.device)
         inputs = {

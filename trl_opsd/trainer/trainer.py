@@ -69,7 +69,7 @@ from ..objective import (
     generalized_jsd_loss,
 )
 from ..sampling import Sampling
-from ..scoring import causal_lm, evaluation_mode, keep_groups_together
+from ..scoring import announce_head, causal_lm, evaluation_mode, keep_groups_together
 from ..serving import (
     ServerError,
     check_engine_context,
@@ -308,6 +308,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.loss = SelfDistillationLoss(args, self.accelerator, networks, args.objective(), self.signals)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             networks.check_logits(self.model)
+        announce_head(self.model)
         self._guard = SkipNonFiniteSteps()
         self.add_callback(self._guard)
         self.add_callback(StepCallback(self.teacher, self.signals, self.statistics["train"], self._begin_step))
