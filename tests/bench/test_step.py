@@ -236,6 +236,20 @@ def test_random_weights_are_loaded_by_nobody(name, lora, settings, small_shape, 
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_contenders_train_side_by_side(settings):
+    settings["num_steps"] = 1
+
+    class Meanwhile(Commands):
+        def receive(self):
+            if len(self.commands) == 1:
+                serve("self-distillation+grpo", settings, other)
+            return super().receive()
+
+    ours, other = Meanwhile("time"), Commands("time")
+    serve("self-distillation", settings, ours)
+    assert len(ours.replies) == len(other.replies) == 2
+
+
 def test_it_ends_when_there_are_no_more_commands(settings):
     with pytest.raises(SystemExit):
         serve("self-distillation", settings, Commands("warmup"))

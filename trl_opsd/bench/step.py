@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -396,7 +397,8 @@ def serve(name: str, settings: dict[str, Any], channel: Channel) -> None:
         channel ([`Channel`]):
             Where commands come from and answers go.
     """
-    case = StepCase(**settings)
+    # One run at a time works in a folder
+    case = StepCase(**{**settings, "output_dir": str(Path(settings["output_dir"], name))})
     device = torch.device(case.device)
     # All of them in every process, so that what is loaded later is the contender's own
     for module in (*_TRAINERS, "trl_opsd.trainer.trainer"):
