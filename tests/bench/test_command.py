@@ -70,6 +70,7 @@ finally:
         (["loss", "--output_dir", "{file}/results"], "cannot be written to (Not a directory). Name another folder."),
         (["step", "--num_rollouts", "0"], "`num_rollouts` must be at least 1, got 0"),
         (["step", "--num_generations", "3"], "`num_rollouts=4` must be a multiple of `num_generations=3`"),
+        (["step", "--method", "opsd", "rlrtt"], "`method` knows no 'rlrtt'. Did you mean `rlrt`?"),
         (["step", "--preset", "qwen3-4b"], "invalid choice: 'qwen3-4b'"),
         (["step", "--use_vllm"], "samples the rollouts, which `sample=False` does without. Add `--sample`."),
         (["step", "--teacher_prompt_tokens", "64"], "must be more than `prompt_tokens=64`"),
@@ -102,6 +103,7 @@ def test_the_usual_contenders():
     assert StepArguments().contenders == ["self-distillation", "sdft", "distillation"]
     with_groups = StepArguments(num_generations=2).contenders
     assert with_groups == ["self-distillation", "self-distillation+grpo", "sdft", "distillation"]
+    assert StepArguments(contenders=["grpo"], method=["sdft"]).contenders == ["grpo", "method-sdft"]
 
 
 @pytest.fixture

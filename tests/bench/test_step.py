@@ -1,13 +1,19 @@
+from collections import Counter
+from itertools import pairwise
+
 import pytest
 import torch
 from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from trl_opsd.bench import models
 from trl_opsd.bench import step as bench
+from trl_opsd.bench.arguments import StepArguments
 from trl_opsd.bench.channel import CannotRun
 from trl_opsd.bench.models import PRESETS, random_model, save_config, save_model
 from trl_opsd.bench.step import CONTENDERS, PARTS, GivenRollouts, StepCase, make_rows, model_tensors, serve
+from trl_opsd.methods import METHODS
 
 
 class Commands:
@@ -185,6 +191,40 @@ def test_grpo_takes_part_and_needs_groups(settings, seen):
         CONTENDERS["self-distillation+grpo"](StepCase(**{**settings, "num_generations": 1}))
 
 
+# Of a step: how often a backbone is read with a gradient, and without one
+PASSES = {
+    "opsd": (1, 1),
+    "opsdc": (1, 1),
+    "sdft": (1, 1),
+    "sdpo": (1, 1),
+    "correct_only": (1, 1),
+    "rlsd": (1, 2),
+    "rlrt": (1, 2),
+    "vopd": (1, 2),
+    "star": (1, 0),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_take_the_passes_that_their_formulas_need(name, settings, monkeypatch):
+    counts, seen = Counter(), []
+    forward = Qwen3Model.forward
+
+    def counting(self, *args, **kwargs):
+        counts[torch.is_grad_enabled()] += 1
+        return forward(self, *args, **kwargs)
+
+    class Steps(Commands):
+        def receive(self):
+            seen.append((counts[True], counts[False]))
+            return super().receive()
+
+    monkeypatch.setattr(Qwen3Model, "forward", counting)
+    serve(f"method-{name}", {**settings, "num_steps": 2}, Steps("warmup", "time"))
+    steps = [(new[0] - old[0], new[1] - old[1]) for old, new in pairwise(seen)]
+    assert steps == [PASSES[name]] * 2
+
+
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("name", ["self-distillation", "sdft", "distillation"])
 def test_random_weights_are_loaded_by_nobody(name, lora, settings, small_shape, tmp_path, seen):
@@ -196,12 +236,26 @@ def test_random_weights_are_loaded_by_nobody(name, lora, settings, small_shape, 
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_contenders_train_side_by_side(settings):
+    settings["num_steps"] = 1
+
+    class Meanwhile(Commands):
+        def receive(self):
+            if len(self.commands) == 1:
+                serve("self-distillation+grpo", settings, other)
+            return super().receive()
+
+    ours, other = Meanwhile("time"), Commands("time")
+    serve("self-distillation", settings, ours)
+    assert len(ours.replies) == len(other.replies) == 2
+
+
 def test_it_ends_when_there_are_no_more_commands(settings):
     with pytest.raises(SystemExit):
         serve("self-distillation", settings, Commands("warmup"))
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("name", [*StepArguments.all_contenders, "method-star"])
 def test_other_lengths_are_refused(name, settings, monkeypatch):
     arguments = bench._arguments
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections import Counter
 from functools import partial
 
 import torch
@@ -11,8 +12,10 @@ from environment import SETTINGS, dataset, save_result
 from peft import LoraConfig
 from trl.generation import vllm_generation
 
-from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
+from trl_opsd import SelfDistillationTrainer
 from trl_opsd.eval.in_training import BenchmarkCallback
+from trl_opsd.methods import config_class
+from trl_opsd.signal import ImportanceClip
 from trl_opsd.teacher.sharding import part_of
 
 
@@ -31,13 +34,83 @@ def record_calls(llm) -> list[dict]:
             {
                 "sampling": {name: getattr(sampling_params, name) for name in names},
                 "prompts": [prompt["prompt_token_ids"] for prompt in prompts],
-                "completions": [list(output.outputs[0].token_ids) for output in outputs],
+                "completions": [list(one.token_ids) for output in outputs for one in output.outputs],
             }
         )
         return outputs
 
     llm.generate = recording
     return calls
+
+
+def record_batches(trainer) -> list[dict]:
+    """What is trained on from now on: completions, and what the teacher reads, without padding; advantages."""
+    batches: list[dict] = []
+    generate = trainer._generate_and_score_completions
+
+    def recording(inputs):
+        batch = generate(inputs)
+        record = {
+            f"{name}s": [ids[mask.bool()].tolist() for ids, mask in zip(*of(batch, name), strict=True)]
+            for name in ("completion", "teacher_prompt")
+        }
+        record["has_context"] = batch["has_context"].tolist()
+        record["advantages"] = batch["advantages"].tolist()
+        batches.append(record)
+        return batch
+
+    def of(batch, name):
+        return batch[f"{name}_ids"], batch[f"{name}_mask"]
+
+    trainer._generate_and_score_completions = recording
+    return batches
+
+
+def record_ratios() -> list[dict]:
+    """Every weight that `importance_clip` gives from now on, by whether the engine knows the token's probability."""
+    ratios: list[dict] = []
+    weigh = ImportanceClip.__call__
+
+    def recording(self, log_probs, old_log_probs):
+        weights, known = weigh(self, log_probs, old_log_probs), ~old_log_probs.isnan()
+        ratios.append({"known": weights[known].tolist(), "unknown": weights[~known].tolist()})
+        return weights
+
+    ImportanceClip.__call__ = recording
+    return ratios
+
+
+def record_scores(trainer) -> list[float]:
+    """How far every score of a sampled token is from the engine's log-probability from now on."""
+    differences: list[float] = []
+    score = trainer._score
+
+    def recording(batch, mode):
+        scores = score(batch, mode=mode)
+        apart = (scores.student_log_prob - batch["sampling_per_token_logps"])[scores.known]
+        differences.extend(apart.abs().tolist())
+        return scores
+
+    trainer._score = recording
+    return differences
+
+
+def every_other(completions, **kwargs):
+    """Of the rollouts of a prompt, half are right."""
+    return [float(index % 2) for index in range(len(completions))]
+
+
+def right_at_last(prompts, completions, graded=Counter(), **kwargs):  # noqa: B006
+    """Answers to odd problems are right, and those to every other even one when they are graded again."""
+    rewards = []
+    for prompt in prompts:
+        number = int(prompt.split()[2])
+        rewards.append(float(number % 2 == 1 or (number % 4 == 2 and graded[prompt] > 0)))
+    graded.update(prompts)
+    return rewards
+
+
+REWARDS = {"every_other": every_other, "right_at_last": right_at_last}
 
 
 def record_loads(llm) -> list[int]:
@@ -74,11 +147,12 @@ def greedy_completions(model, call: dict) -> list[list[int]]:
 def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
     settings = dict(settings)
     resume, evaluation = settings.pop("resume", None), settings.pop("evaluation", None)
+    method, reward = settings.pop("method", "distill"), settings.pop("reward", None)
     # On the CPU, vLLM would compute in bf16 what the trainer does in fp32. Compiling takes half of an engine's start,
     # so one run does it for all.
     engine = {"dtype": dtype, "enforce_eager": dtype == "float32"}
     vllm_generation.LLM = partial(vllm_generation.LLM, **engine)
-    args = SelfDistillationConfig(
+    args = config_class(method)(
         output_dir=f"{folder}/run",
         model_init_kwargs={"dtype": dtype},
         **SETTINGS
@@ -89,6 +163,7 @@ def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
     shard_small_weights(args)
     trainer = SelfDistillationTrainer(
         f"{folder}/base",
+        REWARDS.get(reward),
         args=args,
         train_dataset=dataset(),
         peft_config=LoraConfig(r=8, target_modules="all-linear") if weights == "lora" else None,
@@ -100,10 +175,12 @@ def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
     before = {name: part_of(parameter).clone() for name, parameter in frozen.items()}
     calls = record_calls(trainer.vllm_generation.llm)
     loads = record_loads(trainer.vllm_generation.llm)
+    batches, scores, ratios = record_batches(trainer), record_scores(trainer), record_ratios()
     trainer.train(resume_from_checkpoint=resume)
     names = ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "loss")
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    result = {name: [entry[name] for entry in steps] for name in names}
+    result = {name: [entry[name] for entry in steps if name in entry] for name in names}
+    result |= {"batches": batches, "scores": scores, "weights": ratios}
     result["ratios"] = [entry.get("sampling/importance_sampling_ratio/mean") for entry in steps]
     for _ in range(NUM_SYNCS if weights == "lora" and dtype == "bfloat16" else 0):
         trainer.vllm_generation.sync_weights()

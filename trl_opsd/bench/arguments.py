@@ -8,7 +8,8 @@ from operator import ne
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ..help import help_from_docstring
+from ..help import did_you_mean, help_from_docstring
+from ..methods import METHODS
 
 
 @help_from_docstring
@@ -196,6 +197,9 @@ class StepArguments(BenchArguments):
     Fields of `trl-opsd bench step`: whole optimizer steps of trainers, from rollouts that are given or sampled.
 
     Args:
+        method (`list[str]`, *optional*):
+            Methods to run beside the contenders, by the names of their commands: each with the defaults of its
+            configuration, on the same prompts and rollouts, every other rollout being rewarded.
         preset (`str`, *optional*, defaults to `"tiny"`):
             Shape of a model with random weights, made on the device: `"qwen3-0.6b"`, `"qwen3-1.7b"`, `"qwen3-8b"`, or
             `"tiny"` for one of 14 million parameters.
@@ -206,7 +210,7 @@ class StepArguments(BenchArguments):
         num_rollouts (`int`, *optional*, defaults to `4`):
             Rollouts of a step, all in one batch.
         num_generations (`int`, *optional*, defaults to `1`):
-            Rollouts of each prompt. GRPO's policy loss, that is `self-distillation+grpo`, needs 2 or more.
+            Rollouts of each prompt. `grpo`, `self-distillation+grpo` and many methods need 2 or more.
         prompt_tokens (`int`, *optional*, defaults to `64`):
             Length of every student prompt, in tokens.
         teacher_prompt_tokens (`int`, *optional*, defaults to `192`):
@@ -235,11 +239,13 @@ class StepArguments(BenchArguments):
     all_contenders: ClassVar[tuple[str, ...]] = (
         "self-distillation",
         "self-distillation+grpo",
+        "grpo",
         "sdft",
         "distillation",
     )
     factory: ClassVar[str] = "trl_opsd.bench.step:serve"
 
+    method: list[str] | None = None
     preset: Literal["tiny", "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b"] = "tiny"
     model: str | None = None
     lora: bool = False
@@ -258,6 +264,11 @@ class StepArguments(BenchArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.method or ():
+            if name not in METHODS:
+                raise ValueError(f"`method` knows no {name!r}. {did_you_mean(name, METHODS)}")
+        assert self.contenders is not None
+        self.contenders += [f"method-{name}" for name in dict.fromkeys(self.method or ())]
         self._check_at_least(1, "num_rollouts", "num_generations", "prompt_tokens", "max_new_tokens")
         if self.num_rollouts % self.num_generations != 0:
             raise ValueError(
@@ -274,7 +285,8 @@ class StepArguments(BenchArguments):
             )
 
     def default_contenders(self) -> list[str]:
-        return [name for name in self.all_contenders if self.num_generations > 1 or not name.endswith("+grpo")]
+        usual = [name for name in self.all_contenders if name != "grpo"]
+        return [name for name in usual if self.num_generations > 1 or not name.endswith("+grpo")]
 
     def cases(self) -> list[dict[str, Any]]:
         names = (

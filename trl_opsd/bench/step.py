@@ -1,9 +1,9 @@
 """
 The contenders of `trl-opsd bench step`: one optimizer step on the same model, prompts, rollouts and batch.
 
-All of them compute the same divergence over the whole vocabulary and use the same optimizer. Each runs as it does in
-training, from the rows of its dataset to the optimizer's step; only its sampling is replaced, by rollouts that are
-given, unless it is to be measured too.
+All of them but GRPO compute the same divergence over the whole vocabulary and use the same optimizer. Each runs as it
+does in training, from the rows of its dataset to the optimizer's step; only its sampling is replaced, by rollouts that
+are given, unless it is to be measured too. Methods run beside them, each with its own loss.
 """
 
 import gc
@@ -13,14 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..methods import METHODS, config_class
 from .channel import CannotRun, Channel
 from .measure import (
     PeakMemory,
@@ -171,18 +173,22 @@ class Contender:
     Args:
         trainer ([`~transformers.Trainer`]):
             The trainer, ready to train.
-        method (`str`):
-            Name of its method that samples rollouts, whose first argument is the token ids of the prompts.
+        function (`str`):
+            Name of its function that samples rollouts, whose first argument is the token ids of the prompts. What it
+            is called for later in a step is not counted.
         completions (`Callable[[Any], list[list[int]]]`):
-            Takes the rollouts' token ids out of what that method returns.
+            Takes the rollouts' token ids out of what that function returns.
         result (`Callable[[list[list[int]], list[list[int]]], Any]`):
             Makes what it returns of prompts and rollouts.
+        samples_besides (`str`, *optional*):
+            Name of another function of the trainer, which returns what it has sampled for its first argument.
     """
 
     trainer: Any
-    method: str
+    function: str
     completions: Callable[[Any], list[list[int]]]
     result: Callable[[list[list[int]], list[list[int]]], Any]
+    samples_besides: str | None = None
 
 
 def _arguments(case: StepCase) -> dict[str, Any]:
@@ -273,13 +279,49 @@ def self_distillation(case: StepCase, **kwargs: Any) -> Contender:
 
 def self_distillation_with_grpo(case: StepCase) -> Contender:
     """The same with GRPO's policy loss in its loss, every other rollout being rewarded."""
+    _check_groups(case)
+    return self_distillation(case, policy_loss_coef=1.0, reward_funcs=[_every_other])
+
+
+def _every_other(completions: list[Any], **kwargs: Any) -> list[float]:
+    return [float(index % 2) for index in range(len(completions))]
+
+
+def _check_groups(case: StepCase) -> None:
     if case.num_generations < 2:
         raise CannotRun("GRPO's policy loss needs `--num_generations` of 2 or more")
 
-    def reward(completions: list[str], **kwargs: Any) -> list[float]:
-        return [float(index % 2) for index in range(len(completions))]
 
-    return self_distillation(case, policy_loss_coef=1.0, reward_funcs=[reward])
+def grpo(case: StepCase) -> Contender:
+    """TRL's GRPO trainer, every other rollout being rewarded."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    _check_groups(case)
+    args = GRPOConfig(**_arguments(case), num_generations=case.num_generations)
+    trainer = GRPOTrainer(case.model, _every_other, args=args, **_shared(case))
+    return Contender(
+        trainer, "_generate_single_turn", lambda result: result[0], lambda prompts, rollouts: (rollouts, None)
+    )
+
+
+def method(case: StepCase, name: str) -> Contender:
+    """[`SelfDistillationTrainer`] with the defaults of a method, every other rollout being rewarded."""
+    from trl_opsd import SelfDistillationTrainer
+
+    args = config_class(name)(**_arguments(case), num_generations=case.num_generations)
+    shared = _shared(case)
+    rows = shared["train_dataset"]
+    for column in ("solution", "answer"):
+        rows = rows.add_column(column, rows["privileged_context"])
+    shared["train_dataset"] = rows
+    trainer = SelfDistillationTrainer(case.model, [_every_other], args=args, **shared)
+    return Contender(
+        trainer,
+        "_sample_rollouts",
+        lambda result: result[0],
+        lambda prompts, rollouts: (rollouts, None),
+        samples_besides="sample",
+    )
 
 
 def sdft(case: StepCase) -> Contender:
@@ -336,8 +378,10 @@ def distillation(case: StepCase) -> Contender:
 CONTENDERS: dict[str, Callable[[StepCase], Contender]] = {
     "self-distillation": self_distillation,
     "self-distillation+grpo": self_distillation_with_grpo,
+    "grpo": grpo,
     "sdft": sdft,
     "distillation": distillation,
+    **{f"method-{name}": partial(method, name=name) for name in METHODS},
 }
 
 
@@ -353,7 +397,8 @@ def serve(name: str, settings: dict[str, Any], channel: Channel) -> None:
         channel ([`Channel`]):
             Where commands come from and answers go.
     """
-    case = StepCase(**settings)
+    # One run at a time works in a folder
+    case = StepCase(**{**settings, "output_dir": str(Path(settings["output_dir"], name))})
     device = torch.device(case.device)
     # All of them in every process, so that what is loaded later is the contender's own
     for module in (*_TRAINERS, "trl_opsd.trainer.trainer"):
@@ -393,13 +438,16 @@ class _StepByStep(TrainerCallback):
         self._channel, self._facts, self._case = channel, facts, case
         self._device = torch.device(case.device)
         trainer, self._contender = contender.trainer, contender
-        self._sample = getattr(trainer, contender.method)
+        self._sample = getattr(trainer, contender.function)
         self._given = None if case.sample else GivenRollouts(trainer.processing_class, case)
         self._started = self._generation_seconds = 0.0
         self._step = 0
         self._marks: list[Any] = []
         self._peak: PeakMemory | None = None
-        setattr(trainer, contender.method, self._rollouts)
+        setattr(trainer, contender.function, self._rollouts)
+        if contender.samples_besides is not None:
+            self._sample_besides = getattr(trainer, contender.samples_besides)
+            setattr(trainer, contender.samples_besides, self._samples)
         # The parts of a step end where these return, the last one with the step
         trainer._prepare_inputs = self._marked(trainer._prepare_inputs)
         trainer.compute_loss = self._marked(trainer.compute_loss)
@@ -415,6 +463,7 @@ class _StepByStep(TrainerCallback):
         self._peak = PeakMemory(self._device) if command == "memory" else None
         self._step = state.global_step
         self._generation_seconds = 0.0
+        self._has_rollouts = False
         self._started = self._now()
         self._marks = [mark(self._device)]
 
@@ -454,6 +503,9 @@ class _StepByStep(TrainerCallback):
         else:
             result = self._contender.result(prompt_ids, self._given(self._step, prompt_ids))
         self._generation_seconds += self._now() - started
+        if self._has_rollouts:
+            return result
+        self._has_rollouts = True
         case = self._case
         for what, ids, length in (
             ("prompts", prompt_ids, case.prompt_tokens),
@@ -464,6 +516,15 @@ class _StepByStep(TrainerCallback):
                 raise ValueError(f"{case.num_rollouts} {what} of {length} tokens were asked for, got {lengths}.")
         if self._peak is not None:
             self._peak.restart()
+        return result
+
+    def _samples(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+        started = self._now()
+        if self._given is None:
+            result = self._sample_besides(prompt_ids, *args, **kwargs)
+        else:
+            result = self._given(self._step, prompt_ids)
+        self._generation_seconds += self._now() - started
         return result
 
     def _now(self) -> float:
