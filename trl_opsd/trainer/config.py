@@ -368,6 +368,25 @@ class SelfDistillationConfig(GRPOConfig):
         """Whether rollouts are sampled from a part of the student's distribution."""
         return self.top_p < 1.0 or self.top_k > 0 or (self.min_p or 0.0) > 0.0
 
+    @property
+    def sampler_url(self) -> str:
+        """Address of the vLLM server that samples the rollouts."""
+        return self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
+
+    @property
+    def sampler_is_comparable(self) -> bool:
+        """
+        Whether vLLM's log-probabilities, which are those of what it samples from, are of the distribution that the
+        loss computes. With the importance correction, GRPO compares them itself.
+        """
+        return (
+            self.use_vllm
+            and not self.vllm_importance_sampling_correction
+            and not self.truncates_sampling
+            and self.distillation_temperature == self.temperature
+            and self.repetition_penalty == 1.0
+        )
+
     def objective(self) -> Objective:
         """The divergence that the fields describe."""
         return Objective(
