@@ -178,7 +178,7 @@ def now() -> str:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"completions": "hinted_rety"}, "Did you mean 'hinted_retry'"),
+        ({"completions": "hinted_rety"}, "Did you mean `hinted_retry`"),
         ({"completions": "datetime.date", "completions_kwargs": {"year": 1, "month": 1, "day": 1}}, "no subclass of"),
         ({"completions": "dataset", "completions_kwargs": {"lambda_": 0.5}}, "do not fit .*lmbda: float = 0.0"),
         ({"completions": "teacher", "completions_kwargs": {"lmbda": 1.0}}, "must be in"),

@@ -423,7 +423,7 @@ def test_sampler_is_compared_with_the_weights_it_sampled_with(make_trainer, data
         steps_per_generation=2,
         max_steps=4,
     )
-    monkeypatch.setattr(OPSDConfig, "sampler_is_comparable", True)  # as with vLLM
+    monkeypatch.setattr(type(trainer.args), "sampler_is_comparable", True)  # as with vLLM
     outputs = []
     loss = SelfDistillationLoss.__call__
 

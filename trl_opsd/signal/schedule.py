@@ -6,10 +6,32 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+# Metrics that come from what student and teacher say of tokens
+SCORED_METRICS = (
+    "distillation_loss",
+    "entropy",
+    "teacher_advantage",
+    "top_k_overlap",
+    "student_mass_on_teacher_top_k",
+    "teacher_entropy",
+    "entropy_gap",
+    "clipped_share",
+    "clipped_mass",
+    "skipped_token_rate",
+)
+
+
 class Schedule(ABC):
     """
     A coefficient as a function of the number of optimizer steps taken. One with a memory puts it into checkpoints.
+
+    Attributes:
+        metric (`str`, *optional*):
+            The metric that it follows. One that only student and teacher give ([`SCORED_METRICS`]) is measured as long
+            as there is the schedule, whatever the coefficients are.
     """
+
+    metric: str | None = None
 
     @abstractmethod
     def __call__(self, step: int) -> float:

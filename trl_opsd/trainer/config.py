@@ -77,7 +77,7 @@ class SelfDistillationConfig(GRPOConfig):
             teacher prompt is never truncated.
         overlong_teacher_prompt (`str`, *optional*, defaults to `"error"`):
             What happens to a row whose teacher prompt is too long: `"error"` stops before training, `"skip"` masks the
-            row from the loss and counts it in `samples_without_context`.
+            row from the loss, where `context_rate` counts it.
 
         > Parameters that control the completions
 
@@ -148,7 +148,7 @@ class SelfDistillationConfig(GRPOConfig):
               `divergence="reverse_kl"` it is the policy gradient whose advantage is log p_teacher − log p_student.
         divergence_top_k (`int`, *optional*, defaults to `16`):
             Size of the top-k sets: those of `divergence_support`, and those compared in the logged `top_k_overlap`
-            and `top_k_mass`.
+            and `student_mass_on_teacher_top_k`.
         divergence_tail (`str`, *optional*):
             What becomes of the probability outside a top-k support: `"bucket"` makes it one more entry,
             `"renormalize"` divides by the probability inside. `None` stands for `"bucket"` there, and must be left
