@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from .present import find_recipe, quiet, refuse_flags, stage, write_page
+from ..files import recipes_folder
+from .present import quiet, refuse_flags, stage, write_page
 
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = make_parser().parse_known_args(argv)
     console = Console()
     output_dir = args.output_dir or Path("outputs") / f"demo-{args.method}"
-    recipe = args.recipe or find_recipe(f"playground/{args.method}")
+    recipe = args.recipe or recipes_folder() / "playground" / f"{args.method}.yaml"
     seeds = [args.seed] if args.seeds is None else args.seeds
     results = [
         run_demo(args.method, seed, output_dir / f"seed{seed}", recipe, overrides, args.base_steps, console)
