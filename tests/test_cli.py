@@ -97,7 +97,7 @@ def test_accelerate_config_by_name(launched, monkeypatch, tmp_path, recipe):
     (tmp_path / "accelerate").mkdir()
     for name in ("zero3", "ddp"):
         (tmp_path / "accelerate" / f"{name}.yaml").write_text("num_processes: 1\n")
-    monkeypatch.setattr(cli, "_recipes", lambda: tmp_path)
+    monkeypatch.setattr(cli, "recipes_folder", lambda: tmp_path)
 
     assert cli.main(["opsd", "--config", recipe, "--accelerate_config", "zero3"]) == 0
     assert cli.main(["opsd", "--config", recipe, "--accelerate_config=ddp"]) == 0

@@ -48,8 +48,8 @@ def test_part_by_an_import_path_in_the_working_directory(name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("shiped", r"`slot='shiped'` is none of \['shipped', 'lazy'\], .* Did you mean 'shipped'\?"),
-        ("other", r"`slot='other'` is none of \['shipped', 'lazy'\], nor the import path of a class\.$"),
+        ("shiped", r"`slot='shiped'` is none of \['shipped', 'lazy'\], .* Did you mean `shipped`\?"),
+        ("other", r"`slot='other'` is none of \['shipped', 'lazy'\], nor the import path of a class\. Choose one"),
         ("", "`slot=''` is none of"),
         (".Part", "`slot='.Part'` is none of"),
         ("no_such_module.Part", "`slot='no_such_module.Part'` cannot be imported: No module named 'no_such_module'"),

@@ -6,10 +6,10 @@ from argparse import ArgumentParser, HelpFormatter
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from subprocess import CalledProcessError
 
+from trl_opsd.files import recipes_folder
 from trl_opsd.help import did_you_mean
 from trl_opsd.methods import TRAINABLE, summary
 
@@ -156,20 +156,13 @@ def _resolve_accelerate_config(launch_args: Sequence[str]) -> list[str]:
         if Path(name).is_file():
             path = Path(name)
         else:
-            folder = _recipes() / "accelerate"
+            folder = recipes_folder() / "accelerate"
             path = folder / f"{name}.yaml"
             if not name or not path.is_file():
                 known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
                 raise ValueError(f"`--accelerate_config {name}` is neither a file nor one of: {known}.")
         resolved += ["--config_file", str(path)]
     return resolved
-
-
-def _recipes() -> Path:
-    package = Path(str(files("trl_opsd")))
-    # A wheel has the recipes inside the package, a checkout beside it.
-    shipped = package / "recipes"
-    return shipped if shipped.is_dir() else package.parent / "recipes"
 
 
 if __name__ == "__main__":

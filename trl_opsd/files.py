@@ -114,3 +114,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def recipes_folder() -> Path:
+    """Where the recipes are: inside the installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    shipped = package / "recipes"
+    return shipped if shipped.is_dir() else package.parent / "recipes"

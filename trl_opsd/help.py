@@ -1,9 +1,10 @@
-"""What commands and errors say of names: help from docstrings, and the known name that comes closest."""
+"""What commands and errors say of names: help from docstrings, the known name that comes closest, versions."""
 
 import re
 from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
 from inspect import cleandoc
 from types import MappingProxyType
 from typing import TypeVar
@@ -42,6 +43,22 @@ def _plain(markdown: str) -> str:
     text = re.sub(r"\[([^]]+)\]\((http[^)]+)\)", r"\1 (\2)", text)
     text = re.sub(r'`"([^"`]*)"`', r"'\1'", text)
     return text.replace("%", "%%")  # argparse formats it
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in an error: each as code, with commas."""
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str | None]:
+    """Versions of packages, `None` for those that are not installed."""
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -1,12 +1,13 @@
 """Parts by name: a shipped one, or a class of the user's by its import path, with its keyword arguments."""
 
-import difflib
 import importlib
 import inspect
 import os
 import sys
 from collections.abc import Mapping
 from typing import Any
+
+from .help import did_you_mean
 
 
 def import_object(path: str) -> Any:
@@ -55,9 +56,8 @@ def make_part(slot: str, name: str, kwargs: Mapping[str, Any] | None, shipped: M
     found: Any = shipped.get(name, name)
     if isinstance(found, str):
         if found == name and ("." not in name or name.startswith(".")):
-            close = difflib.get_close_matches(name, shipped, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{given} is none of {list(shipped)}, nor the import path of a class.{hint}")
+            hint = did_you_mean(name, shipped, "Choose one of them, or give such a path.")
+            raise ValueError(f"{given} is none of {list(shipped)}, nor the import path of a class. {hint}")
         try:
             found = import_object(found)
         except ImportError as error:

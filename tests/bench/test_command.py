@@ -66,7 +66,7 @@ finally:
         (["loss", "--clip", "0"], "`clip` must be positive"),
         (["loss", "--hidden_size", "wide"], "invalid int value: 'wide'"),
         (["loss", "--divergence", "kl"], "invalid choice: 'kl'"),
-        (["loss", "--num_tokns", "3"], "unknown field `--num_tokns`, did you mean `--num_tokens`?"),
+        (["loss", "--num_tokns", "3"], "unknown field `--num_tokns`. Did you mean `--num_tokens`?"),
         (["loss", "--output_dir", "{file}/results"], "cannot be written to (Not a directory). Name another folder."),
         (["step", "--num_rollouts", "0"], "`num_rollouts` must be at least 1, got 0"),
         (["step", "--num_generations", "3"], "`num_rollouts=4` must be a multiple of `num_generations=3`"),

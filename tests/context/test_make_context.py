@@ -93,7 +93,7 @@ def test_class_that_reads_rollouts_and_may_have_nothing_to_say(module):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("solutoin", r"`privileged_context='solutoin'` is none of \['solution', .*Did you mean 'solution'"),
+        ("solutoin", r"`privileged_context='solutoin'` is none of \['solution', .*Did you mean `solution`"),
         ("own_contexts.Missing", "`privileged_context='own_contexts.Missing'` cannot be imported: .*Missing"),
         ("own_contexts.NoColumns", "is no privileged context: it needs an attribute `columns`"),
         ("own_contexts.NoMethod", "is no privileged context: .* a method `teacher_messages"),

@@ -39,7 +39,13 @@ def small_worlds(monkeypatch):
 def run(method, folder, overrides=OVERRIDES, seed=3):
     console = Console(width=200, record=True, force_terminal=False)
     results = demo.run_demo(
-        method, seed, folder, demo.find_recipe(f"playground/{method}"), overrides, base_steps=2, console=console
+        method,
+        seed,
+        folder,
+        demo.recipes_folder() / f"playground/{method}.yaml",
+        overrides,
+        base_steps=2,
+        console=console,
     )
     return results, console.export_text()
 

@@ -202,7 +202,7 @@ def small_run(tmp_path, model_path, dataset, console):
             "learning_rate": "5e-3",
         }
         arguments = [argument for key, value in flags.items() for argument in (f"--{key}", value)]
-        recipe = smollm2.find_recipe(f"smollm2/{method}")
+        recipe = smollm2.recipes_folder() / f"smollm2/{method}.yaml"
         return smollm2.run_demo(method, recipe, [*arguments, *overrides], probe_steps=2, console=console)
 
     return run

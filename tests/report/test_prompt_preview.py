@@ -1,4 +1,5 @@
 import io
+from typing import get_args
 
 import pytest
 from datasets import Dataset
@@ -6,6 +7,7 @@ from peft import LoraConfig
 from rich.console import Console
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
+from trl_opsd.objective import Divergence, Objective
 from trl_opsd.report import PromptPreviewCallback
 
 
@@ -106,6 +108,11 @@ def test_every_teacher_is_described(preview, teacher, model_path):
     output, _ = preview({"prompt": messages("2 + 2?"), "solution": "4"}, teacher=teacher, **settings)
 
     assert f"│ {teacher}: " in output
+
+
+@pytest.mark.parametrize("divergence", get_args(Divergence))
+def test_every_divergence_is_described(divergence):
+    assert Objective(divergence, temperature=0.5).description.endswith(", temperature 0.5")
 
 
 def test_lora(preview):

@@ -30,7 +30,8 @@ class World:
         ids = [[prompt[0], 1 if prompt[1:] == ["hint"] else 0] for prompt in prompts]
         return ids, [[-1.0, -1.0] for _ in ids] if self.log_probs else None
 
-    def grade(self, rows, ids):
+    def grade(self, rows, prompt_ids, ids):
+        assert prompt_ids == [[row["number"]] for row in rows]
         self.graded.append(len(rows))
         return [tuple(completion) in self.right for _, completion in zip(rows, ids, strict=True)]
 
@@ -40,15 +41,15 @@ class World:
     def complete(self, source, step=0, process_index=0):
         prompts = [[row] for row in range(8)]
         engines = Engines(
-            rollouts=lambda: self.sample(prompts),
             sample=self.sample,
             sample_teacher=lambda asked: [[prompt[0], 2] for prompt in asked],
-            teacher_prompt=lambda row: [row, "hint"] if row in self.contexts else None,
+            teacher_prompt=lambda row: [row["number"], "hint"] if row["number"] in self.contexts else None,
             encode=lambda text: [int(text.split()[-1]), 9],
             grade=self.grade,
             process_index=process_index,
+            gather=self.gather,
         )
-        self.completing = Completing(engines, ROWS, prompts, self.gather)
+        self.completing = Completing(engines, ROWS, prompts, lambda: self.sample(prompts))
         return self.completing(source, seed=1, step=step)
 
 
@@ -103,7 +104,7 @@ def test_a_right_retry_takes_the_place_of_a_wrong_rollout():
 
 def test_what_cannot_be_graded_is_not_tried_again():
     world = World()
-    world.grade = lambda rows, ids: [None] * len(rows)
+    world.grade = lambda rows, prompt_ids, ids: [None] * len(rows)
     assert world.complete(HintedRetry()).rates["completions/retry_rate"] == (0, 8)
 
 

@@ -3,7 +3,7 @@ import torch
 
 from trl_opsd.signal import Advantage, Batch, Signals, TokenScores, TokenWeighting
 from trl_opsd.signal.advantage import GroupAdvantage
-from trl_opsd.signal.schedule import Linear
+from trl_opsd.signal.schedule import Hysteresis, Linear
 from trl_opsd.signal.weighting import CorrectOnly, ImportanceClip, SkipFirst
 
 
@@ -104,6 +104,26 @@ def test_scores_are_asked_for_by_what_reads_them_alone():
     assert not make_signals(policy=1.0).needs_scores
     assert not make_signals(TokenWise(None)).needs_scores  # GRPO's term is off
     assert make_signals(TokenWise(None), policy=1.0).needs_scores
+
+
+def test_metric_that_a_schedule_follows_is_measured_while_its_coefficient_is_zero():
+    signals = make_signals(schedules={"divergence_coef": Hysteresis(1.0, warmup_steps=1)})
+    signals.begin_step(0)
+    assert signals.needs_scores
+    signals.observe(1, {"teacher_entropy": 1.0})
+    signals.begin_step(1)
+    assert signals.coefficients["divergence_coef"] == 1.0
+    assert not signals.needs_scores  # the loss says it
+    other = make_signals(schedules={"divergence_coef": Hysteresis(1.0, metric="context_rate")})
+    other.begin_step(0)
+    assert not other.needs_scores
+
+
+def test_state_of_another_kind_of_schedule_is_refused():
+    theirs = make_signals(schedules={"likelihood_coef": Linear(0.0, 1.0, 4)}).state_dict()
+    with pytest.raises(ValueError, match=r"'likelihood_coef'\]` is of the kind Hysteresis, and .* Linear in"):
+        make_signals(schedules={"likelihood_coef": Hysteresis(1.0)}).load_state_dict(theirs)
+    make_signals(schedules={"policy_loss_coef": Hysteresis(1.0)}).load_state_dict(theirs)
 
 
 def test_importance_clip():

@@ -322,6 +322,9 @@ def test_resuming_another_run_is_refused(make_trainer, checkpoints, monkeypatch)
         ("teacher", "initial", "periodic"),
         ("privileged_context", "solution", "answer"),
         ("context_kwargs", None, {"column": "answer"}),
+        ("teacher_generation_prefix", None, "Hm. "),
+        ("teacher_chat_template_kwargs", None, {"enable_thinking": True}),
+        ("success_threshold", 1.0, 0.5),
         ("per_device_train_batch_size", 2, 1),
         ("gradient_accumulation_steps", 2, 1),
         ("num_generations", 1, 2),
@@ -337,6 +340,13 @@ def test_resuming_another_run_is_refused(make_trainer, checkpoints, monkeypatch)
     monkeypatch.setattr(trainer.accelerator.state, "num_processes", 4)
     with pytest.raises(ValueError, match="with `num_processes=1` and cannot be resumed with `num_processes=4`"):
         trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def test_resuming_with_other_completions_is_refused(make_trainer, checkpoints, dataset):
+    rows = [{**row, "completion": "4"} for row in dataset] * 4
+    trainer = make_trainer(rows=rows, completions="dataset")
+    with pytest.raises(ValueError, match="cannot be resumed with `completions='dataset'`"):
+        trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))
 
 
 def test_resuming_with_other_data_is_refused(make_trainer, checkpoints, dataset):

@@ -17,6 +17,7 @@ from trl.generation import vllm_generation
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.eval.in_training import BenchmarkCallback
+from trl_opsd.trainer.sampler import sampler_index
 
 
 DIFFERENCE = "sampling/sampling_logp_difference/max"
@@ -129,9 +130,7 @@ def test_seed_reaches_rollouts_and_training(make_trainer):
 
 def test_processes_of_an_engine_sample_by_the_same_random_numbers():
     def index(process_index, **settings):
-        args = SimpleNamespace(vllm_tensor_parallel_size=2)
-        trainer = SimpleNamespace(args=args, accelerator=SimpleNamespace(process_index=process_index), **settings)
-        return SelfDistillationTrainer._sampler_index.fget(trainer)
+        return sampler_index(SimpleNamespace(vllm_tensor_parallel_size=2, **settings), process_index)
 
     assert [index(rank, use_vllm=True) for rank in range(4)] == [0, 0, 1, 1]
     assert [index(rank, use_vllm=False) for rank in range(4)] == [0, 1, 2, 3]

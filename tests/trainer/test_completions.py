@@ -87,7 +87,7 @@ class TestHintedRetry:
         assert trainer._num_generated_tokens == 2 * (8 + 7)
         # Reward functions log what is trained on, once
         assert trainer._metrics["train"]["graded"] == [8.0]
-        assert trainer._rows is rows
+        assert [row["prompt"] for row in trainer._generation.rows] == [row["prompt"] for row in rows]
 
         trainer.statistics["train"].reduce(trainer.accelerator.gather)
         logged = trainer.statistics["train"].take()
@@ -142,7 +142,7 @@ def test_the_teacher_is_sampled_without_vllm(make_trainer, dataset, monkeypatch)
         )[1],
     )
     policy = trainer.model_wrapped
-    trainer._sample_teacher([[1], [2]])
+    trainer.sampler.sample_teacher(trainer.teacher, [[1], [2]])
     [(use_vllm, sampled)] = found
     assert not use_vllm
     assert sampled is not policy
@@ -178,7 +178,7 @@ def now() -> str:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"completions": "hinted_rety"}, "Did you mean 'hinted_retry'"),
+        ({"completions": "hinted_rety"}, "Did you mean `hinted_retry`"),
         ({"completions": "datetime.date", "completions_kwargs": {"year": 1, "month": 1, "day": 1}}, "no subclass of"),
         ({"completions": "dataset", "completions_kwargs": {"lambda_": 0.5}}, "do not fit .*lmbda: float = 0.0"),
         ({"completions": "teacher", "completions_kwargs": {"lmbda": 1.0}}, "must be in"),

@@ -214,7 +214,7 @@ def test_controls(make_trainer, dataset):
 @pytest.mark.parametrize(
     ("settings", "reward_funcs", "message"),
     [
-        ({"privileged_context": "peer"}, [says_why], "Did you mean 'peers'"),
+        ({"privileged_context": "peer"}, [says_why], "Did you mean `peers`"),
         (
             {"privileged_context": "peers", "context_kwargs": {"corect": 1}},
             [says_why],

@@ -1,5 +1,8 @@
 """A rate is one sum over another, whatever the micro-batches and processes they come from."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
@@ -8,6 +11,7 @@ from tiny import make_model
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.objective import FusedDivergence
+from trl_opsd.signal.schedule import SCORED_METRICS
 from trl_opsd.trainer.metrics import Metrics, add_divergence, add_policy
 
 
@@ -65,6 +69,42 @@ def test_each_statistic_is_averaged_over_the_tokens_it_is_known_for():
         "student_mass_on_teacher_top_k": 3.0,
         "skipped_token_rate": 0.25,
     }
+
+
+def test_schedules_know_what_comes_from_scores():
+    metrics = Metrics()
+    output = FusedDivergence(torch.tensor(0.0), **dict.fromkeys(FusedDivergence._fields[1:], torch.ones(2)))
+    add_divergence(metrics, output, knows_teacher_entropy=True, clips=True)
+    metrics.reduce(alone)
+    assert metrics.take().keys() == set(SCORED_METRICS)
+
+
+def test_step_in_which_nothing_was_measured_has_no_latest():
+    metrics = Metrics()
+    metrics.add_rate("entropy", torch.tensor(2.0), torch.tensor(1.0))
+    metrics.reduce(alone)
+    assert metrics.latest == {"entropy": 2.0}
+    metrics.reduce(alone)
+    assert metrics.latest == {}
+
+
+def test_every_metric_is_documented_with_its_denominator():
+    root = Path(__file__).parents[2]
+    table = [
+        line for line in (root / "docs" / "metrics.md").read_text(encoding="utf-8").splitlines() if line[:1] == "|"
+    ]
+    documented = set()
+    for line in table[2:]:
+        first = ""
+        for name in re.findall(r"`([^`]+)`", line.split("|")[1]):
+            first = first if name[0] == "/" else name
+            documented.add(first.rpartition("/")[0] + name if name[0] == "/" else name)
+    source = "".join(path.read_text(encoding="utf-8") for path in (root / "trl_opsd" / "trainer").glob("*.py"))
+    source += (root / "trl_opsd" / "sampling" / "sources.py").read_text(encoding="utf-8")
+    logged = set(re.findall(r'add_\w+\("([^"]+)"', source)) | set(re.findall(r'"(completions/\w+)"', source))
+    logged |= {f"{term}_row_rate" for term in ("divergence", "likelihood")} | set(SCORED_METRICS)
+    assert {"likelihood_loss", "context_rate", "context_samples/truncated_rate", "completions/retry_rate"} <= logged
+    assert logged <= documented, logged - documented
 
 
 def test_means_of_grpo_become_sums():
@@ -141,3 +181,19 @@ class TestLog:
         whole = log(dataset)
         for name in ("distillation_loss", "entropy", "teacher_advantage"):
             assert window[name] == pytest.approx(whole[name], rel=1e-5), name
+
+    def test_gate_of_the_divergence_opens(self, tokenizer, dataset, training_args):
+        """What it follows is measured by scores as long as it is shut."""
+        gate = {"kind": "hysteresis", "value": 0.5, "low": 0.1, "high": 0.1, "warmup_steps": 2}
+        settings = {"max_steps": 4, "schedules": {"divergence_coef": gate}, "learning_rate": 1e-3}
+        trainer = SelfDistillationTrainer(
+            model=make_model(tokenizer),
+            args=SelfDistillationConfig(**{**training_args, **settings}),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert all("teacher_entropy" in entry for entry in steps)
+        assert [entry["grad_norm"] > 0 for entry in steps] == [False, False, True, True]
+        assert trainer.signals.coefficients["divergence_coef"] == 0.5

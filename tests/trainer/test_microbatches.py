@@ -144,12 +144,12 @@ class TestTokenBudget:
                 else:
                     assert rows[name] is value
 
-    def test_the_sampler_is_compared_over_all_passes(self, make_trainer, dataset):
+    def test_the_sampler_is_compared_over_all_passes(self, make_trainer, dataset, monkeypatch):
         differences = []
         for max_tokens in (None, 1500):
             trainer = make_trainer(max_tokens_per_microbatch=max_tokens)
             trainer.current_gradient_accumulation_steps = 1
-            trainer._compares_with_sampler = True  # as with vLLM
+            monkeypatch.setattr(type(trainer.args), "sampler_is_comparable", True)  # as with vLLM
             batch = trainer._generate_and_score_completions(list(dataset.select(range(4))))
             batch["sampling_per_token_logps"] = -torch.arange(batch["divergence_mask"].numel()).view_as(
                 batch["divergence_mask"]

@@ -85,7 +85,7 @@ def loss_and_gradient(trainer, batch, compute_loss=None):
 
 def separate(trainer, batch):
     """The two losses in a forward pass each, on the whole micro-batch."""
-    trainer._shares_student_pass = trainer._has_grpo_terms = False
+    trainer.grpo_loss.shares_pass = trainer.grpo_loss.takes_part = False
     networks = trainer.loss.networks
     max_tokens, networks.max_tokens = networks.max_tokens, None
     divergence = loss_and_gradient(trainer, batch)
@@ -93,7 +93,7 @@ def separate(trainer, batch):
     policy = loss_and_gradient(
         trainer, {**batch, "advantages": advantages}, lambda *args: GRPOTrainer._compute_loss(trainer, *args)
     )
-    trainer._shares_student_pass = trainer._has_grpo_terms = True
+    trainer.grpo_loss.shares_pass = trainer.grpo_loss.takes_part = True
     networks.max_tokens = max_tokens
     trainer.statistics["train"].reduce(trainer.accelerator.gather)
     trainer.statistics["train"].take()
@@ -122,7 +122,7 @@ def test_is_the_sum_of_two_losses(make_trainer, rows, loss_type, level, peft_con
         **SKIP_OVERLONG,
     )
     batch = make_batch(trainer, rows)
-    trainer.beta = 0.1
+    trainer.beta = trainer.args.beta = 0.1
     assert batch["divergence_mask"].any(1).tolist() == [True] * 4 + [False] * 4
     num_forwards = []
     one_pass = trainer.loss._student_loss
@@ -149,7 +149,7 @@ def test_whatever_grpo_reads(make_trainer, rows, loss_type, changes):
     settings = {name: changes[name] for name in ("delta", "temperature") if name in changes}
     trainer = make_trainer(loss_type=loss_type, **settings, **SKIP_OVERLONG)
     batch = make_batch(trainer, rows)
-    trainer.beta = changes.get("beta", 0.1)
+    trainer.beta = trainer.args.beta = changes.get("beta", 0.1)
     for name in changes.keys() - {"beta", "without_old", "advantages_of_tokens", *settings}:
         setattr(trainer, name, changes[name])
     if trainer.use_vllm:
@@ -193,7 +193,7 @@ def test_rounding_takes_no_part_in_a_ratio(make_trainer, rows, monkeypatch):
 def test_what_grpo_logs_is_that_of_the_whole_micro_batch(make_trainer, rows, loss_type, level):
     trainer = make_trainer(loss_type=loss_type, importance_sampling_level=level, **SKIP_OVERLONG)
     batch = make_batch(trainer, rows)
-    trainer.beta = 0.1
+    trainer.beta = trainer.args.beta = 0.1
     logged = []
     for max_tokens in (None, 500):
         trainer.loss.networks.max_tokens = max_tokens
@@ -215,7 +215,7 @@ def test_training_is_that_of_a_forward_pass_of_its_own(make_trainer, dataset, se
     trainers = [
         make_trainer(LORA, dataset, **settings, max_tokens_per_microbatch=limit) for limit in (max_tokens, None)
     ]
-    trainers[1]._shares_student_pass = False
+    trainers[1].grpo_loss.shares_pass = False
     for trainer in trainers:
         torch.manual_seed(0)
         trainer.train()
@@ -234,9 +234,9 @@ def test_evaluation_reports_the_loss_of_both(make_trainer, rows, loss_type):
     with torch.no_grad():
         batch = trainer._generate_and_score_completions(rows)
         both = trainer._compute_loss(trainer.model, batch).item()
-        trainer._shares_student_pass = False
+        trainer.grpo_loss.shares_pass = False
         apart = trainer._compute_loss(trainer.model, batch).item()
-        trainer._has_grpo_terms = False
+        trainer.grpo_loss.takes_part = False
         divergence = trainer._compute_loss(trainer.model, batch).item()
     assert both == pytest.approx(apart, rel=1e-5)
     assert abs(both - divergence) > 1e-4
@@ -249,7 +249,7 @@ def test_evaluation_reports_the_loss_of_both(make_trainer, rows, loss_type):
 )
 def test_where_a_second_pass_stays(make_trainer, rows, settings, shared):
     trainer = make_trainer(**settings)
-    assert trainer._shares_student_pass is shared
+    assert trainer.grpo_loss.shares_pass is shared
     widths = []
     trainer.model.get_input_embeddings().register_forward_pre_hook(
         lambda module, args: torch.is_grad_enabled() and widths.append(args[0].shape)

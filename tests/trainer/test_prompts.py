@@ -29,8 +29,10 @@ def read(training_args, monkeypatch):
             train_dataset=Dataset.from_list([rows] * 4),
         )
         batches = []
-        add = trainer._add_teacher_inputs
-        monkeypatch.setattr(trainer, "_add_teacher_inputs", lambda *args: batches.append(add(*args)) or batches[-1])
+        make = trainer._generate_and_score_completions
+        monkeypatch.setattr(
+            trainer, "_generate_and_score_completions", lambda *args: batches.append(make(*args)) or batches[-1]
+        )
         trainer.train()
 
         def text(name):

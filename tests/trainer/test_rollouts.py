@@ -312,7 +312,7 @@ def test_policy_loss_is_added_with_its_weight(make_trainer, dataset):
     for coefficient in (0.0, 0.5, 1.0):
         trainer.signals.coefficients["policy_loss_coef"] = coefficient
         gradients[coefficient] = gradient(trainer._compute_loss)
-    trainer._shares_student_pass = trainer._has_grpo_terms = False
+    trainer.grpo_loss.shares_pass = trainer.grpo_loss.takes_part = False
     divergence = gradient(trainer._compute_loss)
     # Without advantages, GRPO's loss is its penalty on the distance to the reference model
     penalty = gradient(policy_loss, {**batch, "advantages": 0 * batch["advantages"]})
@@ -423,7 +423,7 @@ def test_sampler_is_compared_with_the_weights_it_sampled_with(make_trainer, data
         steps_per_generation=2,
         max_steps=4,
     )
-    trainer._compares_with_sampler = True  # as with vLLM
+    monkeypatch.setattr(type(trainer.args), "sampler_is_comparable", True)  # as with vLLM
     outputs = []
     loss = SelfDistillationLoss.__call__
 

@@ -6,11 +6,11 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
+from ..help import did_you_mean
 from .arguments import BenchArguments, LossArguments, StepArguments, TeacherArguments
 
 
@@ -79,8 +79,8 @@ def main(argv: Sequence[str]) -> int:
             list(argv[1:]), return_remaining_strings=True, look_for_args_file=False
         )
         if unknown:
-            close = get_close_matches(unknown[0], parser._option_string_actions, n=1)
-            raise ValueError(f"unknown field `{unknown[0]}`" + (f", did you mean `{close[0]}`?" if close else ""))
+            hint = did_you_mean(unknown[0], parser._option_string_actions, "There is none that comes close.")
+            raise ValueError(f"unknown field `{unknown[0]}`. {hint}")
         folder = arguments.prepare_output_dir()
 
         from .run import find_device, run

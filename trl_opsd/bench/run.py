@@ -5,7 +5,6 @@ import platform
 import sys
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..help import versions_of
 from .arguments import BenchArguments, StepArguments
 from .measure import release_memory
 from .models import save_config, save_model
@@ -182,10 +182,4 @@ def describe_device(device: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that matter, `None` for those that are not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return {"python": platform.python_version(), **versions_of(_PACKAGES)}

@@ -1,9 +1,9 @@
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from ..help import listed
 from .template import Template
 
 
@@ -66,7 +66,7 @@ def to_prompts(
     if unknown := sorted(placeholders.difference(available)):
         raise ValueError(
             f"`prompt_template` uses the placeholder {{{unknown[0]}}}, but the dataset has only the columns "
-            f"{_listed(available)}. Correct the name, or write literal braces doubled: {{{{ and }}}}."
+            f"{listed(available)}. Correct the name, or write literal braces doubled: {{{{ and }}}}."
         )
     if not mapping and template is None and system_prompt is None:
         return dataset
@@ -90,8 +90,7 @@ def to_prompts(
 def _check_mapping(column_mapping: dict[str, str], columns: list[str]) -> None:
     if missing := [source for source in column_mapping if source not in columns]:
         raise ValueError(
-            f"`column_mapping` maps the column `{missing[0]}`, but the dataset has only the columns "
-            f"{_listed(columns)}."
+            f"`column_mapping` maps the column `{missing[0]}`, but the dataset has only the columns {listed(columns)}."
         )
     targets = list(column_mapping.values())
     for source, target in column_mapping.items():
@@ -109,12 +108,12 @@ def _find_prompt_column(columns: list[str]) -> str:
     way_out = "Name the one to use with `column_mapping`, e.g. {question: prompt}, or write a `prompt_template`."
     if not found:
         raise ValueError(
-            f"The dataset has no `prompt` column, nor {_listed(_PROMPT_COLUMNS)}; its columns are {_listed(columns)}. "
+            f"The dataset has no `prompt` column, nor {listed(_PROMPT_COLUMNS)}; its columns are {listed(columns)}. "
             f"{way_out}"
         )
     if len(found) > 1:
         raise ValueError(
-            f"The dataset has no `prompt` column and more than one that could stand in for it: {_listed(found)}. "
+            f"The dataset has no `prompt` column and more than one that could stand in for it: {listed(found)}. "
             f"{way_out}"
         )
     logger.warning(f"The dataset has no `prompt` column, its `{found[0]}` column becomes the prompt.")
@@ -141,7 +140,3 @@ def _features(dataset: Dataset | IterableDataset, mapping: dict[str, str], templ
     if templated or ("prompt" in mapping and features["prompt"] in (Value("string"), Value("large_string"))):
         features["prompt"] = List({"role": Value("string"), "content": Value("string")})
     return features
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)

@@ -4,6 +4,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from ..help import listed
+
 
 _BATCH_SIZE = 1000
 
@@ -55,7 +57,7 @@ def validate_rows(
         raise ValueError(f"{name} is empty: it has no rows.")
     if missing := [column for column in required if column not in first]:
         raise ValueError(
-            f"{name} has no column {_listed(missing)}; its columns are {_listed(first)}. Rename a column with "
+            f"{name} has no column {listed(missing)}; its columns are {listed(first)}. Rename a column with "
             "`column_mapping` (or `dataset.rename_column`), or choose another `privileged_context`."
         )
 
@@ -139,7 +141,3 @@ def _text(content: Any) -> str | None:
     ):
         content = "".join(part["text"] for part in content)
     return content if isinstance(content, str) else None
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +13,7 @@ import yaml
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from ..help import listed
 from .scorer import AnswerType
 
 
@@ -151,8 +152,8 @@ class Benchmark:
         columns += [column for column in (self.id_column, self.level_column) if column is not None]
         if missing := [column for column in columns if column not in rows.column_names]:
             raise ValueError(
-                f"Benchmark {self.name}: {self.dataset_name} has no column {_listed(missing)}; its columns are "
-                f"{_listed(rows.column_names)}. Name the right ones (`question_column`, `answer_column`, ...)."
+                f"Benchmark {self.name}: {self.dataset_name} has no column {listed(missing)}; its columns are "
+                f"{listed(rows.column_names)}. Name the right ones (`question_column`, `answer_column`, ...)."
             )
         template = self._template()
         problems: dict[str, Problem] = {}
@@ -247,9 +248,9 @@ def load_benchmark(name_or_path: str) -> Benchmark:
         raise ValueError(f"Cannot read the benchmark {path}: {error}") from error
     known = [field.name for field in fields(Benchmark)]
     if not isinstance(content, dict) or "dataset_name" not in content:
-        raise ValueError(f"{path} describes no benchmark: it has no `dataset_name`. Its fields are {_listed(known)}.")
+        raise ValueError(f"{path} describes no benchmark: it has no `dataset_name`. Its fields are {listed(known)}.")
     if unknown := [key for key in content if key not in known]:
-        raise ValueError(f"{path} has the unknown field {_listed(unknown)}. The fields are {_listed(known)}.")
+        raise ValueError(f"{path} has the unknown field {listed(unknown)}. The fields are {listed(known)}.")
     beside = path.parent / str(content["dataset_name"])
     if beside.exists():
         content["dataset_name"] = str(beside)
@@ -275,7 +276,3 @@ def _text(value: Any, column: str) -> str:
     if not text:
         raise ValueError(f"`{column}` is empty. Correct the row, or remove it.")
     return text
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)

@@ -54,6 +54,15 @@ class Objective:
     clip: float | None = None
     temperature: float = 1.0
 
+    @property
+    def description(self) -> str:
+        """The divergence, for people."""
+        return {
+            "forward_kl": "forward KL(teacher ‖ student)",
+            "reverse_kl": "reverse KL(student ‖ teacher)",
+            "jsd": f"JSD, weight {self.jsd_weight:g}",
+        }[self.divergence] + f", temperature {self.temperature:g}"
+
     def __post_init__(self) -> None:
         for name, choices in (
             ("divergence", get_args(Divergence)),

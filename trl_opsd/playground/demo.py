@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from ..files import recipes_folder
 from ..methods import METHODS, summary
-from .present import find_recipe, quiet, refuse_flags, stage, write_page
+from .present import quiet, refuse_flags, stage, write_page
 
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     output_dir = args.output_dir or Path("outputs") / f"demo-{args.method}"
     bases = args.output_dir or Path("outputs") / f"demo-{world_of(args.method)}"
-    recipe = args.recipe or find_recipe(f"playground/{args.method}")
+    recipe = args.recipe or recipes_folder() / "playground" / f"{args.method}.yaml"
     seeds = [args.seed] if args.seeds is None else args.seeds
     results = [
         run_demo(
@@ -280,7 +281,7 @@ def _readable_context(method: str, training_args: Any) -> Any:
     context = make_context(training_args.privileged_context, training_args.context_kwargs)
     if isinstance(context, TemplateContext):
         return context
-    own = yaml.safe_load(find_recipe(f"playground/{world_of(method)}").read_text())
+    own = yaml.safe_load((recipes_folder() / "playground" / f"{world_of(method)}.yaml").read_text())
     return make_context(own["privileged_context"], own["context_kwargs"])
 
 

@@ -47,13 +47,6 @@ _PAGE = """\
 """
 
 
-def find_recipe(name: str) -> Path:
-    """Finds a recipe such as `"playground/opsd"`, in a checkout or in the installed package."""
-    package = Path(__file__).parents[1]
-    shipped = package / "recipes"
-    return (shipped if shipped.is_dir() else package.parent / "recipes") / f"{name}.yaml"
-
-
 def refuse_flags(flags: Sequence[str], fields: Collection[str], reason: str) -> None:
     """
     Refuses the flags of a recipe's fields that a demo does not read.

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ..files import whole_folder
-from .present import find_recipe, quiet, refuse_flags, stage, write_page
+from ..files import recipes_folder, whole_folder
+from .present import quiet, refuse_flags, stage, write_page
 
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_model(MODEL_DIR, console)
     prepare_data(DATA_DIR, console)
     if not args.prepare_only:
-        recipe = args.recipe or find_recipe(f"smollm2/{args.method}")
+        recipe = args.recipe or recipes_folder() / "smollm2" / f"{args.method}.yaml"
         run_demo(args.method, recipe, [*overrides, "--seed", str(args.seed)], args.probe_steps, console)
 
 

@@ -91,18 +91,6 @@ def describe_run(trainer: "SelfDistillationTrainer", max_steps: int) -> list[tup
     trainable, total = get_model_param_count(model, trainable_only=True), get_model_param_count(model)
     name = model.config.name_or_path or type(model).__name__
 
-    teacher = {
-        "initial": "the policy as training started",
-        "live": "the student's current weights",
-        "periodic": f"a copy of the student, renewed every {args.teacher_update_steps} optimizer steps",
-        "ema": f"a moving average of the student, {args.teacher_update_rate} of it after every optimizer step",
-        "external": f"{args.teacher_model_name_or_path or args.teacher_server_base_url}, never trained",
-    }[args.teacher]
-    divergence = {
-        "forward_kl": "forward KL(teacher ‖ student)",
-        "reverse_kl": "reverse KL(student ‖ teacher)",
-        "jsd": f"JSD, weight {args.jsd_weight:g}",
-    }[args.divergence]
     context = args.privileged_context
     if args.context_kwargs:
         context += f" ({', '.join(f'{key}={value!r}' for key, value in args.context_kwargs.items())})"
@@ -120,9 +108,9 @@ def describe_run(trainer: "SelfDistillationTrainer", max_steps: int) -> list[tup
     return [
         ("student", name),
         ("trainable parameters", f"{trainable:,} of {total:,} ({'LoRA' if is_lora else 'full'})"),
-        ("teacher", f"{args.teacher}: {teacher}"),
+        ("teacher", f"{args.teacher}: {trainer.teacher.description}"),
         ("privileged context", context),
-        ("divergence", f"{divergence}, temperature {args.distillation_temperature:g}"),
+        ("divergence", args.objective().description),
         ("clip", "none" if args.divergence_clip is None else f"{args.divergence_clip:g} per vocabulary entry"),
         ("rollouts per prompt", rollouts),
         ("rollout engine", f"{engine}, temperature {args.temperature:g}"),

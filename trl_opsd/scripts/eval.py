@@ -14,6 +14,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any, cast
 
 from trl_opsd.eval.arguments import EvalArguments
+from trl_opsd.help import versions_of
 from trl_opsd.scripts.recipe import RecipeParser
 
 
@@ -233,15 +234,8 @@ def _prepare(
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for package in ("trl-opsd", "trl", "transformers", "torch", "peft", "vllm", "math-verify"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+    packages = ("trl-opsd", "trl", "transformers", "torch", "peft", "vllm", "math-verify")
+    return {package: version or "not installed" for package, version in versions_of(packages).items()}
 
 
 def _write(samples: "Iterable[Sample]", files: "dict[str, SampleFile]", num_wanted: int, num_done: int) -> None:

@@ -1,6 +1,5 @@
 """Recipe files and flags, parsed into dataclasses."""
 
-import difflib
 import os
 import re
 import sys
@@ -11,6 +10,7 @@ from typing import Any, NoReturn
 
 from trl import TrlParser
 
+from trl_opsd.help import did_you_mean
 from trl_opsd.scripts.recipe_values import field_types, read_recipe, recipe_value
 
 
@@ -135,7 +135,7 @@ class RecipeParser(TrlParser):
             return f"Unknown field: {what} belongs to `accelerate launch`. {self._launch_hint}"
         if not is_flag and Path(name).suffix in (".yaml", ".yml"):
             return f"Unknown field: {what}. Did you mean `--config {name}`?"
-        fields = [action.dest for action in self._actions]
-        close = difflib.get_close_matches(key, [*fields, *(launch_fields if is_flag else [])], n=1)
-        hint = f"Did you mean `{'--' * is_flag}{close[0]}`?" if close else "`--help` lists every field."
+        dashes = "--" * is_flag
+        known = [action.dest for action in self._actions] + (sorted(launch_fields) if is_flag else [])
+        hint = did_you_mean(dashes + key, [dashes + field for field in known], "`--help` lists every field.")
         return f"Unknown field: {what}. {hint}"

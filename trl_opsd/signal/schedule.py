@@ -3,17 +3,35 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
+
+
+# Metrics that come from what student and teacher say of tokens
+SCORED_METRICS = (
+    "distillation_loss",
+    "entropy",
+    "teacher_advantage",
+    "top_k_overlap",
+    "student_mass_on_teacher_top_k",
+    "teacher_entropy",
+    "entropy_gap",
+    "clipped_share",
+    "clipped_mass",
+    "skipped_token_rate",
+)
 
 
 class Schedule(ABC):
     """
     A coefficient as a function of the number of optimizer steps taken. One with a memory puts it into checkpoints.
 
-    One that `reads_metrics` of student and teacher has them measured in every generation, even if nothing else asks.
+    Attributes:
+        metric (`str`, *optional*):
+            The metric that it follows. One that only student and teacher give ([`SCORED_METRICS`]) is measured as long
+            as there is the schedule, whatever the coefficients are.
     """
 
-    reads_metrics: ClassVar[bool] = False
+    metric: str | None = None
 
     @abstractmethod
     def __call__(self, step: int) -> float:
@@ -80,8 +98,6 @@ class Hysteresis(Schedule):
         warmup_steps (`int`, *optional*, defaults to `5`):
             Optimizer steps in which that mean is taken. The coefficient is 0 in them, and the gate is open after.
     """
-
-    reads_metrics: ClassVar[bool] = True
 
     value: float
     metric: str = "teacher_entropy"

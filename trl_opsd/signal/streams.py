@@ -8,7 +8,7 @@ import torch
 
 from .advantage import Advantage
 from .batch import Batch, TokenScores
-from .schedule import Schedule
+from .schedule import SCORED_METRICS, Schedule
 from .weighting import PolicyWeighting, TokenWeighting
 
 
@@ -90,14 +90,30 @@ class Signals:
             schedule.observe(step, statistics)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the schedules remember, by the coefficient."""
-        return {name: schedule.state_dict() for name, schedule in self.schedules.items()}
+        """Kinds of the schedules and what they remember, by the coefficient."""
+        return {
+            name: {"kind": type(schedule).__name__, **schedule.state_dict()}
+            for name, schedule in self.schedules.items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what [`state_dict`] gave. A schedule that is new begins anew."""
+        """
+        Go on from what [`state_dict`] gave. A schedule that is new begins anew.
+
+        Raises:
+            ValueError: If a schedule is of another kind, whose memory means nothing to it.
+        """
         for name, schedule in self.schedules.items():
-            if name in state:
-                schedule.load_state_dict(state[name])
+            if name not in state:
+                continue
+            kind, ours = state[name].get("kind"), type(schedule).__name__
+            if kind != ours:
+                raise ValueError(
+                    f"`schedules[{name!r}]` is of the kind {ours}, and of the kind {kind} in the checkpoint, whose "
+                    "state it cannot take up. Resume with the same schedule, or start a new run from the "
+                    "checkpoint's weights with `model`."
+                )
+            schedule.load_state_dict(state[name])
 
     def has_term(self, coefficient: str) -> bool:
         """Whether a term ever takes part in the loss."""
@@ -105,12 +121,14 @@ class Signals:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether a part reads the scores, in this step, or a schedule their metrics, which the loss does not give."""
-        shapes, measures = (self.coefficients[f"{term}_coef"] != 0.0 for term in ("policy_loss", "divergence"))
+        """Whether a part reads the scores, or a schedule what they say, in this step."""
+        shapes = self.coefficients["policy_loss_coef"] != 0.0
+        is_unmeasured = self.coefficients["divergence_coef"] == 0.0
+        watches = any(schedule.metric in SCORED_METRICS for schedule in self.schedules.values())
         return (
             (shapes and self.advantage.needs_scores)
             or any(part.needs_scores for part in self.weightings)
-            or (not measures and any(schedule.reads_metrics for schedule in self.schedules.values()))
+            or (is_unmeasured and watches)
         )
 
     def streams(self, advantages: torch.Tensor, batch: Batch, scores: TokenScores | None) -> dict[str, torch.Tensor]:

@@ -24,6 +24,8 @@ class Teacher(ABC):
     into checkpoints.
 
     Attributes:
+        description (`str`):
+            Whose weights they are, for people.
         knows_entropy (`bool`):
             Whether it gives whole distributions, so that their entropy is known.
         context_length (`int`, *optional*):
@@ -33,6 +35,7 @@ class Teacher(ABC):
             checkpoint.
     """
 
+    description: str
     knows_entropy: bool = True
     context_length: int | None = None
     fingerprint: str | None = None

@@ -17,7 +17,15 @@ from .sharding import copy_parameter, part_of, write_part
 
 
 class UpdateRule(ABC):
-    """When and how a copy, which starts as the policy, follows it."""
+    """
+    When and how a copy, which starts as the policy, follows it.
+
+    Attributes:
+        description (`str`):
+            What the copy is, see [`Teacher`].
+    """
+
+    description: str
 
     @abstractmethod
     def on_step_end(self, copy: TeacherCopy, step: int) -> None:
@@ -36,6 +44,8 @@ class UpdateRule(ABC):
 class Never(UpdateRule):
     """The policy as training started, the teacher of [OPSD](https://huggingface.co/papers/2601.18734)."""
 
+    description = "the policy as training started"
+
     def on_step_end(self, copy: TeacherCopy, step: int) -> None:
         pass
 
@@ -52,6 +62,7 @@ class Periodic(UpdateRule):
 
     def __init__(self, update_steps: int):
         self._update_steps = update_steps
+        self.description = f"a copy of the student, renewed every {update_steps} optimizer steps"
 
     def on_step_end(self, copy: TeacherCopy, step: int) -> None:
         if step % self._update_steps == 0:
@@ -74,6 +85,7 @@ class EMA(UpdateRule):
 
     def __init__(self, rate: float):
         self.rate = rate
+        self.description = f"a moving average of the student, {rate} of it after every optimizer step"
         self._averages: dict[str, torch.Tensor] = {}
 
     def _average(self, name: str, teacher: nn.Parameter) -> torch.Tensor:
@@ -119,6 +131,7 @@ class CopiedTeacher(Teacher):
 
     def __init__(self, policy: PreTrainedModel | PeftModel, rule: UpdateRule, shard: Callable[[nn.Module], nn.Module]):
         self.rule = rule
+        self.description = rule.description
         self.copy = copy_of(policy, shard)
         self._is_saved = isinstance(self.copy, AdapterCopy) or not isinstance(rule, Never)
 

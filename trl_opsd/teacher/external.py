@@ -23,6 +23,7 @@ class ExternalTeacher(Teacher):
 
     def __init__(self, model: PreTrainedModel, shard: Callable[[nn.Module], nn.Module]):
         self.fingerprint = fingerprint(model)
+        self.description = f"{model.config.name_or_path or type(model).__name__}, never trained"
         self._wrapped = shard(model.requires_grad_(False).eval())
 
     @contextmanager

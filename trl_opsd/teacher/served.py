@@ -26,6 +26,8 @@ class ServedTeacher(Teacher):
     def __init__(self, server: TeacherServer, fingerprint: str | None = None):
         self.server = server
         self.fingerprint = fingerprint
+        whose = "the student's current weights" if fingerprint is None else f"{server.name}, never trained"
+        self.description = f"{whose}, on a server"
         self.context_length = server.context_length
 
     def weights(self, policy: nn.Module) -> AbstractContextManager[None]:

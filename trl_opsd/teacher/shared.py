@@ -12,6 +12,8 @@ from .copies import with_adapter
 class LiveTeacher(Teacher):
     """The current policy."""
 
+    description = "the student's current weights"
+
     @contextmanager
     def weights(self, policy: nn.Module) -> Iterator[nn.Module]:
         yield policy
@@ -19,6 +21,8 @@ class LiveTeacher(Teacher):
 
 class BaseModelTeacher(Teacher):
     """The policy with its adapter switched off: the initial policy, if the adapter started by changing nothing."""
+
+    description = "the policy as training started"
 
     def weights(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
         return with_adapter(policy, None)

@@ -3,6 +3,7 @@ From what was sampled to what the loss reads: rollouts, their groups, teacher pr
 functions and knows no trainer.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -11,7 +12,8 @@ import torch
 from trl.trainer.utils import pad
 
 from ..context import Rollout, Rollouts, SampledContext, TeacherPrompt
-from .metrics import Metrics
+from ..scoring import keep_groups_together
+from .metrics import Metrics, add_contexts
 
 
 Gather = Callable[[list[Any]], list[Any]]
@@ -21,11 +23,11 @@ Gather = Callable[[list[Any]], list[Any]]
 @dataclass
 class Generation:
     """
-    What was sampled for the rows of this process.
+    What is sampled for the rows of this process. All but the rows is known once they have been rewarded.
 
     Args:
         rows (`list[Mapping[str, Any]]`):
-            Dataset rows, with the prompt that the model has read.
+            Dataset rows, in the end with the prompt that the model has read.
         completions (`list[str]` or `list[list[dict[str, Any]]]`):
             Decoded completions, as text or messages.
         token_ids (`list[list[int]]`):
@@ -38,15 +40,25 @@ class Generation:
             Tools that the prompt of each shows.
         empty (`set[int]`, *optional*):
             Positions of completions without a token of their own.
+        num_discarded_tokens (`int`, *optional*, defaults to `0`):
+            Tokens that were sampled for completions and are in none.
+        has_turns (`bool`, *optional*, defaults to `False`):
+            Whether a turn has been sampled.
     """
 
     rows: list[Mapping[str, Any]]
-    completions: list[Any]
-    token_ids: list[list[int]]
-    rewards: torch.Tensor
-    feedback: list[str | None]
-    tools: list[list[Callable[..., Any]] | None]
+    completions: list[Any] = field(default_factory=list)
+    token_ids: list[list[int]] = field(default_factory=list)
+    rewards: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    feedback: list[str | None] = field(default_factory=list)
+    tools: list[list[Callable[..., Any]] | None] = field(default_factory=list)
     empty: set[int] = field(default_factory=set)
+    num_discarded_tokens: int = 0
+    has_turns: bool = False
+
+    def num_sampled_tokens(self, model_tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens that were sampled, from the mask of shape `(B, T)` of those that no tool wrote."""
+        return model_tokens.sum() + self.num_discarded_tokens - model_tokens[sorted(self.empty)].sum()
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,37 @@ class TeacherInputs:
         tensors = collate(prompts, student_ids, self.pad_token_id, self.pad_to_multiple_of)
         own = slice(first, first + len(prompts))
         return prompts, tensors | {name: values[own] for name, values in streams.items()}
+
+    def into(
+        self,
+        batch: dict[str, Any],
+        generation: Generation,
+        num_generations: int,
+        annotate: Callable[[list[list[int] | None], dict[str, Any]], Mapping[str, Any]],
+        metrics: Metrics,
+    ) -> None:
+        """
+        Put them into a generation batch.
+
+        Args:
+            batch (`dict[str, Any]`):
+                Generation batch.
+            generation ([`Generation`]):
+                What was sampled.
+            num_generations (`int`):
+                Rollouts of a prompt.
+            annotate (`Callable`):
+                From the teacher's prompts and the batch to what the teacher adds to it.
+            metrics ([`Metrics`]):
+                Where rates and lengths go.
+        """
+        masks = batch["prompt_mask"].bool()
+        student_ids = [ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], masks, strict=True)]
+        teacher_ids, tensors = self(generation, student_ids, num_generations, metrics)
+        batch.update(annotate(teacher_ids, batch))
+        groups = tensors.pop("teacher_prompt_groups")  # no work for the device
+        batch.update({name: values.to(masks.device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
+        add_contexts(metrics, batch, len(generation.empty))
 
     def _written(
         self, generation: Generation, groups: Sequence[Rollouts | None], stand_in: list[int], metrics: Metrics
@@ -322,6 +365,52 @@ def collate(
         "teacher_prompt_mask": pad(masks, 0, "left", pad_to_multiple_of),
         "has_context": torch.tensor([ids is not None for ids in teacher_ids]),
     }
+
+
+def regrouped(
+    micro_batches: list[dict[str, Any]], steps_per_generation: int, accumulation_steps: int
+) -> list[dict[str, Any]]:
+    """
+    Micro-batches of a generation in which rows with the same teacher prompt meet.
+
+    GRPO's shuffle scatters the rollouts of a prompt over micro-batches, where each would pay for the teacher's prompt
+    again. Rows change places among the micro-batches of one optimizer step only, so that every step keeps the rows the
+    shuffle gave it: the greatest common divisor never straddles two steps.
+
+    Args:
+        micro_batches (`list[dict[str, Any]]`):
+            Micro-batches.
+        steps_per_generation (`int`):
+            Number of them.
+        accumulation_steps (`int`):
+            Micro-batches of an optimizer step.
+    """
+    window = math.gcd(steps_per_generation, accumulation_steps)
+    return keep_groups_together(micro_batches, window, "teacher_prompt_groups")
+
+
+def added_feedback(
+    earlier: Sequence[str | None] | None, values: Sequence[Any], num_rows: int, names: Sequence[str]
+) -> list[str | None]:
+    """
+    Feedback of one more reward function.
+
+    Args:
+        earlier (`Sequence[str | None]`, *optional*):
+            That of others.
+        values (`Sequence[Any]`):
+            What the function says of each rollout.
+        num_rows (`int`):
+            Number of rollouts.
+        names (`Sequence[str]`):
+            Names of all functions, for the message.
+
+    Raises:
+        ValueError: If it is no text.
+    """
+    who = " or ".join(f"`{name}`" for name in names)
+    values = check_feedback(values, num_rows, f"The reward function {who}")
+    return [joined_feedback(*pair) for pair in zip(earlier or [None] * num_rows, values, strict=True)]
 
 
 def all_feedback(

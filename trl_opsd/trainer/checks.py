@@ -282,6 +282,13 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
             raise ValueError(
                 f"`policy_loss_coef={args.policy_loss_coef}` needs `reward_funcs`. Pass some, or set it to 0."
             )
+    if args.teacher_server_base_url is not None:
+        for name, schedule in signals.schedules.items():
+            if schedule.metric in ("teacher_entropy", "entropy_gap"):
+                raise ValueError(
+                    f"`schedules[{name!r}]` follows `{schedule.metric}`, which a teacher on a server does not tell. "
+                    "Set its `metric` to another, or leave `teacher_server_base_url` unset."
+                )
     for part in signals.weightings:
         if part.needs_reward and not has_reward:
             raise ValueError(

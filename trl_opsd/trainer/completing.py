@@ -1,15 +1,18 @@
 """Completing the prompts of a batch by a source that may need more than the student's own rollouts."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
 
 from ..context import as_text
 from ..sampling.sources import Completions, CompletionSource, Prompts
+from .batch import Gather, total_rewards
 
 
 @dataclass(frozen=True)
@@ -18,29 +21,29 @@ class Engines:
     What samples and grades, each called by all processes at once and with as many rows.
 
     Args:
-        rollouts (`Callable`):
-            From nothing to the student's rollouts of all rows: token ids and log-probabilities.
         sample (`Callable`):
             From prompts to the student's completions: token ids and log-probabilities.
         sample_teacher (`Callable`):
             From prompts to the teacher's completions: token ids.
         teacher_prompt (`Callable`):
-            From the index of a row to what the teacher reads, `None` without a context.
+            From a row to what the teacher reads, `None` without a context.
         encode (`Callable`):
             From a completion, text or messages, to token ids.
         grade (`Callable`):
-            From indices of rows and token ids of their completions to whether these are right.
+            From rows, token ids of their prompts and of their completions to whether these are right.
         process_index (`int`):
             Number of the process.
+        gather (`Callable`):
+            From a list of each process to the list of all.
     """
 
-    rollouts: Callable[[], tuple[list[list[int]], Any]]
     sample: Callable[[list[list[int]]], tuple[list[list[int]], Any]]
     sample_teacher: Callable[[list[list[int]]], list[list[int]]]
-    teacher_prompt: Callable[[int], list[int] | None]
+    teacher_prompt: Callable[[Mapping[str, Any]], list[int] | None]
     encode: Callable[[Any], list[int]]
-    grade: Callable[[list[int], list[list[int]]], list[bool | None]]
+    grade: Callable[[list[Mapping[str, Any]], list[list[int]], list[list[int]]], list[bool | None]]
     process_index: int
+    gather: Gather
 
 
 class Completing:
@@ -55,8 +58,8 @@ class Completing:
             Dataset rows.
         prompt_ids (`Sequence[list[int]]`):
             Token ids of their prompts.
-        gather (`Callable[[list], list]`):
-            From a list of each process to the list of all.
+        rollouts (`Callable`):
+            From nothing to the student's rollouts of all rows: token ids and log-probabilities.
     """
 
     def __init__(
@@ -64,12 +67,12 @@ class Completing:
         engines: Engines,
         rows: Sequence[Mapping[str, Any]],
         prompt_ids: Sequence[list[int]],
-        gather: Callable[[list[Any]], list[Any]],
+        rollouts: Callable[[], tuple[list[list[int]], Any]],
     ):
         self._engines = engines
         self._rows = rows
         self._prompt_ids = prompt_ids
-        self._gather = gather
+        self._rollouts = rollouts
         self.num_sampled = 0
 
     def __call__(self, source: CompletionSource, seed: int, step: int) -> Completions:
@@ -93,11 +96,11 @@ class Completing:
                 step=step,
                 seed=seed,
                 process_index=self._engines.process_index,
-                rollouts=lambda: self._counted(*self._engines.rollouts(), len(self._rows)),
+                rollouts=lambda: self._counted(*self._rollouts(), len(self._rows)),
                 some_rollouts=lambda rows: self._sample([self._prompt_ids[row] for row in rows]),
                 sample=lambda prompts: self._sample(prompts).ids,
                 sample_teacher=lambda prompts: self._sample(prompts, by_teacher=True).ids,
-                teacher_prompt=self._engines.teacher_prompt,
+                teacher_prompt=lambda row: self._engines.teacher_prompt(self._rows[row]),
                 encode=self._engines.encode,
                 grade=self._grade,
             )
@@ -129,11 +132,54 @@ class Completing:
         if not pairs:
             return []
         indices, ids = zip(*pairs, strict=True)
-        return self._engines.grade(list(indices), list(ids))[: len(rows)]
+        asked = [self._rows[index] for index in indices], [self._prompt_ids[index] for index in indices]
+        return self._engines.grade(*asked, list(ids))[: len(rows)]
 
     def _even(self, items: Sequence[Any], stand_in: Any) -> list[Any]:
-        most = max(self._gather([len(items)]))
+        most = max(self._engines.gather([len(items)]))
         return [*items, *[stand_in] * (most - len(items))]
+
+
+def graded(
+    rewards: Callable[[list[Mapping[str, Any]], list[Any], list[Any], list[list[int]]], torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    weights: torch.Tensor,
+    success_threshold: float,
+    process_index: int,
+    rows: list[Mapping[str, Any]],
+    prompt_ids: list[list[int]],
+    completion_ids: list[list[int]],
+) -> list[bool | None]:
+    """
+    Whether completions are right by the reward functions. All processes call this at once, with as many rows.
+
+    Args:
+        rewards (`Callable`):
+            From rows, prompts, completions and their token ids to the rewards of all processes, of shape `(number of
+            all rows, number of reward functions)`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        weights (`torch.Tensor`):
+            Weights of the reward functions.
+        success_threshold (`float`):
+            Least reward of a right completion.
+        process_index (`int`):
+            Number of the process.
+        rows (`list[Mapping[str, Any]]`):
+            Dataset rows.
+        prompt_ids (`list[list[int]]`):
+            Token ids of their prompts.
+        completion_ids (`list[list[int]]`):
+            Token ids of the completions.
+
+    Returns:
+        `list[bool | None]`: `None` where no function applied.
+    """
+    prompts = [row["prompt"] for row in rows]
+    completions = decoded(tokenizer, prompts[0], prompt_ids, completion_ids)
+    own = rewards(rows, prompts, completions, completion_ids)[process_index * len(rows) :][: len(rows)]
+    totals = total_rewards(own, weights).tolist()
+    return [None if math.isnan(total) else total >= success_threshold for total in totals]
 
 
 def decoded(

@@ -94,7 +94,7 @@ class SelfDistillationConfig(GRPOConfig):
             teacher prompt is never truncated.
         overlong_teacher_prompt (`str`, *optional*, defaults to `"error"`):
             What happens to a row whose teacher prompt is too long: `"error"` stops before training, `"skip"` masks the
-            row from the loss and counts it in `samples_without_context`.
+            row from the loss, where `context_rate` counts it.
 
         > Parameters that control the completions
 
@@ -165,7 +165,7 @@ class SelfDistillationConfig(GRPOConfig):
               `divergence="reverse_kl"` it is the policy gradient whose advantage is log p_teacher − log p_student.
         divergence_top_k (`int`, *optional*, defaults to `16`):
             Size of the top-k sets: those of `divergence_support`, and those compared in the logged `top_k_overlap`
-            and `top_k_mass`.
+            and `student_mass_on_teacher_top_k`.
         divergence_tail (`str`, *optional*):
             What becomes of the probability outside a top-k support: `"bucket"` makes it one more entry,
             `"renormalize"` divides by the probability inside. `None` stands for `"bucket"` there, and must be left
@@ -397,6 +397,25 @@ class SelfDistillationConfig(GRPOConfig):
     def truncates_sampling(self) -> bool:
         """Whether rollouts are sampled from a part of the student's distribution."""
         return self.top_p < 1.0 or self.top_k > 0 or (self.min_p or 0.0) > 0.0
+
+    @property
+    def sampler_url(self) -> str:
+        """Address of the vLLM server that samples the rollouts."""
+        return self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
+
+    @property
+    def sampler_is_comparable(self) -> bool:
+        """
+        Whether vLLM's log-probabilities, which are those of what it samples from, are of the distribution that the
+        loss computes. With the importance correction, GRPO compares them itself.
+        """
+        return (
+            self.use_vllm
+            and not self.vllm_importance_sampling_correction
+            and not self.truncates_sampling
+            and self.distillation_temperature == self.temperature
+            and self.repetition_penalty == 1.0
+        )
 
     def objective(self) -> Objective:
         """The divergence that the fields describe."""

@@ -198,8 +198,7 @@ def temperature_of_a_server(args: "SelfDistillationConfig") -> None:
 
 
 def live_teacher_on_another_server(args: "SelfDistillationConfig") -> None:
-    sampler = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-    if not (args.use_vllm and args.vllm_mode == "server") or sampler != args.teacher_server_base_url:
+    if not (args.use_vllm and args.vllm_mode == "server") or args.sampler_url != args.teacher_server_base_url:
         raise ValueError(
             f"{_server(args)} with `teacher='live'` has to be the server that samples the rollouts and is sent the "
             "current weights for them. Set `use_vllm=True`, `vllm_mode='server'` and `vllm_server_base_url` to "

@@ -32,13 +32,8 @@ from ..scoring import (
 from ..signal import Signals, TokenScores
 from ..teacher import Teacher
 from .config import SelfDistillationConfig
-
-
-# From some rows, and a function that gives log-probabilities of their completions and entropies, both of shape (B, T):
-# a loss, and its derivative with respect to each log-probability, with the sign turned.
-PolicyTerm = Callable[
-    [dict[str, Any], Callable[[], tuple[torch.Tensor, torch.Tensor]]], tuple[torch.Tensor, torch.Tensor]
-]
+from .metrics import Metrics, add_divergence, add_sampler_difference
+from .policy import PolicyTerm, scaled_term
 
 
 _SCORES = ("student_log_prob", "teacher_log_prob", "student_entropy", "teacher_entropy", "divergence")
@@ -161,7 +156,7 @@ class SelfDistillationLoss:
                     if self._signals.coefficients["divergence_coef"]
                     else (None, None)
                 )
-                scaled = None if policy is None else _scaled(policy, scale)
+                scaled = None if policy is None else scaled_term(policy, scale)
                 output = self.networks.within(model, self._student_loss, rows, targets, scaled)
                 if torch.is_grad_enabled() and not is_last:
                     kwargs = {"scale_wrt_gas": False} if self._is_deepspeed else {}
@@ -172,8 +167,33 @@ class SelfDistillationLoss:
         divergence = _joined([output.divergence for output in outputs])
         return MicroBatchLoss(loss, divergence, torch.cat([output.likelihood for output in outputs]), passes)
 
+    def add_metrics(self, metrics: Metrics, result: MicroBatchLoss, compares_sampler: bool) -> None:
+        """
+        Add what the loss of a micro-batch tells.
+
+        Args:
+            metrics ([`Metrics`]):
+                Where it goes.
+            result ([`MicroBatchLoss`]):
+                The loss.
+            compares_sampler (`bool`):
+                Whether the sampler's log-probabilities, if there are any, are compared with the student's.
+        """
+        if self._signals.coefficients["divergence_coef"]:
+            self._add_divergence(metrics, result.divergence)
+            if compares_sampler and "sampling_per_token_logps" in result.passes[0]:
+                sampled = [rows["sampling_per_token_logps"][rows["divergence_mask"].bool()] for rows in result.passes]
+                add_sampler_difference(metrics, result.divergence.student_log_prob, torch.cat(sampled))
+        if self._signals.coefficients["likelihood_coef"]:
+            number = result.likelihood.new_tensor(len(result.likelihood))
+            metrics.add_rate("likelihood_loss", result.likelihood.sum(), number)
+
+    def _add_divergence(self, metrics: Metrics, output: FusedDivergence) -> None:
+        knows_entropy, clips = self.networks.teacher.knows_entropy, self._args.divergence_clip is not None
+        add_divergence(metrics, output, knows_entropy, clips)
+
     @torch.no_grad()
-    def scores(self, model: nn.Module, inputs: dict[str, Any], batch_size: int) -> tuple[TokenScores, FusedDivergence]:
+    def scores(self, model: nn.Module, inputs: dict[str, Any], batch_size: int, metrics: Metrics) -> TokenScores:
         """
         What student and teacher say of the tokens with a context, without a gradient. All processes call this, with as
         many rows.
@@ -185,9 +205,8 @@ class SelfDistillationLoss:
                 Generation batch, whose `divergence_mask` of shape `(B, T)` says which tokens.
             batch_size (`int`):
                 Rows of a micro-batch.
-
-        Returns:
-            `tuple[TokenScores, FusedDivergence]`: the scores, and what they come from, of the tokens that were read.
+            metrics ([`Metrics`]):
+                Where it goes if the loss does not say it.
         """
         if not self.networks.has_checked_logits:
             self.networks.check_logits(model)
@@ -210,7 +229,9 @@ class SelfDistillationLoss:
                 for place, name in zip(found, ("finite", *_SCORES), strict=True):
                     values = getattr(output, name).to(place).where(output.finite.bool(), 0.0)
                     place.index_add_(0, rows["row"], torch.zeros_like(place[: len(mask)]).masked_scatter(mask, values))
-        return TokenScores(found[0].bool(), *found[1:]), _joined(outputs)
+        if not self._signals.coefficients["divergence_coef"]:
+            self._add_divergence(metrics, _joined(outputs))
+        return TokenScores(found[0].bool(), *found[1:])
 
     def _with_factors(
         self,
@@ -343,20 +364,26 @@ class _Factors(NamedTuple):
     policy_value: torch.Tensor
 
 
-def make_networks(
+def make_loss(
     args: SelfDistillationConfig,
     accelerator: Accelerator,
     policy: Any,
     teacher: Teacher,
+    signals: Signals,
     pad_to_multiple_of: int | None,
-) -> Networks:
-    """Student and teacher, as the configuration has them read."""
+) -> SelfDistillationLoss:
+    """
+    The loss of a run, of student and teacher as the configuration has them read.
+
+    Raises:
+        ValueError: If what the backbone gives makes other logits than the model's.
+    """
     shares_prompts, packs_rows = False, can_pack(causal_lm(accelerator.unwrap_model(policy)))
     with teacher.weights(policy) as module:
         if module is not None:
             model = causal_lm(accelerator.unwrap_model(module))
             shares_prompts, packs_rows = can_share_prompts(model), packs_rows and can_pack(model)
-    return Networks(
+    networks = Networks(
         accelerator,
         teacher,
         shares_prompts,
@@ -367,49 +394,9 @@ def make_networks(
         args.divergence_memory,
         args.divergence_kernel,
     )
-
-
-def policy_term(
-    loss_of: Callable[[dict[str, Any], torch.Tensor, torch.Tensor], torch.Tensor],
-    reads_values: Callable[[dict[str, Any]], bool],
-    rows: dict[str, Any],
-    log_probs: Callable[[], tuple[torch.Tensor, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    A loss that depends on the student through its log-probabilities alone, as a [`PolicyTerm`].
-
-    Args:
-        loss_of (`Callable`):
-            From rows, log-probabilities and entropies, both of shape `(B, T)`, to the loss.
-        reads_values (`Callable`):
-            From rows to whether the loss or its gradient depends on the values of the log-probabilities. Otherwise
-            they are left at 0: the ratio to themselves is 1.
-        rows (`dict[str, Any]`):
-            Some rows.
-        log_probs (`Callable`):
-            Gives their log-probabilities and entropies.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the loss, and minus its derivative with respect to each log-probability.
-    """
-    if reads_values(rows):
-        student_log_probs, entropies = log_probs()
-    else:
-        shape = rows["completion_mask"].shape
-        student_log_probs, entropies = rows["completion_mask"].new_zeros(2, *shape, dtype=torch.float32)
-    with torch.enable_grad():
-        student_log_probs = student_log_probs.detach().requires_grad_()
-        loss = loss_of(rows, student_log_probs, entropies)
-        (slope,) = torch.autograd.grad(loss, student_log_probs)
-    return loss.detach(), -slope
-
-
-def _scaled(policy: PolicyTerm, factor: torch.Tensor) -> PolicyTerm:
-    def scaled(rows, log_probs):
-        value, slopes = policy(rows, log_probs)
-        return value * factor, slopes * factor
-
-    return scaled
+    if accelerator.state.deepspeed_plugin is None and getattr(accelerator.state, "fsdp_plugin", None) is None:
+        networks.check_logits(policy)  # sharded models run only wrapped
+    return SelfDistillationLoss(args, accelerator, networks, args.objective(), signals)
 
 
 def _at(tokens: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:

@@ -38,3 +38,8 @@ class Method:
                 f"`status` of {self.name} must be of {', '.join(_STATUSES)}, separated by ', ', got "
                 f"{sorted(wrong)[0]!r}."
             )
+
+    def presented(self) -> tuple[str, dict[str, str], list[str]]:
+        """Name, paper and tags, as TRL's trainers hold them for model cards and the Hub."""
+        paper = {"title": self.title, "id": self.paper, "citation": self.citation}
+        return self.name, paper, ["trl", "trl-opsd", self.name.lower().replace(" ", "-")]

@@ -1,7 +1,6 @@
 """What is logged: sums and counts, reduced over processes once per optimizer step."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -68,11 +67,11 @@ class Metrics:
             gather (`Callable[[torch.Tensor], torch.Tensor]`):
                 From a tensor of shape `(1, n)` to those of all processes, of shape `(number of processes, n)`.
         """
+        self.latest = {}
         if not self._rates and not self._maxima:
             return
         own = torch.cat([*self._rates.values(), *(value.view(1) for value in self._maxima.values())])
         columns = iter(zip(*gather(own.unsqueeze(0)).tolist(), strict=True))  # of the processes' values
-        self.latest = {}
         for name in self._rates:
             total, count = sum(next(columns)), sum(next(columns))
             if count:
@@ -210,13 +209,3 @@ def add_policy(
             add(name, values[~values.isnan()])
     known = {*counts, "clip_ratio/low_min", "clip_ratio/high_max", "entropy"}
     return {name: values for name, values in logged.items() if name not in known}
-
-
-def warn_of_clip(clip: float | None, divergence: float) -> None:
-    """Say what it means that the mean loss of a step is negative."""
-    warnings.warn(
-        f"With `divergence_clip={clip}` the mean loss of a step is negative ({divergence:.4g}): the clip cuts so much "
-        "of the positive entries that the sum is no divergence any more, and making it smaller need not bring the "
-        "student closer to the teacher. Raise the clip.",
-        stacklevel=3,
-    )

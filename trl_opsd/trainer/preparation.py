@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from trl.trainer.utils import get_config_model_id
 
 from ..context import PrivilegedContext, SampledContext, TeacherPrompt, TextContext, make_context, thinking_prefix
 from ..data import validate_rows
@@ -67,10 +68,43 @@ class Prepared:
     eval_dataset: Any
 
 
+def checked_arguments(
+    args: SelfDistillationConfig | None, config_class: type[SelfDistillationConfig], trainer: type, model: Any
+) -> SelfDistillationConfig:
+    """
+    The configuration of a run, with all defaults if there is none.
+
+    Args:
+        args ([`SelfDistillationConfig`], *optional*):
+            The configuration.
+        config_class (`type[SelfDistillationConfig]`):
+            What it has to be.
+        trainer (`type`):
+            The trainer, for the message.
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy, after which a folder is named.
+
+    Raises:
+        ValueError: If it is of another class.
+    """
+    if args is None:
+        name = "Self-Distillation" if config_class.method is None else config_class.method.name
+        return config_class(f"{_model_id(model).split('/')[-1]}-{name}")
+    if not isinstance(args, config_class):
+        raise ValueError(
+            f"{trainer.__name__} needs a `{config_class.__name__}` as `args`, got {type(args).__name__}. It takes the "
+            "same fields: only the name changes."
+        )
+    return args
+
+
+def _model_id(model: Any) -> str:
+    return model if isinstance(model, str) else get_config_model_id(model.config)
+
+
 def prepare(
     args: SelfDistillationConfig,
     model: Any,
-    model_id: str,
     tokenizer: PreTrainedTokenizerBase | None,
     train_dataset: Any,
     eval_dataset: Any,
@@ -88,8 +122,6 @@ def prepare(
             Configuration. A `max_completion_length` that is a default may change.
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Policy.
-        model_id (`str`):
-            Its name.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Its tokenizer. `None` loads it.
         train_dataset, eval_dataset, reward_funcs, peft_config, tools, rollout_func, environment_factory:
@@ -101,24 +133,20 @@ def prepare(
     check_model(model, peft_config)
     if args.use_vllm or args.teacher_server_base_url is not None:
         check_vllm_installed()
-    context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
     has_rewards = bool(reward_funcs or environment_factory)
+    context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
     has_feedback = has_rewards or rollout_func is not None
     check_context(context, cast(int, args.num_generations), train_dataset, has_rewards, has_feedback)
-    completions_kwargs = cast(dict[str, Any] | None, args.completions_kwargs)
-    completions: CompletionSource = make_part("completions", args.completions, completions_kwargs, SOURCES)
     itself = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
-    check_completions(args, completions, context, bool(reward_funcs), itself)
+    completions = _make_completions(args, context, bool(reward_funcs), itself)
     signals = make_signals(args)
     check_signals(signals, args, has_rewards)
 
-    tokenizer, model_config = load_tokenizer_and_config(args, model, model_id, tokenizer)
+    tokenizer, model_config = load_tokenizer_and_config(args, model, tokenizer)
     check_special_tokens(tokenizer, getattr(model_config.get_text_config(), "vocab_size", None))
     check_completion_length(args, model_config, samples_itself=rollout_func is None)
     served = connect_teacher(args, tokenizer, model_config)
-    own_context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    limits = (own_context, None if served is None else served.context_length)
-    context_length = min((limit for limit in limits if limit is not None), default=None)
+    context_length = _teacher_context(model_config, served)
     teacher_prompt = make_teacher_prompt(args, context, tokenizer, model_config, context_length)
     columns = (*context.columns, *completions.columns)
     if environment_factory is None:  # otherwise the prompt comes from the environment
@@ -130,22 +158,30 @@ def prepare(
     fit_completions(args, context_length, teacher_prompt.longest or teacher_prompt.max_length or 0)
     check_served_live_teacher(args, rollout_func)
     if args.use_vllm and args.vllm_mode == "server":
-        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-        wait_for_sampler(url, args.vllm_server_timeout, is_main_process=args.process_index == 0)
+        wait_for_sampler(args.sampler_url, args.vllm_server_timeout, is_main_process=args.process_index == 0)
     return Prepared(
         context, completions, signals, tokenizer, teacher_prompt, served, columns, train_dataset, eval_dataset
     )
 
 
+def _make_completions(
+    args: SelfDistillationConfig, context: PrivilegedContext, has_reward_funcs: bool, itself: dict[str, Any]
+) -> CompletionSource:
+    kwargs = cast(dict[str, Any] | None, args.completions_kwargs)
+    source: CompletionSource = make_part("completions", args.completions, kwargs, SOURCES)
+    check_completions(args, source, context, has_reward_funcs, itself)
+    return source
+
+
 def load_tokenizer_and_config(
-    args: SelfDistillationConfig, model: Any, model_id: str, tokenizer: PreTrainedTokenizerBase | None
+    args: SelfDistillationConfig, model: Any, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedTokenizerBase, Any]:
     """Tokenizer and configuration of the policy, as [`prepare`] takes and checks them."""
     revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
     if tokenizer is None:
         # Not a processor, which multimodal checkpoints have too: what is trained on is text
         tokenizer = AutoTokenizer.from_pretrained(
-            model_id,
+            _model_id(model),
             revision=revision,
             truncation_side="left",
             padding_side="left",
@@ -156,6 +192,12 @@ def load_tokenizer_and_config(
         return tokenizer, model.config
     kwargs = {"revision": revision, "trust_remote_code": args.trust_remote_code}
     return tokenizer, AutoConfig.from_pretrained(model, **kwargs)
+
+
+def _teacher_context(model_config: Any, served: ServedTeacher | None) -> int | None:
+    own = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    limits = (own, None if served is None else served.context_length)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def make_teacher_prompt(

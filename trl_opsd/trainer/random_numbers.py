@@ -43,27 +43,30 @@ class Draws:
     Args:
         seed (`int`):
             Seed of the run.
+        index (`int`):
+            What tells this process from those that draw others.
+        device (`torch.device`):
+            See [`random_numbers`].
     """
 
-    def __init__(self, seed: int):
-        self._seed = seed
+    def __init__(self, seed: int, index: int, device: torch.device):
+        self._seed, self._index, self._device = seed, index, device
         self._num_draws: dict[tuple[int, ...], tuple[tuple[int, ...], int]] = {}
 
-    def random_numbers(
-        self, key: tuple[int, ...], stream: tuple[int, ...], device: torch.device
-    ) -> AbstractContextManager[None]:
+    def __call__(self, step: int, training: bool, *stream: int) -> AbstractContextManager[None]:
         """
         As [`random_numbers`], others at each call.
 
         Args:
-            key (`tuple[int, ...]`):
-                Where the run is.
-            stream (`tuple[int, ...]`):
+            step (`int`):
+                Optimizer steps done.
+            training (`bool`):
+                Whether it is for training, and not for an evaluation.
+            stream (`int`):
                 What tells a purpose from others.
-            device (`torch.device`):
-                See there.
         """
+        key = (step, int(training), self._index)
         last_key, num_draws = self._num_draws.get(stream, (key, -1))
         num_draws = num_draws + 1 if key == last_key else 0
         self._num_draws[stream] = key, num_draws
-        return random_numbers(self._seed, *key, num_draws, *stream, device=device)
+        return random_numbers(self._seed, *key, num_draws, *stream, device=self._device)

@@ -24,11 +24,16 @@ from ..files import locked
 from .checkpoints import begin, finish, is_complete, newest_complete, read_state
 
 
-# What the teacher reads, and what the position of a run counts in
+# What the teacher reads, what leftover rollouts are, and what the position of a run counts in
 _FIXED_SETTINGS = (
     "teacher",
     "privileged_context",
     "context_kwargs",
+    "teacher_chat_template_kwargs",
+    "teacher_generation_prefix",
+    "success_threshold",
+    "completions",
+    "completions_kwargs",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "steps_per_generation",
@@ -83,37 +88,33 @@ class Attributes:
             setattr(self._owner, attribute, state[name])
 
 
-class ProcessFiles:
+class LeftoverRollouts:
     """
-    Tensors of which each process has its own, as a [`StatefulFiles`] part.
+    Micro-batches that are left over between two generations, which a resumed run could not sample again, as a
+    [`StatefulFiles`] part. Each process has its own.
 
     Args:
-        name (`str`):
-            Beginning of the files' names.
-        get (`Callable[[], dict[str, Any]]`):
-            Gives the state.
-        put (`Callable[[dict[str, Any]], None]`):
-            Takes it up again.
+        position ([`Attributes`]):
+            `step`, the number of micro-batches done, and `pending`, those of the generation.
+        num_micro_batches (`int`):
+            How many there are from one generation to the next.
         accelerator ([`~accelerate.Accelerator`]):
             The processes.
     """
 
-    def __init__(
-        self,
-        name: str,
-        get: Callable[[], dict[str, Any]],
-        put: Callable[[dict[str, Any]], None],
-        accelerator: Accelerator,
-    ):
-        self._name = f"{name}_{accelerator.process_index}.pt"
-        self._get, self._put, self._device = get, put, accelerator.device
+    def __init__(self, position: Attributes, num_micro_batches: int, accelerator: Accelerator):
+        self._position, self._num_micro_batches = position, num_micro_batches
+        self._name, self._device = f"rollouts_{accelerator.process_index}.pt", accelerator.device
 
     def save(self, directory: Path, is_main_process: bool) -> None:
-        torch.save(self._get(), directory / self._name)
+        state = self._position.state_dict()
+        if state["step"] % self._num_micro_batches == 0:
+            state["pending"] = None
+        torch.save(state, directory / self._name)
 
     def load(self, directory: Path) -> None:
         state = torch.load(directory / self._name, map_location="cpu", weights_only=True)
-        self._put(send_to_device(state, self._device))
+        self._position.load_state_dict(send_to_device(state, self._device))
 
 
 class RunState:
@@ -230,6 +231,33 @@ class RunState:
     def is_saved(self, directory: Path) -> bool:
         """Whether there is a complete checkpoint. All processes are told what the main process finds."""
         return broadcast_object_list([is_complete(directory)])[0]
+
+    def rescue(self, directory: Path, num_steps: int, is_between: bool, save: Callable[[], None]) -> str:
+        """
+        Make a checkpoint of a run that ends, where one can be made. All processes call this.
+
+        Args:
+            directory (`Path`):
+                The checkpoint.
+            num_steps (`int`):
+                Optimizer steps done.
+            is_between (`bool`):
+                Whether the step in hand has begun with rollouts of a generation that is gone.
+            save (`Callable[[], None]`):
+                Makes it.
+
+        Returns:
+            `str`: what became of the run.
+        """
+        if num_steps == 0:
+            return "No step had been trained."
+        if is_between:
+            return "Resume from the last checkpoint: between two generations none could be made."
+        if not self.is_saved(directory):
+            only_model, self._args.save_only_model = self._args.save_only_model, False
+            save()
+            self._args.save_only_model = only_model
+        return f"The run is saved in {directory}: start the server and resume with `resume_from_checkpoint`."
 
     @contextmanager
     def alone(self) -> Iterator[None]:

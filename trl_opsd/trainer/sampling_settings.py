@@ -1,12 +1,15 @@
 """A way of sampling, as the engines of GRPOTrainer's rollouts are told of it: the attributes to set."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
+import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 
 from ..sampling import Sampling
+from .config import SelfDistillationConfig
 
 
 def vllm_settings(sampling: Sampling, end_token_ids: list[int]) -> dict[str, Any]:
@@ -34,29 +37,43 @@ def transformers_settings(sampling: Sampling, generation_kwargs: Mapping[str, An
     return {"generation_config": GenerationConfig(**kwargs, disable_compile=True), "generation_kwargs": kwargs}
 
 
-@contextmanager
-def changed_settings(target: Any, settings: Mapping[str, Any], models: Sequence[Any]) -> Iterator[None]:
-    """
-    Inside, sampling is done by other settings.
+def teacher_settings(args: SelfDistillationConfig, tokenizer: Any, end_token_ids: list[int]) -> dict[str, Any]:
+    """Attributes of a trainer that samples rollouts with vLLM, and a teacher with transformers."""
+    sampling = Sampling(args.temperature, args.top_p, args.top_k, cast(int, args.max_completion_length))
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos")}
+    tokens |= {"eos_token_id": end_token_ids, "cache_implementation": args.cache_implementation}
+    return transformers_settings(sampling, tokens, min_p=args.min_p, repetition_penalty=args.repetition_penalty)
 
-    Args:
-        target (`Any`):
-            Object whose attributes they are.
-        settings (`Mapping[str, Any]`):
-            The attributes.
-        models (`Sequence[Any]`):
-            Models whose own generation configuration says nothing meanwhile: `generate` fills what another leaves open
-            from it, say with a repetition penalty.
-    """
-    originals = {name: getattr(target, name) for name in settings}
-    vars(target).update(settings)
-    unique = {id(model): model for model in models}.values()
-    own_configs = [model.generation_config for model in unique]
-    for model in unique:
-        model.generation_config = GenerationConfig()
+
+@contextmanager
+def changed(target: Any, **values: Any) -> Iterator[None]:
+    """Inside, attributes of an object have other values."""
+    originals = {name: getattr(target, name) for name in values}
+    vars(target).update(values)
     try:
         yield
     finally:
-        for model, config in zip(unique, own_configs, strict=True):
-            model.generation_config = config
         vars(target).update(originals)
+
+
+@contextmanager
+def without_own_settings(models: Sequence[Any]) -> Iterator[None]:
+    """
+    Inside, the models' own generation configuration says nothing: `generate` fills what another leaves open from it,
+    say with a repetition penalty.
+    """
+    with ExitStack() as stack:
+        for model in {id(model): model for model in models}.values():
+            stack.enter_context(changed(model, generation_config=GenerationConfig()))
+        yield
+
+
+@contextmanager
+def sharded_after(model: torch.nn.Module) -> Iterator[None]:
+    """Shards a model's root module again, which FSDP2 leaves to a backward pass that does not come."""
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -59,7 +59,8 @@ def make_streams(
     score: Callable[[dict[str, Any]], TokenScores],
     total: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
     metrics: Metrics,
-) -> dict[str, torch.Tensor]:
+    is_sampled_by_student: bool,
+) -> dict[str, torch.Tensor | None]:
     """
     What the parts make of a generation batch. All processes call this at once.
 
@@ -76,10 +77,13 @@ def make_streams(
             From counts of each process to their sums.
         metrics ([`Metrics`]):
             Where the share of rows that each term counts goes.
+        is_sampled_by_student (`bool`):
+            Whether log-probabilities that a sampler gives are of the distribution that the loss computes.
 
     Returns:
-        `dict[str, torch.Tensor]`: see [`Signals.streams`]; besides, the number of rows and tokens, on all processes,
-        that the terms count.
+        `dict[str, torch.Tensor | None]`: see [`Signals.streams`]; besides, the number of rows and tokens, on all
+        processes, that the terms count; and, if a part reads them, `old_log_probs` of shape `(B, T)`, under the policy
+        that sampled, `None` where that is the student in every loss.
     """
     mask = (batch.get("tool_mask", 1) * batch["completion_mask"]).bool()
     mask[sorted(empty_rows)] = False
@@ -99,4 +103,11 @@ def make_streams(
         counts |= {f"num_{term}_rows": rows.sum(), f"num_{term}_tokens": streams[f"{term}_mask"].sum()}
         if signals.coefficients[f"{term}_coef"]:
             metrics.add_rate(f"{term}_row_rate", rows.sum(), torch.ones_like(rows).sum())
-    return streams | total({name: count.float() for name, count in counts.items()})
+    made: dict[str, torch.Tensor | None] = {
+        **streams,
+        **total({name: count.float() for name, count in counts.items()}),
+    }
+    if signals.policy_weightings:
+        sampled = batch.get("sampling_per_token_logps") if is_sampled_by_student else None
+        made["old_log_probs"] = batch.get("old_per_token_logps") if sampled is None else sampled
+    return made

@@ -1,5 +1,6 @@
 """What happens between the steps."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ from .metrics import Metrics
 
 class StepCallback(TrainerCallback):
     """
-    Moves the coefficients and the teacher along with the steps.
+    Moves the coefficients and the teacher along with the steps, and warns once if the clip eats up the divergence.
 
     Args:
         teacher ([`Teacher`]):
@@ -21,12 +22,17 @@ class StepCallback(TrainerCallback):
             Have schedules.
         metrics ([`Metrics`]):
             What the schedules see of a step.
+        clip (`float`, *optional*):
+            Clip of the divergence.
         mark (`Callable[[], None]`):
             Notes where a step begins.
     """
 
-    def __init__(self, teacher: Teacher, signals: Signals, metrics: Metrics, mark: Callable[[], None]):
+    def __init__(
+        self, teacher: Teacher, signals: Signals, metrics: Metrics, clip: float | None, mark: Callable[[], None]
+    ):
         self._teacher, self._signals, self._metrics, self._mark = teacher, signals, metrics, mark
+        self._clip, self._has_warned = clip, False
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._mark()
@@ -36,6 +42,18 @@ class StepCallback(TrainerCallback):
         self._teacher.on_step_end(state.global_step)
         self._signals.observe(state.global_step, self._metrics.latest)
         self._mark()  # where the next one begins
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logged = logs or {}
+        loss = logged.get("distillation_loss") or logged.get("eval_distillation_loss") or 0.0
+        if loss < 0.0 and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"With `divergence_clip={self._clip}` the mean loss of a step is negative ({loss:.4g}): the clip "
+                "cuts so much of the positive entries that the sum is no divergence any more, and making it smaller "
+                "need not bring the student closer to the teacher. Raise the clip.",
+                stacklevel=2,
+            )
 
 
 class OrderOfEpochs(TrainerCallback):

@@ -36,73 +36,40 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from torch.distributed.fsdp import FSDPModule
-from transformers import (
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
-from trl.trainer.utils import get_config_model_id
 
-from ..context import (
-    SampledContext,
-    as_text,
-    check_embedded,
-    without_end,
-)
+from ..context import SampledContext, as_text, check_embedded, without_end
 from ..guard import SkipNonFiniteSteps
-from ..objective import (
-    FusedDivergence,
-    generalized_jsd_loss,
-)
+from ..objective import generalized_jsd_loss
 from ..sampling import Sampling
-from ..scoring import announce_head, causal_lm, evaluation_mode, keep_groups_together
-from ..serving import (
-    ServerError,
-    check_engine_context,
-    longest_prompt,
-    prepare_sampler,
-    report_failures,
-)
+from ..scoring import announce_head, causal_lm
+from ..serving import ServerError
 from ..signal import TokenScores
 from ..teacher import Teacher, fingerprint
-from .batch import (
-    Generation,
-    TeacherInputs,
-    all_feedback,
-    check_feedback,
-    joined_feedback,
-    total_rewards,
-)
+from .batch import Generation, TeacherInputs, added_feedback, all_feedback, regrouped
 from .checkpoints import load_weights
-from .checks import (
-    check_auxiliary_loss,
-    check_context,
-    check_grpo_pass,
-    check_signals,
-)
-from .completing import Completing, Engines, decoded, encoded, with_stand_ins, without_empty
+from .checks import check_auxiliary_loss, check_context, check_grpo_pass, check_signals
+from .completing import Completing, Engines, encoded, graded, with_stand_ins, without_empty
 from .config import SelfDistillationConfig
-from .loss import SelfDistillationLoss, make_networks, policy_term
-from .method import Method
-from .metrics import Metrics, add_contexts, add_divergence, add_policy, add_sampler_difference, warn_of_clip
-from .preparation import prepare
-from .random_numbers import Draws
-from .run_state import Attributes, ProcessFiles, RunState, Stateful, dataset_summary
-from .sampling_settings import changed_settings, transformers_settings, vllm_settings
+from .loss import make_loss
+from .metrics import Metrics
+from .policy import GRPOLoss
+from .preparation import Prepared, checked_arguments, prepare
+from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
+from .sampler import PolicySampler
+from .sampling_settings import changed, teacher_settings
 from .signals import make_streams
 from .steps import OrderOfEpochs, StepCallback
 from .teachers import load_teacher
@@ -159,15 +126,9 @@ class SelfDistillationTrainer(GRPOTrainer):
     config_class: ClassVar[type[SelfDistillationConfig]] = SelfDistillationConfig
 
     args: SelfDistillationConfig
-    model_wrapped: Any
     reward_weights: torch.Tensor
     _buffered_inputs: Any
     _signature_columns: list[str]
-    _step: int
-    _pending_extra_logs: Any
-    _pending_metrics: Any
-    use_vllm: bool
-    _warned_about_clip = False
 
     generalized_jsd_loss = staticmethod(generalized_jsd_loss)
 
@@ -188,46 +149,17 @@ class SelfDistillationTrainer(GRPOTrainer):
         rollout_func: Callable | None = None,
         environment_factory: Any = None,
     ):
-        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
-        if args is None:
-            method = self.config_class.method
-            args = self.config_class(f"{model_id.split('/')[-1]}-{self._name if method is None else method.name}")
-        if not isinstance(args, self.config_class):
-            raise ValueError(
-                f"{type(self).__name__} needs a `{self.config_class.__name__}` as `args`, got "
-                f"{type(args).__name__}. It takes the same fields: only the name changes."
-            )
+        args = checked_arguments(args, self.config_class, type(self), model)
         if args.method is not None:
-            self._present_as(args.method)
-        run = prepare(
-            args,
-            model,
-            model_id,
-            processing_class,
-            train_dataset,
-            eval_dataset,
-            reward_funcs,
-            peft_config,
-            tools,
-            rollout_func,
-            environment_factory,
-        )
+            self._name, self._paper, self._tag_names = args.method.presented()  # type: ignore[misc]
+        data = processing_class, train_dataset, eval_dataset
+        given = reward_funcs, peft_config, tools, rollout_func, environment_factory
+        run = prepare(args, model, *data, *given)
         self.context, self.completion_source, self.signals = run.context, run.completions, run.signals
         self.teacher_prompt, self._data_columns = run.teacher_prompt, run.columns
-
-        # Set by the generation methods for the batch in hand
-        self._first_turn = False
-        self._draws = Draws(args.seed)
-        self._generation_step = -1
-        self._first_micro_batch = 0
-        self._rows: list[Mapping[str, Any]] = []
-        self._empty_rollouts: set[int] = set()
-        self._extra_tokens = 0
-        self._generation: Generation
-        self.statistics = {"train": Metrics(), "eval": Metrics()}
+        self._generation, self._generation_step, self._first_micro_batch = Generation([]), -1, 0
         self._num_generated_tokens = 0
-        self._given_log_probs: tuple[torch.Tensor, torch.Tensor, None] | None = None
-
+        self.statistics = {"train": Metrics(), "eval": Metrics()}
         super().__init__(
             model=model,
             reward_funcs=reward_funcs or [_no_reward],
@@ -244,124 +176,100 @@ class SelfDistillationTrainer(GRPOTrainer):
             rollout_func=None if rollout_func is None else without_empty(rollout_func, self._mark_empty_rollouts),
             environment_factory=environment_factory,
         )
+        self._settle_rewards(run, environment_factory)
+        self._prepare_policy_term()
+        check_world(args, self.accelerator, self.model)
+        self._prepare_sampling()
+        starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
+        self._prepare_loss(run, starts_at_zero)
+
+    def _settle_rewards(self, run: Prepared, environment_factory: Any) -> None:
         if self.reward_funcs[0] is _no_reward:
             for values in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
                 values.pop(0)
             self.reward_weights = self.reward_weights[1:]
         if environment_factory is not None and not self.reward_funcs:  # it gives none, which is known only now
-            check_signals(self.signals, args, has_reward=False)
+            check_signals(self.signals, self.args, has_reward=False)
             check_context(self.context, self.num_generations, run.train_dataset, has_rewards=False, has_feedback=True)
+
+    def _prepare_policy_term(self) -> None:
+        self.grpo_loss = GRPOLoss(
+            self.args,
+            super()._compute_loss,
+            self._metrics,
+            self.statistics,
+            self.signals.coefficients,
+            self.signals.has_term("policy_loss_coef"),
+            needs_own_pass=self._entropy_bonus_enabled or self.aux_loss_enabled,
+        )
+        if self.grpo_loss.takes_part and not self.grpo_loss.shares_pass:
+            check_grpo_pass(causal_lm(self.model), self.router_aux_loss_coef)
+        check_auxiliary_loss(self.args, self.aux_loss_enabled, self.router_aux_loss_coef)
+
+    def _prepare_sampling(self) -> None:
+        args, tokenizer = self.args, self._tokenizer
+        self.teacher_prompt.chat_template = self.chat_template
+        if self.use_vllm and self.completion_source.samples_teacher:
+            for name, value in teacher_settings(args, tokenizer, self.eos_token_ids).items():
+                setattr(self, name, value)
+        self.sampler = PolicySampler(
+            args,
+            self.accelerator,
+            self.model,
+            wrapped=lambda: self.model_wrapped,
+            generate=lambda *asked: GRPOTrainer._generate_single_turn(self, *asked),
+            changing=partial(changed, self),
+            engine=self.vllm_generation if self.use_vllm else None,
+            generation_kwargs=None if self.use_vllm else self.generation_kwargs,
+            end_token_ids=self.eos_token_ids,
+            where=lambda: (self.state.global_step, self.model.training),
+        )
+        known = self._unlogged_rewards, tokenizer, self.reward_weights, args.success_threshold
+        self._engines = Engines(
+            sample=lambda prompts: self.sampler.turn(prompts, None, {}, 1),  # groups are broken up
+            sample_teacher=lambda prompts: self.sampler.sample_teacher(self.teacher, prompts),
+            teacher_prompt=lambda row: self.teacher_prompt.token_ids(row, None),
+            encode=partial(encoded, tokenizer, self.eos_token_ids[0], self.max_completion_length),
+            grade=partial(graded, *known, self.accelerator.process_index),
+            process_index=self.accelerator.process_index,
+            gather=gather_object,
+        )
+        dataset = None if self.environment_factories else self.train_dataset
+        self.context_length = self.sampler.prepare(tokenizer, dataset, self._token_ids, self.rollout_func is None)
+
+    def _prepare_loss(self, run: Prepared, adapter_starts_at_zero: bool) -> None:
+        args, accelerator, padding = self.args, self.accelerator, self.pad_to_multiple_of
         self._teacher_inputs = TeacherInputs(
             self.teacher_prompt,
             self.reward_weights,
             args.success_threshold,
             (*self.eos_token_ids, self._tokenizer.pad_token_id),
             self._tokenizer.pad_token_id,
-            self.pad_to_multiple_of,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
+            padding,
+            accelerator.process_index,
+            accelerator.num_processes,
             gather_object,
-            self._sample_for_context,
+            lambda prompts: self.sample(prompts, Sampling(**cast(SampledContext, self.context).sampling), stream=2),
         )
-        if self.use_vllm and self.completion_source.samples_teacher:  # with transformers
-            sampling = Sampling(self.temperature, self.top_p, self.top_k, cast(int, self.max_completion_length))
-            tokens = {f"{name}_token_id": getattr(self._tokenizer, f"{name}_token_id") for name in ("pad", "bos")}
-            tokens |= {"eos_token_id": self.eos_token_ids, "cache_implementation": args.cache_implementation}
-            others = {"min_p": self.min_p, "repetition_penalty": self.repetition_penalty}
-            for name, value in transformers_settings(sampling, tokens, **others).items():
-                setattr(self, name, value)
-        self._has_grpo_terms = (
-            self.beta != 0.0
-            or self.signals.has_term("policy_loss_coef")
-            or self._entropy_bonus_enabled
-            or self.aux_loss_enabled
-        )
-        # What follows from the log-probabilities at the divergence's temperature comes from its forward pass
-        self._shares_student_pass = (
-            self._has_grpo_terms
-            and not self._entropy_bonus_enabled
-            and not self.aux_loss_enabled
-            and args.distillation_temperature == self.temperature
-        )
-        if self._has_grpo_terms and not self._shares_student_pass:
-            check_grpo_pass(causal_lm(self.model), self.router_aux_loss_coef)
-        check_auxiliary_loss(args, self.aux_loss_enabled, self.router_aux_loss_coef)
-        self.teacher_prompt.chat_template = self.chat_template
-
-        # With the correction on, GRPO logs it. vLLM's log-probabilities are those of what it samples from
-        self._compares_with_sampler = (
-            self.use_vllm
-            and not self.vllm_importance_sampling_correction
-            and not args.truncates_sampling
-            and args.distillation_temperature == self.temperature
-            and self.repetition_penalty == 1.0
-        )
-        check_world(args, self.accelerator, self.model)
-        self.context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if self.use_vllm:
-            self.context_length = self._prepare_sampler()
-        fingerprints: dict[str, str | None] = {"model": fingerprint(self.model)}
-        starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
-        self.teacher: Teacher = run.served_teacher or load_teacher(args, self.accelerator, self.model, starts_at_zero)
-        fingerprints["teacher"] = self.teacher.fingerprint
-        networks = make_networks(args, self.accelerator, self.model, self.teacher, self.pad_to_multiple_of)
-        self.loss = SelfDistillationLoss(args, self.accelerator, networks, args.objective(), self.signals)
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            networks.check_logits(self.model)
+        initial, given = fingerprint(self.model), (args, accelerator, self.model)
+        self.teacher: Teacher = run.served_teacher or load_teacher(*given, adapter_starts_at_zero)
+        self.loss = make_loss(*given, self.teacher, self.signals, padding)
         announce_head(self.model)
         self._guard = SkipNonFiniteSteps()
         self.add_callback(self._guard)
-        self.add_callback(StepCallback(self.teacher, self.signals, self.statistics["train"], self._begin_step))
+        seen = self.teacher, self.signals, self.statistics["train"], args.divergence_clip
+        self.add_callback(StepCallback(*seen, self._begin_step))
 
-        self.run_state = self._make_run_state(fingerprints)
-
-    # Construction
-
-    def _present_as(self, method: Method) -> None:
-        """Model cards and tags of the Hub name and cite the method of the configuration."""
-        self._name = method.name
-        self._paper = {"title": method.title, "id": method.paper, "citation": method.citation}  # type: ignore[misc]
-        self._tag_names = ["trl", "trl-opsd", method.name.lower().replace(" ", "-")]  # type: ignore[misc]
-
-    @property
-    def _samples_in_process(self) -> bool:
-        return self.use_vllm and self.vllm_mode == "colocate"
-
-    @property
-    def _sampler_index(self) -> int:
-        """Which of several streams of random numbers this process samples by: tensor-parallel ones share theirs."""
-        return self.accelerator.process_index // (self.args.vllm_tensor_parallel_size if self.use_vllm else 1)
-
-    def _make_run_state(self, fingerprints: dict[str, str | None]) -> RunState:
         data = dataset_summary(self.train_dataset, ("prompt", *self._data_columns))
-        run_state = RunState(self.accelerator, self.args, data, fingerprints)
-        run_state.add("teacher", self.teacher)
-        run_state.add("guard", self._guard)
-        run_state.add("schedules", self.signals)
+        self.run_state = RunState(accelerator, args, data, {"model": initial, "teacher": self.teacher.fingerprint})
+        self.run_state.add("teacher", self.teacher)
+        self.run_state.add("guard", self._guard)
+        self.run_state.add("schedules", self.signals)
         if isinstance(self.context, Stateful):
-            run_state.add("context", self.context)
-        run_state.add("counts", Attributes(self, num_generated_tokens="_num_generated_tokens"))
-        rollouts = ProcessFiles("rollouts", self._leftover_rollouts, self._take_up_rollouts, self.accelerator)
-        run_state.add("rollouts", rollouts)
-        return run_state
-
-    def _prepare_sampler(self) -> int:
-        """The engine's context length. Refuses one that cannot sample this policy's rollouts in full."""
-        generation, args = self.vllm_generation, self.args
-        limit = prepare_sampler(generation, self.model, self._tokenizer, args.vllm_server_request_timeout)
-        if self._samples_in_process:
-            # The engine has seeded this process anew, by its number alone
-            set_seed(args.seed + self._sampler_index)
-        elif self.rollout_func is None:  # which may talk to the client itself
-            report_failures(generation)
-        longest = 0
-        if not self.environment_factories:
-            longest = longest_prompt(
-                self.train_dataset, lambda prompts: self._tokenize_prompts(prompts)[0], self.accelerator
-            )
-        field = "vllm_max_model_length" if self._samples_in_process else "--max-model-len"
-        check_engine_context(limit, longest, self.max_completion_length, field)
-        return limit
+            self.run_state.add("context", self.context)
+        self.run_state.add("counts", Attributes(self, num_generated_tokens="_num_generated_tokens"))
+        position = Attributes(self, step="_step", pending="_buffered_inputs")
+        self.run_state.add("rollouts", LeftoverRollouts(position, self._generate_every, accelerator))
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -376,10 +284,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             the teacher's if it needs the rollouts first, or if the row is left out.
         """
         row = next(iter(self.train_dataset))
-        student_ids = self._tokenize_prompts([row["prompt"]])[0][0]
-        return list(student_ids), self.teacher_prompt.token_ids(row, None, self.tools)
-
-    # Rollouts
+        return list(self._token_ids([row["prompt"]])[0]), self.teacher_prompt.token_ids(row, None, self.tools)
 
     def _tokenize_prompts(self, prompts: list):
         plain = isinstance(prompts[0], str)
@@ -390,39 +295,25 @@ class SelfDistillationTrainer(GRPOTrainer):
             check_embedded(ids, self._tokenizer, self.teacher_prompt.num_embeddings)
         return prompt_ids, *others
 
-    def _generate(self, prompts: list):
-        self._first_turn = True
-        self._empty_rollouts = set()
-        self._extra_tokens = 0
-        return super()._generate(prompts)
+    def _token_ids(self, prompts: list) -> list[list[int]]:
+        return self._tokenize_prompts(prompts)[0]
 
     def _generate_single_turn(
         self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
     ) -> tuple[list[list[int]], list[list[float | None]] | None]:
-        first_turn, self._first_turn = self._first_turn, False
-        if not first_turn:
-            return self._sample_rollouts(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
-        rollouts = partial(
-            self._sample_rollouts, prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-        )
+        asked = prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+        generation = self._generation
+        if generation.has_turns:
+            return self.sampler.turn(*asked)
+        generation.has_turns = True
         if not self.model.training or not self.completion_source.replaces_rollouts:
-            return self._mark_empty_rollouts(*rollouts())[:2]
-        completing = Completing(self._engines(rollouts, prompt_ids), self._rows, prompt_ids, gather_object)
+            return self._mark_empty_rollouts(*self.sampler.turn(*asked))[:2]
+        completing = Completing(self._engines, generation.rows, prompt_ids, partial(self.sampler.turn, *asked))
         completions = completing(self.completion_source, self.args.seed, self.state.global_step)
-        self._extra_tokens = completing.num_sampled - sum(map(len, completions.ids))
+        generation.num_discarded_tokens = completing.num_sampled - sum(map(len, completions.ids))
         for name, pair in completions.rates.items():
             self.statistics["train"].add_rate(name, *torch.tensor(pair, device=self.accelerator.device))
         return self._mark_empty_rollouts(completions.ids, completions.log_probs)[:2]
-
-    def _sample_rollouts(self, *args: Any) -> tuple[list[list[int]], Any]:
-        if not self._samples_in_process:
-            return super()._generate_single_turn(*args)
-        with self._random_numbers():
-            return super()._generate_single_turn(*args)
-
-    def _random_numbers(self, *stream: int) -> AbstractContextManager[None]:
-        key = (self.state.global_step, int(self.model.training), self._sampler_index)
-        return self._draws.random_numbers(key, stream, self.accelerator.device)
 
     def sample(self, prompt_ids: list[list[int]], sampling: Sampling, stream: int = 0) -> list[list[int]]:
         """
@@ -444,27 +335,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         Raises:
             ServerError: If the vLLM server failed. In training, the run then ends after a checkpoint.
         """
-        with self._random_numbers(stream), evaluation_mode(self.model), self._sampling_as(sampling):
-            return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]
-
-    @contextmanager
-    def _sampling_as(self, sampling: Sampling) -> Iterator[None]:
-        models = [self.model, causal_lm(self.model)]
-        if self.use_vllm:
-            changed = changed_settings(self.vllm_generation, vllm_settings(sampling, self.eos_token_ids), models)
-        else:
-            changed = changed_settings(self, transformers_settings(sampling, self.generation_kwargs), models)
-        with changed:
-            try:
-                yield
-            finally:
-                # FSDP2 leaves it to a backward pass, which does not come, to shard the root module again
-                for module in self.model_wrapped.modules() if self.is_fsdp_enabled else ():
-                    if isinstance(module, FSDPModule):
-                        module.reshard()
-
-    def _sample_for_context(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        return self.sample(prompt_ids, Sampling(**cast(SampledContext, self.context).sampling), stream=2)
+        return self.sampler.sample(prompt_ids, sampling, stream)
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
@@ -477,50 +348,14 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _mark_empty_rollouts(self, completion_ids, logprobs):
         ids, logprobs, empty = with_stand_ins(completion_ids, logprobs, self.eos_token_ids[0])
-        self._empty_rollouts |= empty
+        self._generation.empty |= empty
         return ids, logprobs, empty
 
-    def _engines(self, rollouts: Callable[[], Any], prompt_ids: list[list[int]]) -> Engines:
-        return Engines(
-            rollouts=rollouts,
-            # The groups are broken up, so every prompt is sampled by itself
-            sample=lambda prompts: self._sample_rollouts(prompts, None, {}, 1),
-            sample_teacher=self._sample_teacher,
-            teacher_prompt=lambda index: self.teacher_prompt.token_ids(self._rows[index], None),
-            encode=partial(encoded, self._tokenizer, self.eos_token_ids[0], self.max_completion_length),
-            grade=lambda rows, completion_ids: self._grade(
-                [self._rows[row] for row in rows], [prompt_ids[row] for row in rows], completion_ids
-            ),
-            process_index=self.accelerator.process_index,
-        )
-
-    def _sample_teacher(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        if self.use_vllm and self.args.teacher == "live":
-            return self._sample_rollouts(prompt_ids, None, {}, 1)[0]
-        policy, use_vllm = self.model_wrapped, self.use_vllm
-        with self.teacher.weights(policy) as self.model_wrapped:
-            self.use_vllm = False  # its engine holds the policy
-            try:
-                return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]
-            finally:
-                self.model_wrapped, self.use_vllm = policy, use_vllm
-
-    def _grade(
-        self, rows: list[Mapping[str, Any]], prompt_ids: list[list[int]], completion_ids: list[list[int]]
-    ) -> list[bool | None]:
-        """Whether completions are right by the reward functions, which log nothing of them."""
-        prompts = [row["prompt"] for row in rows]
-        completions = decoded(self._tokenizer, prompts[0], prompt_ids, completion_ids)
-        kept = {name: vars(self)[name] for name in ("_rows", "_pending_extra_logs", "_pending_metrics")}
-        self._rows, self._pending_extra_logs, self._pending_metrics = rows, defaultdict(list), defaultdict(list)
-        try:
-            rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids)
-        finally:
-            for name, value in kept.items():
-                setattr(self, name, value)
-        own = rewards[self.accelerator.process_index * len(rows) :][: len(rows)]
-        totals = total_rewards(own, self.reward_weights).tolist()
-        return [None if math.isnan(total) else total >= self.args.success_threshold for total in totals]
+    def _unlogged_rewards(self, rows, prompts, completions, completion_ids) -> torch.Tensor:
+        logs: Any = defaultdict(list)
+        metrics: Any = defaultdict(list)
+        with changed(self, _generation=Generation(rows), _pending_extra_logs=logs, _pending_metrics=metrics):
+            return super()._calculate_rewards(rows, prompts, completions, completion_ids)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         if self.reward_funcs:
@@ -528,159 +363,79 @@ class SelfDistillationTrainer(GRPOTrainer):
         else:
             num_rollouts = len(prompts) * self.accelerator.num_processes
             rewards = torch.zeros(num_rollouts, 0, device=self.accelerator.device)
-        self._generation = Generation(
-            rows=[{**row, "prompt": prompt} for row, prompt in zip(inputs, prompts, strict=True)],
-            completions=completions,
-            token_ids=completion_ids_list,
-            rewards=rewards,
-            feedback=all_feedback(self._pending_extra_logs.get("feedback"), self.environments, inputs),
-            tools=[self._env_tools[name] for name in self._batch_environments]
-            if self.environment_factories
-            else [self.tools] * len(inputs),
-            empty=self._empty_rollouts,
-        )
+        generation = self._generation
+        generation.rows = [{**row, "prompt": prompt} for row, prompt in zip(inputs, prompts, strict=True)]
+        generation.completions, generation.token_ids, generation.rewards = completions, completion_ids_list, rewards
+        generation.feedback = all_feedback(self._pending_extra_logs.get("feedback"), self.environments, inputs)
+        generation.tools = [self.tools] * len(inputs)
+        if self.environment_factories:
+            generation.tools = [self._env_tools[name] for name in self._batch_environments]
         return rewards
 
     def _log_completion_extra(self, column, values):
         if column == "feedback":
-            who = " or ".join(f"`{name}`" for name in self.reward_func_names)
-            values = check_feedback(values, len(self._rows), f"The reward function {who}")
-            earlier = self._pending_extra_logs.pop("feedback", None) or [None] * len(values)
-            values = [joined_feedback(*pair) for pair in zip(earlier, values, strict=True)]
+            earlier = self._pending_extra_logs.pop("feedback", None)
+            values = added_feedback(earlier, values, len(self._generation.rows), self.reward_func_names)
         super()._log_completion_extra(column, values)
 
     def _prepare_inputs(self, generation_batch):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        fresh = self._buffered_inputs is not buffered
-        if fresh and self.num_generations > 1 and self.loss.networks.can_share_prompts:
-            # GRPO's shuffle scatters the rollouts of a prompt over micro-batches, where each would pay for the
-            # teacher's prompt again. Rows change places among the micro-batches of one optimizer step only, so that
-            # every step keeps the rows the shuffle gave it: the greatest common divisor never straddles two steps.
+        is_fresh = self._buffered_inputs is not buffered
+        if is_fresh and self.num_generations > 1 and self.loss.networks.can_share_prompts:
             steps = self.args.steps_per_generation
-            window = math.gcd(steps, self.args.gradient_accumulation_steps)
-            self._buffered_inputs = keep_groups_together(self._buffered_inputs, window, "teacher_prompt_groups")
+            self._buffered_inputs = regrouped(self._buffered_inputs, steps, self.args.gradient_accumulation_steps)
             inputs = self._buffered_inputs[self._step % steps]
         return inputs
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
+        metrics, size = self.statistics[mode], self.num_generations if mode == "train" else self.num_generations_eval
         if mode == "train":
             self._generation_step = self.state.global_step
-        self._rows = inputs
+        self._generation = Generation(inputs)
         batch = super()._generate_and_score_completions(inputs)
         if not self.reward_funcs:
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[mode].pop(name, None)
-        batch = self._add_teacher_inputs(batch, mode)
-        streams = make_streams(
-            self.signals,
-            batch,
-            self._empty_rollouts,
-            partial(self._score, mode=mode),
-            partial(self.accelerator.reduce, reduction="sum"),
-            self.statistics[mode],
-        )
-        if self.signals.policy_weightings:
-            # Under the policy that sampled, where it is not the student in every loss to come
-            names = ["sampling_per_token_logps"] if self._compares_with_sampler else []
-            given = (batch.get(name) for name in [*names, "old_per_token_logps"])
-            batch["old_log_probs"] = next((values for values in given if values is not None), None)
-        return batch | streams
+        self._teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics)
+        self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
+        total, score = partial(self.accelerator.reduce, reduction="sum"), partial(self._score, mode=mode)
+        comparable = self.args.sampler_is_comparable
+        return batch | make_streams(self.signals, batch, self._generation.empty, score, total, metrics, comparable)
 
     def _score(self, batch: dict[str, Any], mode: str) -> TokenScores:
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-        scores, output = self.loss.scores(self.model_wrapped, batch, size)
-        if not self.signals.coefficients["divergence_coef"]:  # or the loss says it
-            self._add_divergence(mode, output)
-        return scores
-
-    def _add_teacher_inputs(self, batch: dict[str, Any], mode: str) -> dict[str, Any]:
-        device, size = self.accelerator.device, self.num_generations if mode == "train" else self.num_generations_eval
-        student_ids = [
-            ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
-        ]
-        teacher_ids, tensors = self._teacher_inputs(self._generation, student_ids, size, self.statistics[mode])
-        batch.update(self.teacher.annotate(teacher_ids, batch))
-        groups = tensors.pop("teacher_prompt_groups")  # no work for the device
-        batch.update({name: values.to(device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
-        self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
-        add_contexts(self.statistics[mode], batch, len(self._empty_rollouts))
-        return batch
+        return self.loss.scores(self.model_wrapped, batch, size, self.statistics[mode])
 
     def _count_tokens(self, model_tokens: torch.Tensor, mode: str) -> None:
-        num_stand_ins = model_tokens[sorted(self._empty_rollouts)].sum()
-        num_generated = model_tokens.sum() + self._extra_tokens - num_stand_ins
-        num_generated = self.accelerator.reduce(num_generated, "sum")
+        num_sampled = self.accelerator.reduce(self._generation.num_sampled_tokens(model_tokens), "sum")
         if mode == "train":
-            self._num_generated_tokens += int(num_generated)
+            self._num_generated_tokens += int(num_sampled)
         self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
-
-    # Loss
 
     def _compute_loss(self, model, inputs):
         mode = "train" if self.model.training else "eval"
         num_micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
         num_generation_batches = self.args.steps_per_generation if mode == "train" else 1
-        policy = partial(policy_term, self._given, self._reads_log_probs) if self._shares_student_pass else None
-        loss, output, likelihood, passes = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
-        metrics = self.statistics[mode]
-        if self.signals.coefficients["divergence_coef"]:
-            self._add_divergence(mode, output)
-            fresh = mode == "eval" or self.state.global_step == self._generation_step
-            if self._compares_with_sampler and fresh and "sampling_per_token_logps" in inputs:
-                sampled = [rows["sampling_per_token_logps"][rows["divergence_mask"].bool()] for rows in passes]
-                add_sampler_difference(metrics, output.student_log_prob, torch.cat(sampled))
-        if self.signals.coefficients["likelihood_coef"]:
-            metrics.add_rate("likelihood_loss", likelihood.sum(), likelihood.new_tensor(len(likelihood)))
-        if self._has_grpo_terms and not self._shares_student_pass:
-            loss = loss + self._grpo_loss(model, inputs, mode)
+        policy = self.grpo_loss.term(model, mode)
+        result = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
+        # Weights that have moved since the rollouts were sampled are not the sampler's
+        is_fresh = mode == "eval" or self.state.global_step == self._generation_step
+        self.loss.add_metrics(self.statistics[mode], result, self.args.sampler_is_comparable and is_fresh)
+        loss = result.loss
+        if self.grpo_loss.takes_part and not self.grpo_loss.shares_pass:
+            loss = loss + self.grpo_loss(model, inputs, mode)
         if mode == "eval" or self.accelerator.sync_gradients:
-            metrics.reduce(self.accelerator.gather)
+            self.statistics[mode].reduce(self.accelerator.gather)
         return loss
-
-    def _add_divergence(self, mode: str, output: FusedDivergence) -> None:
-        clips = self.args.divergence_clip is not None
-        add_divergence(self.statistics[mode], output, self.teacher.knows_entropy, clips)
-
-    def _grpo_loss(self, model, inputs, mode):
-        """GRPO's own loss. What it logs becomes sums and counts."""
-        kept, self._metrics[mode] = self._metrics[mode], defaultdict(list)
-        advantages = inputs["advantages"] * self.signals.coefficients["policy_loss_coef"]
-        try:
-            loss = super()._compute_loss(model, {**inputs, "advantages": advantages})
-        finally:
-            logged, self._metrics[mode] = self._metrics[mode], kept
-        tokens = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        by_sequence = self.importance_sampling_level == "sequence" and advantages.dim() == 1
-        for name, values in add_policy(self.statistics[mode], logged, tokens, by_sequence).items():
-            kept[name] += values
-        return loss
-
-    def _given(self, inputs: dict[str, Any], log_probs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
-        """GRPO's own loss, of these log-probabilities of the student."""
-        self._given_log_probs = log_probs, entropies, None
-        try:
-            return self._grpo_loss(self.model, inputs, "train" if self.model.training else "eval")
-        finally:
-            self._given_log_probs = None
-
-    def _reads_log_probs(self, inputs: dict[str, Any]) -> bool:
-        """Whether GRPO's loss or its gradient depends on the values of the student's log-probabilities."""
-        return (
-            inputs.get("old_per_token_logps") is not None
-            or self.beta != 0.0
-            or self.loss_type in ("cispo", "vespo")
-            or self.off_policy_mask_threshold is not None
-            or self.top_entropy_quantile < 1.0
-        )
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
     ):
-        if self._given_log_probs is not None:
-            return self._given_log_probs
-        if not self._shares_student_pass:
+        if self.grpo_loss.given is not None:
+            return self.grpo_loss.given
+        if not self.grpo_loss.shares_pass:
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs
             )
@@ -694,13 +449,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         if values and mode == "train":
             values["skipped_steps/total"] = self._guard.skipped_steps
         self._metrics[mode].update({name: [value] for name, value in values.items()})
-        is_negative = self.args.divergence_clip is not None and values.get("distillation_loss", 0.0) < 0.0
-        if is_negative and not self._warned_about_clip:
-            self._warned_about_clip = True
-            warn_of_clip(self.args.divergence_clip, values["distillation_loss"])
         super().log(logs, start_time)
-
-    # Checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         checkpoint = self.run_state.checkpoint(resume_from_checkpoint)
@@ -708,7 +457,12 @@ class SelfDistillationTrainer(GRPOTrainer):
             try:
                 return super().train(checkpoint, *args, **kwargs)
             except ServerError as error:  # of a sampler or a teacher, wherever it was asked
-                raise ServerError(f"{error} {self._save_after_failure()}") from error
+                # Sampling may come in the middle of a step, whose first micro-batches a resumed run begins with
+                is_within_step = self._step != self._first_micro_batch
+                is_between = is_within_step and self._first_micro_batch % self._generate_every != 0
+                save = partial(self._save_checkpoint, self.model, trial=None)
+                outcome = self.run_state.rescue(self._folder(), self.state.global_step, is_between, save)
+                raise ServerError(f"{error} {outcome}") from error
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -734,34 +488,13 @@ class SelfDistillationTrainer(GRPOTrainer):
         if checkpoint is not None:
             self.run_state.load(Path(checkpoint))
 
-    def _checkpoint_folder(self, trial: Any = None) -> Path:
+    def _folder(self, trial: Any = None) -> Path:
         return Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
     def _save_checkpoint(self, model, trial):
-        with self.run_state.saving(self._checkpoint_folder(trial), self.state):
+        with self.run_state.saving(self._folder(trial), self.state):
             super()._save_checkpoint(model, trial)
-
-    def _save_after_failure(self) -> str:
-        """Make a checkpoint where one can be made. Says what became of the run."""
-        if self.state.global_step == 0:
-            return "No step had been trained."
-        # Sampling may come in the middle of a step, whose first micro-batches a resumed run begins with
-        if self._step != self._first_micro_batch and self._first_micro_batch % self._generate_every:
-            return "Resume from the last checkpoint: between two generations none could be made."
-        directory = self._checkpoint_folder()
-        if not self.run_state.is_saved(directory):
-            only_model, self.args.save_only_model = self.args.save_only_model, False
-            self._save_checkpoint(self.model, trial=None)
-            self.args.save_only_model = only_model
-        return f"The run is saved in {directory}: start the server and resume with `resume_from_checkpoint`."
 
     @property
     def _generate_every(self) -> int:
         return self.args.steps_per_generation * self.num_iterations
-
-    def _leftover_rollouts(self) -> dict[str, Any]:
-        # Between two generations, micro-batches are left over that a resumed run could not sample again
-        return {"step": self._step, "pending": self._buffered_inputs if self._step % self._generate_every else None}
-
-    def _take_up_rollouts(self, rollouts: dict[str, Any]) -> None:
-        self._step, self._buffered_inputs = rollouts["step"], rollouts["pending"]

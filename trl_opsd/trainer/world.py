@@ -1,6 +1,7 @@
 """What can work with the processes that are there, their sharding and their precision."""
 
 import os
+from typing import Any
 
 from accelerate import Accelerator
 from peft import PeftModel
@@ -16,7 +17,26 @@ def check_world(args: SelfDistillationConfig, accelerator: Accelerator, policy: 
     Raises:
         ValueError: Naming the setting and the way out.
     """
-    state = accelerator.state
+    _check_launch(accelerator)
+    trains_all, is_updated = not isinstance(policy, PeftModel), args.teacher in ("periodic", "ema")
+    if is_updated:
+        _check_updated_teacher(args, accelerator, trains_all)
+    if args.teacher_offload:
+        _check_offload(args, accelerator, trains_all)
+    on_nvme = (_zero(accelerator).get("offload_param") or {}).get("device") == "nvme"
+    if on_nvme and (is_updated or (trains_all and args.teacher == "initial")):
+        raise ValueError(
+            f"`teacher='{args.teacher}'` cannot be copied from weights that ZeRO-3 keeps on NVMe. Set "
+            "`offload_param_device: cpu` in the accelerate configuration, or `teacher='live'`."
+        )
+
+
+def _zero(accelerator: Accelerator) -> dict[str, Any]:
+    deepspeed = accelerator.state.deepspeed_plugin
+    return {} if deepspeed is None else deepspeed.deepspeed_config["zero_optimization"]
+
+
+def _check_launch(accelerator: Accelerator) -> None:
     # What `accelerate launch` leaves in the environment of a process it took for one of several
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
     worlds = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -26,51 +46,49 @@ def check_world(args: SelfDistillationConfig, accelerator: Accelerator, policy: 
             "starts several with DeepSpeed or `mpirun_hostfile` only. Start them with `torchrun --nproc_per_node`, or "
             "set `num_processes: 1`. (If one is what you asked for, unset `MASTER_ADDR`.)"
         )
-    fsdp, deepspeed = getattr(state, "fsdp_plugin", None), state.deepspeed_plugin
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None and fsdp.fsdp_version != 2:
         raise ValueError("FSDP1 is not supported. Set `fsdp_version: 2` in the accelerate configuration.")
     if fsdp is None and os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         raise ValueError(
-            f"The accelerate configuration asks for FSDP, but accelerate runs `{state.distributed_type.value}` on "
-            f"{accelerator.num_processes} processes, where nothing would be sharded: FSDP needs GPUs. Without any, "
-            "set `distributed_type: DEEPSPEED`, or leave it out."
+            f"The accelerate configuration asks for FSDP, but accelerate runs "
+            f"`{accelerator.state.distributed_type.value}` on {accelerator.num_processes} processes, where nothing "
+            "would be sharded: FSDP needs GPUs. Without any, set `distributed_type: DEEPSPEED`, or leave it out."
         )
-    is_updated = args.teacher in ("periodic", "ema")
-    if is_updated and accelerator.mixed_precision == "fp8":
+
+
+def _check_updated_teacher(args: SelfDistillationConfig, accelerator: Accelerator, trains_all: bool) -> None:
+    if accelerator.mixed_precision == "fp8":
         raise ValueError(
             f"`teacher='{args.teacher}'` follows the policy's weights, which `mixed_precision: fp8` may keep as 8-bit "
             "numbers with scales of their own. Set `mixed_precision: bf16` in the accelerate configuration, or choose "
             "another `teacher`."
         )
-    trains_all = not isinstance(policy, PeftModel)
-    if args.teacher_offload:
-        if fsdp is not None or deepspeed is not None:
-            raise ValueError(
-                "`teacher_offload=True` works with a single process or DDP: DeepSpeed and FSDP2 manage the teacher's "
-                "weights themselves. Set it to `False`, and have them offload both models' parameters in the "
-                "accelerate configuration (`offload_param_device: cpu` with ZeRO-3, `fsdp_offload_params: true`)."
-            )
-        if not trains_all and args.teacher != "external":
-            raise ValueError(
-                f"`teacher_offload=True` has no effect on `teacher='{args.teacher}'` of a LoRA adapter, which shares "
-                "the policy's base weights. Set it to `False`."
-            )
-    zero = {} if deepspeed is None else deepspeed.deepspeed_config["zero_optimization"]
-    on_nvme = (zero.get("offload_param") or {}).get("device") == "nvme"
-    if on_nvme and (is_updated or (trains_all and args.teacher == "initial")):
-        raise ValueError(
-            f"`teacher='{args.teacher}'` cannot be copied from weights that ZeRO-3 keeps on NVMe. Set "
-            "`offload_param_device: cpu` in the accelerate configuration, or `teacher='live'`."
-        )
-    if is_updated and zero.get("zero_quantized_nontrainable_weights"):
+    if _zero(accelerator).get("zero_quantized_nontrainable_weights"):
         raise ValueError(
             "With `zero_quantized_nontrainable_weights: true`, ZeRO-3 keeps weights that no gradient trains, those of "
             f"`teacher='{args.teacher}'` among them, as 8-bit numbers. Set it to `false` in the DeepSpeed "
             "configuration."
         )
-    if is_updated and trains_all and fsdp is not None and not fsdp.reshard_after_forward:
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if trains_all and fsdp is not None and not fsdp.reshard_after_forward:
         raise ValueError(
             f"With `fsdp_reshard_after_forward: false`, a copy for `teacher='{args.teacher}'` stays whole after it "
             "has run, and could not follow a sharded policy. Set it to `true` in the accelerate configuration, or "
             "train a LoRA adapter."
+        )
+
+
+def _check_offload(args: SelfDistillationConfig, accelerator: Accelerator, trains_all: bool) -> None:
+    state = accelerator.state
+    if getattr(state, "fsdp_plugin", None) is not None or state.deepspeed_plugin is not None:
+        raise ValueError(
+            "`teacher_offload=True` works with a single process or DDP: DeepSpeed and FSDP2 manage the teacher's "
+            "weights themselves. Set it to `False`, and have them offload both models' parameters in the "
+            "accelerate configuration (`offload_param_device: cpu` with ZeRO-3, `fsdp_offload_params: true`)."
+        )
+    if not trains_all and args.teacher != "external":
+        raise ValueError(
+            f"`teacher_offload=True` has no effect on `teacher='{args.teacher}'` of a LoRA adapter, which shares "
+            "the policy's base weights. Set it to `False`."
         )

@@ -1,0 +1,150 @@
+"""Who samples: the engine of the rollouts, made ready for a run and asked for more than rollouts."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import PreTrainedTokenizerBase
+from trl.generation.vllm_generation import VLLMGeneration
+
+from ..sampling import Sampling
+from ..scoring import causal_lm, evaluation_mode
+from ..serving import check_engine_context, longest_prompt, prepare_sampler, report_failures
+from ..teacher import Teacher
+from .config import SelfDistillationConfig
+from .random_numbers import Draws
+from .sampling_settings import changed, sharded_after, transformers_settings, vllm_settings, without_own_settings
+
+
+def sampler_index(args: SelfDistillationConfig, process_index: int) -> int:
+    """Which of several streams of random numbers a process samples by: tensor-parallel ones share theirs."""
+    return process_index // (args.vllm_tensor_parallel_size if args.use_vllm else 1)
+
+
+class PolicySampler:
+    """
+    Samples by GRPOTrainer's engine, with random numbers that follow from the step.
+
+    Args:
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+        accelerator ([`~accelerate.Accelerator`]):
+            The processes.
+        policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy, not wrapped.
+        wrapped (`Callable[[], nn.Module]`):
+            The policy as it is trained.
+        generate (`Callable`):
+            GRPOTrainer's turn: from prompts, images, further fields, rollouts of each prompt in a row and whether
+            there are images of tools to token ids and log-probabilities.
+        changing (`Callable[..., AbstractContextManager]`):
+            Gives attributes of GRPOTrainer other values meanwhile.
+        engine ([`~trl.generation.vllm_generation.VLLMGeneration`], *optional*):
+            vLLM.
+        generation_kwargs (`dict[str, Any]`, *optional*):
+            Special tokens and cache of transformers' generation.
+        end_token_ids (`list[int]`):
+            Tokens that end a completion.
+        where (`Callable[[], tuple[int, bool]]`):
+            Optimizer steps done, and whether this is training.
+    """
+
+    def __init__(
+        self,
+        args: SelfDistillationConfig,
+        accelerator: Accelerator,
+        policy: Any,
+        wrapped: Callable[[], Any],
+        generate: Callable[..., tuple[list[list[int]], Any]],
+        changing: Callable[..., AbstractContextManager[None]],
+        engine: VLLMGeneration | None,
+        generation_kwargs: dict[str, Any] | None,
+        end_token_ids: list[int],
+        where: Callable[[], tuple[int, bool]],
+    ):
+        self._args = args
+        self._accelerator = accelerator
+        self._policy = policy
+        self._wrapped = wrapped
+        self._generate = generate
+        self._changing = changing
+        self._engine = engine
+        self._generation_kwargs = generation_kwargs
+        self._end_token_ids = end_token_ids
+        self._where = where
+        self._draws = Draws(args.seed, sampler_index(args, accelerator.process_index), accelerator.device)
+
+    def prepare(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        dataset: Any,
+        tokenize: Callable[[list[Any]], list[list[int]]],
+        reports_failures: bool,
+    ) -> int | None:
+        """
+        Have vLLM take the policy's weights, and refuse it if it cannot sample rollouts in full.
+
+        Args:
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                Tokenizer of the policy.
+            dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+                Rows with the prompts. `None` if they come from elsewhere.
+            tokenize (`Callable`):
+                From prompts to token ids.
+            reports_failures (`bool`):
+                Whether failures of a server end the run: not where a `rollout_func` may talk to it itself.
+
+        Returns:
+            `int`, *optional*: tokens that prompt and completion may have together, if there is a limit.
+
+        Raises:
+            ValueError: On every process, naming what does not fit.
+        """
+        args, accelerator = self._args, self._accelerator
+        if self._engine is None:
+            return getattr(self._policy.config.get_text_config(), "max_position_embeddings", None)
+        limit = prepare_sampler(self._engine, self._policy, tokenizer, args.vllm_server_request_timeout)
+        is_here = args.vllm_mode == "colocate"
+        if is_here:
+            # The engine has seeded this process anew, by its number alone
+            set_seed(args.seed + sampler_index(args, accelerator.process_index))
+        elif reports_failures:
+            report_failures(self._engine)
+        longest = 0 if dataset is None else longest_prompt(dataset, tokenize, accelerator)
+        field = "vllm_max_model_length" if is_here else "--max-model-len"
+        check_engine_context(limit, longest, args.max_completion_length, field)
+        return limit
+
+    def turn(self, *asked: Any) -> tuple[list[list[int]], Any]:
+        """What GRPOTrainer samples for a turn, see `generate`."""
+        if self._engine is None or self._args.vllm_mode == "server":
+            return self._generate(*asked)
+        with self._draws(*self._where()):
+            return self._generate(*asked)
+
+    def sample(self, prompt_ids: list[list[int]], sampling: Sampling, stream: int) -> list[list[int]]:
+        """Completions of the policy by other settings, see [`SelfDistillationTrainer.sample`]."""
+        if self._engine is None:
+            changing, settings = self._changing, transformers_settings(sampling, self._generation_kwargs or {})
+        else:
+            changing, settings = partial(changed, self._engine), vllm_settings(sampling, self._end_token_ids)
+        models = [self._policy, causal_lm(self._policy)]
+        with (
+            self._draws(*self._where(), stream),
+            evaluation_mode(self._policy),
+            changing(**settings),
+            without_own_settings(models),
+            sharded_after(self._wrapped()),
+        ):
+            return self._generate(prompt_ids, None, {}, 1)[0]
+
+    def sample_teacher(self, teacher: Teacher, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """Completions of the teacher, sampled as rollouts are."""
+        if self._engine is not None and self._args.teacher == "live":
+            return self.turn(prompt_ids, None, {}, 1)[0]
+        # An engine holds the policy
+        with teacher.weights(self._wrapped()) as weights, self._changing(model_wrapped=weights, use_vllm=False):
+            return self._generate(prompt_ids, None, {}, 1)[0]
