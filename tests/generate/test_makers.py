@@ -111,7 +111,7 @@ def test_messages_without_content_are_empty():
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("stat", None, "`maker='stat'` is none of .* Did you mean 'star'?"),
+        ("stat", None, "`maker='stat'` is none of .* Did you mean `star`"),
         ("star", {"num_samples": 2}, r"arguments \{'num_samples': 2\} do not fit `maker='star'`"),
         ("rollouts", {"num_samples": 0}, "`num_samples` of the rollouts maker must be at least 1, got 0"),
         ("rollouts", {"keep": "right"}, "`keep` of the rollouts maker must be one of all, finished, correct"),

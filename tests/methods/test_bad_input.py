@@ -45,13 +45,13 @@ def test_unknown_method(name, close):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"privileged_context": "peer"}, "`privileged_context='peer'` is none of .*Did you mean 'peers'"),
-        ({"completions": "hinted_retries"}, "`completions='hinted_retries'` is none of .*Did you mean 'hinted_retry'"),
-        ({"token_weights": {"correct": {}}}, "`token_weights='correct'` is none of .*Did you mean 'correct_only'"),
-        ({"advantage": "grop"}, "`advantage='grop'` is none of .*Did you mean 'grpo'"),
+        ({"privileged_context": "peer"}, "`privileged_context='peer'` is none of .*Did you mean `peers`"),
+        ({"completions": "hinted_retries"}, "`completions='hinted_retries'` is none of .*Did you mean `hinted_retry`"),
+        ({"token_weights": {"correct": {}}}, "`token_weights='correct'` is none of .*Did you mean `correct_only`"),
+        ({"advantage": "grop"}, "`advantage='grop'` is none of .*Did you mean `grpo`"),
         (
             {"schedules": {"likelihood_coef": {"kind": "hysterisis"}}},
-            r"`schedules\['likelihood_coef'\]='hysterisis'` is none of .*Did you mean 'hysteresis'",
+            r"`schedules\['likelihood_coef'\]='hysterisis'` is none of .*Did you mean `hysteresis`",
         ),
         ({"advantage": "trl_opsd.methods.rlrt.Reversed"}, "cannot be imported: .*'Reversed'"),
         ({"advantage": "collections.Counter"}, "`advantage` names Counter, which is no subclass of"),
