@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import load_dataset
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from trl_opsd import cli
@@ -273,6 +273,23 @@ def test_other_weights_of_the_same_name_are_refused(generate, model_path, tmp_pa
     (tmp_path / "model" / "model.safetensors").touch()
     assert generate("rollouts", "--limit", "1", maker_kwargs={"keep": "all"}, **fields) == 2
     assert "`weights` was" in capsys.readouterr().err
+
+
+def test_a_server_with_other_weights_is_refused(generate, model_path, monkeypatch, capsys):
+    class Served(TransformersBackend):
+        root = "runs/checkpoint-100"
+
+    def load(kind, name, tokenizer, **kwargs):
+        assert (kind, name) == ("vllm_server", "policy")
+        return Served(AutoModelForCausalLM.from_pretrained(model_path), [tokenizer.eos_token_id], 2)
+
+    monkeypatch.setattr(loading, "load_backend", load)
+    fields = {"backend": "vllm_server", "model_name_or_path": "policy", "tokenizer": model_path, "limit": 1}
+    assert generate("rollouts", maker_kwargs={"keep": "all"}, **fields) == 0
+    assert lines("run/data/train.jsonl")[0]["model"] == "policy"
+    Served.root = "runs/checkpoint-200"
+    assert generate("rollouts", maker_kwargs={"keep": "all"}, **fields) == 2
+    assert "`weights` was 'runs/checkpoint-100' and is 'runs/checkpoint-200'" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_worked_in_or_unknown_is_refused(generate, capsys):

@@ -215,11 +215,11 @@ def run(name: str, arguments: GenerateArguments) -> dict[str, Any]:
         return decoded(tokenizer, rows[row]["prompt"], [prompt], [completion])[0]
 
     folder = Path(str(arguments.output_dir))
-    settings = asdict(arguments)
-    others = {field: settings.pop(field) for field in sorted(_NOT_SETTINGS)}
-    for field in fields(EngineArguments):
-        others[field.name] = settings.pop(field.name)
-    settings = {"maker": name} | settings | arguments.engine_settings(getattr(served, "root", None))
+    own = {field.name for field in fields(GenerateArguments)} - {field.name for field in fields(EngineArguments)}
+    values = asdict(arguments)
+    settings = {"maker": name} | {field: values[field] for field in values if field in own - _NOT_SETTINGS}
+    settings |= arguments.engine_settings(getattr(served, "root", None))
+    others = {field: values[field] for field in values if field not in settings or field == "model_init_kwargs"}
     with locked(folder):
         open_folder(folder, settings, others)
         sampler = Sampler(folder / COMPLETIONS, load, decode, arguments.sampling(), arguments.seed)
