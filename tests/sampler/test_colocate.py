@@ -177,7 +177,6 @@ def test_rewards_are_shaped_by_scores_of_what_the_engine_sampled(tmp_path):
     assert len(result["scores"]) > 100
     assert 0 < max(result["scores"]) < 1e-3
     for call, batch in zip(result["calls"], result["batches"], strict=True):
-        assert len(call["prompts"]) == 2  # each of them four times
         assert batch["completions"] == call["completions"]
         assert all(batch["has_context"])
         for row, (ids, read, advantages) in enumerate(

@@ -15,7 +15,7 @@ from trl.generation import vllm_generation
 from trl_opsd import SelfDistillationTrainer
 from trl_opsd.eval.in_training import BenchmarkCallback
 from trl_opsd.methods import config_class
-from trl_opsd.signal import ImportanceClip
+from trl_opsd.signal.weighting import ImportanceClip
 from trl_opsd.teacher.sharding import part_of
 
 
