@@ -46,7 +46,7 @@ class StepCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         logged = logs or {}
         loss = logged.get("distillation_loss") or logged.get("eval_distillation_loss") or 0.0
-        if loss < 0.0 and not self._has_warned:
+        if self._clip is not None and loss < 0.0 and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 f"With `divergence_clip={self._clip}` the mean loss of a step is negative ({loss:.4g}): the clip "
