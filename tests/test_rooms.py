@@ -136,3 +136,22 @@ def test_one_file_of_the_library_overrides_private_methods_of_trl():
     assert "SelfDistillationTrainer._compute_loss" in found["trl_opsd.trainer.trainer"]
     classes = {name: {method.split(".")[0] for method in methods} for name, methods in found.items() if methods}
     assert classes == {name: {owner} for name, owner in OVERRIDES_TRL.items()}
+
+
+def test_trainer_stays_a_list_of_short_files():
+    files = sorted((PACKAGE / "trainer").glob("*.py"))
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert max(lines.values()) <= 500, lines
+    functions = [
+        (f"{path.name}:{node.name}", node.end_lineno - node.lineno + 1)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert not [(name, length) for name, length in functions if length > 60]
+
+
+def test_page_names_every_file_of_the_trainer():
+    table = DESIGN.split("| file of `trainer/` | holds |")[1].split("\n\n")[0]
+    named = set(re.findall(r"`(\w+\.py)`", table)) | {"trainer.py", "__init__.py"}
+    assert named == {path.name for path in (PACKAGE / "trainer").glob("*.py")}
