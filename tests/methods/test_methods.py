@@ -121,3 +121,28 @@ def test_without_a_method_nothing_is_cited(training_args, dataset, tmp_path):
 @pytest.mark.parametrize(("trainer_class", "config"), [(OPSDTrainer, OPSDConfig), (OPSDCTrainer, OPSDCConfig)])
 def test_trainers_of_a_method_have_its_configuration(trainer_class, config):
     assert trainer_class.config_class is config
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "left_out"),
+    [
+        ("sdft", {"teacher": "live"}, "teacher_update_rate"),
+        ("rlsd", {"teacher": "initial"}, "teacher_update_steps"),
+        ("rlrt", {"privileged_context": "solution"}, "context_kwargs"),
+        ("rlrt", {"advantage": "grpo"}, "schedules"),
+        ("vopd", {"divergence_support": "full"}, "divergence_tail"),
+    ],
+)
+def test_what_belongs_to_a_choice_goes_with_it(name, changes, left_out, tmp_path):
+    config = config_class(name)
+    assert getattr(config(str(tmp_path), use_cpu=True), left_out) is not None
+    assert getattr(config(str(tmp_path), use_cpu=True, **changes), left_out) is None
+
+
+def test_what_is_set_stays_or_is_refused(tmp_path):
+    sdft, vopd, rlrt = map(config_class, ("sdft", "vopd", "rlrt"))
+    with pytest.raises(ValueError, match=r"`teacher_update_rate=0\.5` has no effect with `teacher='live'`"):
+        sdft(str(tmp_path), use_cpu=True, teacher="live", teacher_update_rate=0.5)
+    assert vopd(str(tmp_path), use_cpu=True, divergence_support="teacher_top_k").divergence_tail == "renormalize"
+    schedules = {"divergence_coef": {"start": 1.0, "end": 0.0, "num_steps": 3}}
+    assert rlrt(str(tmp_path), use_cpu=True, advantage="grpo", schedules=schedules).schedules == schedules

@@ -1,6 +1,6 @@
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import Field, dataclass, field
+from dataclasses import MISSING, Field, dataclass, field
 from functools import partial
 from inspect import cleandoc, signature
 from typing import Any, ClassVar, Self, cast, get_args, get_type_hints
@@ -29,6 +29,18 @@ RETIRED: dict[str, str] = {
 }
 
 
+# Fields whose default, in a method, belongs to the method's choice of another: the arguments of a part, say
+_BELONGS_TO = {
+    "context_kwargs": "privileged_context",
+    "completions_kwargs": "completions",
+    "advantage_kwargs": "advantage",
+    "schedules": "advantage",
+    "teacher_update_steps": "teacher",
+    "teacher_update_rate": "teacher",
+    "divergence_tail": "divergence_support",
+}
+
+
 class _DefaultLength(int):
     """A length that nobody has set."""
 
@@ -38,6 +50,11 @@ class _SingleRollout(int):
     # so while GRPOConfig runs its other checks, this 1 answers "no" to "less than 2".
     def __lt__(self, other: Any) -> bool:
         return False
+
+
+def _default_of(config: type, name: str) -> Any:
+    its = cast(Any, config).__dataclass_fields__[name]
+    return its.default if its.default is not MISSING else its.default_factory()
 
 
 @help_from_docstring
@@ -352,6 +369,7 @@ class SelfDistillationConfig(GRPOConfig):
         if single_rollout:
             self.num_generations = 1
 
+        self._leave_out_defaults_of_other_choices()
         if self.teacher == "periodic" and self.teacher_update_steps is None:
             self.teacher_update_steps = 50
         if self.teacher == "ema" and self.teacher_update_rate is None:
@@ -362,6 +380,18 @@ class SelfDistillationConfig(GRPOConfig):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name).rstrip("/"))  # paths are appended with a slash of their own
         check_config(self)
+
+    def _leave_out_defaults_of_other_choices(self) -> None:
+        """Where another part is chosen than the method's, the method's arguments of its own do not come with it."""
+        for name, choice in _BELONGS_TO.items():
+            chosen, default = (_default_of(type(self), field) for field in (choice, name))
+            if getattr(self, choice) == chosen or default is None or getattr(self, name) != default:
+                continue
+            if name == "schedules":
+                others = {key: value for key, value in default.items() if not key.startswith("advantage.")}
+                self.schedules = others or None
+            elif name != "divergence_tail" or not self.divergence_support.endswith("top_k"):
+                setattr(self, name, None)
 
     @property
     def truncates_sampling(self) -> bool:

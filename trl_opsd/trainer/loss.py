@@ -270,40 +270,47 @@ class SelfDistillationLoss:
         parameters = [parameter for head in heads for parameter in (head.weight, head.bias)]
         with maybe_gather_lm_head_ctx(*parameters), self._accelerator.autocast():
             student_head = unsharded(student_head)
-            teacher_head = None if teacher_head is None else unsharded(teacher_head)
             device = student_head.weight.device
             hidden, token_ids = hidden.to(device), rows["completion_ids"][selected]
-            teacher_states = None if teacher_states is None else teacher_states.to(device)
-            factors = self._factors(
-                rows, selected, partial(self.networks.log_probs_of, hidden, student_head, token_ids, selected), policy
-            )
-            inside = rows["divergence_mask"].bool()[selected]
-            groups = [(inside, teacher_states, teacher_head)]
-            if teacher_states is None:
-                groups = [(~inside, None, None)]
-            elif not inside.all():  # of the others nothing but their likelihood counts
-                groups.append((~inside, None, None))
+            if teacher_states is not None:
+                targets = teacher_states.to(device), None if teacher_head is None else unsharded(teacher_head)
+            read = partial(self.networks.log_probs_of, hidden, student_head, token_ids, selected)
+            factors = self._factors(rows, selected, read, policy)
+            groups = self._groups(rows["divergence_mask"].bool()[selected], targets, factors.likelihood is not None)
             loss, log_probs, outputs = factors.policy_value, torch.zeros(len(hidden), device=device), []
             for tokens, states, head in groups:
+                of_these = partial(_at, tokens)
                 output = fused_divergence(
-                    hidden if tokens.all() else hidden[tokens],
+                    of_these(hidden),
                     states,
                     student_head,
                     head,
-                    token_ids[tokens],
-                    factors.divergence[tokens],
+                    of_these(token_ids),
+                    of_these(factors.divergence),
                     self._objective,
-                    likelihood_weights=None if factors.likelihood is None else factors.likelihood[tokens],
+                    likelihood_weights=None if factors.likelihood is None else of_these(factors.likelihood),
                     memory_budget=self._args.divergence_memory,
                     kernel=self._args.divergence_kernel,
                 )
-                log_probs[tokens] = output.student_log_prob.float().where(output.finite.bool(), 0.0)
+                if factors.likelihood is not None:
+                    log_probs[slice(None) if tokens is None else tokens] = output.student_log_prob.to(log_probs).where(
+                        output.finite.bool(), 0.0
+                    )
                 loss = loss + output.loss
                 outputs.append(output)
             if factors.policy is not None:  # its likelihood is there for the gradient
                 loss = loss + (factors.policy * log_probs).sum()
-            divergence = _none_of(outputs[0]) if teacher_states is None else outputs[0]
+            divergence = _none_of(outputs[0]) if targets[0] is None else outputs[0]
             return PassLoss(loss, divergence, -log_probs[rows["likelihood_mask"].bool()[selected]])
+
+    @staticmethod
+    def _groups(
+        inside: torch.Tensor, targets: tuple[torch.Tensor | TopLogProbs | None, Head | None], counts_others: bool
+    ) -> list[tuple[torch.Tensor | None, torch.Tensor | TopLogProbs | None, Head | None]]:
+        """The tokens of each call of the fused loss, `None` for all, and their targets."""
+        if targets[0] is None or not counts_others or inside.all():
+            return [(None, *targets)]
+        return [(inside, *targets), (~inside, None, None)]  # of the others nothing but their likelihood counts
 
     def _factors(
         self,
@@ -321,7 +328,7 @@ class SelfDistillationLoss:
         if policy is not None:
             value, slope = policy(rows, read)
             likelihood, slope = likelihood + slope, slope[selected]
-        elif not rows["likelihood_mask"].any():
+        elif self._signals.coefficients["likelihood_coef"] == 0.0:
             likelihood = None
         return _Factors(divergence[selected], None if likelihood is None else likelihood[selected], slope, value)
 
@@ -401,6 +408,10 @@ def _scaled(policy: PolicyTerm, factor: torch.Tensor) -> PolicyTerm:
         return value * factor, slopes * factor
 
     return scaled
+
+
+def _at(tokens: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    return values if tokens is None else values[tokens]
 
 
 def _none_of(output: FusedDivergence) -> FusedDivergence:
