@@ -197,9 +197,12 @@ PASSES = {
     "opsdc": (1, 1),
     "sdft": (1, 1),
     "sdpo": (1, 1),
+    "mopd": (1, 1),
     "correct_only": (1, 1),
     "rlsd": (1, 2),
     "rlrt": (1, 2),
+    "dasd": (1, 2),
+    "antisd": (1, 2),
     "vopd": (1, 2),
     "star": (1, 0),
 }

@@ -93,6 +93,7 @@ def test_who_trains_whom(preview):
         "trainable parameters": f"{count:,} of {count:,} (full)",
         "teacher": "periodic: a copy of the student, renewed every 7 optimizer steps",
         "privileged context": "answer (column='answer')",
+        "loss": "divergence",
         "divergence": "JSD, weight 0.25, temperature 0.75",
         "clip": "0.05 per vocabulary entry",
         "rollouts per prompt": "1, up to 8 tokens; 25% of the sequences come from the dataset instead",

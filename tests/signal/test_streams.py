@@ -162,3 +162,15 @@ def test_delta():
     nothing = torch.zeros(1, 1)
     scores = TokenScores(nothing.bool(), torch.tensor([[-1.0]]), torch.tensor([[-3.0]]), nothing, nothing, nothing)
     assert scores.delta.item() == -2.0
+
+
+def test_description():
+    assert make_signals().description == "divergence"
+    assert make_signals(policy=0.5, skip_first=SkipFirst()).description == (
+        "divergence + 0.5 · GRPO's; tokens weighted by skip_first"
+    )
+    scheduled = make_signals(TokenWise(None), {"likelihood_coef": Linear(0.0, 1.0, 4)}, policy=1.0)
+    scheduled.coefficients["divergence_coef"] = 0.0
+    assert scheduled.description == (
+        "GRPO's with TokenWise + (likelihood_coef, by schedule) · negative log-likelihood"
+    )

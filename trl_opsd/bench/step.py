@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,8 @@ class Contender:
         trainer ([`~transformers.Trainer`]):
             The trainer, ready to train.
         function (`str`):
-            Name of its function that samples rollouts, whose first argument is the token ids of the prompts. What it
-            is called for later in a step is not counted.
+            Name of its function, or of one of its attributes', that samples rollouts, whose first argument is the
+            token ids of the prompts. What it is called for later in a step is not counted.
         completions (`Callable[[Any], list[list[int]]]`):
             Takes the rollouts' token ids out of what that function returns.
         result (`Callable[[list[list[int]], list[list[int]]], Any]`):
@@ -317,7 +318,7 @@ def method(case: StepCase, name: str) -> Contender:
     trainer = SelfDistillationTrainer(case.model, [_every_other], args=args, **shared)
     return Contender(
         trainer,
-        "_sample_rollouts",
+        "sampler.turn",
         lambda result: result[0],
         lambda prompts, rollouts: (rollouts, None),
         samples_besides="sample",
@@ -438,13 +439,14 @@ class _StepByStep(TrainerCallback):
         self._channel, self._facts, self._case = channel, facts, case
         self._device = torch.device(case.device)
         trainer, self._contender = contender.trainer, contender
-        self._sample = getattr(trainer, contender.function)
+        self._sample = attrgetter(contender.function)(trainer)
         self._given = None if case.sample else GivenRollouts(trainer.processing_class, case)
         self._started = self._generation_seconds = 0.0
         self._step = 0
         self._marks: list[Any] = []
         self._peak: PeakMemory | None = None
-        setattr(trainer, contender.function, self._rollouts)
+        *owner, function = contender.function.rsplit(".", 1)
+        setattr(attrgetter(*owner)(trainer) if owner else trainer, function, self._rollouts)
         if contender.samples_besides is not None:
             self._sample_besides = getattr(trainer, contender.samples_besides)
             setattr(trainer, contender.samples_besides, self._samples)

@@ -110,6 +110,7 @@ def describe_run(trainer: "SelfDistillationTrainer", max_steps: int) -> list[tup
         ("trainable parameters", f"{trainable:,} of {total:,} ({'LoRA' if is_lora else 'full'})"),
         ("teacher", f"{args.teacher}: {trainer.teacher.description}"),
         ("privileged context", context),
+        ("loss", trainer.signals.description),
         ("divergence", args.objective().description),
         ("clip", "none" if args.divergence_clip is None else f"{args.divergence_clip:g} per vocabulary entry"),
         ("rollouts per prompt", rollouts),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .advantage import Advantage
+from .advantage import Advantage, GroupAdvantage
 from .batch import Batch, TokenScores
 from .schedule import SCORED_METRICS, Schedule
 from .weighting import PolicyWeighting, TokenWeighting
@@ -118,6 +118,23 @@ class Signals:
     def has_term(self, coefficient: str) -> bool:
         """Whether a term ever takes part in the loss."""
         return coefficient in self.schedules or self.coefficients[coefficient] != 0.0
+
+    @property
+    def description(self) -> str:
+        """The loss, in words."""
+        shapes = not isinstance(self.advantage, GroupAdvantage)
+        words = {
+            "divergence_coef": "divergence",
+            "policy_loss_coef": "GRPO's" + (f" with {type(self.advantage).__name__}" if shapes else ""),
+            "likelihood_coef": "negative log-likelihood",
+        }
+        terms = []
+        for name, word in words.items():
+            value = "" if self.coefficients[name] == 1.0 else f"{self.coefficients[name]:g} · "
+            if self.has_term(name):
+                terms.append(f"({name}, by schedule) · {word}" if name in self.schedules else f"{value}{word}")
+        weightings = [name.partition(".")[2] for name in self._parts if name != "advantage"]
+        return " + ".join(terms) + (f"; tokens weighted by {', '.join(weightings)}" if weightings else "")
 
     @property
     def needs_scores(self) -> bool:
