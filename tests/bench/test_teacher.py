@@ -7,6 +7,7 @@ from trl_opsd.bench.channel import CannotRun
 from trl_opsd.bench.report import CaseResult, teacher_plot, teacher_table
 from trl_opsd.bench.runner import Row
 from trl_opsd.bench.teacher import Teacher, TeacherCase
+from trl_opsd.scoring import backbone_of
 
 
 def make_case(model, **kwargs):
@@ -19,7 +20,7 @@ def test_both_yield_the_states_of_the_rollouts(model_path):
     shared, whole = (Teacher(name, make_case(model_path)) for name in TeacherArguments.all_contenders)
     tokens = []
     for teacher in (shared, whole):
-        teacher._backbone.register_forward_pre_hook(
+        backbone_of(teacher._model).register_forward_pre_hook(
             lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
         )
 

@@ -115,6 +115,9 @@ VARIANTS = [
 METHODS = [
     job("rlrt", "full", max_steps=4, rows=8, num_generations=4),
     job("sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
+    job("rlsd", "full", max_steps=4, rows=8, num_generations=4),
+    job("sdft", "full", max_steps=4),
+    job("correct_only", "full", max_steps=4, context_kwargs={"max_new_tokens": 8}),
     job("star", "full", max_steps=4, top_k=1),
     job("vopd", "full", max_steps=4),
 ]

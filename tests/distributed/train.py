@@ -88,6 +88,8 @@ def reward_of(method: str, args: TrainingArguments):
         return right_at_last()
     if args.privileged_context == "peers" and method != "opsd":
         return of_odd_problems
+    if "correct_only" in (args.token_weights or {}):
+        return of_odd_problems
     return every_other if args.policy_loss_coef else None
 
 

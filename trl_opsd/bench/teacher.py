@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..scoring import can_share_prompts, causal_lm, positions, states_with_shared_prompts
+from ..scoring import can_share_prompts, completion_states
 from .channel import CannotRun, Channel
 from .measure import PeakMemory, release_memory, synchronize
 from .models import random_model
@@ -60,7 +60,7 @@ class Teacher:
             model = AutoModelForCausalLM.from_pretrained(case.model, dtype=case.dtype).to(case.device).eval()
         if name == "shared-prompt" and not can_share_prompts(model):
             raise CannotRun("this model keeps more of a prompt than keys and values")
-        self._backbone, self._shares, self._case = causal_lm(model).base_model, name == "shared-prompt", case
+        self._model, self._shares, self._case = model, name == "shared-prompt", case
         generator = torch.Generator().manual_seed(case.seed)
         size = (case.num_rollouts, case.max_new_tokens)
         prompt = torch.randint(model.config.vocab_size, (1, case.teacher_prompt_tokens), generator=generator)
@@ -71,17 +71,11 @@ class Teacher:
     @torch.no_grad()
     def run(self) -> torch.Tensor:
         """Hidden states of shape `(number of rollouts, tokens of a rollout, H)`, as the trainer computes them."""
-        width = self._case.max_new_tokens
-        if self._shares:
-            groups = torch.zeros(self._case.num_rollouts, dtype=torch.int64)
-            return states_with_shared_prompts(self._backbone, self._input_ids, self._mask, width, groups)
-        states = self._backbone(
-            input_ids=self._input_ids,
-            attention_mask=self._mask,
-            position_ids=positions(self._mask),
-            use_cache=False,
-        ).last_hidden_state
-        return states[:, -width - 1 : -1]
+        shape = self._case.num_rollouts, self._case.max_new_tokens
+        selected = torch.ones(shape, dtype=torch.bool, device=self._mask.device)
+        groups = torch.zeros(self._case.num_rollouts, dtype=torch.int64) if self._shares else None
+        states = completion_states(self._model, self._input_ids, self._mask, selected, groups)
+        return states.view(*shape, -1)
 
 
 def serve(name: str, settings: dict[str, Any], channel: Channel) -> None:

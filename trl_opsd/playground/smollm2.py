@@ -396,24 +396,27 @@ class FixedRollouts:
     def _states(self, prompts: Sequence[list[int]]) -> list[Any]:
         """Hidden states that predict each completion token, per rollout."""
         import torch
+        from trl.trainer.utils import pad
 
-        from ..scoring import backbone_of
+        from ..scoring import completion_states, evaluation_mode
 
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        was_training = model.training
-        model.eval()
-        states = []
+        states: list[Any] = []
         for start in range(0, len(prompts), self.batch_size):
             batch = slice(start, start + self.batch_size)
-            pairs = list(zip(prompts[batch], self.completions[batch], strict=True))
-            rows = [torch.tensor([*prompt, *completion]) for prompt, completion in pairs]
-            # Padding on the right changes nothing for the tokens before it.
-            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
-            with torch.no_grad():
-                hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
-            for row, (prompt, completion) in zip(hidden, pairs, strict=True):
-                states.append(row[len(prompt) - 1 : len(prompt) + len(completion) - 1].clone())
-        model.train(was_training)
+            sides = [
+                [torch.tensor(ids, device=model.device) for ids in side[batch]] for side in (prompts, self.completions)
+            ]
+            ids, masks = (
+                [
+                    pad([one(row) for row in rows], 0, padding_side)
+                    for rows, padding_side in zip(sides, ("left", "right"), strict=True)
+                ]
+                for one in (torch.clone, torch.ones_like)
+            )
+            with torch.no_grad(), evaluation_mode(model):
+                found = completion_states(model, torch.cat(ids, 1), torch.cat(masks, 1), masks[1].bool())
+            states += found.split([len(row) for row in sides[1]])
         return states
 
 
