@@ -46,7 +46,8 @@ def settings_of(monkeypatch):
             given.update(settings)
             return SimpleNamespace(remove_callback=lambda callback: None)
 
-        monkeypatch.setitem(train._MAKERS, ARMS[name].trainer, make)
+        monkeypatch.setattr(train, "_PEERS", dict.fromkeys(train._PEERS, make))
+        monkeypatch.setattr(train, "_self_distillation", make)
         [run, *_] = FULL.reported_runs(name, ARMS[name].bases[-1], 1e-4)
         assert run == Run(run.base, FULL.seeds[0], ARMS[name].trained_as or name, 1e-4)
         train.make_trainer(run, "model", None, "out")
