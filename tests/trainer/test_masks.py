@@ -148,7 +148,8 @@ def plain_rows(trainer, batch, turns):
         lengths = [len(trainer.processing_class(turn, add_special_tokens=False)["input_ids"]) for turn in its]
         others = len(completion) - sum(lengths)
         by_student = [1] * lengths[0] + [0] * others + [1] * sum(lengths[1:])
-        rows.append(Row(prompt, teacher_prompt, completion, by_student, batch["advantages"][row].item()))
+        advantage = batch["advantages"][row].item()
+        rows.append(Row(prompt, teacher_prompt, completion, by_student, advantage=advantage))
     return rows
 
 
