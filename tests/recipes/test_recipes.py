@@ -64,14 +64,17 @@ PAPERS = {
     "sdft/qwen2.5-7b": (32, 1, "2 epochs", 0.0),
     "sdpo/qwen3-8b": (32 * 8, 1, 100, 0.01),
     "sdpo/qwen3-8b-feedback": (1 * 8, 32, "30 epochs", 0.01),
+    "mopd/qwen3-4b": (32 * 8, 1, 100, 0.01),
     "mopd/qwen3-8b": (32 * 8, 1, 100, 0.01),
     "dasd/qwen3-8b": (32 * 8, 4, 800, 0.0),
     "antisd/qwen3-8b": (32 * 8, 1, 200, 0.0),
     "correct_only/qwen3-8b": (32, 1, 100, 0.0),
     "rlsd/qwen3-8b": (256 * 8, 1, 100, 0.0),
     "rlrt/qwen3-4b-base": (128 * 8, 2, 200, 0.01),
+    "rlrt/qwen3-8b-base": (128 * 8, 2, 200, 0.01),
     "rlrt/qwen3-4b-instruct": (128 * 8, 2, 200, 0.01),
     "vopd/qwen3-1.7b-base": (64, 1, "1 epochs", 0.0),
+    "vopd/qwen3-4b-base": (64, 1, "1 epochs", 0.0),
     "star/qwen2.5-1.5b": (80, 1, 500, 0.0),
 }
 
