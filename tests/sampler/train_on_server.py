@@ -48,6 +48,7 @@ class SendSignal(TrainerCallback):
 def compare_with_local_teacher(trainer: SelfDistillationTrainer, teacher, differences: list[float]) -> None:
     """Compute every loss a second time, with the teacher's weights in this process."""
     compute_loss = trainer.compute_loss
+    teacher.knows_entropy = trainer.teacher.knows_entropy  # what is logged is to be the server's
 
     def both(*args, **kwargs):
         served, trainer.loss.networks.teacher = trainer.loss.networks.teacher, teacher
