@@ -1,5 +1,6 @@
 """Which completions are trained on: the student's own rollouts, or what takes the place of some of them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,7 +90,7 @@ class Prompts:
     grade: Callable[[Sequence[int], Sequence[TokenIds]], list[bool | None]]
 
 
-class CompletionSource:
+class CompletionSource(ABC):
     """
     Gives the completions that are trained on. Evaluation is always on the student's own rollouts.
 
@@ -112,6 +113,7 @@ class CompletionSource:
         """What it does, in the words that follow the number of rollouts where a run is introduced."""
         return f"completions of {type(self).__name__}"
 
+    @abstractmethod
     def __call__(self, prompts: Prompts) -> Completions:
         """
         Complete the prompts of this process.
@@ -120,7 +122,6 @@ class CompletionSource:
             prompts ([`Prompts`]):
                 Prompts and what completes them.
         """
-        raise NotImplementedError
 
 
 class OnPolicy(CompletionSource):
@@ -150,8 +151,9 @@ class _Mixture(CompletionSource):
             )
         self.lmbda = lmbda
 
+    @abstractmethod
     def _others(self, prompts: Prompts, rows: list[int]) -> dict[int, TokenIds]:
-        raise NotImplementedError
+        """Completions in the place of rollouts of some rows, by row."""
 
     def __call__(self, prompts: Prompts) -> Completions:
         # The number is the same on every process; which rows is not

@@ -39,7 +39,10 @@ class Method:
                 f"{sorted(wrong)[0]!r}."
             )
 
-    def presented(self) -> tuple[str, dict[str, str], list[str]]:
-        """Name, paper and tags, as TRL's trainers hold them for model cards and the Hub."""
-        paper = {"title": self.title, "id": self.paper, "citation": self.citation}
-        return self.name, paper, ["trl", "trl-opsd", self.name.lower().replace(" ", "-")]
+
+def presented(method: Method | None) -> tuple[str, dict[str, str], list[str]]:
+    """Name, paper and tags, as TRL's trainers hold them for model cards and the Hub."""
+    if method is None:
+        return "Self-Distillation", {}, ["trl", "trl-opsd", "self-distillation"]
+    paper = {"title": method.title, "id": method.paper, "citation": method.citation}
+    return method.name, paper, ["trl", "trl-opsd", method.name.lower().replace(" ", "-")]

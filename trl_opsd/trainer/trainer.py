@@ -64,6 +64,7 @@ from .checks import check_auxiliary_loss, check_context, check_grpo_pass, check_
 from .completing import Completing, Engines, encoded, graded, with_stand_ins, without_empty
 from .config import SelfDistillationConfig
 from .loss import make_loss
+from .method import presented
 from .metrics import Metrics
 from .policy import GRPOLoss
 from .preparation import Prepared, checked_arguments, prepare
@@ -120,12 +121,12 @@ class SelfDistillationTrainer(GRPOTrainer):
         ValueError: If the data, the tokenizer or the configuration cannot work, naming what and the way out.
     """
 
-    _tag_names: ClassVar[list[str]] = ["trl", "trl-opsd", "self-distillation"]
-    _name = "Self-Distillation"
-    _paper: ClassVar[dict[str, str]] = {}
     config_class: ClassVar[type[SelfDistillationConfig]] = SelfDistillationConfig
 
     args: SelfDistillationConfig
+    _name: str
+    _paper: dict[str, str]
+    _tag_names: list[str]
     reward_weights: torch.Tensor
     _buffered_inputs: Any
     _signature_columns: list[str]
@@ -150,8 +151,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         environment_factory: Any = None,
     ):
         args = checked_arguments(args, self.config_class, type(self), model)
-        if args.method is not None:
-            self._name, self._paper, self._tag_names = args.method.presented()  # type: ignore[misc]
+        self._name, self._paper, self._tag_names = presented(args.method)
         data = processing_class, train_dataset, eval_dataset
         given = reward_funcs, peft_config, tools, rollout_func, environment_factory
         run = prepare(args, model, *data, *given)
