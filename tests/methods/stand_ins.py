@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import plain_loop
@@ -18,6 +19,7 @@ class Seen:
     ratio: torch.Tensor  # of the student's probability of each token to what it was when it was sampled
     student: torch.Tensor  # when it was sampled
     teacher: torch.Tensor | None  # at that time too; none without a context
+    batch: "list[Seen]"  # all rollouts that are trained on together, this one among them
 
     @property
     def delta(self) -> torch.Tensor:
@@ -73,6 +75,17 @@ def away_from_the_teacher(seen: Seen) -> dict[str, Any]:
         return {"advantage": seen.advantage}
     phi = 0.5 * ((1 + seen.delta.exp()).log() - torch.log(torch.tensor(2.0)))
     return {"advantage": (seen.advantage - 0.5 * phi).tolist()}
+
+
+def gated(seen: Seen, lookahead: int) -> dict[str, Any]:
+    """In a batch of the warm-up."""
+    length = len(seen.token_ids)
+    advantage = seen.is_right * (1 + 0.5 * (1 - length / 8)) - 0.5
+    ratio = (seen.delta if advantage > 0 else -seen.delta).exp().clamp(0.8, 1.2)
+    largest = max(1.0, *(entropies(one.teacher).max().item() for one in seen.batch))
+    entropy = entropies(seen.teacher)
+    least = torch.stack([entropy[t : t + 1 + lookahead].min() for t in range(length)])
+    return {"advantage": (advantage * ratio * (1 - 0.3 * least / largest).clamp(min=0.1)).tolist()}
 
 
 def with_a_baseline(seen: Seen) -> dict[str, Any]:
@@ -146,6 +159,16 @@ STAND_INS = {
         has_live_teacher=True,
         metrics=SHAPED,
     ),
+    **{
+        name: StandIn(
+            plain_loop.Method(**GRPO, temperature=1.1),
+            partial(gated, lookahead=lookahead),
+            {"advantage_kwargs": {"lookahead": lookahead, "warmup_steps": 1}},
+            has_reward=True,
+            metrics=(*SHAPED, "entropy_gate", "teacher_ratio_clipped_rate"),
+        )
+        for name, lookahead in (("egrsd", 0), ("cl_egrsd", 3))
+    },
     "vopd": StandIn(plain_loop.Method(**GRPO), with_a_baseline, metrics=SHAPED),
     "star": StandIn(
         plain_loop.Method(divergence_coef=0.0, likelihood_coef=1.0),

@@ -24,6 +24,8 @@ METHODS = {
     "rlrt": "rlrt.RLRTConfig",
     "dasd": "dasd.DASDConfig",
     "antisd": "antisd.AntiSDConfig",
+    "egrsd": "egrsd.EGRSDConfig",
+    "cl_egrsd": "cl_egrsd.CLEGRSDConfig",
     "vopd": "vopd.VOPDConfig",
     "star": "star.STaRConfig",
 }

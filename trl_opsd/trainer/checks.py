@@ -273,7 +273,7 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
             "Nothing is trained: `divergence_coef`, `policy_loss_coef` and `likelihood_coef` are all 0. Set one."
         )
     if signals.has_term("policy_loss_coef") and signals.advantage.needs_reward:
-        if args.num_generations == 1:
+        if signals.advantage.needs_group and args.num_generations == 1:
             raise ValueError(
                 f"`policy_loss_coef={args.policy_loss_coef}` needs `num_generations` of at least 2: in a group of one "
                 "every advantage is zero. Raise `num_generations`, or set `policy_loss_coef=0.0`."
@@ -283,6 +283,11 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
                 f"`policy_loss_coef={args.policy_loss_coef}` needs `reward_funcs`. Pass some, or set it to 0."
             )
     if args.teacher_server_base_url is not None:
+        if signals.has_term("policy_loss_coef") and signals.advantage.needs_teacher_entropy:
+            raise ValueError(
+                f"`advantage` names {type(signals.advantage).__name__}, which reads the teacher's entropy, which a "
+                "teacher on a server does not tell. Leave `teacher_server_base_url` unset."
+            )
         for name, schedule in signals.schedules.items():
             if schedule.metric in ("teacher_entropy", "entropy_gap"):
                 raise ValueError(

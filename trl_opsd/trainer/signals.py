@@ -55,12 +55,13 @@ def _check_kind(slot: str, part: Any, bases: tuple[type, ...]) -> None:
 
 def make_streams(
     signals: Signals,
+    args: SelfDistillationConfig,
     batch: dict[str, Any],
     empty_rows: Collection[int],
     score: Callable[[dict[str, Any]], TokenScores],
     gather: Callable[[torch.Tensor], torch.Tensor],
     metrics: Metrics,
-    is_sampled_by_student: bool,
+    is_training: bool,
 ) -> dict[str, torch.Tensor | None]:
     """
     What the parts make of a generation batch. All processes call this at once.
@@ -68,6 +69,8 @@ def make_streams(
     Args:
         signals ([`Signals`]):
             The parts.
+        args ([`SelfDistillationConfig`]):
+            Configuration.
         batch (`dict[str, Any]`):
             Generation batch.
         empty_rows (`Collection[int]`):
@@ -78,8 +81,8 @@ def make_streams(
             From a tensor of each process to those of all, one after the other in the first dimension.
         metrics ([`Metrics`]):
             Where the share of rows that each term counts goes, and what the parts log.
-        is_sampled_by_student (`bool`):
-            Whether log-probabilities that a sampler gives are of the distribution that the loss computes.
+        is_training (`bool`):
+            Whether the batch is trained on.
 
     Returns:
         `dict[str, torch.Tensor | None]`: see [`Signals.streams`]; besides, the number of rows and tokens, on all
@@ -88,19 +91,7 @@ def make_streams(
     """
     mask = (batch.get("tool_mask", 1) * batch["completion_mask"]).bool()
     mask[sorted(empty_rows)] = False
-    rollouts = Batch(
-        batch["completion_ids"],
-        mask,
-        has_context=batch["has_context"].unsqueeze(1),
-        rewards=batch["rewards"].unsqueeze(1),
-        correct=batch["correct"].unsqueeze(1) == 1,
-        success_rate=batch["success_rate"].unsqueeze(1),
-        advantages=batch["advantages"].unsqueeze(1),
-        replaced=batch["replaced"].unsqueeze(1),
-        truncated=batch["truncated"].unsqueeze(1),
-        gather=gather,
-        log=metrics.add_rate,
-    )
+    rollouts = _rollouts(batch, mask, args.max_completion_length, is_training, gather, metrics)
     scores = score({**batch, "divergence_mask": mask & rollouts.has_context}) if signals.needs_scores else None
     streams = signals.streams(rollouts, scores)
     counts: dict[str, torch.Tensor] = {}
@@ -112,6 +103,27 @@ def make_streams(
     totals = gather(torch.stack(list(counts.values())).float().unsqueeze(0)).sum(dim=0)
     made: dict[str, torch.Tensor | None] = {**streams, **dict(zip(counts, totals, strict=True))}
     if signals.policy_weightings:
-        sampled = batch.get("sampling_per_token_logps") if is_sampled_by_student else None
+        sampled = batch.get("sampling_per_token_logps") if args.sampler_is_comparable else None
         made["old_log_probs"] = batch.get("old_per_token_logps") if sampled is None else sampled
     return made
+
+
+def _rollouts(
+    batch: dict[str, Any],
+    mask: torch.Tensor,
+    max_length: int | None,
+    is_training: bool,
+    gather: Callable[[torch.Tensor], torch.Tensor],
+    metrics: Metrics,
+) -> Batch:
+    columns = ("has_context", "rewards", "success_rate", "advantages", "replaced", "truncated")
+    return Batch(
+        batch["completion_ids"],
+        mask,
+        correct=batch["correct"].unsqueeze(1) == 1,
+        **{name: batch[name].unsqueeze(1) for name in columns},
+        max_length=max_length,
+        is_training=is_training,
+        gather=gather,
+        log=metrics.add_rate,
+    )
