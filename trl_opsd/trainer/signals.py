@@ -91,9 +91,36 @@ def make_streams(
     """
     mask = (batch.get("tool_mask", 1) * batch["completion_mask"]).bool()
     mask[sorted(empty_rows)] = False
-    rollouts = _rollouts(batch, mask, args.max_completion_length, is_training, gather, metrics)
+    rollouts = Batch(
+        batch["completion_ids"],
+        mask,
+        has_context=batch["has_context"].unsqueeze(1),
+        rewards=batch["rewards"].unsqueeze(1),
+        correct=batch["correct"].unsqueeze(1) == 1,
+        success_rate=batch["success_rate"].unsqueeze(1),
+        advantages=batch["advantages"].unsqueeze(1),
+        replaced=batch["replaced"].unsqueeze(1),
+        truncated=batch["truncated"].unsqueeze(1),
+        max_length=args.max_completion_length,
+        is_training=is_training,
+        gather=gather,
+        log=metrics.add_rate,
+    )
     scores = score({**batch, "divergence_mask": mask & rollouts.has_context}) if signals.needs_scores else None
     streams = signals.streams(rollouts, scores)
+    made: dict[str, torch.Tensor | None] = {**streams, **_counts(signals, streams, gather, metrics)}
+    if signals.policy_weightings:
+        sampled = batch.get("sampling_per_token_logps") if args.sampler_is_comparable else None
+        made["old_log_probs"] = batch.get("old_per_token_logps") if sampled is None else sampled
+    return made
+
+
+def _counts(
+    signals: Signals,
+    streams: dict[str, torch.Tensor],
+    gather: Callable[[torch.Tensor], torch.Tensor],
+    metrics: Metrics,
+) -> dict[str, torch.Tensor]:
     counts: dict[str, torch.Tensor] = {}
     for term in TERMS:
         rows = streams[f"{term}_mask"].any(dim=1)
@@ -101,29 +128,4 @@ def make_streams(
         if signals.coefficients[f"{term}_coef"]:
             metrics.add_rate(f"{term}_row_rate", rows.sum(), torch.ones_like(rows).sum())
     totals = gather(torch.stack(list(counts.values())).float().unsqueeze(0)).sum(dim=0)
-    made: dict[str, torch.Tensor | None] = {**streams, **dict(zip(counts, totals, strict=True))}
-    if signals.policy_weightings:
-        sampled = batch.get("sampling_per_token_logps") if args.sampler_is_comparable else None
-        made["old_log_probs"] = batch.get("old_per_token_logps") if sampled is None else sampled
-    return made
-
-
-def _rollouts(
-    batch: dict[str, Any],
-    mask: torch.Tensor,
-    max_length: int | None,
-    is_training: bool,
-    gather: Callable[[torch.Tensor], torch.Tensor],
-    metrics: Metrics,
-) -> Batch:
-    columns = ("has_context", "rewards", "success_rate", "advantages", "replaced", "truncated")
-    return Batch(
-        batch["completion_ids"],
-        mask,
-        correct=batch["correct"].unsqueeze(1) == 1,
-        **{name: batch[name].unsqueeze(1) for name in columns},
-        max_length=max_length,
-        is_training=is_training,
-        gather=gather,
-        log=metrics.add_rate,
-    )
+    return dict(zip(counts, totals, strict=True))
