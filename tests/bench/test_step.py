@@ -205,6 +205,7 @@ PASSES = {
     "antisd": (1, 2),
     "egrsd": (1, 2),
     "cl_egrsd": (1, 2),
+    "msd": (1, 1),
     "vopd": (1, 2),
     "star": (1, 0),
 }

@@ -1,5 +1,6 @@
 """What a method needs to be tried out on a tiny model, and its formula, written down from its paper."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ class Seen:
     ratio: torch.Tensor  # of the student's probability of each token to what it was when it was sampled
     student: torch.Tensor  # when it was sampled
     teacher: torch.Tensor | None  # at that time too; none without a context
+    student_now: torch.Tensor  # in the loss
     batch: "list[Seen]"  # all rollouts that are trained on together, this one among them
 
     @property
@@ -86,6 +88,14 @@ def gated(seen: Seen, lookahead: int) -> dict[str, Any]:
     entropy = entropies(seen.teacher)
     least = torch.stack([entropy[t : t + 1 + lookahead].min() for t in range(length)])
     return {"advantage": (advantage * ratio * (1 - 0.3 * least / largest).clamp(min=0.1)).tolist()}
+
+
+def by_both_perspectives(seen: Seen) -> dict[str, Any]:
+    """At a K of 8."""
+    top = seen.teacher.topk(8).values
+    certainty = 1 - entropies(top / top.sum(dim=1, keepdim=True)) / math.log(8)
+    weights = certainty * (1 - seen.student_now.gather(1, seen.teacher.argmax(dim=1, keepdim=True))[:, 0])
+    return {"divergence_weights": (weights * len(weights) / weights.sum()).tolist()}
 
 
 def with_a_baseline(seen: Seen) -> dict[str, Any]:
@@ -169,6 +179,14 @@ STAND_INS = {
         )
         for name, lookahead in (("egrsd", 0), ("cl_egrsd", 3))
     },
+    "msd": StandIn(
+        plain_loop.Method("reverse_kl"),
+        by_both_perspectives,
+        {
+            "context_kwargs": {"template": "{prompt} In English: {solution}"},
+            "token_weights": {"trl_opsd.methods.msd.DualPerspective": {"top_k": 8}},
+        },
+    ),
     "vopd": StandIn(plain_loop.Method(**GRPO), with_a_baseline, metrics=SHAPED),
     "star": StandIn(
         plain_loop.Method(divergence_coef=0.0, likelihood_coef=1.0),

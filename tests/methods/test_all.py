@@ -208,7 +208,7 @@ def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
         then, now = (probabilities(plain(model), prompt, ids, temperature) for model in (sampled_by, trainer.model))
         p_t = None if teacher_prompt is None else probabilities(read_by, teacher_prompt, ids, temperature)
         old, new = (p.gather(1, token_ids)[:, 0].log() for p in (then, now))
-        batch.append(Seen(token_ids, reward == 1.0, advantage, (new - old).exp(), then, p_t, batch))
+        batch.append(Seen(token_ids, reward == 1.0, advantage, (new - old).exp(), then, p_t, now, batch))
         made.append(Row(prompt, teacher_prompt, ids, old_log_probs=old.tolist()))
     for row, seen in zip(made, batch, strict=True):
         vars(row).update({"advantage": seen.advantage, **stand_in.formula(seen)})

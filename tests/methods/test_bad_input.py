@@ -113,6 +113,12 @@ def test_an_entropy_that_a_server_does_not_tell(tmp_path):
     args = config_class("egrsd")(str(tmp_path), use_cpu=True, divergence_support="sampled_token", **served)
     with pytest.raises(ValueError, match="`advantage` names EntropyGated, which reads the teacher's entropy"):
         check_signals(make_signals(args), args, has_reward=True)
+    weights = {"trl_opsd.methods.msd.DualPerspective": {}}
+    args = SelfDistillationConfig(
+        str(tmp_path), use_cpu=True, divergence_support="sampled_token", token_weights=weights, **served
+    )
+    with pytest.raises(ValueError, match="`token_weights` has DualPerspective, which reads the distribution of"):
+        check_signals(make_signals(args), args, has_reward=False)
 
 
 @pytest.mark.parametrize("context", ["peers", "reflection", "plan"])

@@ -26,6 +26,7 @@ METHODS = {
     "antisd": "antisd.AntiSDConfig",
     "egrsd": "egrsd.EGRSDConfig",
     "cl_egrsd": "cl_egrsd.CLEGRSDConfig",
+    "msd": "msd.MSDConfig",
     "vopd": "vopd.VOPDConfig",
     "star": "star.STaRConfig",
 }

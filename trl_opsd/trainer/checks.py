@@ -288,21 +288,27 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
                 f"`advantage` names {type(signals.advantage).__name__}, which reads the teacher's entropy, which a "
                 "teacher on a server does not tell. Leave `teacher_server_base_url` unset."
             )
+        for part in signals.teacher_weightings:
+            raise ValueError(
+                f"`token_weights` has {type(part).__name__}, which reads the distribution of the teacher, which one "
+                "on a server does not tell. Leave `teacher_server_base_url` unset."
+            )
         for name, schedule in signals.schedules.items():
             if schedule.metric in ("teacher_entropy", "entropy_gap"):
                 raise ValueError(
                     f"`schedules[{name!r}]` follows `{schedule.metric}`, which a teacher on a server does not tell. "
                     "Set its `metric` to another, or leave `teacher_server_base_url` unset."
                 )
-    for part in signals.weightings:
-        if part.needs_reward and not has_reward:
+    for weighting in signals.weightings:
+        if weighting.needs_reward and not has_reward:
             raise ValueError(
-                f"`token_weights` has {type(part).__name__}, which needs `reward_funcs`. Pass some, or leave it out."
+                f"`token_weights` has {type(weighting).__name__}, which needs `reward_funcs`. Pass some, or leave it "
+                "out."
             )
-    for weighting in signals.policy_weightings:
+    for ratio in signals.policy_weightings:
         if args.distillation_temperature != args.temperature:
             raise ValueError(
-                f"`token_weights` has {type(weighting).__name__}, which compares log-probabilities of the student at "
+                f"`token_weights` has {type(ratio).__name__}, which compares log-probabilities of the student at "
                 f"`distillation_temperature={args.distillation_temperature}` with those it was sampled with, at "
                 f"`temperature={args.temperature}`. Set both to the same, or leave it out."
             )

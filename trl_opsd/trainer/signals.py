@@ -17,6 +17,7 @@ from ..signal import (
     PolicyWeighting,
     Schedule,
     Signals,
+    TeacherWeighting,
     TokenScores,
     TokenWeighting,
 )
@@ -38,7 +39,7 @@ def make_signals(args: SelfDistillationConfig) -> Signals:
         for name, kwargs in cast(dict[str, Any], args.token_weights or {}).items()
     }
     for weighting in weightings.values():
-        _check_kind("token_weights", weighting, (TokenWeighting, PolicyWeighting))
+        _check_kind("token_weights", weighting, (TokenWeighting, PolicyWeighting, TeacherWeighting))
     schedules = {}
     for name, given in cast(dict[str, Any], args.schedules or {}).items():
         kwargs = {"kind": "linear", **given}
