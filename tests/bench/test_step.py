@@ -206,6 +206,7 @@ PASSES = {
     "egrsd": (1, 2),
     "cl_egrsd": (1, 2),
     "msd": (1, 1),
+    "sdpg": (1, 2),  # teacher and reference
     "vopd": (1, 2),
     "star": (1, 0),
 }

@@ -98,6 +98,10 @@ def by_both_perspectives(seen: Seen) -> dict[str, Any]:
     return {"divergence_weights": (weights * len(weights) / weights.sum()).tolist()}
 
 
+def where_above_the_mean(seen: Seen) -> dict[str, Any]:
+    return {"divergence_weights": [float(seen.advantage > 0)] * len(seen.token_ids)}
+
+
 def with_a_baseline(seen: Seen) -> dict[str, Any]:
     inside = plain_loop.top_k_mask(seen.student, 20)
     q_s, q_t = (plain_loop.reduced(p, inside, "renormalize") for p in (seen.student, seen.teacher))
@@ -186,6 +190,14 @@ STAND_INS = {
             "context_kwargs": {"template": "{prompt} In English: {solution}"},
             "token_weights": {"trl_opsd.methods.msd.DualPerspective": {"top_k": 8}},
         },
+    ),
+    "sdpg": StandIn(
+        plain_loop.Method("reverse_kl", **GRPO | {"divergence_coef": 0.5}, epsilon_high=0.28),
+        where_above_the_mean,
+        {**GROUPS, "divergence_coef": 0.5, "beta": 0.0, "warmup_steps": 0},  # no reference: it would be loaded
+        has_reward=True,
+        has_live_teacher=True,
+        metrics=(*SHAPED, "divergence_row_rate", "positive_advantage_rate"),
     ),
     "vopd": StandIn(plain_loop.Method(**GRPO), with_a_baseline, metrics=SHAPED),
     "star": StandIn(

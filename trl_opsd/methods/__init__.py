@@ -27,6 +27,7 @@ METHODS = {
     "egrsd": "egrsd.EGRSDConfig",
     "cl_egrsd": "cl_egrsd.CLEGRSDConfig",
     "msd": "msd.MSDConfig",
+    "sdpg": "sdpg.SDPGConfig",
     "vopd": "vopd.VOPDConfig",
     "star": "star.STaRConfig",
 }
