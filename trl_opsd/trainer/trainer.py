@@ -231,11 +231,13 @@ class SelfDistillationTrainer(GRPOTrainer):
             gather=gather_object,
         )
         dataset = None if self.environment_factories else self.train_dataset
-        self.context_length = self.sampler.prepare(tokenizer, dataset, self._token_ids, self.rollout_func is None)
+        self.context_length = self.sampler.prepare(
+            tokenizer, dataset, self.tokenize_prompts, self.rollout_func is None
+        )
 
     def _prepare_loss(self, run: Prepared, adapter_starts_at_zero: bool) -> None:
         args, accelerator, padding = self.args, self.accelerator, self.pad_to_multiple_of
-        self._teacher_inputs = TeacherInputs(
+        self.teacher_inputs = TeacherInputs(
             self.teacher_prompt,
             self.reward_weights,
             args.success_threshold,
@@ -280,7 +282,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             the teacher's if it needs the rollouts first, or if the row is left out.
         """
         row = next(iter(self.train_dataset))
-        return list(self._token_ids([row["prompt"]])[0]), self.teacher_prompt.token_ids(row, None, self.tools)
+        return list(self.tokenize_prompts([row["prompt"]])[0]), self.teacher_prompt.token_ids(row, None, self.tools)
 
     def _tokenize_prompts(self, prompts: list):
         plain = isinstance(prompts[0], str)
@@ -291,7 +293,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             check_embedded(ids, self._tokenizer, self.teacher_prompt.num_embeddings)
         return prompt_ids, *others
 
-    def _token_ids(self, prompts: list) -> list[list[int]]:
+    def tokenize_prompts(self, prompts: list[Any]) -> list[list[int]]:
+        """Token ids of the student's prompts, text or messages."""
         return self._tokenize_prompts(prompts)[0]
 
     def _generate_single_turn(
@@ -395,7 +398,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         if not self.reward_funcs:
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[mode].pop(name, None)
-        self._teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics)
+        self.teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics)
         self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
         score, gather = partial(self._score, mode=mode), self.accelerator.gather
         comparable = self.args.sampler_is_comparable
