@@ -203,6 +203,10 @@ PASSES = {
     "rlrt": (1, 2),
     "dasd": (1, 2),
     "antisd": (1, 2),
+    "egrsd": (1, 2),
+    "cl_egrsd": (1, 2),
+    "msd": (1, 1),
+    "sdpg": (1, 2),  # teacher and reference
     "vopd": (1, 2),
     "star": (1, 0),
 }

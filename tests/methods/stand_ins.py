@@ -1,7 +1,9 @@
 """What a method needs to be tried out on a tiny model, and its formula, written down from its paper."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import plain_loop
@@ -18,6 +20,8 @@ class Seen:
     ratio: torch.Tensor  # of the student's probability of each token to what it was when it was sampled
     student: torch.Tensor  # when it was sampled
     teacher: torch.Tensor | None  # at that time too; none without a context
+    student_now: torch.Tensor  # in the loss
+    batch: "list[Seen]"  # all rollouts that are trained on together, this one among them
 
     @property
     def delta(self) -> torch.Tensor:
@@ -73,6 +77,29 @@ def away_from_the_teacher(seen: Seen) -> dict[str, Any]:
         return {"advantage": seen.advantage}
     phi = 0.5 * ((1 + seen.delta.exp()).log() - torch.log(torch.tensor(2.0)))
     return {"advantage": (seen.advantage - 0.5 * phi).tolist()}
+
+
+def gated(seen: Seen, lookahead: int) -> dict[str, Any]:
+    """In a batch of the warm-up."""
+    length = len(seen.token_ids)
+    advantage = seen.is_right * (1 + 0.5 * (1 - length / 8)) - 0.5
+    ratio = (seen.delta if advantage > 0 else -seen.delta).exp().clamp(0.8, 1.2)
+    largest = max(1.0, *(entropies(one.teacher).max().item() for one in seen.batch))
+    entropy = entropies(seen.teacher)
+    least = torch.stack([entropy[t : t + 1 + lookahead].min() for t in range(length)])
+    return {"advantage": (advantage * ratio * (1 - 0.3 * least / largest).clamp(min=0.1)).tolist()}
+
+
+def by_both_perspectives(seen: Seen) -> dict[str, Any]:
+    """At a K of 8."""
+    top = seen.teacher.topk(8).values
+    certainty = 1 - entropies(top / top.sum(dim=1, keepdim=True)) / math.log(8)
+    weights = certainty * (1 - seen.student_now.gather(1, seen.teacher.argmax(dim=1, keepdim=True))[:, 0])
+    return {"divergence_weights": (weights * len(weights) / weights.sum()).tolist()}
+
+
+def where_above_the_mean(seen: Seen) -> dict[str, Any]:
+    return {"divergence_weights": [float(seen.advantage > 0)] * len(seen.token_ids)}
 
 
 def with_a_baseline(seen: Seen) -> dict[str, Any]:
@@ -145,6 +172,32 @@ STAND_INS = {
         has_reward=True,
         has_live_teacher=True,
         metrics=SHAPED,
+    ),
+    **{
+        name: StandIn(
+            plain_loop.Method(**GRPO, temperature=1.1),
+            partial(gated, lookahead=lookahead),
+            {"advantage_kwargs": {"lookahead": lookahead, "warmup_steps": 1}},
+            has_reward=True,
+            metrics=(*SHAPED, "entropy_gate", "teacher_ratio_clipped_rate"),
+        )
+        for name, lookahead in (("egrsd", 0), ("cl_egrsd", 3))
+    },
+    "msd": StandIn(
+        plain_loop.Method("reverse_kl"),
+        by_both_perspectives,
+        {
+            "context_kwargs": {"template": "{prompt} In English: {solution}"},
+            "token_weights": {"trl_opsd.methods.msd.DualPerspective": {"top_k": 8}},
+        },
+    ),
+    "sdpg": StandIn(
+        plain_loop.Method("reverse_kl", **GRPO | {"divergence_coef": 0.5}, epsilon_high=0.28),
+        where_above_the_mean,
+        {**GROUPS, "divergence_coef": 0.5, "beta": 0.0, "warmup_steps": 0},  # no reference: it would be loaded
+        has_reward=True,
+        has_live_teacher=True,
+        metrics=(*SHAPED, "divergence_row_rate", "positive_advantage_rate"),
     ),
     "vopd": StandIn(plain_loop.Method(**GRPO), with_a_baseline, metrics=SHAPED),
     "star": StandIn(

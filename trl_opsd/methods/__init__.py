@@ -24,6 +24,10 @@ METHODS = {
     "rlrt": "rlrt.RLRTConfig",
     "dasd": "dasd.DASDConfig",
     "antisd": "antisd.AntiSDConfig",
+    "egrsd": "egrsd.EGRSDConfig",
+    "cl_egrsd": "cl_egrsd.CLEGRSDConfig",
+    "msd": "msd.MSDConfig",
+    "sdpg": "sdpg.SDPGConfig",
     "vopd": "vopd.VOPDConfig",
     "star": "star.STaRConfig",
 }

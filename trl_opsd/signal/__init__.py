@@ -4,7 +4,7 @@ from .advantage import ADVANTAGES, Advantage
 from .batch import Batch, TokenScores
 from .schedule import SCHEDULES, Schedule
 from .streams import COEFFICIENTS, Signals
-from .weighting import TERMS, TOKEN_WEIGHTS, PolicyWeighting, TokenWeighting
+from .weighting import TERMS, TOKEN_WEIGHTS, PolicyWeighting, TeacherWeighting, TokenWeighting
 
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "PolicyWeighting",
     "Schedule",
     "Signals",
+    "TeacherWeighting",
     "TokenScores",
     "TokenWeighting",
 ]

@@ -9,7 +9,7 @@ import torch
 from .advantage import Advantage, GroupAdvantage
 from .batch import Batch, TokenScores
 from .schedule import SCORED_METRICS, Schedule
-from .weighting import TERMS, PolicyWeighting, TokenWeighting
+from .weighting import TERMS, PolicyWeighting, TeacherWeighting, TokenWeighting
 
 
 # Of the three terms. A part's own are named after it
@@ -31,7 +31,7 @@ class Signals:
             Of the three terms, by their names in the configuration.
         advantage ([`Advantage`]):
             Writes A.
-        weightings (`Mapping[str, TokenWeighting | PolicyWeighting]`):
+        weightings (`Mapping[str, TokenWeighting | PolicyWeighting | TeacherWeighting]`):
             Write w and v, multiplied, by name.
         schedules (`Mapping[str, Schedule]`):
             Of a term's coefficient, or of a field of a part: `"advantage.mix"`,
@@ -45,7 +45,7 @@ class Signals:
         self,
         coefficients: Mapping[str, float],
         advantage: Advantage,
-        weightings: Mapping[str, TokenWeighting | PolicyWeighting],
+        weightings: Mapping[str, TokenWeighting | PolicyWeighting | TeacherWeighting],
         schedules: Mapping[str, Schedule],
     ):
         self.coefficients = dict(coefficients)
@@ -73,6 +73,11 @@ class Signals:
     def policy_weightings(self) -> list[PolicyWeighting]:
         """Write w and v in the loss, with their coefficients of this step."""
         return [part for part in self._parts.values() if isinstance(part, PolicyWeighting)]
+
+    @property
+    def teacher_weightings(self) -> list[TeacherWeighting]:
+        """Write w in the loss, with their coefficients of this step."""
+        return [part for part in self._parts.values() if isinstance(part, TeacherWeighting)]
 
     def begin_step(self, step: int) -> None:
         """Set all coefficients to what they are in the step after `step` others."""

@@ -118,4 +118,34 @@ class ImportanceClip(PolicyWeighting):
         return log_ratio.clamp(-20.0, 20.0).exp().clamp(max=self.most)
 
 
+class TeacherWeighting(ABC):
+    """
+    A factor for each token in the divergence that depends on what the teacher would write, and on the policy as it is
+    in the loss. It is called for each pass, with whole rollouts, and costs a product with each head.
+    """
+
+    @property
+    @abstractmethod
+    def top_k(self) -> int:
+        """Number of the teacher's most probable tokens that it looks at."""
+
+    @abstractmethod
+    def __call__(self, mask: torch.Tensor, teacher_entropy: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+        """
+        The factors.
+
+        Args:
+            mask (`torch.Tensor` of shape `(B, T)`, bool):
+                The tokens that the divergence counts.
+            teacher_entropy (`torch.Tensor` of shape `(B, T)`):
+                Entropy of the teacher's distribution over its `top_k` most probable tokens, renormalised, fp32, in
+                nats.
+            log_probs (`torch.Tensor` of shape `(B, T)`):
+                Log-probabilities of the teacher's most probable tokens under the current student, fp32, in nats.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`.
+        """
+
+
 TOKEN_WEIGHTS = {"correct_only": CorrectOnly, "skip_first": SkipFirst, "importance_clip": ImportanceClip}
