@@ -9,6 +9,20 @@ import torch
 
 
 @dataclass
+class Generated:
+    """What is known of all rollouts that are trained on together."""
+
+    num_generations: int
+    rewards: list[float]
+    has_context: list[bool]
+
+    def success_rate(self, index: int) -> float:
+        """Of the group of a rollout."""
+        start = index - index % self.num_generations
+        return sum(self.rewards[start : start + self.num_generations]) / self.num_generations
+
+
+@dataclass
 class Seen:
     """What a formula may read of a rollout of T tokens. Distributions are of shape (T, V), in float64."""
 
@@ -18,6 +32,8 @@ class Seen:
     ratio: torch.Tensor  # of the student's probability of each token to what it was when it was sampled
     student: torch.Tensor  # when it was sampled
     teacher: torch.Tensor | None  # at that time too; none without a context
+    index: int  # among all rollouts
+    all: Generated
 
     @property
     def delta(self) -> torch.Tensor:
@@ -40,6 +56,16 @@ def at_most_twice(seen: Seen) -> dict[str, list]:
 
 def after_three(seen: Seen) -> dict[str, list]:
     return {"selected": [int(t >= 3) for t in range(len(seen.token_ids))], **at_most_twice(seen)}
+
+
+def undecided(seen: Seen) -> dict[str, list]:
+    """4p(1 − p) in the first three tokens; the mean is one over prompts."""
+    rate, number = seen.all.success_rate(seen.index), len(seen.token_ids)
+    num_prompts = len(seen.all.rewards) / seen.all.num_generations
+    weight = 4 * rate * (1 - rate) * sum(seen.all.has_context) / num_prompts
+    return {"divergence_weights": [weight] * number, "selected": [int(t < 3) for t in range(number)]} | {
+        "advantage": seen.advantage
+    }
 
 
 def mixed(seen: Seen, direction: float, clip: float) -> list[float]:
@@ -111,6 +137,13 @@ STAND_INS = {
         at_most_twice,
         GROUPS,
         has_reward=True,
+    ),
+    "ssopd": StandIn(
+        plain_loop.Method("forward_kl", clip=0.05, temperature=1.2, divergence_coef=0.5, policy_loss_coef=1.0),
+        undecided,
+        {**GROUPS, "token_weights": {"keep_first": {"num_tokens": 3}, "trl_opsd.methods.ssopd.Undecided": {}}},
+        has_reward=True,
+        metrics=("distillation_loss", "divergence_row_rate", "groups/pair_rate", "clip_ratio/region_mean"),
     ),
     "mopd": StandIn(
         plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),

@@ -18,6 +18,7 @@ METHODS = {
     "opsdc": "opsdc.OPSDCConfig",
     "sdft": "sdft.SDFTConfig",
     "sdpo": "sdpo.SDPOConfig",
+    "ssopd": "ssopd.SSOPDConfig",
     "mopd": "mopd.MOPDConfig",
     "correct_only": "correct_only.CorrectOnlyConfig",
     "rlsd": "rlsd.RLSDConfig",

@@ -191,9 +191,9 @@ class SelfDistillationConfig(GRPOConfig):
         token_weights (`dict[str, dict]` or `str`, *optional*):
             Factors of each token in the divergence and the likelihood, multiplied, as name and keyword arguments:
             `"correct_only"` keeps rollouts whose reward reaches `success_threshold`, `"skip_first"` (`num_tokens`)
-            leaves out the first tokens, `"importance_clip"` (`most`) corrects for a policy that has moved since it
-            sampled; or the import path of a subclass of [`TokenWeighting`]. What `correct_only` and `skip_first` leave
-            out counts in no mean.
+            leaves out the first tokens, `"keep_first"` (`num_tokens`) all others, `"importance_clip"` (`most`)
+            corrects for a policy that has moved since it sampled; or the import path of a subclass of
+            [`TokenWeighting`]. What the first three leave out counts in no mean.
         advantage (`str`, *optional*, defaults to `"grpo"`):
             What makes GRPO's advantage of a rollout one of each token: `"grpo"` leaves it as it is; or the import path
             of a subclass of [`Advantage`], such as `"trl_opsd.methods.rlrt.ReversedTeacher"`.

@@ -67,7 +67,7 @@ from .loss import make_loss
 from .method import presented
 from .metrics import Metrics
 from .policy import GRPOLoss
-from .preparation import Prepared, checked_arguments, prepare
+from .preparation import Prepared, checked_arguments, no_reward, prepare
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
 from .sampler import PolicySampler
 from .sampling_settings import changed, teacher_settings
@@ -75,11 +75,6 @@ from .signals import make_streams
 from .steps import OrderOfEpochs, StepCallback
 from .teachers import load_teacher
 from .world import check_world
-
-
-def _no_reward(completions: list[Any], **kwargs: Any) -> list[float]:
-    # GRPOTrainer insists on a reward function when it is constructed. This one stands in and is removed right after.
-    return [0.0] * len(completions)
 
 
 class SelfDistillationTrainer(GRPOTrainer):
@@ -162,7 +157,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.statistics = {"train": Metrics(), "eval": Metrics()}
         super().__init__(
             model=model,
-            reward_funcs=reward_funcs or [_no_reward],
+            reward_funcs=reward_funcs or [no_reward],
             args=args,
             train_dataset=run.train_dataset,
             eval_dataset=run.eval_dataset,
@@ -184,7 +179,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._prepare_loss(run, starts_at_zero)
 
     def _settle_rewards(self, run: Prepared, environment_factory: Any) -> None:
-        if self.reward_funcs[0] is _no_reward:
+        if self.reward_funcs[0] is no_reward:
             for values in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
                 values.pop(0)
             self.reward_weights = self.reward_weights[1:]
@@ -401,9 +396,9 @@ class SelfDistillationTrainer(GRPOTrainer):
                 self._metrics[mode].pop(name, None)
         self._teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics)
         self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
-        score, gather = partial(self._score, mode=mode), self.accelerator.gather
-        comparable = self.args.sampler_is_comparable
-        return batch | make_streams(self.signals, batch, self._generation.empty, score, gather, metrics, comparable)
+        score, comparable = partial(self._score, mode=mode), self.args.sampler_is_comparable
+        given = self.signals, batch, self._generation.empty, score, self.accelerator, size, mode == "train"
+        return batch | make_streams(*given, metrics, comparable)
 
     def _score(self, batch: dict[str, Any], mode: str) -> TokenScores:
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
