@@ -269,8 +269,3 @@ def _checked(
         )
     teacher_prompt.check_rows(dataset, name, tools)
     return dataset
-
-
-def no_reward(completions: list[Any], **kwargs: Any) -> list[float]:
-    """A reward function for GRPOTrainer, which insists on one when it is constructed. It is removed right after."""
-    return [0.0] * len(completions)

@@ -99,14 +99,8 @@ def make_streams(
     mask = rollouts.mask & rollouts.has_context
     scores = score({**batch, "divergence_mask": mask}) if signals.needs_scores else None
     streams = signals.streams(rollouts, scores)
-    counts: dict[str, torch.Tensor] = {}
-    for term in TERMS:
-        rows = streams[f"{term}_mask"].any(dim=1)
-        counts |= {f"num_{term}_rows": rows.sum(), f"num_{term}_tokens": streams[f"{term}_mask"].sum()}
-        if signals.coefficients[f"{term}_coef"]:
-            metrics.add_rate(f"{term}_row_rate", rows.sum(), torch.ones_like(rows).sum())
-    totals = rollouts.gather(torch.stack(list(counts.values())).float().unsqueeze(0)).sum(dim=0)
-    made: dict[str, torch.Tensor | None] = {**streams, **dict(zip(counts, totals, strict=True))}
+    counts = _counts(signals, streams, rollouts.gather, metrics)
+    made: dict[str, torch.Tensor | None] = {**streams, **counts}
     if signals.policy_weightings:
         sampled = batch.get("sampling_per_token_logps") if is_sampled_by_student else None
         made["old_log_probs"] = batch.get("old_per_token_logps") if sampled is None else sampled
@@ -169,3 +163,19 @@ def _of_the_group(
 ) -> torch.Tensor:
     groups = gather(values).view(-1, num_generations).repeat_interleave(num_generations, dim=0)
     return groups[process_index * len(values) :][: len(values)]
+
+
+def _counts(
+    signals: Signals,
+    streams: dict[str, torch.Tensor],
+    gather: Callable[[torch.Tensor], torch.Tensor],
+    metrics: Metrics,
+) -> dict[str, torch.Tensor]:
+    counts: dict[str, torch.Tensor] = {}
+    for term in TERMS:
+        rows = streams[f"{term}_mask"].any(dim=1)
+        counts |= {f"num_{term}_rows": rows.sum(), f"num_{term}_tokens": streams[f"{term}_mask"].sum()}
+        if signals.coefficients[f"{term}_coef"]:
+            metrics.add_rate(f"{term}_row_rate", rows.sum(), torch.ones_like(rows).sum())
+    totals = gather(torch.stack(list(counts.values())).float().unsqueeze(0)).sum(dim=0)
+    return dict(zip(counts, totals, strict=True))

@@ -58,16 +58,17 @@ from ..scoring import announce_head, causal_lm
 from ..serving import ServerError
 from ..signal import TokenScores
 from ..teacher import Teacher, fingerprint
-from .batch import Generation, TeacherInputs, added_feedback, all_feedback, regrouped
+from .batch import Generation, TeacherInputs, regrouped
 from .checkpoints import load_weights
 from .checks import check_auxiliary_loss, check_context, check_grpo_pass, check_signals
-from .completing import Completing, Engines, encoded, graded, with_stand_ins, without_empty
+from .completing import Completing, Engines, encoded, with_stand_ins, without_empty
 from .config import SelfDistillationConfig
 from .loss import make_loss
 from .method import presented
 from .metrics import Metrics
 from .policy import GRPOLoss
-from .preparation import Prepared, checked_arguments, no_reward, prepare
+from .preparation import Prepared, checked_arguments, prepare
+from .rewards import added_feedback, all_feedback, graded, no_reward
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
 from .sampler import PolicySampler
 from .sampling_settings import changed, teacher_settings
