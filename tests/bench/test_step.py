@@ -197,6 +197,7 @@ PASSES = {
     "opsdc": (1, 1),
     "sdft": (1, 1),
     "sdpo": (1, 1),
+    "sc_sdpo": (1, 1),
     "ssopd": (1, 1),
     "mopd": (1, 1),
     "correct_only": (1, 1),

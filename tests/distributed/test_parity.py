@@ -115,6 +115,7 @@ VARIANTS = [
 METHODS = [
     job("rlrt", "full", max_steps=4, rows=8, num_generations=4),
     job("sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
+    job("sc_sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("ssopd", "full", max_steps=4, rows=8, num_generations=4),
     job("rlsd", "full", max_steps=4, rows=8, num_generations=4),
     job("sdft", "full", max_steps=4),

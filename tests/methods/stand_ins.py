@@ -58,6 +58,13 @@ def after_three(seen: Seen) -> dict[str, list]:
     return {"selected": [int(t >= 3) for t in range(len(seen.token_ids))], **at_most_twice(seen)}
 
 
+def in_the_sweet_spot(seen: Seen) -> dict[str, list]:
+    weights = [(rate * (1 - rate)) ** 0.5 for rate in map(seen.all.success_rate, range(len(seen.all.rewards)))]
+    counted = [weight for weight in weights if weight > 0]
+    weight = weights[seen.index] / (sum(counted) / len(counted))
+    return {"divergence_weights": (weight * seen.ratio.clamp(max=2.0)).tolist()}
+
+
 def undecided(seen: Seen) -> dict[str, list]:
     """4p(1 − p) in the first three tokens; the mean is one over prompts."""
     rate, number = seen.all.success_rate(seen.index), len(seen.token_ids)
@@ -135,6 +142,12 @@ STAND_INS = {
     "sdpo": StandIn(
         plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),
         at_most_twice,
+        GROUPS,
+        has_reward=True,
+    ),
+    "sc_sdpo": StandIn(
+        plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),
+        in_the_sweet_spot,
         GROUPS,
         has_reward=True,
     ),

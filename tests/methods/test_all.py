@@ -297,6 +297,12 @@ def test_a_teacher_that_is_the_student_adds_nothing_to_grpo(make_trainer, name):
     assert_close(*(trained(make_trainer(name, **settings)) for settings in (same, parent)))
 
 
+def test_without_an_exponent_sc_sdpo_is_sdpo(make_trainer):
+    weights_of = {"importance_clip": {"most": 2.0}, "trl_opsd.methods.sc_sdpo.SweetSpot": {"exponent": 0.0}}
+    off, parent = make_trainer("sc_sdpo", token_weights=weights_of), make_trainer("sdpo")
+    assert are_equal(weights(trained(off)), weights(trained(parent)))
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in (*SHAPES, *ADDS, "star")])
 def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
     trainer = make_trainer(name, **WITHOUT_A_CONTEXT)

@@ -64,6 +64,7 @@ PAPERS = {
     "sdft/qwen2.5-7b": (32, 1, "2 epochs", 0.0),
     "sdpo/qwen3-8b": (32 * 8, 1, 100, 0.01),
     "sdpo/qwen3-8b-feedback": (1 * 8, 32, "30 epochs", 0.01),
+    "sc_sdpo/qwen3-8b": (32 * 8, 1, 200, 0.01),
     "ssopd/qwen3-8b": (32 * 8, 1, 100, 0.0),
     "mopd/qwen3-4b": (32 * 8, 1, 100, 0.01),
     "mopd/qwen3-8b": (32 * 8, 1, 100, 0.01),

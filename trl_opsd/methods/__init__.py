@@ -18,6 +18,7 @@ METHODS = {
     "opsdc": "opsdc.OPSDCConfig",
     "sdft": "sdft.SDFTConfig",
     "sdpo": "sdpo.SDPOConfig",
+    "sc_sdpo": "sc_sdpo.SCSDPOConfig",
     "ssopd": "ssopd.SSOPDConfig",
     "mopd": "mopd.MOPDConfig",
     "correct_only": "correct_only.CorrectOnlyConfig",

@@ -33,6 +33,7 @@ RETIRED: dict[str, str] = {
 _BELONGS_TO = {
     "context_kwargs": "privileged_context",
     "completions_kwargs": "completions",
+    "curriculum_kwargs": "curriculum",
     "advantage_kwargs": "advantage",
     "schedules": "advantage",
     "teacher_update_steps": "teacher",
@@ -110,6 +111,12 @@ class SelfDistillationConfig(GRPOConfig):
             - the import path of a [`~trl_opsd.sampling.sources.CompletionSource`].
         completions_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of that source, for example `{"lmbda": 0.5}`.
+        curriculum (`str`, *optional*):
+            Which prompts are drawn. `None` draws each once an epoch, `"pass_rate"` (`exponent`, `floor`, `share`) most
+            often those of which about half of the rollouts are correct. An epoch has as many steps as before, in which
+            some prompts come more than once and others not at all. Or the import path of a subclass of [`Curriculum`].
+        curriculum_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of that class.
 
         > Parameters that control the teacher
 
@@ -255,6 +262,7 @@ class SelfDistillationConfig(GRPOConfig):
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
         "completions_kwargs",
+        "curriculum_kwargs",
     ]
 
     max_completion_length: int | None = _DefaultLength(512)
@@ -275,6 +283,9 @@ class SelfDistillationConfig(GRPOConfig):
 
     completions: str = "on_policy"
     completions_kwargs: dict[str, Any] | str | None = None
+
+    curriculum: str | None = None
+    curriculum_kwargs: dict[str, Any] | str | None = None
 
     teacher: str = field(default="initial", metadata={"choices": ["initial", "live", "periodic", "ema", "external"]})
     teacher_update_steps: int | None = None

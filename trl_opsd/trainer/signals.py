@@ -12,11 +12,13 @@ from ..parts import make_part
 from ..signal import (
     ADVANTAGES,
     COEFFICIENTS,
+    CURRICULA,
     SCHEDULES,
     TERMS,
     TOKEN_WEIGHTS,
     Advantage,
     Batch,
+    Curriculum,
     PolicyWeighting,
     Schedule,
     Signals,
@@ -47,7 +49,12 @@ def make_signals(args: SelfDistillationConfig) -> Signals:
         kwargs = {"kind": "linear", **given}
         schedules[name] = make_part(f"schedules[{name!r}]", kwargs.pop("kind"), kwargs, SCHEDULES)
         _check_kind("schedules", schedules[name], (Schedule,))
-    return Signals({name: getattr(args, name) for name in COEFFICIENTS}, advantage, weightings, schedules)
+    curriculum = None
+    if args.curriculum is not None:
+        curriculum = make_part("curriculum", args.curriculum, cast(Any, args.curriculum_kwargs), CURRICULA)
+        _check_kind("curriculum", curriculum, (Curriculum,))
+    coefficients = {name: getattr(args, name) for name in COEFFICIENTS}
+    return Signals(coefficients, advantage, weightings, schedules, curriculum)
 
 
 def _check_kind(slot: str, part: Any, bases: tuple[type, ...]) -> None:

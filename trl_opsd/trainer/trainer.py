@@ -28,7 +28,7 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
 - `vllm_generation.generate` samples by its attributes `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`,
   `max_completion_length`, `structured_outputs_regex` and `generation_kwargs`.
 - `_run_epoch(...)`, of transformers, takes the steps of an epoch, at least one.
-- `_get_train_sampler(dataset)` returns a sampler that draws the order of each epoch from its `generator`.
+- `_get_train_sampler(dataset)` returns a `RepeatSampler`, which draws the order of each epoch from its `generator`.
 - `_load_from_checkpoint(checkpoint, model)` and `_load_best_model()`, of transformers, load the policy's weights; with
   DeepSpeed only the second is called.
 - `_pending_extra_logs` and `_pending_metrics` hold what reward functions log of a batch until it is logged.
@@ -63,6 +63,7 @@ from .checkpoints import load_weights
 from .checks import check_auxiliary_loss, check_context, check_grpo_pass, check_signals
 from .completing import Completing, Engines, encoded, with_stand_ins, without_empty
 from .config import SelfDistillationConfig
+from .curriculum import DrawnRows
 from .loss import make_loss
 from .method import presented
 from .metrics import Metrics
@@ -336,6 +337,8 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
+        if self.signals.curriculum is not None:
+            sampler = DrawnRows(sampler, self.signals, self._token_ids)
         # There is no generator without shuffling
         self.add_callback(OrderOfEpochs(getattr(sampler, "generator", None)))
         return sampler
