@@ -86,7 +86,7 @@ def shard_small_weights(args: TrainingArguments) -> None:
 def reward_of(method: str, args: TrainingArguments):
     if args.completions == "hinted_retry":
         return right_at_last()
-    if args.privileged_context == "peers" and method != "opsd":
+    if (args.privileged_context == "peers" and method != "opsd") or "." in args.privileged_context:
         return of_odd_problems
     if "correct_only" in (args.token_weights or {}):
         return of_odd_problems
