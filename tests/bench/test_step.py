@@ -199,6 +199,7 @@ PASSES = {
     "sdpo": (1, 1),
     "sc_sdpo": (1, 1),
     "ssopd": (1, 1),
+    "u_opsd": (1, 1),
     "mopd": (1, 1),
     "correct_only": (1, 1),
     "rlsd": (1, 2),

@@ -158,6 +158,14 @@ STAND_INS = {
         has_reward=True,
         metrics=("distillation_loss", "divergence_row_rate", "groups/pair_rate", "clip_ratio/region_mean"),
     ),
+    "u_opsd": StandIn(
+        plain_loop.Method("forward_kl", temperature=1.1),
+        settings={
+            **GROUPS,
+            "context_kwargs": {"answer_of": "methods.stand_ins.first_letter", "same_answer": "operator.eq"},
+        },
+        metrics=("distillation_loss", "divergence_row_rate", "votes/unanimous_rate", "votes/mean_share"),
+    ),
     "mopd": StandIn(
         plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),
         at_most_twice,
@@ -206,6 +214,10 @@ def begins_with_r(completions, log_extra, **kwargs):
     texts = [completion[-1]["content"] for completion in completions]
     log_extra("feedback", [feedback_on(text) for text in texts])
     return [float(text.startswith("R")) for text in texts]
+
+
+def first_letter(text: str) -> str:
+    return text[0]
 
 
 def feedback_on(text: str) -> str | None:

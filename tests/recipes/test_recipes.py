@@ -66,6 +66,7 @@ PAPERS = {
     "sdpo/qwen3-8b-feedback": (1 * 8, 32, "30 epochs", 0.01),
     "sc_sdpo/qwen3-8b": (32 * 8, 1, 200, 0.01),
     "ssopd/qwen3-8b": (32 * 8, 1, 100, 0.0),
+    "u_opsd/qwen3-8b": (32 * 8, 1, 150, 0.0),
     "mopd/qwen3-4b": (32 * 8, 1, 100, 0.01),
     "mopd/qwen3-8b": (32 * 8, 1, 100, 0.01),
     "dasd/qwen3-8b": (32 * 8, 4, 800, 0.0),

@@ -20,6 +20,7 @@ METHODS = {
     "sdpo": "sdpo.SDPOConfig",
     "sc_sdpo": "sc_sdpo.SCSDPOConfig",
     "ssopd": "ssopd.SSOPDConfig",
+    "u_opsd": "u_opsd.UOPSDConfig",
     "mopd": "mopd.MOPDConfig",
     "correct_only": "correct_only.CorrectOnlyConfig",
     "rlsd": "rlsd.RLSDConfig",
