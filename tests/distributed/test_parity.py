@@ -111,10 +111,15 @@ VARIANTS = [
     ),
     job("opsd", "full", name="iterations", max_steps=4, num_iterations=2, teacher="ema", teacher_update_rate=0.2),
 ]
+# For want of answers, rollouts agree by their length
+LENGTHS = {"answer_of": "builtins.len", "same_answer": "operator.eq"}
 # In every step, one process has no row with a context, or nothing to try again
 METHODS = [
     job("rlrt", "full", max_steps=4, rows=8, num_generations=4),
     job("sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
+    job("sc_sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
+    job("ssopd", "full", max_steps=4, rows=8, num_generations=4),
+    job("u_opsd", "full", max_steps=4, num_generations=4, context_kwargs=LENGTHS),
     job("rlsd", "full", max_steps=4, rows=8, num_generations=4),
     job("sdft", "full", max_steps=4),
     job("correct_only", "full", max_steps=4, context_kwargs={"max_new_tokens": 8}),

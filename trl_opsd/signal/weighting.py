@@ -77,6 +77,27 @@ class SkipFirst(TokenWeighting):
         return torch.arange(batch.mask.size(1), device=batch.mask.device) >= self.num_tokens
 
 
+@dataclass(frozen=True)
+class KeepFirst(TokenWeighting):
+    """
+    Keeps no more than the first tokens of a completion, as [SSOPD](https://huggingface.co/papers/2605.17497) does.
+
+    Args:
+        num_tokens (`int`, *optional*, defaults to `1024`):
+            Number of tokens.
+    """
+
+    num_tokens: int = 1024
+    selects: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1:
+            raise ValueError(f"`num_tokens` must be at least 1, got {self.num_tokens}.")
+
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+        return torch.arange(batch.mask.size(1), device=batch.mask.device) < self.num_tokens
+
+
 class PolicyWeighting(ABC):
     """A factor for each token that depends on the policy as it is in the loss. It is called for each pass."""
 
@@ -148,4 +169,9 @@ class TeacherWeighting(ABC):
         """
 
 
-TOKEN_WEIGHTS = {"correct_only": CorrectOnly, "skip_first": SkipFirst, "importance_clip": ImportanceClip}
+TOKEN_WEIGHTS = {
+    "correct_only": CorrectOnly,
+    "skip_first": SkipFirst,
+    "keep_first": KeepFirst,
+    "importance_clip": ImportanceClip,
+}

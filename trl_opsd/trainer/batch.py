@@ -137,6 +137,8 @@ class TeacherInputs:
             rollouts = make_rollouts(generation, streams, first, num_generations, self.end_ids)
             is_spread = num_generations > 1 and self.num_processes > 1
             groups = make_groups(rollouts, first, num_generations, self.gather if is_spread else None)
+            for name, pair in getattr(self.teacher_prompt.context, "rates", lambda groups: {})(groups).items():
+                metrics.add_rate(name, *generation.rewards.new_tensor(pair))
         written = self._written(generation, groups, student_ids[0], metrics)
         prompts = [
             None if index in generation.empty else self.teacher_prompt.token_ids(row, rollouts, tools, text)

@@ -56,6 +56,27 @@ def check_number_of_rows(args: SelfDistillationConfig, train_dataset: Any) -> No
         )
 
 
+def check_curriculum(
+    args: SelfDistillationConfig, train_dataset: Any, has_rewards: bool, environment_factory: Any
+) -> None:
+    """
+    Refuse a curriculum that could not draw, or would learn nothing.
+
+    Raises:
+        ValueError: If there are no rewards, or the rows or their prompts are not known beforehand.
+    """
+    if args.curriculum is None:
+        return
+    setting = f"`curriculum={args.curriculum!r}`"
+    if not has_rewards:
+        raise ValueError(f"{setting} goes by which rollouts are correct. Pass `reward_funcs`, or leave it unset.")
+    if not isinstance(train_dataset, Dataset) or environment_factory is not None:
+        raise ValueError(
+            f"{setting} draws rows by their prompts, which a streaming dataset or an environment does not give "
+            "beforehand. Leave it unset."
+        )
+
+
 def check_served_live_teacher(args: SelfDistillationConfig, rollout_func: Any) -> None:
     """
     Refuse a live teacher on a server that is not sent the current weights.

@@ -28,7 +28,7 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
 - `vllm_generation.generate` samples by its attributes `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`,
   `max_completion_length`, `structured_outputs_regex` and `generation_kwargs`.
 - `_run_epoch(...)`, of transformers, takes the steps of an epoch, at least one.
-- `_get_train_sampler(dataset)` returns a sampler that draws the order of each epoch from its `generator`.
+- `_get_train_sampler(dataset)` returns a `RepeatSampler`, which draws the order of each epoch from its `generator`.
 - `_load_from_checkpoint(checkpoint, model)` and `_load_best_model()`, of transformers, load the policy's weights; with
   DeepSpeed only the second is called.
 - `_pending_extra_logs` and `_pending_metrics` hold what reward functions log of a batch until it is logged.
@@ -63,6 +63,7 @@ from .checkpoints import load_weights
 from .checks import check_auxiliary_loss, check_context, check_grpo_pass, check_signals
 from .completing import Completing, Engines, encoded, with_stand_ins, without_empty
 from .config import SelfDistillationConfig
+from .curriculum import DrawnRows
 from .loss import make_loss
 from .method import presented
 from .metrics import Metrics
@@ -339,6 +340,8 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
+        if self.signals.curriculum is not None:
+            sampler = DrawnRows(sampler, self.signals, self._token_ids)
         # There is no generator without shuffling
         self.add_callback(OrderOfEpochs(getattr(sampler, "generator", None)))
         return sampler
@@ -400,8 +403,9 @@ class SelfDistillationTrainer(GRPOTrainer):
                 self._metrics[mode].pop(name, None)
         self.teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics)
         self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
-        given = batch, self._generation.empty, partial(self._score, mode=mode), self.accelerator.gather, metrics
-        return batch | make_streams(self.signals, self.args, *given, is_training=mode == "train")
+        score = partial(self._score, mode=mode)
+        given = self.signals, self.args, batch, self._generation.empty, score, self.accelerator, size, mode == "train"
+        return batch | make_streams(*given, metrics)
 
     def _score(self, batch: dict[str, Any], mode: str) -> TokenScores:
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
