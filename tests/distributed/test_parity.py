@@ -117,6 +117,7 @@ METHODS = [
     job("sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("rlsd", "full", max_steps=4, rows=8, num_generations=4),
     job("sdft", "full", max_steps=4),
+    job("pbsd", "full", rows=6, max_steps=4, top_k=1),  # with a pair on both processes
     job("correct_only", "full", max_steps=4, context_kwargs={"max_new_tokens": 8}),
     job("star", "full", max_steps=4, top_k=1),
     job("vopd", "full", max_steps=4),
@@ -151,7 +152,7 @@ def one_process(tmp_path_factory):
 
 
 METRICS = ("loss", "distillation_loss", "likelihood_loss", "entropy", "num_generated_tokens", "context_rate")
-METRICS += ("teacher_prompts/max_length", "completions/retry_rate", "completions/off_policy_rate")
+METRICS += ("teacher_prompts/max_length", "completions/retry_rate", "completions/off_policy_rate", "preference/loss")
 
 
 def assert_same(found, expected, metrics=METRICS):

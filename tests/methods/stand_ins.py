@@ -18,6 +18,7 @@ class Seen:
     ratio: torch.Tensor  # of the student's probability of each token to what it was when it was sampled
     student: torch.Tensor  # when it was sampled
     teacher: torch.Tensor | None  # at that time too; none without a context
+    pair: "tuple[Seen, Seen] | None" = None  # the rollout of an even row, and that of the one after it
 
     @property
     def delta(self) -> torch.Tensor:
@@ -82,6 +83,14 @@ def with_a_baseline(seen: Seen) -> dict[str, Any]:
     return {"advantage": (seen.delta + baseline).tolist()}
 
 
+def better_than_before(seen: Seen) -> dict[str, Any]:
+    """DPO with β = 0.1, whose mean over pairs is a mean over twice as many rows."""
+    worse, better = (-one.delta.sum() for one in seen.pair)
+    slope = 2 * 0.1 / (1 + (0.1 * (better - worse)).exp())
+    sign = 1.0 if seen is seen.pair[1] else -1.0
+    return {"likelihood_weights": [sign * slope.item()] * len(seen.token_ids)}
+
+
 @dataclass(frozen=True)
 class StandIn:
     """
@@ -105,6 +114,11 @@ GRPO = {"divergence_coef": 0.0, "policy_loss_coef": 1.0, "loss_type": "dapo"}
 STAND_INS = {
     "opsd": StandIn(plain_loop.Method("forward_kl", clip=0.05, temperature=1.1)),
     "opsdc": StandIn(plain_loop.Method("reverse_kl")),
+    "pbsd": StandIn(
+        plain_loop.Method(divergence_coef=0.0, likelihood_coef=1.0, loss_type="luspo", temperature=1.1),
+        better_than_before,
+        metrics=("likelihood_row_rate", "preference/loss", "preference/pair_rate", "completions/off_policy_rate"),
+    ),
     "sdft": StandIn(plain_loop.Method("forward_kl"), after_three),
     "sdpo": StandIn(
         plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),

@@ -1,6 +1,7 @@
 """Every method, on a tiny model whose rollouts are made up: that it trains, by its formula, and resumes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,11 +191,14 @@ def read_by_the_teacher(trainer, sampler, rows, texts, rewards):
 
 def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
     """What a method trains on, made here. The models are those that sampled, and that the teacher had at that time."""
-    tokenizer, stand_in, made = trainer.processing_class, STAND_INS[name], []
+    tokenizer, stand_in, all_seen, made = trainer.processing_class, STAND_INS[name], [], []
     prompts = [prompt_of(trainer, row) for row in rows]
     completions = sampler(prompts)
     if name == "star":
         completions = [again(trainer, sampler, *pair) for pair in zip(rows, completions, strict=True)]
+    if name == "pbsd":
+        by_teacher = sampler([trainer.teacher_prompt.token_ids(row, None) for row in rows[1::2]])
+        completions = [ids for pair in zip(sampler(prompts[::2]), by_teacher, strict=True) for ids in pair]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
     rewards = [float(text.startswith("R")) for text in texts]
     advantages = grpo_advantages(rewards, trainer.args.num_generations)
@@ -206,10 +210,12 @@ def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
         then, now = (probabilities(plain(model), prompt, ids, temperature) for model in (sampled_by, trainer.model))
         p_t = None if teacher_prompt is None else probabilities(read_by, teacher_prompt, ids, temperature)
         old, new = (p.gather(1, token_ids)[:, 0].log() for p in (then, now))
-        seen = Seen(token_ids, reward == 1.0, advantage, (new - old).exp(), then, p_t)
-        streams = {"advantage": advantage, **stand_in.formula(seen)}
-        made.append(Row(prompt, teacher_prompt, ids, old_log_probs=old.tolist(), **streams))
-    return made
+        all_seen.append(Seen(token_ids, reward == 1.0, advantage, (new - old).exp(), then, p_t))
+        made.append(Row(prompt, teacher_prompt, ids, advantage=advantage, old_log_probs=old.tolist()))
+    for pair in zip(all_seen[::2], all_seen[1::2], strict=True):
+        for seen in pair:
+            seen.pair = pair
+    return [replace(row, **stand_in.formula(seen)) for row, seen in zip(made, all_seen, strict=True)]
 
 
 def again(trainer, sampler, row, ids):
@@ -289,7 +295,7 @@ def test_a_teacher_that_is_the_student_leaves_grpo(make_trainer, name, recwarn):
     assert not [warning for warning in recwarn if "divergence_clip" in str(warning.message)]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in (*SHAPES, "star")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in (*SHAPES, "star", "pbsd")])
 def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
     trainer = make_trainer(name, **WITHOUT_A_CONTEXT)
     _, gradient = gradient_of(trainer, batch_of(trainer, rows_for(trainer)))

@@ -31,6 +31,12 @@ class Batch:
             Whether the completion is another than the student's own rollout of its prompt.
         truncated (`torch.Tensor` of shape `(B, 1)`, bool):
             Whether the completion was cut off before its end.
+        max_length (`int`, *optional*):
+            Most tokens of a completion, `None` without a limit.
+        first (`int`):
+            Position of the first of these rollouts among those of all processes.
+        is_training (`bool`):
+            Whether the batch is trained on, and not evaluated: what a part remembers is of the former alone.
         gather (`Callable[[torch.Tensor], torch.Tensor]`):
             From a tensor of each process, at least one-dimensional and of the same shape in all, to all of them, one
             after the other in the first dimension. All processes call it at once.
@@ -48,8 +54,15 @@ class Batch:
     advantages: torch.Tensor
     replaced: torch.Tensor
     truncated: torch.Tensor
+    max_length: int | None
+    is_training: bool
+    first: int
     gather: Callable[[torch.Tensor], torch.Tensor]
     log: Callable[[str, torch.Tensor, torch.Tensor], None]
+
+    def own(self, everything: torch.Tensor) -> torch.Tensor:
+        """Of what is there for each rollout of all processes, that of this one's."""
+        return everything[self.first : self.first + len(self.mask)]
 
 
 @dataclass(frozen=True)

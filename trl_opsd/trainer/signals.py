@@ -55,12 +55,13 @@ def _check_kind(slot: str, part: Any, bases: tuple[type, ...]) -> None:
 
 def make_streams(
     signals: Signals,
+    args: SelfDistillationConfig,
     batch: dict[str, Any],
     empty_rows: Collection[int],
     score: Callable[[dict[str, Any]], TokenScores],
     gather: Callable[[torch.Tensor], torch.Tensor],
     metrics: Metrics,
-    is_sampled_by_student: bool,
+    is_training: bool,
 ) -> dict[str, torch.Tensor | None]:
     """
     What the parts make of a generation batch. All processes call this at once.
@@ -68,6 +69,8 @@ def make_streams(
     Args:
         signals ([`Signals`]):
             The parts.
+        args ([`SelfDistillationConfig`]):
+            Configuration.
         batch (`dict[str, Any]`):
             Generation batch.
         empty_rows (`Collection[int]`):
@@ -78,8 +81,8 @@ def make_streams(
             From a tensor of each process to those of all, one after the other in the first dimension.
         metrics ([`Metrics`]):
             Where the share of rows that each term counts goes, and what the parts log.
-        is_sampled_by_student (`bool`):
-            Whether log-probabilities that a sampler gives are of the distribution that the loss computes.
+        is_training (`bool`):
+            Whether the batch is trained on.
 
     Returns:
         `dict[str, torch.Tensor | None]`: see [`Signals.streams`]; besides, the number of rows and tokens, on all
@@ -98,6 +101,9 @@ def make_streams(
         advantages=batch["advantages"].unsqueeze(1),
         replaced=batch["replaced"].unsqueeze(1),
         truncated=batch["truncated"].unsqueeze(1),
+        max_length=args.max_completion_length,
+        is_training=is_training,
+        first=args.process_index * len(mask),
         gather=gather,
         log=metrics.add_rate,
     )
@@ -112,6 +118,6 @@ def make_streams(
     totals = gather(torch.stack(list(counts.values())).float().unsqueeze(0)).sum(dim=0)
     made: dict[str, torch.Tensor | None] = {**streams, **dict(zip(counts, totals, strict=True))}
     if signals.policy_weightings:
-        sampled = batch.get("sampling_per_token_logps") if is_sampled_by_student else None
+        sampled = batch.get("sampling_per_token_logps") if args.sampler_is_comparable else None
         made["old_log_probs"] = batch.get("old_per_token_logps") if sampled is None else sampled
     return made

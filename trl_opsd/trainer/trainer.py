@@ -227,7 +227,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         known = self._unlogged_rewards, tokenizer, self.reward_weights, args.success_threshold
         self._engines = Engines(
             sample=lambda prompts: self.sampler.turn(prompts, None, {}, 1),  # groups are broken up
-            sample_teacher=lambda prompts: self.sampler.sample_teacher(self.teacher, prompts),
+            sample_teacher=lambda prompts: self.sampler.sample_teacher(prompts, self.teacher),
             teacher_prompt=lambda row: self.teacher_prompt.token_ids(row, None),
             encode=partial(encoded, tokenizer, self.eos_token_ids[0], self.max_completion_length),
             grade=partial(graded, *known, self.accelerator.process_index),
@@ -401,9 +401,8 @@ class SelfDistillationTrainer(GRPOTrainer):
                 self._metrics[mode].pop(name, None)
         self._teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics)
         self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
-        score, gather = partial(self._score, mode=mode), self.accelerator.gather
-        comparable = self.args.sampler_is_comparable
-        return batch | make_streams(self.signals, batch, self._generation.empty, score, gather, metrics, comparable)
+        given = batch, self._generation.empty, partial(self._score, mode=mode), self.accelerator.gather, metrics
+        return batch | make_streams(self.signals, self.args, *given, is_training=mode == "train")
 
     def _score(self, batch: dict[str, Any], mode: str) -> TokenScores:
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
