@@ -18,7 +18,7 @@ class Seen:
     ratio: torch.Tensor  # of the student's probability of each token to what it was when it was sampled
     student: torch.Tensor  # when it was sampled
     teacher: torch.Tensor | None  # at that time too; none without a context
-    pair: "tuple[Seen, Seen] | None" = None  # the rollout of an even row, and that of the one after it
+    batch: "list[Seen]"  # all rollouts that are trained on together, this one among them
 
     @property
     def delta(self) -> torch.Tensor:
@@ -85,9 +85,10 @@ def with_a_baseline(seen: Seen) -> dict[str, Any]:
 
 def better_than_before(seen: Seen) -> dict[str, Any]:
     """DPO with β = 0.1, whose mean over pairs is a mean over twice as many rows."""
-    worse, better = (-one.delta.sum() for one in seen.pair)
+    [position] = [position for position, one in enumerate(seen.batch) if one is seen]
+    worse, better = (-one.delta.sum() for one in seen.batch[position - position % 2 :][:2])
     slope = 2 * 0.1 / (1 + (0.1 * (better - worse)).exp())
-    sign = 1.0 if seen is seen.pair[1] else -1.0
+    sign = 1.0 if position % 2 else -1.0
     return {"likelihood_weights": [sign * slope.item()] * len(seen.token_ids)}
 
 

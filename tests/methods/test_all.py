@@ -1,7 +1,6 @@
 """Every method, on a tiny model whose rollouts are made up: that it trains, by its formula, and resumes."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -191,7 +190,7 @@ def read_by_the_teacher(trainer, sampler, rows, texts, rewards):
 
 def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
     """What a method trains on, made here. The models are those that sampled, and that the teacher had at that time."""
-    tokenizer, stand_in, all_seen, made = trainer.processing_class, STAND_INS[name], [], []
+    tokenizer, stand_in, made = trainer.processing_class, STAND_INS[name], []
     prompts = [prompt_of(trainer, row) for row in rows]
     completions = sampler(prompts)
     if name == "star":
@@ -203,6 +202,7 @@ def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
     rewards = [float(text.startswith("R")) for text in texts]
     advantages = grpo_advantages(rewards, trainer.args.num_generations)
     read = read_by_the_teacher(trainer, sampler, rows, texts, rewards)
+    batch: list[Seen] = []
     for prompt, teacher_prompt, ids, reward, advantage in zip(
         prompts, read, completions, rewards, advantages, strict=True
     ):
@@ -210,12 +210,11 @@ def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
         then, now = (probabilities(plain(model), prompt, ids, temperature) for model in (sampled_by, trainer.model))
         p_t = None if teacher_prompt is None else probabilities(read_by, teacher_prompt, ids, temperature)
         old, new = (p.gather(1, token_ids)[:, 0].log() for p in (then, now))
-        all_seen.append(Seen(token_ids, reward == 1.0, advantage, (new - old).exp(), then, p_t))
-        made.append(Row(prompt, teacher_prompt, ids, advantage=advantage, old_log_probs=old.tolist()))
-    for pair in zip(all_seen[::2], all_seen[1::2], strict=True):
-        for seen in pair:
-            seen.pair = pair
-    return [replace(row, **stand_in.formula(seen)) for row, seen in zip(made, all_seen, strict=True)]
+        batch.append(Seen(token_ids, reward == 1.0, advantage, (new - old).exp(), then, p_t, batch))
+        made.append(Row(prompt, teacher_prompt, ids, old_log_probs=old.tolist()))
+    for row, seen in zip(made, batch, strict=True):
+        vars(row).update({"advantage": seen.advantage, **stand_in.formula(seen)})
+    return made
 
 
 def again(trainer, sampler, row, ids):

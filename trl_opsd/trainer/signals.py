@@ -89,9 +89,28 @@ def make_streams(
         processes, that the terms count; and, if a part reads them, `old_log_probs` of shape `(B, T)`, under the policy
         that sampled, `None` where that is the student in every loss.
     """
+    rollouts = _rollouts(args, batch, empty_rows, gather, metrics, is_training)
+    is_scored = rollouts.mask & rollouts.has_context
+    scores = score({**batch, "divergence_mask": is_scored}) if signals.needs_scores else None
+    streams = signals.streams(rollouts, scores)
+    made: dict[str, torch.Tensor | None] = {**streams, **_counts(signals, streams, gather, metrics)}
+    if signals.policy_weightings:
+        sampled = batch.get("sampling_per_token_logps") if args.sampler_is_comparable else None
+        made["old_log_probs"] = batch.get("old_per_token_logps") if sampled is None else sampled
+    return made
+
+
+def _rollouts(
+    args: SelfDistillationConfig,
+    batch: dict[str, Any],
+    empty_rows: Collection[int],
+    gather: Callable[[torch.Tensor], torch.Tensor],
+    metrics: Metrics,
+    is_training: bool,
+) -> Batch:
     mask = (batch.get("tool_mask", 1) * batch["completion_mask"]).bool()
     mask[sorted(empty_rows)] = False
-    rollouts = Batch(
+    return Batch(
         batch["completion_ids"],
         mask,
         has_context=batch["has_context"].unsqueeze(1),
@@ -107,8 +126,14 @@ def make_streams(
         gather=gather,
         log=metrics.add_rate,
     )
-    scores = score({**batch, "divergence_mask": mask & rollouts.has_context}) if signals.needs_scores else None
-    streams = signals.streams(rollouts, scores)
+
+
+def _counts(
+    signals: Signals,
+    streams: dict[str, torch.Tensor],
+    gather: Callable[[torch.Tensor], torch.Tensor],
+    metrics: Metrics,
+) -> dict[str, torch.Tensor]:
     counts: dict[str, torch.Tensor] = {}
     for term in TERMS:
         rows = streams[f"{term}_mask"].any(dim=1)
@@ -116,8 +141,4 @@ def make_streams(
         if signals.coefficients[f"{term}_coef"]:
             metrics.add_rate(f"{term}_row_rate", rows.sum(), torch.ones_like(rows).sum())
     totals = gather(torch.stack(list(counts.values())).float().unsqueeze(0)).sum(dim=0)
-    made: dict[str, torch.Tensor | None] = {**streams, **dict(zip(counts, totals, strict=True))}
-    if signals.policy_weightings:
-        sampled = batch.get("sampling_per_token_logps") if args.sampler_is_comparable else None
-        made["old_log_probs"] = batch.get("old_per_token_logps") if sampled is None else sampled
-    return made
+    return dict(zip(counts, totals, strict=True))
