@@ -195,6 +195,7 @@ def test_grpo_takes_part_and_needs_groups(settings, seen):
 PASSES = {
     "opsd": (1, 1),
     "opsdc": (1, 1),
+    "pbsd": (1, 2),
     "sdft": (1, 1),
     "sdpo": (1, 1),
     "sc_sdpo": (1, 1),

@@ -122,6 +122,7 @@ METHODS = [
     job("u_opsd", "full", max_steps=4, num_generations=4, context_kwargs=LENGTHS),
     job("rlsd", "full", max_steps=4, rows=8, num_generations=4),
     job("sdft", "full", max_steps=4),
+    job("pbsd", "full", rows=6, max_steps=4, top_k=1),  # with a pair on both processes
     job("correct_only", "full", max_steps=4, context_kwargs={"max_new_tokens": 8}),
     job("star", "full", max_steps=4, top_k=1),
     job("cl_egrsd", "full", max_steps=4, advantage_kwargs={"lookahead": 3, "warmup_steps": 1}),
@@ -159,7 +160,7 @@ def one_process(tmp_path_factory):
 
 
 METRICS = ("loss", "distillation_loss", "likelihood_loss", "entropy", "num_generated_tokens", "context_rate")
-METRICS += ("teacher_prompts/max_length", "completions/retry_rate", "completions/off_policy_rate")
+METRICS += ("teacher_prompts/max_length", "completions/retry_rate", "completions/off_policy_rate", "preference/loss")
 
 
 def assert_same(found, expected, metrics=METRICS):

@@ -197,6 +197,9 @@ def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
     completions = sampler(prompts)
     if name == "star":
         completions = [again(trainer, sampler, *pair) for pair in zip(rows, completions, strict=True)]
+    if name == "pbsd":
+        by_teacher = sampler([trainer.teacher_prompt.token_ids(row, None) for row in rows[1::2]])
+        completions = [ids for pair in zip(sampler(prompts[::2]), by_teacher, strict=True) for ids in pair]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
     rewards = [float(text.startswith("R")) for text in texts]
     advantages = grpo_advantages(rewards, trainer.args.num_generations)
@@ -314,7 +317,10 @@ def test_without_an_exponent_sc_sdpo_is_sdpo(make_trainer):
     assert are_equal(weights(trained(off)), weights(trained(parent)))
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in (*SHAPES, *HAS_ITS_OWN, *ADDS, "star")])
+OF_LIKELIHOOD = ["star", "pbsd"]
+
+
+@pytest.mark.parametrize("name", sorted({*METHODS} - {*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD}))
 def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
     trainer = make_trainer(name, **WITHOUT_A_CONTEXT)
     _, gradient = gradient_of(trainer, batch_of(trainer, rows_for(trainer)))

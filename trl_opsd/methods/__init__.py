@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 METHODS = {
     "opsd": "opsd.OPSDConfig",
     "opsdc": "opsdc.OPSDCConfig",
+    "pbsd": "pbsd.PBSDConfig",
     "sdft": "sdft.SDFTConfig",
     "sdpo": "sdpo.SDPOConfig",
     "sc_sdpo": "sc_sdpo.SCSDPOConfig",

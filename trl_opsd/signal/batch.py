@@ -35,6 +35,8 @@ class Batch:
             A number for each prompt, int64, the same whenever and on whichever process its tokens are read.
         max_length (`int`, *optional*):
             Most tokens of a completion, `None` without a limit.
+        first (`int`):
+            Position of the first of these rollouts among those of all processes.
         is_training (`bool`):
             Whether the batch is trained on, and not evaluated: what a part remembers is of the former alone.
         group (`Callable[[torch.Tensor], torch.Tensor]`):
@@ -59,10 +61,15 @@ class Batch:
     truncated: torch.Tensor
     prompt_keys: torch.Tensor
     max_length: int | None
+    first: int
     is_training: bool
     group: Callable[[torch.Tensor], torch.Tensor]
     gather: Callable[[torch.Tensor], torch.Tensor]
     log: Callable[[str, torch.Tensor, torch.Tensor], None]
+
+    def own(self, everything: torch.Tensor) -> torch.Tensor:
+        """Of what is there for each rollout of all processes, that of this one's."""
+        return everything[self.first : self.first + len(self.mask)]
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,11 @@ class Signals:
         """Write w in the loss, with their coefficients of this step."""
         return [part for part in self._parts.values() if isinstance(part, TeacherWeighting)]
 
+    @property
+    def _asked(self) -> list[TokenWeighting]:
+        """Those of a term that takes part in this step."""
+        return [one for one in self.weightings if any(self.coefficients[f"{term}_coef"] for term in one.terms)]
+
     def begin_step(self, step: int) -> None:
         """Set all coefficients to what they are in the step after `step` others."""
         for name, schedule in self.schedules.items():
@@ -161,7 +166,7 @@ class Signals:
         watches = any(schedule.metric in SCORED_METRICS for schedule in self.schedules.values())
         return (
             (shapes and self.advantage.needs_scores)
-            or any(part.needs_scores for part in self.weightings)
+            or any(part.needs_scores for part in self._asked)
             or (is_unmeasured and watches)
         )
 
@@ -187,13 +192,12 @@ class Signals:
             self.curriculum.see(batch)
         masks = {"divergence": batch.mask & batch.has_context, "likelihood": batch.mask}
         weights = dict.fromkeys(TERMS, torch.ones_like(batch.mask, dtype=torch.float32))
-        for part in self.weightings:
+        for part in self._asked:
             factors = self._checked(part, part(batch, scores), batch)
             for term in part.terms:
+                weights[term] = weights[term] * factors
                 if part.selects:
                     masks[term] = masks[term] & (factors != 0)
-                else:
-                    weights[term] = weights[term] * factors
         advantages = batch.advantages.squeeze(1)
         if self.coefficients["policy_loss_coef"] != 0.0:
             shaped = self.advantage(batch, scores if self.advantage.needs_scores else None)

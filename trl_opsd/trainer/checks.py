@@ -1,7 +1,7 @@
 """What cannot work, in the order in which it becomes known: all but the last before the model is loaded."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -161,6 +161,10 @@ def check_completions(
         raise ValueError(
             "`divergence_support='sampled_token'` estimates the divergence from tokens the student sampled, and "
             f"{setting} replaces some of them. Set `completions='on_policy'`, or choose another support."
+        )
+    if cast(int, args.num_generations) % source.group_size:
+        raise ValueError(
+            f"{setting} needs `num_generations` to be a multiple of {source.group_size}, got {args.num_generations}."
         )
     if source.needs_rewards and not has_reward_funcs:
         raise ValueError(f"{setting} has to tell right from wrong. Pass `reward_funcs`.")
@@ -324,6 +328,12 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
         if weighting.needs_reward and not has_reward:
             raise ValueError(
                 f"`token_weights` has {type(weighting).__name__}, which needs `reward_funcs`. Pass some, or leave it "
+                "out."
+            )
+        if weighting.needs_replaced and args.completions == "on_policy":
+            raise ValueError(
+                f"`token_weights` has {type(weighting).__name__}, which compares rollouts with completions that took "
+                "the place of others, and `completions='on_policy'` has none. Choose other completions, or leave it "
                 "out."
             )
     for ratio in signals.policy_weightings:

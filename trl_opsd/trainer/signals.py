@@ -138,6 +138,7 @@ def _rollouts(
         truncated=batch["truncated"].unsqueeze(1),
         prompt_keys=prompt_keys(batch["prompt_ids"], batch["prompt_mask"]),
         max_length=args.max_completion_length,
+        first=accelerator.process_index * len(mask),
         is_training=is_training,
         group=partial(_of_the_group, accelerator.gather, accelerator.process_index, num_generations),
         gather=accelerator.gather,

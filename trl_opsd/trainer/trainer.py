@@ -224,7 +224,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         known = self._unlogged_rewards, tokenizer, self.reward_weights, args.success_threshold
         self._engines = Engines(
             sample=lambda prompts: self.sampler.turn(prompts, None, {}, 1),  # groups are broken up
-            sample_teacher=lambda prompts: self.sampler.sample_teacher(self.teacher, prompts),
+            sample_teacher=lambda prompts: self.sampler.sample_teacher(prompts, self.teacher),
             teacher_prompt=lambda row: self.teacher_prompt.token_ids(row, None),
             encode=partial(encoded, tokenizer, self.eos_token_ids[0], self.max_completion_length),
             grade=partial(graded, *known, self.accelerator.process_index),
