@@ -11,6 +11,20 @@ import torch
 
 
 @dataclass
+class Generated:
+    """What is known of all rollouts that are trained on together."""
+
+    num_generations: int
+    rewards: list[float]
+    has_context: list[bool]
+
+    def success_rate(self, index: int) -> float:
+        """Of the group of a rollout."""
+        start = index - index % self.num_generations
+        return sum(self.rewards[start : start + self.num_generations]) / self.num_generations
+
+
+@dataclass
 class Seen:
     """What a formula may read of a rollout of T tokens. Distributions are of shape (T, V), in float64."""
 
@@ -22,6 +36,8 @@ class Seen:
     teacher: torch.Tensor | None  # at that time too; none without a context
     student_now: torch.Tensor  # in the loss
     batch: "list[Seen]"  # all rollouts that are trained on together, this one among them
+    index: int  # among all rollouts
+    all: Generated
 
     @property
     def delta(self) -> torch.Tensor:
@@ -44,6 +60,23 @@ def at_most_twice(seen: Seen) -> dict[str, list]:
 
 def after_three(seen: Seen) -> dict[str, list]:
     return {"selected": [int(t >= 3) for t in range(len(seen.token_ids))], **at_most_twice(seen)}
+
+
+def in_the_sweet_spot(seen: Seen) -> dict[str, list]:
+    weights = [(rate * (1 - rate)) ** 0.5 for rate in map(seen.all.success_rate, range(len(seen.all.rewards)))]
+    counted = [weight for weight in weights if weight > 0]
+    weight = weights[seen.index] / (sum(counted) / len(counted))
+    return {"divergence_weights": (weight * seen.ratio.clamp(max=2.0)).tolist()}
+
+
+def undecided(seen: Seen) -> dict[str, list]:
+    """4p(1 − p) in the first three tokens; the mean is one over prompts."""
+    rate, number = seen.all.success_rate(seen.index), len(seen.token_ids)
+    num_prompts = len(seen.all.rewards) / seen.all.num_generations
+    weight = 4 * rate * (1 - rate) * sum(seen.all.has_context) / num_prompts
+    return {"divergence_weights": [weight] * number, "selected": [int(t < 3) for t in range(number)]} | {
+        "advantage": seen.advantage
+    }
 
 
 def mixed(seen: Seen, direction: float, clip: float) -> list[float]:
@@ -109,6 +142,15 @@ def with_a_baseline(seen: Seen) -> dict[str, Any]:
     return {"advantage": (seen.delta + baseline).tolist()}
 
 
+def better_than_before(seen: Seen) -> dict[str, Any]:
+    """DPO with β = 0.1, whose mean over pairs is a mean over twice as many rows."""
+    [position] = [position for position, one in enumerate(seen.batch) if one is seen]
+    worse, better = (-one.delta.sum() for one in seen.batch[position - position % 2 :][:2])
+    slope = 2 * 0.1 / (1 + (0.1 * (better - worse)).exp())
+    sign = 1.0 if position % 2 else -1.0
+    return {"likelihood_weights": [sign * slope.item()] * len(seen.token_ids)}
+
+
 @dataclass(frozen=True)
 class StandIn:
     """
@@ -132,12 +174,38 @@ GRPO = {"divergence_coef": 0.0, "policy_loss_coef": 1.0, "loss_type": "dapo"}
 STAND_INS = {
     "opsd": StandIn(plain_loop.Method("forward_kl", clip=0.05, temperature=1.1)),
     "opsdc": StandIn(plain_loop.Method("reverse_kl")),
+    "pbsd": StandIn(
+        plain_loop.Method(divergence_coef=0.0, likelihood_coef=1.0, loss_type="luspo", temperature=1.1),
+        better_than_before,
+        metrics=("likelihood_row_rate", "preference/loss", "preference/pair_rate", "completions/off_policy_rate"),
+    ),
     "sdft": StandIn(plain_loop.Method("forward_kl"), after_three),
     "sdpo": StandIn(
         plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),
         at_most_twice,
         GROUPS,
         has_reward=True,
+    ),
+    "sc_sdpo": StandIn(
+        plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),
+        in_the_sweet_spot,
+        GROUPS,
+        has_reward=True,
+    ),
+    "ssopd": StandIn(
+        plain_loop.Method("forward_kl", clip=0.05, temperature=1.2, divergence_coef=0.5, policy_loss_coef=1.0),
+        undecided,
+        {**GROUPS, "token_weights": {"keep_first": {"num_tokens": 3}, "trl_opsd.methods.ssopd.Undecided": {}}},
+        has_reward=True,
+        metrics=("distillation_loss", "divergence_row_rate", "groups/pair_rate", "clip_ratio/region_mean"),
+    ),
+    "u_opsd": StandIn(
+        plain_loop.Method("forward_kl", temperature=1.1),
+        settings={
+            **GROUPS,
+            "context_kwargs": {"answer_of": "methods.stand_ins.first_letter", "same_answer": "operator.eq"},
+        },
+        metrics=("distillation_loss", "divergence_row_rate", "votes/unanimous_rate", "votes/mean_share"),
     ),
     "mopd": StandIn(
         plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),
@@ -217,6 +285,10 @@ def begins_with_r(completions, log_extra, **kwargs):
     texts = [completion[-1]["content"] for completion in completions]
     log_extra("feedback", [feedback_on(text) for text in texts])
     return [float(text.startswith("R")) for text in texts]
+
+
+def first_letter(text: str) -> str:
+    return text[0]
 
 
 def feedback_on(text: str) -> str | None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from methods.stand_ins import GROUPS, STAND_INS, Sampler, Seen, begins_with_r, feedback_on
+from methods.stand_ins import GROUPS, STAND_INS, Generated, Sampler, Seen, begins_with_r, feedback_on
 from plain_loop import Row, loss_and_gradient, plain, probabilities
 from rollouts import make_rollouts
 from tiny import make_model
@@ -26,6 +26,7 @@ WITHOUT_A_CONTEXT |= dict.fromkeys(["teacher_update_steps", "teacher_update_rate
 SGD = {"optim": "sgd", "learning_rate": 0.1}  # Adam would blow up the rounding of gradients that are almost zero
 SHAPES = ["rlsd", "rlrt", "dasd", "antisd", "sdpg"]  # GRPO's advantages, or adds to its loss
 HAS_ITS_OWN = ["egrsd", "cl_egrsd"]  # advantages, which are there without a teacher
+ADDS = ["ssopd"]  # a divergence to GRPO's loss
 REWARDED = [name for name, stand_in in STAND_INS.items() if stand_in.has_reward]
 
 
@@ -168,12 +169,12 @@ def grpo_advantages(rewards, num_generations):
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten().tolist()
 
 
-def read_by_the_teacher(trainer, sampler, rows, texts, rewards):
+def read_by_the_teacher(trainer, sampler, rows, completions, texts, rewards):
     """Prompts that are made from rollouts that this file knows."""
     size, prompts, feedback = trainer.args.num_generations, [], list(map(feedback_on, texts))
     for index, row in enumerate(rows):
         start = index - index % size
-        group = make_rollouts(*(values[start : start + size] for values in (rewards, texts, feedback)))
+        group = make_rollouts(*(values[start : start + size] for values in (rewards, texts, feedback, completions)))
         rollouts = Rollouts(group, index % size)
         asked = trainer.teacher_prompt.sample_ids(row, rollouts)
         told = (
@@ -196,19 +197,24 @@ def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
     completions = sampler(prompts)
     if name == "star":
         completions = [again(trainer, sampler, *pair) for pair in zip(rows, completions, strict=True)]
+    if name == "pbsd":
+        by_teacher = sampler([trainer.teacher_prompt.token_ids(row, None) for row in rows[1::2]])
+        completions = [ids for pair in zip(sampler(prompts[::2]), by_teacher, strict=True) for ids in pair]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
     rewards = [float(text.startswith("R")) for text in texts]
     advantages = grpo_advantages(rewards, trainer.args.num_generations)
-    read = read_by_the_teacher(trainer, sampler, rows, texts, rewards)
+    read = read_by_the_teacher(trainer, sampler, rows, completions, texts, rewards)
+    generated = Generated(trainer.args.num_generations, rewards, [prompt is not None for prompt in read])
     batch: list[Seen] = []
-    for prompt, teacher_prompt, ids, reward, advantage in zip(
-        prompts, read, completions, rewards, advantages, strict=True
+    for index, (prompt, teacher_prompt, ids, reward, advantage) in enumerate(
+        zip(prompts, read, completions, rewards, advantages, strict=True)
     ):
         token_ids, temperature = torch.tensor(ids)[:, None], stand_in.loss.temperature
         then, now = (probabilities(plain(model), prompt, ids, temperature) for model in (sampled_by, trainer.model))
         p_t = None if teacher_prompt is None else probabilities(read_by, teacher_prompt, ids, temperature)
         old, new = (p.gather(1, token_ids)[:, 0].log() for p in (then, now))
-        batch.append(Seen(token_ids, reward == 1.0, advantage, (new - old).exp(), then, p_t, now, batch))
+        seen = Seen(token_ids, reward == 1.0, advantage, (new - old).exp(), then, p_t, now, batch, index, generated)
+        batch.append(seen)
         made.append(Row(prompt, teacher_prompt, ids, old_log_probs=old.tolist()))
     for row, seen in zip(made, batch, strict=True):
         vars(row).update({"advantage": seen.advantage, **stand_in.formula(seen)})
@@ -299,7 +305,22 @@ def test_a_teacher_that_is_the_student_leaves_grpo(make_trainer, name, recwarn):
     assert not [warning for warning in recwarn if "divergence_clip" in str(warning.message)]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in (*SHAPES, *HAS_ITS_OWN, "star")])
+@pytest.mark.parametrize("name", ADDS)
+def test_a_teacher_that_is_the_student_adds_nothing_to_grpo(make_trainer, name):
+    same, parent = {**SGD, **WITHOUT_A_CONTEXT}, {**SGD, "divergence_coef": 0.0}
+    assert_close(*(trained(make_trainer(name, **settings)) for settings in (same, parent)))
+
+
+def test_without_an_exponent_sc_sdpo_is_sdpo(make_trainer):
+    weights_of = {"importance_clip": {"most": 2.0}, "trl_opsd.methods.sc_sdpo.SweetSpot": {"exponent": 0.0}}
+    off, parent = make_trainer("sc_sdpo", token_weights=weights_of), make_trainer("sdpo")
+    assert are_equal(weights(trained(off)), weights(trained(parent)))
+
+
+OF_LIKELIHOOD = ["star", "pbsd"]
+
+
+@pytest.mark.parametrize("name", sorted({*METHODS} - {*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD}))
 def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
     trainer = make_trainer(name, **WITHOUT_A_CONTEXT)
     _, gradient = gradient_of(trainer, batch_of(trainer, rows_for(trainer)))

@@ -85,6 +85,7 @@ def test_arguments_that_do_not_fit(refused, name, settings, message):
     ("name", "message"),
     [
         ("sdpo", "The peers context needs rewards"),
+        ("ssopd", "ShortestForLongest needs rewards"),
         ("rlrt", "The peers context needs rewards"),
         ("rlsd", "`policy_loss_coef=1.0` needs `reward_funcs`"),
         ("egrsd", "`policy_loss_coef=1.0` needs `reward_funcs`"),
@@ -100,6 +101,8 @@ def test_methods_that_need_a_reward(refused, name, message):
     ("name", "message"),
     [
         ("sdpo", "The peers context needs `num_generations` of at least 2, got 1"),
+        ("u_opsd", "MajorityForOther needs `num_generations` of at least 2, got 1"),
+        ("ssopd", "ShortestForLongest needs `num_generations` of at least 2, got 1"),
         ("rlrt", "The peers context needs `num_generations` of at least 2, got 1"),
         ("rlsd", "`policy_loss_coef=1.0` needs `num_generations` of at least 2"),
     ],

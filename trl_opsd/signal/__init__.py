@@ -2,6 +2,8 @@
 
 from .advantage import ADVANTAGES, Advantage
 from .batch import Batch, TokenScores
+from .curriculum import CURRICULA, Curriculum
+from .pass_rates import PassRates
 from .schedule import SCHEDULES, Schedule
 from .streams import COEFFICIENTS, Signals
 from .weighting import TERMS, TOKEN_WEIGHTS, PolicyWeighting, TeacherWeighting, TokenWeighting
@@ -10,11 +12,14 @@ from .weighting import TERMS, TOKEN_WEIGHTS, PolicyWeighting, TeacherWeighting, 
 __all__ = [
     "ADVANTAGES",
     "COEFFICIENTS",
+    "CURRICULA",
     "SCHEDULES",
     "TERMS",
     "TOKEN_WEIGHTS",
     "Advantage",
     "Batch",
+    "Curriculum",
+    "PassRates",
     "PolicyWeighting",
     "Schedule",
     "Signals",

@@ -17,14 +17,16 @@ class TokenWeighting(ABC):
     """
     A factor for each token in `terms` of the loss, both unless it says otherwise.
 
-    One that `selects` gives 0 or 1, and what it leaves out is not counted in the normaliser either: the term is the
-    mean over what is kept. One with a memory has `state_dict` and `load_state_dict`, as a [`Schedule`] does.
+    Of one that `selects`, what it gives 0 is not counted in the normaliser either: the term is the mean over what is
+    kept. One whose terms are all off is not asked. One that `needs_replaced` compares completions that took the place
+    of rollouts with others. One with a memory has `state_dict` and `load_state_dict`, as a [`Schedule`] does.
     """
 
     terms: ClassVar[tuple[str, ...]] = TERMS
     selects: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
     needs_reward: ClassVar[bool] = False
+    needs_replaced: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
@@ -75,6 +77,27 @@ class SkipFirst(TokenWeighting):
 
     def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         return torch.arange(batch.mask.size(1), device=batch.mask.device) >= self.num_tokens
+
+
+@dataclass(frozen=True)
+class KeepFirst(TokenWeighting):
+    """
+    Keeps no more than the first tokens of a completion, as [SSOPD](https://huggingface.co/papers/2605.17497) does.
+
+    Args:
+        num_tokens (`int`, *optional*, defaults to `1024`):
+            Number of tokens.
+    """
+
+    num_tokens: int = 1024
+    selects: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1:
+            raise ValueError(f"`num_tokens` must be at least 1, got {self.num_tokens}.")
+
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+        return torch.arange(batch.mask.size(1), device=batch.mask.device) < self.num_tokens
 
 
 class PolicyWeighting(ABC):
@@ -148,4 +171,9 @@ class TeacherWeighting(ABC):
         """
 
 
-TOKEN_WEIGHTS = {"correct_only": CorrectOnly, "skip_first": SkipFirst, "importance_clip": ImportanceClip}
+TOKEN_WEIGHTS = {
+    "correct_only": CorrectOnly,
+    "skip_first": SkipFirst,
+    "keep_first": KeepFirst,
+    "importance_clip": ImportanceClip,
+}
