@@ -200,6 +200,9 @@ def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
     if name == "pbsd":
         by_teacher = sampler([trainer.teacher_prompt.token_ids(row, None) for row in rows[1::2]])
         completions = [ids for pair in zip(sampler(prompts[::2]), by_teacher, strict=True) for ids in pair]
+    if name == "stable_opd":
+        for index, row in list(enumerate(rows))[3::4]:
+            completions[index] = [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
     rewards = [float(text.startswith("R")) for text in texts]
     advantages = grpo_advantages(rewards, trainer.args.num_generations)
@@ -311,13 +314,23 @@ def test_a_teacher_that_is_the_student_adds_nothing_to_grpo(make_trainer, name):
     assert_close(*(trained(make_trainer(name, **settings)) for settings in (same, parent)))
 
 
+def test_without_gold_stable_opd_is_the_policy_gradient_of_the_reverse_kl(make_trainer):
+    off = {"completions": "on_policy", "completions_kwargs": None, "likelihood_coef": 0.0, "token_weights": {}}
+    parent = {"teacher": "initial", "teacher_update_steps": None, "privileged_context": "solution"}
+    parent |= {"divergence": "reverse_kl", "divergence_support": "sampled_token", "num_generations": 4}
+    assert_close(
+        trained(make_trainer("stable_opd", **SGD, **off)),
+        trained(make_trainer("opsdc", **{**SGD, **parent, "max_grad_norm": 1.0})),
+    )
+
+
 def test_without_an_exponent_sc_sdpo_is_sdpo(make_trainer):
     weights_of = {"importance_clip": {"most": 2.0}, "trl_opsd.methods.sc_sdpo.SweetSpot": {"exponent": 0.0}}
     off, parent = make_trainer("sc_sdpo", token_weights=weights_of), make_trainer("sdpo")
     assert are_equal(weights(trained(off)), weights(trained(parent)))
 
 
-OF_LIKELIHOOD = ["star", "pbsd"]
+OF_LIKELIHOOD = ["star", "pbsd", "stable_opd"]
 
 
 @pytest.mark.parametrize("name", sorted({*METHODS} - {*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD}))

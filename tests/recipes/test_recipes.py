@@ -25,7 +25,7 @@ SMALL = {
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "generation_batch_size": None,
-    "max_completion_length": 8,
+    "max_completion_length": 16,  # a solution of these rows, with its end
     "use_vllm": False,
     "vllm_importance_sampling_correction": False,
     "bf16": False,
@@ -81,6 +81,7 @@ PAPERS = {
     "msd/qwen3-8b": (32, 1, "1 epochs", 0.0),
     "sdpg/qwen3-1.7b": (32 * 8, 8, 3200, 0.1),
     "rethinking_opd/deepseek-1.5b": (64 * 4, 1, "1 epochs", 0.0),
+    "stable_opd/qwen2.5-math-1.5b": (64 * 4, 1, "1 epochs", 0.0),
     "correct_only/qwen3-8b": (32, 1, 100, 0.0),
     "rlsd/qwen3-8b": (256 * 8, 1, 100, 0.0),
     "rlrt/qwen3-4b-base": (128 * 8, 2, 200, 0.01),

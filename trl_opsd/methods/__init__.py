@@ -33,6 +33,7 @@ METHODS = {
     "msd": "msd.MSDConfig",
     "sdpg": "sdpg.SDPGConfig",
     "rethinking_opd": "rethinking_opd.RethinkingOPDConfig",
+    "stable_opd": "stable_opd.StableOPDConfig",
     "vopd": "vopd.VOPDConfig",
     "star": "star.STaRConfig",
 }
