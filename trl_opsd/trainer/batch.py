@@ -63,8 +63,9 @@ class Generation:
     has_turns: bool = False
     groups: Sequence[Rollouts | None] = ()
 
-    def complete(
+    def finish(
         self,
+        rows: Sequence[Mapping[str, Any]],
         prompts: Sequence[Any],
         completions: list[Any],
         token_ids: list[list[int]],
@@ -72,8 +73,8 @@ class Generation:
         feedback: list[str | None],
         tools: list[list[Callable[..., Any]] | None],
     ) -> None:
-        """What is known once the completions are rewarded, besides the prompts that the model has read."""
-        self.rows = [{**row, "prompt": prompt} for row, prompt in zip(self.rows, prompts, strict=True)]
+        """Note what became of the rows, whose prompts the model has read as `prompts`."""
+        self.rows = [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
         self.completions, self.token_ids, self.rewards = completions, token_ids, rewards
         self.feedback, self.tools = feedback, tools
 
