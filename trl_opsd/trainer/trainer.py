@@ -338,7 +338,7 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
         if self.signals.curriculum is not None:
-            sampler = DrawnRows(sampler, self.signals, self._token_ids)
+            sampler = DrawnRows(sampler, self.signals, lambda prompts: self._tokenize_prompts(prompts)[0])
         # There is no generator without shuffling
         self.add_callback(OrderOfEpochs(getattr(sampler, "generator", None)))
         return sampler
