@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 from ..parts import make_part
-from .base import Message, PrivilegedContext, SampledContext, as_text
+from .base import Memory, Message, PrivilegedContext, SampledContext, as_text
 from .concise import ConciseContext
 from .controls import NoContext, OtherSolutionContext, PartialSolutionContext, ShuffledSolutionContext
 from .feedback import FeedbackContext
@@ -23,6 +23,7 @@ __all__ = [
     "ConciseContext",
     "FeedbackContext",
     "HintContext",
+    "Memory",
     "Message",
     "NoContext",
     "OtherSolutionContext",

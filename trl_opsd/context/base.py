@@ -1,9 +1,9 @@
 """The hook every kind of privileged context implements."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from .rollouts import Rollouts
+from .rollouts import Rollout, Rollouts
 
 
 Message = dict[str, Any]
@@ -28,8 +28,9 @@ class PrivilegedContext(Protocol):
     A context that samples implements [`SampledContext`] as well. Two methods more are called where a class has them,
     before the model is loaded: `check_run(num_generations, has_rewards, has_feedback)`, which raises a `ValueError` if
     the context could never be given, and `read_dataset(dataset)` with the training set (`None` if there is none). A
-    third, `rates(rollouts)`, is handed the [`Rollouts`] of each row of a batch and says what to log of them: numerator
-    and denominator by name, always the same names in the same order.
+    third, `rates(rows, rollouts)`, is handed the rows of a batch and the [`Rollouts`] of each, and says what to log of
+    them: numerator and denominator by name, always the same names in the same order. One with a [`Memory`] has
+    `state_dict` and `load_state_dict` as well, for checkpoints.
     """
 
     columns: tuple[str, ...]
@@ -54,6 +55,21 @@ class PrivilegedContext(Protocol):
         Returns:
             `list[Message]`, *optional*: the teacher's prompt, ending before the assistant's turn. `None` if there is
             no context for this rollout, which is then left out of the loss and counted.
+        """
+        ...
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """What a part keeps of all that has been trained on, alike on every process."""
+
+    def remember(self, groups: Sequence[tuple[Mapping[str, Any], list[Rollout]]]) -> None:
+        """
+        See a batch after the teacher's prompts for it have been made.
+
+        Args:
+            groups (`Sequence[tuple[Mapping[str, Any], list[Rollout]]]`):
+                Dataset row of each prompt, on all processes, and its rollouts.
         """
         ...
 

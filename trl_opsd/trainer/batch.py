@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from trl.trainer.utils import pad
 
-from ..context import Rollout, Rollouts, SampledContext, TeacherPrompt
+from ..context import Memory, Rollout, Rollouts, SampledContext, TeacherPrompt
 from ..scoring import keep_groups_together
 from .metrics import Metrics, add_contexts, add_degeneration
 from .rewards import reward_streams, total_rewards
@@ -47,6 +47,8 @@ class Generation:
             Tokens that were sampled for completions and are in none.
         has_turns (`bool`, *optional*, defaults to `False`):
             Whether a turn has been sampled.
+        groups (`list[Rollouts]`, *optional*):
+            For each row the rollouts of its prompt, if anybody reads them.
     """
 
     rows: list[Mapping[str, Any]]
@@ -59,6 +61,22 @@ class Generation:
     replaced: set[int] = field(default_factory=set)
     num_discarded_tokens: int = 0
     has_turns: bool = False
+    groups: Sequence[Rollouts | None] = ()
+
+    def finish(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        prompts: Sequence[Any],
+        completions: list[Any],
+        token_ids: list[list[int]],
+        rewards: torch.Tensor,
+        feedback: list[str | None],
+        tools: list[list[Callable[..., Any]] | None],
+    ) -> None:
+        """Note what became of the rows, whose prompts the model has read as `prompts`."""
+        self.rows = [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
+        self.completions, self.token_ids, self.rewards = completions, token_ids, rewards
+        self.feedback, self.tools = feedback, tools
 
     def num_sampled_tokens(self, model_tokens: torch.Tensor) -> torch.Tensor:
         """Tokens that were sampled, from the mask of shape `(B, T)` of those that no tool wrote."""
@@ -95,6 +113,8 @@ class TeacherInputs:
             From a list of each process to the list of all.
         sample (`Callable`):
             From prompts to completions of the current policy, sampled as the context says; for all processes at once.
+        memories (`Sequence[Memory]`):
+            Who sees all prompts and rollouts that are trained on.
     """
 
     teacher_prompt: TeacherPrompt
@@ -107,6 +127,7 @@ class TeacherInputs:
     num_processes: int
     gather: Gather
     sample: Callable[[list[list[int]]], list[list[int]]]
+    memories: Sequence[Memory] = ()
 
     def __call__(
         self, generation: Generation, student_ids: Sequence[list[int]], num_generations: int, metrics: Metrics
@@ -133,12 +154,15 @@ class TeacherInputs:
         rewards = total_rewards(generation.rewards, self.reward_weights)
         streams = reward_streams(rewards, self.success_threshold, num_generations)
         groups: Sequence[Rollouts | None] = [None] * len(generation.rows)
-        if getattr(self.teacher_prompt.context, "reads_rollouts", True):
+        is_read = getattr(self.teacher_prompt.context, "reads_rollouts", True)
+        if is_read or self.memories:
             rollouts = make_rollouts(generation, streams, first, num_generations, self.end_ids)
             is_spread = num_generations > 1 and self.num_processes > 1
             groups = make_groups(rollouts, first, num_generations, self.gather if is_spread else None)
-            for name, pair in getattr(self.teacher_prompt.context, "rates", lambda groups: {})(groups).items():
+            generation.groups = groups
+            for name, pair in self._rates(generation.rows, groups).items():
                 metrics.add_rate(name, *generation.rewards.new_tensor(pair))
+        groups = groups if is_read else [None] * len(generation.rows)
         written = self._written(generation, groups, student_ids[0], metrics)
         prompts = [
             None if index in generation.empty else self.teacher_prompt.token_ids(row, rollouts, tools, text)
@@ -190,6 +214,18 @@ class TeacherInputs:
         counted = has_tokens.to(masks.device) & ~batch["replaced"]
         add_degeneration(metrics, list(map(_text, generation.completions)), batch["truncated"], counted)
         return teacher_ids
+
+    def remember(self, generation: Generation) -> None:
+        """Show a generation that is trained on to whoever has a memory. All processes call this at once."""
+        if self.memories:
+            rows = zip(generation.rows, cast(Sequence[Rollouts], generation.groups), strict=True)
+            groups = self.gather([(row, group.all) for row, group in rows if group.index == 0])
+            for memory in self.memories:
+                memory.remember(groups)
+
+    def _rates(self, rows: Sequence[Mapping[str, Any]], groups: Sequence[Rollouts]) -> dict[str, tuple[float, float]]:
+        context = self.teacher_prompt.context
+        return context.rates(rows, groups) if hasattr(context, "rates") else {}
 
     def _written(
         self, generation: Generation, groups: Sequence[Rollouts | None], stand_in: list[int], metrics: Metrics
