@@ -208,6 +208,7 @@ PASSES = {
     "rlrt": (1, 2),
     "dasd": (1, 2),
     "antisd": (1, 2),
+    "antisd_code": (1, 2),
     "egrsd": (1, 2),
     "cl_egrsd": (1, 2),
     "msd": (1, 1),

@@ -260,6 +260,16 @@ STAND_INS = {
         has_live_teacher=True,
         metrics=SHAPED,
     ),
+    "antisd_code": StandIn(
+        plain_loop.Method(**GRPO),
+        settings={
+            **GROUPS,
+            "advantage_kwargs": {"warmup_steps": 1, "most_perplexity": 1e6},
+        },  # GRPO in the first batch
+        has_reward=True,
+        has_live_teacher=True,
+        metrics=(*SHAPED, "away/strength", "away/gate", "away/teacher_perplexity"),
+    ),
     **{
         name: StandIn(
             plain_loop.Method(**GRPO, temperature=1.1),

@@ -75,6 +75,7 @@ PAPERS = {
     "mopd/qwen3-8b": (32 * 8, 1, 100, 0.01),
     "dasd/qwen3-8b": (32 * 8, 4, 800, 0.0),
     "antisd/qwen3-8b": (32 * 8, 1, 200, 0.0),
+    "antisd_code/qwen3-8b": (32 * 8, 1, 200, 0.0),
     "egrsd/qwen3-4b": (32, 1, 100, 0.0),
     "egrsd/qwen3-8b": (32, 1, 100, 0.0),
     "cl_egrsd/qwen3-4b": (32, 1, 100, 0.0),

@@ -29,6 +29,7 @@ METHODS = {
     "rlrt": "rlrt.RLRTConfig",
     "dasd": "dasd.DASDConfig",
     "antisd": "antisd.AntiSDConfig",
+    "antisd_code": "antisd_code.AntiSDCodeConfig",
     "egrsd": "egrsd.EGRSDConfig",
     "cl_egrsd": "cl_egrsd.CLEGRSDConfig",
     "msd": "msd.MSDConfig",
