@@ -114,6 +114,16 @@ VARIANTS = [
 # In every step, one process has no row with a context, or nothing to try again
 METHODS = [
     job("rlrt", "full", max_steps=4, rows=8, num_generations=4),
+    # The paper's scale would blow up rounding
+    job(
+        "rlcsd",
+        "full",
+        max_steps=4,
+        rows=8,
+        num_generations=4,
+        teacher_update_steps=2,
+        advantage_kwargs={"scale": 1.0},
+    ),
     job("sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("rlsd", "full", max_steps=4, rows=8, num_generations=4),
     job("sdft", "full", max_steps=4),

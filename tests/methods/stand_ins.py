@@ -18,6 +18,7 @@ class Seen:
     ratio: torch.Tensor  # of the student's probability of each token to what it was when it was sampled
     student: torch.Tensor  # when it was sampled
     teacher: torch.Tensor | None  # at that time too; none without a context
+    contrasts: list[torch.Tensor] = field(default_factory=list)  # the teacher's, after other prompts
 
     @property
     def delta(self) -> torch.Tensor:
@@ -55,6 +56,19 @@ def with_the_teacher(seen: Seen) -> dict[str, Any]:
 
 def against_the_teacher(seen: Seen) -> dict[str, Any]:
     return {"advantage": mixed(seen, -1.0, 0.5) if seen.is_right and seen.teacher is not None else seen.advantage}
+
+
+def contrasted(seen: Seen) -> dict[str, Any]:
+    if not seen.contrasts:
+        return {"advantage": seen.advantage}
+    right, wrong = (p.gather(1, seen.token_ids)[:, 0] for p in (seen.teacher, torch.stack(seen.contrasts).mean(0)))
+    pull = 0.5 * torch.tanh((right / wrong).log() / 0.02)
+    pulled = seen.advantage + pull
+    pulled = pulled.clamp(min=0) if seen.advantage >= 0 else pulled.clamp(max=0)
+    marked = pull.abs() > 0.02
+    # Of each set the mean, which the loss takes over all tokens
+    share = len(pull) * torch.where(marked, 1 / marked.sum(), 1 / (~marked).sum())
+    return {"advantage": (share * torch.where(marked, pulled, seen.advantage)).tolist()}
 
 
 def entropies(p: torch.Tensor) -> torch.Tensor:
@@ -134,6 +148,13 @@ STAND_INS = {
         has_reward=True,
         has_live_teacher=True,
         metrics=SHAPED,
+    ),
+    "rlcsd": StandIn(
+        plain_loop.Method(**{**GRPO, "loss_type": "grpo"}),
+        contrasted,
+        GROUPS,
+        has_reward=True,
+        metrics=(*SHAPED, "contrast/marked_token_rate"),
     ),
     "dasd": StandIn(
         plain_loop.Method(**GRPO), by_entropy, GROUPS, has_reward=True, has_live_teacher=True, metrics=SHAPED

@@ -28,6 +28,8 @@ class PrivilegedContext(Protocol):
     A context that samples implements [`SampledContext`] as well. Two methods more are called where a class has them,
     before the model is loaded: `check_run(num_generations, has_rewards, has_feedback)`, which raises a `ValueError` if
     the context could never be given, and `read_dataset(dataset)` with the training set (`None` if there is none).
+    One is called where a part of the method contrasts (`needs_contrast`): `contrast_messages(row, rollouts)` returns a
+    list of prompts, each as from `teacher_messages`, after each of which the teacher reads the rollout once more.
     """
 
     columns: tuple[str, ...]

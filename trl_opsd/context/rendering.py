@@ -97,6 +97,28 @@ class TeacherPrompt:
         ids = self._teacher_ids(row, rollouts, tools, sampled)
         return None if ids is None or self._is_skipped(ids) else ids
 
+    def contrast_ids(
+        self, row: Mapping[str, Any], rollouts: Rollouts | None, tools: list[Callable[..., Any]] | None = None
+    ) -> list[list[int]]:
+        """
+        Token ids of the prompts that the context gives for contrast, without those that are over budget and skipped.
+
+        Args:
+            row (`Mapping[str, Any]`):
+                Dataset row, `prompt` being a string or a list of messages.
+            rollouts ([`Rollouts`], *optional*):
+                The rollouts of the row, if there are any yet.
+            tools (`list[Callable[..., Any]]`, *optional*):
+                Tools shown by the chat template, as for the student.
+
+        Raises:
+            ValueError: As for [`~TeacherPrompt.token_ids`].
+        """
+        given: Any = self.context
+        prompts = given.contrast_messages(_conversational(row), rollouts)
+        ids = [self._teacher_prompt(row, messages, "contrast_messages", tools) for messages in prompts]
+        return [its for its in ids if not self._is_skipped(its)]
+
     def sample_ids(self, row: Mapping[str, Any], rollouts: Rollouts | None) -> list[int] | None:
         """
         Token ids of what a context that samples has the policy answer, rendered as the student's prompt is, without
@@ -153,9 +175,12 @@ class TeacherPrompt:
             messages = self.context.teacher_messages(_conversational(row), rollouts, sampled)
         else:
             messages = self.context.teacher_messages(_conversational(row), rollouts)
-        if messages is None:
-            return None
-        ids = self._rendered(row, messages, "teacher_messages", tools, self.chat_template_kwargs)
+        return None if messages is None else self._teacher_prompt(row, messages, "teacher_messages", tools)
+
+    def _teacher_prompt(
+        self, row: Mapping[str, Any], messages: list[Message], hook: str, tools: list[Callable[..., Any]] | None
+    ) -> list[int]:
+        ids = self._rendered(row, messages, hook, tools, self.chat_template_kwargs)
         ids = ids + (self._plain_prefix_ids if isinstance(row["prompt"], str) else self._chat_prefix_ids)
         check_embedded(ids, self.tokenizer, self.num_embeddings)
         return ids

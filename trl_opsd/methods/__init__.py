@@ -22,6 +22,7 @@ METHODS = {
     "correct_only": "correct_only.CorrectOnlyConfig",
     "rlsd": "rlsd.RLSDConfig",
     "rlrt": "rlrt.RLRTConfig",
+    "rlcsd": "rlcsd.RLCSDConfig",
     "dasd": "dasd.DASDConfig",
     "antisd": "antisd.AntiSDConfig",
     "vopd": "vopd.VOPDConfig",

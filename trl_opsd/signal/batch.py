@@ -71,6 +71,11 @@ class TokenScores:
             Entropy of the teacher's.
         divergence (`torch.Tensor`):
             The divergence that the configuration chooses, of each token.
+        contrasted (`torch.Tensor` of shape `(B, T)`, bool, *optional*):
+            Those of the known tokens that the teacher has read after other prompts as well, which the context gives
+            for contrast. `None` unless a part `needs_contrast`.
+        contrast_log_prob (`torch.Tensor`, *optional*):
+            Logarithm of the mean of the sampled token's probability over those prompts.
     """
 
     known: torch.Tensor
@@ -79,6 +84,8 @@ class TokenScores:
     student_entropy: torch.Tensor
     teacher_entropy: torch.Tensor
     divergence: torch.Tensor
+    contrasted: torch.Tensor | None = None
+    contrast_log_prob: torch.Tensor | None = None
 
     @property
     def delta(self) -> torch.Tensor:

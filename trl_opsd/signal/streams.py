@@ -150,6 +150,12 @@ class Signals:
             or (is_unmeasured and watches)
         )
 
+    @property
+    def needs_contrast(self) -> bool:
+        """Whether a part reads the teacher after the prompts that the context gives for contrast, in this step."""
+        shapes = self.coefficients["policy_loss_coef"] != 0.0
+        return (shapes and self.advantage.needs_contrast) or any(part.needs_contrast for part in self.weightings)
+
     def streams(self, batch: Batch, scores: TokenScores | None) -> dict[str, torch.Tensor]:
         """
         The streams of a generation batch.

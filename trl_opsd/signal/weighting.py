@@ -24,6 +24,7 @@ class TokenWeighting(ABC):
     terms: ClassVar[tuple[str, ...]] = TERMS
     selects: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
+    needs_contrast: ClassVar[bool] = False
     needs_reward: ClassVar[bool] = False
 
     @abstractmethod

@@ -13,6 +13,7 @@ from trl.trainer.utils import pad
 
 from ..context import Rollout, Rollouts, SampledContext, TeacherPrompt
 from ..scoring import keep_groups_together
+from ..signal import Signals
 from .metrics import Metrics, add_contexts
 
 
@@ -40,6 +41,8 @@ class Generation:
             Tools that the prompt of each shows.
         empty (`set[int]`, *optional*):
             Positions of completions without a token of their own.
+        contrasts (`list[list[list[int]]]`, *optional*):
+            Token ids of the prompts that the teacher reads each completion after for contrast.
         replaced (`set[int]`, *optional*):
             Positions of completions that are others than the student's own rollouts of their prompts.
         num_discarded_tokens (`int`, *optional*, defaults to `0`):
@@ -55,6 +58,7 @@ class Generation:
     feedback: list[str | None] = field(default_factory=list)
     tools: list[list[Callable[..., Any]] | None] = field(default_factory=list)
     empty: set[int] = field(default_factory=set)
+    contrasts: list[list[list[int]]] = field(default_factory=list)
     replaced: set[int] = field(default_factory=set)
     num_discarded_tokens: int = 0
     has_turns: bool = False
@@ -76,6 +80,8 @@ class TeacherInputs:
     Args:
         teacher_prompt ([`TeacherPrompt`]):
             Renders the context.
+        signals ([`Signals`]):
+            Say what is read of it.
         reward_weights (`torch.Tensor`):
             Weights of the reward functions.
         success_threshold (`float`):
@@ -97,6 +103,7 @@ class TeacherInputs:
     """
 
     teacher_prompt: TeacherPrompt
+    signals: Signals
     reward_weights: torch.Tensor
     success_threshold: float
     end_ids: Sequence[int]
@@ -143,6 +150,13 @@ class TeacherInputs:
                 zip(generation.rows, groups, generation.tools, written, strict=True)
             )
         ]
+        if self.signals.needs_contrast:
+            generation.contrasts = [
+                [] if prompt is None else self.teacher_prompt.contrast_ids(row, rollouts, tools)
+                for prompt, row, rollouts, tools in zip(
+                    prompts, generation.rows, groups, generation.tools, strict=True
+                )
+            ]
         tensors = collate(prompts, student_ids, self.pad_token_id, self.pad_to_multiple_of)
         own, positions = slice(first, first + len(prompts)), range(len(prompts))
         tensors |= {name: values[own] for name, values in streams.items()}

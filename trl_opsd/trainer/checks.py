@@ -253,6 +253,36 @@ def check_auxiliary_loss(args: SelfDistillationConfig, has_one: bool, coefficien
         )
 
 
+def check_contrast(signals: Signals, context: PrivilegedContext, args: SelfDistillationConfig) -> None:
+    """
+    Refuse parts that contrast where there is nothing to contrast with.
+
+    Args:
+        signals ([`Signals`]):
+            The parts.
+        context ([`PrivilegedContext`]):
+            Gives the prompts.
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+
+    Raises:
+        ValueError: Naming what is missing and the way out.
+    """
+    if not signals.needs_contrast:
+        return
+    if not hasattr(context, "contrast_messages"):
+        raise ValueError(
+            f"The method contrasts what the teacher says after several prompts, and `privileged_context="
+            f"{args.privileged_context!r}` gives one. Set it to 'peers' with `context_kwargs={{'contrast': 4}}`, or to a "
+            "class with `contrast_messages`."
+        )
+    if args.teacher_server_base_url is not None:
+        raise ValueError(
+            "The method contrasts what the teacher says after several prompts, and a server is asked for one. Leave "
+            "`teacher_server_base_url` unset."
+        )
+
+
 def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bool) -> None:
     """
     Refuse a loss without a term, and parts of a method that need a reward or a temperature where there is none.

@@ -18,6 +18,7 @@ from .checks import (
     check_completion_length,
     check_completions,
     check_context,
+    check_contrast,
     check_model,
     check_number_of_rows,
     check_served_live_teacher,
@@ -141,6 +142,7 @@ def prepare(
     completions = _make_completions(args, context, bool(reward_funcs), itself)
     signals = make_signals(args)
     check_signals(signals, args, has_rewards)
+    check_contrast(signals, context, args)
 
     tokenizer, model_config = load_tokenizer_and_config(args, model, tokenizer)
     check_special_tokens(tokenizer, getattr(model_config.get_text_config(), "vocab_size", None))
