@@ -14,7 +14,7 @@ from trl_opsd.trainer.checks import check_contrast
 
 
 def shaped(part, advantage, ratios, contrasted=None, log=None):
-    """Of one rollout whose tokens the teacher finds so many times likelier after a right peer than after wrong ones."""
+    """Of a rollout whose tokens are so many times likelier to the teacher after a right peer than after wrong ones."""
     size = len(ratios)
     mask = torch.ones(1, size, dtype=torch.bool)
     teacher = torch.full((1, size), math.log(0.1))
@@ -178,7 +178,7 @@ def test_wrong_peers_stand_where_right_ones_do():
 def test_a_server_does_not_contrast(make_trainer):
     trainer = make_trainer()
     trainer.args.teacher_server_base_url = "http://localhost:1"
-    with pytest.raises(ValueError, match="a server is asked for one. Leave `teacher_server_base_url` unset"):
+    with pytest.raises(ValueError, match="a server is asked for one"):
         check_contrast(trainer.signals, trainer.context, trainer.args)
 
 

@@ -84,8 +84,8 @@ class PeersContext(TextContext):
             )
         if contrast < 0 or (contrast and not correct):
             raise ValueError(
-                f"`contrast={contrast}` of the peers context shows wrong rollouts in the place of correct ones, of which "
-                f"it shows `correct={correct}`. Set `contrast` to 0, or to a positive number with a positive `correct`."
+                f"`contrast={contrast}` of the peers context shows wrong rollouts in the place of correct ones, of "
+                f"which it shows `correct={correct}`. Set `contrast` to 0, or both to positive numbers."
             )
         feedback = _FEEDBACK[feedback] if isinstance(feedback, bool) else feedback
         if feedback not in _FEEDBACK:

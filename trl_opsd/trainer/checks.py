@@ -272,9 +272,9 @@ def check_contrast(signals: Signals, context: PrivilegedContext, args: SelfDisti
         return
     if not hasattr(context, "contrast_messages"):
         raise ValueError(
-            f"The method contrasts what the teacher says after several prompts, and `privileged_context="
-            f"{args.privileged_context!r}` gives one. Set it to 'peers' with `context_kwargs={{'contrast': 4}}`, or to a "
-            "class with `contrast_messages`."
+            "The method contrasts what the teacher says after several prompts, and "
+            f"`privileged_context={args.privileged_context!r}` gives one. Set it to 'peers' with "
+            "`context_kwargs={'contrast': 4}`, or to a class with `contrast_messages`."
         )
     if args.teacher_server_base_url is not None:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
@@ -240,12 +241,13 @@ class SelfDistillationLoss:
                     place.index_add_(0, rows["row"], torch.zeros_like(place[: len(mask)]).masked_scatter(mask, values))
         if not self._signals.coefficients["divergence_coef"]:
             self._add_divergence(metrics, _joined(outputs))
+        scores = TokenScores(found[0].bool(), *found[1:])
         if not self._signals.needs_contrast:
-            return TokenScores(found[0].bool(), *found[1:])
+            return scores
         prompts = [some if is_read else [] for some, is_read in zip(contrasts, tokens.any(dim=1), strict=True)]
         counts, log_probs = self.networks.contrasts(model, inputs, prompts, batch_size)
-        contrasted = found[0].bool() & (counts > 0) & log_probs.isfinite()
-        return TokenScores(found[0].bool(), *found[1:], contrasted, log_probs.where(contrasted, 0.0))
+        contrasted = scores.known & (counts > 0) & log_probs.isfinite()
+        return replace(scores, contrasted=contrasted, contrast_log_prob=log_probs.where(contrasted, 0.0))
 
     def _with_factors(
         self,

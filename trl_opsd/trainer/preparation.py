@@ -140,9 +140,7 @@ def prepare(
     check_context(context, cast(int, args.num_generations), train_dataset, has_rewards, has_feedback)
     itself = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
     completions = _make_completions(args, context, bool(reward_funcs), itself)
-    signals = make_signals(args)
-    check_signals(signals, args, has_rewards)
-    check_contrast(signals, context, args)
+    signals = _make_signals(args, context, has_rewards)
 
     tokenizer, model_config = load_tokenizer_and_config(args, model, tokenizer)
     check_special_tokens(tokenizer, getattr(model_config.get_text_config(), "vocab_size", None))
@@ -173,6 +171,13 @@ def _make_completions(
     source: CompletionSource = make_part("completions", args.completions, kwargs, SOURCES)
     check_completions(args, source, context, has_reward_funcs, itself)
     return source
+
+
+def _make_signals(args: SelfDistillationConfig, context: PrivilegedContext, has_rewards: bool) -> Signals:
+    signals = make_signals(args)
+    check_signals(signals, args, has_rewards)
+    check_contrast(signals, context, args)
+    return signals
 
 
 def load_tokenizer_and_config(
