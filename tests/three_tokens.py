@@ -17,7 +17,7 @@ def make_scores(p_s=P_S, p_t=P_T, known=(True, True, True), divergence=0.0):
     return TokenScores(known, *(value.where(known, 0.0) for value in values))
 
 
-def make_batch(mask, log=None, **given):
+def make_batch(mask, log=None, spans=None, **given):
     """
     Rollouts of one process, of shape `(B, T)` as the mask is. Unless something else is given (one value for each row,
     or for all), they are correct, with a context, and the student's own to their end.
@@ -28,7 +28,8 @@ def make_batch(mask, log=None, **given):
     values = {"success_rate": values["rewards"].mean()} | values
     columns = {name: torch.as_tensor(value).view(-1, 1).expand_as(column) for name, value in values.items()}
     ids = torch.ones_like(mask, dtype=torch.int64)
-    return Batch(ids, mask, **columns, gather=lambda own: own, log=log or (lambda name, numerator, denominator: None))
+    log = log or (lambda name, numerator, denominator: None)
+    return Batch(ids, mask, **columns, spans=spans or {}, gather=lambda own: own, log=log)
 
 
 def advantages_of(part, advantage, scores, correct=True):

@@ -10,7 +10,7 @@ from tiny import make_model
 from trl_opsd import RLCSDConfig, SelfDistillationTrainer
 from trl_opsd.context import PeersContext, Rollouts
 from trl_opsd.methods.rlcsd import Contrast
-from trl_opsd.trainer.checks import check_contrast
+from trl_opsd.trainer.checks import check_parts_and_context
 
 
 def shaped(part, advantage, ratios, contrasted=None, log=None):
@@ -179,7 +179,7 @@ def test_a_server_does_not_contrast(make_trainer):
     trainer = make_trainer()
     trainer.args.teacher_server_base_url = "http://localhost:1"
     with pytest.raises(ValueError, match="a server is asked for one"):
-        check_contrast(trainer.signals, trainer.context, trainer.args)
+        check_parts_and_context(trainer.signals, trainer.context, trainer.args)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ METHODS = {
     "rlsd": "rlsd.RLSDConfig",
     "rlrt": "rlrt.RLRTConfig",
     "rlcsd": "rlcsd.RLCSDConfig",
+    "trace": "trace.TRACEConfig",
     "dasd": "dasd.DASDConfig",
     "antisd": "antisd.AntiSDConfig",
     "vopd": "vopd.VOPDConfig",

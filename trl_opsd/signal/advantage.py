@@ -29,6 +29,11 @@ class Advantage(ABC):
         """Whether it reads what the teacher says after the prompts that the context gives for contrast."""
         return False
 
+    @property
+    def needs_spans(self) -> bool:
+        """Whether it reads the spans that the context marks."""
+        return False
+
     @abstractmethod
     def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         """

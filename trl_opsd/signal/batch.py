@@ -1,6 +1,6 @@
 """What the parts of a method read: the rollouts of a generation batch, and the scores of their tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,9 @@ class Batch:
             Whether the completion is another than the student's own rollout of its prompt.
         truncated (`torch.Tensor` of shape `(B, 1)`, bool):
             Whether the completion was cut off before its end.
+        spans (`Mapping[str, torch.Tensor]`):
+            The tokens that a context marks, bool of shape `(B, T)`, by the kind of what it marks. Empty where it is
+            not asked.
         gather (`Callable[[torch.Tensor], torch.Tensor]`):
             From a tensor of each process, at least one-dimensional and of the same shape in all, to all of them, one
             after the other in the first dimension. All processes call it at once.
@@ -48,6 +51,7 @@ class Batch:
     advantages: torch.Tensor
     replaced: torch.Tensor
     truncated: torch.Tensor
+    spans: Mapping[str, torch.Tensor]
     gather: Callable[[torch.Tensor], torch.Tensor]
     log: Callable[[str, torch.Tensor, torch.Tensor], None]
 

@@ -156,6 +156,19 @@ class Signals:
         shapes = self.coefficients["policy_loss_coef"] != 0.0
         return (shapes and self.advantage.needs_contrast) or any(part.needs_contrast for part in self.weightings)
 
+    @property
+    def needs_spans(self) -> bool:
+        """Whether a part reads the spans that the context marks, in this step."""
+        shapes = self.coefficients["policy_loss_coef"] != 0.0
+        weighs = any(self.coefficients[f"{term}_coef"] != 0.0 for term in TERMS)
+        reads = weighs and any(part.needs_spans for part in self.weightings)
+        return reads or (shapes and self.advantage.needs_spans)
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether the teacher, or a part that reads what a context marks, takes part in this step."""
+        return self.coefficients["divergence_coef"] != 0.0 or self.needs_scores or self.needs_spans
+
     def streams(self, batch: Batch, scores: TokenScores | None) -> dict[str, torch.Tensor]:
         """
         The streams of a generation batch.
@@ -179,10 +192,9 @@ class Signals:
         for part in self.weightings:
             factors = self._checked(part, part(batch, scores), batch)
             for term in part.terms:
+                weights[term] = weights[term] * factors
                 if part.selects:
                     masks[term] = masks[term] & (factors != 0)
-                else:
-                    weights[term] = weights[term] * factors
         advantages = batch.advantages.squeeze(1)
         if self.coefficients["policy_loss_coef"] != 0.0:
             shaped = self.advantage(batch, scores if self.advantage.needs_scores else None)

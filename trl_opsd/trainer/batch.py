@@ -11,8 +11,9 @@ from typing import Any, cast
 import torch
 from trl.trainer.utils import pad
 
-from ..context import Rollout, Rollouts, SampledContext, TeacherPrompt
+from ..context import AnsweredContext, MarkingContext, Rollout, Rollouts, SampledContext, TeacherPrompt
 from ..scoring import keep_groups_together
+from ..serving import ServerError
 from ..signal import Signals
 from .metrics import Metrics, add_contexts
 from .rewards import reward_streams, total_rewards
@@ -144,11 +145,11 @@ class TeacherInputs:
             rollouts = make_rollouts(generation, streams, first, num_generations, self.end_ids)
             is_spread = num_generations > 1 and self.num_processes > 1
             groups = make_groups(rollouts, first, num_generations, self.gather if is_spread else None)
-        written = self._written(generation, groups, student_ids[0], metrics)
+        said = self._said(generation, groups, student_ids[0], metrics)
         prompts = [
             None if index in generation.empty else self.teacher_prompt.token_ids(row, rollouts, tools, text)
             for index, (row, rollouts, tools, text) in enumerate(
-                zip(generation.rows, groups, generation.tools, written, strict=True)
+                zip(generation.rows, groups, generation.tools, said, strict=True)
             )
         ]
         if self.signals.needs_contrast:
@@ -159,6 +160,8 @@ class TeacherInputs:
                 )
             ]
         tensors = collate(prompts, student_ids, self.pad_token_id, self.pad_to_multiple_of)
+        if self.signals.needs_spans:
+            tensors |= self._spans(generation, cast(Sequence[Rollouts], groups), said, metrics)
         own, positions = slice(first, first + len(prompts)), range(len(prompts))
         tensors |= {name: values[own] for name, values in streams.items()}
         tensors["replaced"] = torch.tensor([position in generation.replaced for position in positions])
@@ -196,12 +199,49 @@ class TeacherInputs:
         batch.update({name: values.to(masks.device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
         add_contexts(metrics, batch, len(generation.empty))
 
+    def _said(
+        self, generation: Generation, groups: Sequence[Rollouts | None], stand_in: list[int], metrics: Metrics
+    ) -> list[Any]:
+        """What the current policy writes, or somebody else says, for a context that asks, if it is read."""
+        context, nothing = self.teacher_prompt.context, [None] * len(generation.rows)
+        if not self.signals.needs_context:
+            return nothing
+        if isinstance(context, AnsweredContext):
+            rows = [
+                None if index in generation.empty else (row, cast(Rollouts, rollouts))
+                for index, (row, rollouts) in enumerate(zip(generation.rows, groups, strict=True))
+            ]
+            return together(lambda: self.teacher_prompt.answers(rows), self.gather)
+        return self._written(generation, groups, stand_in, metrics) if isinstance(context, SampledContext) else nothing
+
+    def _spans(
+        self, generation: Generation, groups: Sequence[Rollouts], said: Sequence[Any], metrics: Metrics
+    ) -> dict[str, torch.Tensor]:
+        """The tokens that a context marks, bool of shape `(B, T)`, by kind."""
+        kinds = cast(MarkingContext, self.teacher_prompt.context).kinds
+        marked = torch.zeros(len(kinds), len(groups), max(map(len, generation.token_ids)), dtype=torch.bool)
+        asked = dropped = given = unreadable = num_tokens = 0
+        for index, (row, rollouts, its) in enumerate(zip(generation.rows, groups, said, strict=True)):
+            if index in generation.empty:
+                continue
+            marks, masks = self.teacher_prompt.marks(row, rollouts, its)
+            for kind, mask in masks.items():
+                marked[kinds.index(kind), index, : len(mask)] = torch.tensor(mask)
+            asked, unreadable = asked + marks.was_asked, unreadable + (not marks.is_readable)
+            dropped, given = dropped + marks.num_dropped, given + marks.num_dropped + len(marks.spans)
+            num_tokens += marks.was_asked * len(rollouts.own.token_ids)
+        for name, *pair in (
+            ("spans/unreadable_rate", unreadable, asked),
+            ("spans/dropped_rate", dropped, given),
+            ("spans/token_rate", int(marked.sum()), num_tokens),
+        ):
+            metrics.add_rate(name, *torch.tensor(pair, device=generation.rewards.device))
+        return {f"spans/{kind}": mask for kind, mask in zip(kinds, marked, strict=True)}
+
     def _written(
         self, generation: Generation, groups: Sequence[Rollouts | None], stand_in: list[int], metrics: Metrics
     ) -> list[str | None]:
         """What the current policy writes for a context that samples."""
-        if not isinstance(self.teacher_prompt.context, SampledContext):
-            return [None] * len(generation.rows)
         questions = [
             None if index in generation.empty else self.teacher_prompt.sample_ids(row, rollouts)
             for index, (row, rollouts) in enumerate(zip(generation.rows, groups, strict=True))
@@ -285,6 +325,32 @@ def make_groups(rollouts: list[Rollout], first: int, num_generations: int, gathe
         start = position - rollout.index
         groups.append(Rollouts(everything[start : start + num_generations], rollout.index))
     return groups
+
+
+def together(function: Callable[[], list[Any]], gather: Gather) -> list[Any]:
+    """
+    Call a function of each process, in which any may fail: then all do, so that none waits for another.
+
+    Args:
+        function (`Callable`):
+            The function.
+        gather (`Callable`):
+            Collects from all processes.
+
+    Raises:
+        Exception: Whatever it raised here, or a [`ServerError`] or `RuntimeError` with what it raised elsewhere.
+    """
+    values, error = [], None
+    try:
+        values = function()
+    except Exception as caught:
+        error = caught
+    failures = gather([None if error is None else (isinstance(error, ServerError), str(error) or repr(error))])
+    if error is not None:
+        raise error
+    for is_server, message in filter(None, failures):
+        raise (ServerError if is_server else RuntimeError)(message)
+    return values
 
 
 def sample_once(

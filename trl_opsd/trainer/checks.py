@@ -6,9 +6,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..context import NoContext, PrivilegedContext, SampledContext, check_embedded
+from ..context import MarkingContext, NoContext, PrivilegedContext, SampledContext, check_embedded
 from ..sampling.sources import CompletionSource
-from ..signal import Signals
+from ..signal import Advantage, Signals, TokenWeighting
 from .config import SelfDistillationConfig
 
 
@@ -253,22 +253,29 @@ def check_auxiliary_loss(args: SelfDistillationConfig, has_one: bool, coefficien
         )
 
 
-def check_contrast(signals: Signals, context: PrivilegedContext, args: SelfDistillationConfig) -> None:
+def check_parts_and_context(signals: Signals, context: PrivilegedContext, args: SelfDistillationConfig) -> None:
     """
-    Refuse parts that contrast where there is nothing to contrast with.
+    Refuse parts that need more of a context than it gives: prompts to contrast with, or spans.
 
     Args:
         signals ([`Signals`]):
             The parts.
         context ([`PrivilegedContext`]):
-            Gives the prompts.
+            The context.
         args ([`SelfDistillationConfig`]):
             Configuration.
 
     Raises:
         ValueError: Naming what is missing and the way out.
     """
-    if not signals.needs_contrast:
+    parts: list[Advantage | TokenWeighting] = [signals.advantage, *signals.weightings]
+    if any(part.needs_spans for part in parts) and not isinstance(context, MarkingContext):
+        raise ValueError(
+            "The method treats some spans of a rollout in another way than the rest, and "
+            f"`privileged_context={args.privileged_context!r}` marks none. Set it to 'diagnosis', or to a class with "
+            "`marks`."
+        )
+    if not any(part.needs_contrast for part in parts):
         return
     if not hasattr(context, "contrast_messages"):
         raise ValueError(

@@ -18,9 +18,9 @@ from .checks import (
     check_completion_length,
     check_completions,
     check_context,
-    check_contrast,
     check_model,
     check_number_of_rows,
+    check_parts_and_context,
     check_served_live_teacher,
     check_signals,
     check_special_tokens,
@@ -176,7 +176,7 @@ def _make_completions(
 def _make_signals(args: SelfDistillationConfig, context: PrivilegedContext, has_rewards: bool) -> Signals:
     signals = make_signals(args)
     check_signals(signals, args, has_rewards)
-    check_contrast(signals, context, args)
+    check_parts_and_context(signals, context, args)
     return signals
 
 

@@ -98,6 +98,7 @@ def make_streams(
         advantages=batch["advantages"].unsqueeze(1),
         replaced=batch["replaced"].unsqueeze(1),
         truncated=batch["truncated"].unsqueeze(1),
+        spans={name.partition("/")[2]: mask for name, mask in batch.items() if name.startswith("spans/")},
         gather=gather,
         log=metrics.add_rate,
     )
