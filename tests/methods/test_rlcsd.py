@@ -28,7 +28,8 @@ def shaped(part, advantage, ratios, contrasted=None, log=None):
         contrasted=contrasted,
         contrast_log_prob=(teacher - torch.tensor([ratios]).log()).where(contrasted, 0.0),
     )
-    return part(make_batch(mask, log=log, advantages=advantage), scores).expand(1, size)[0].tolist()
+    batch = make_batch(mask, advantages=advantage, **({} if log is None else {"log": log}))
+    return part(batch, scores).expand(1, size)[0].tolist()
 
 
 R = 0.5 * math.tanh(0.01 / 0.02)

@@ -14,6 +14,7 @@ from .plan import PlanContext
 from .reflection import ReflectionContext
 from .rendering import TeacherPrompt, check_embedded, thinking_prefix, without_end
 from .rollouts import Rollout, Rollouts
+from .sibling import SiblingContext
 from .solution import AnswerContext, SolutionContext
 from .template import TemplateContext, TextContext
 
@@ -38,6 +39,7 @@ __all__ = [
     "Rollouts",
     "SampledContext",
     "ShuffledSolutionContext",
+    "SiblingContext",
     "SolutionContext",
     "TeacherPrompt",
     "TemplateContext",

@@ -30,11 +30,14 @@ class PrivilegedContext(Protocol):
 
     A context that samples implements [`SampledContext`] as well, one that somebody else answers for
     [`AnsweredContext`], and one that marks parts of rollouts [`MarkingContext`]. In a step in which nobody reads the
-    context, nothing is sampled and nobody answers. Two methods more are called where a class has them, before the
-    model is loaded: `check_run(num_generations, has_rewards, has_feedback)`, which raises a `ValueError` if the
-    context could never be given, and `read_dataset(dataset)` with the training set (`None` if there is none).
-    One is called where a part of the method contrasts (`needs_contrast`): `contrast_messages(row, rollouts)` returns a
-    list of prompts, each as from `teacher_messages`, after each of which the teacher reads the rollout once more.
+    context, nothing is sampled and nobody answers. More methods are called where a class has them:
+
+    - before the model is loaded, `check_run(num_generations, has_rewards, has_feedback)`, which raises a `ValueError`
+      if the context could never be given, and `read_dataset(dataset)` with the training set (`None` if there is none);
+    - `rates(rollouts)`, which is handed the [`Rollouts`] of each row of a batch and says what to log of them:
+      numerator and denominator by name, always the same names in the same order;
+    - where a part of the method contrasts (`needs_contrast`), `contrast_messages(row, rollouts)`, which returns a list
+      of prompts, each as from `teacher_messages`, after each of which the teacher reads the rollout once more.
     """
 
     columns: tuple[str, ...]

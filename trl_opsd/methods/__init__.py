@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 METHODS = {
     "opsd": "opsd.OPSDConfig",
     "opsdc": "opsdc.OPSDCConfig",
+    "pbsd": "pbsd.PBSDConfig",
     "sdft": "sdft.SDFTConfig",
     "sdpo": "sdpo.SDPOConfig",
+    "sc_sdpo": "sc_sdpo.SCSDPOConfig",
+    "ssopd": "ssopd.SSOPDConfig",
+    "u_opsd": "u_opsd.UOPSDConfig",
     "mopd": "mopd.MOPDConfig",
     "correct_only": "correct_only.CorrectOnlyConfig",
     "rlsd": "rlsd.RLSDConfig",
@@ -26,6 +30,10 @@ METHODS = {
     "trace": "trace.TRACEConfig",
     "dasd": "dasd.DASDConfig",
     "antisd": "antisd.AntiSDConfig",
+    "egrsd": "egrsd.EGRSDConfig",
+    "cl_egrsd": "cl_egrsd.CLEGRSDConfig",
+    "msd": "msd.MSDConfig",
+    "sdpg": "sdpg.SDPGConfig",
     "vopd": "vopd.VOPDConfig",
     "star": "star.STaRConfig",
 }
