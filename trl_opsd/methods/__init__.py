@@ -27,6 +27,8 @@ METHODS = {
     "correct_only": "correct_only.CorrectOnlyConfig",
     "rlsd": "rlsd.RLSDConfig",
     "rlrt": "rlrt.RLRTConfig",
+    "rlcsd": "rlcsd.RLCSDConfig",
+    "trace": "trace.TRACEConfig",
     "dasd": "dasd.DASDConfig",
     "antisd": "antisd.AntiSDConfig",
     "antisd_code": "antisd_code.AntiSDCodeConfig",
