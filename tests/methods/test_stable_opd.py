@@ -8,6 +8,9 @@ from trl_opsd.signal import TokenScores
 from trl_opsd.trainer.metrics import Metrics, add_degeneration
 
 
+FIELDS = ("known", "student_log_prob", "teacher_log_prob", "student_entropy", "teacher_entropy", "divergence")
+
+
 def complete(source, num_rows, process_index=0):
     """Rollouts are single tokens that tell their row, gold completions the row's text and an end."""
     asked = []
@@ -57,7 +60,7 @@ def test_every_rollout_cannot_be_gold():
 
 def test_streams_of_gold_and_of_rollouts():
     own, gold = make_scores(), make_scores(p_s=P_T, p_t=P_S)
-    scores = TokenScores(*(torch.cat([getattr(one, name) for one in (own, gold)]) for name in vars(own)))
+    scores = TokenScores(*(torch.cat([getattr(one, name) for one in (own, gold)]) for name in FIELDS))
     batch = make_batch(torch.ones(2, 3, dtype=torch.bool), replaced=torch.tensor([False, True]))
     shaped = TeacherReward()(batch, scores)
     assert shaped[0].tolist() == pytest.approx([-1.098612, 0.510826, 1.098612], abs=1e-6)
