@@ -17,8 +17,20 @@ def make_scores(p_s=P_S, p_t=P_T, known=(True, True, True), divergence=0.0):
     return TokenScores(known, *(value.where(known, 0.0) for value in values))
 
 
+def make_batch(mask, log=None, **given):
+    """
+    Rollouts of one process, of shape `(B, T)` as the mask is. Unless something else is given (one value for each row,
+    or for all), they are correct, with a context, and the student's own to their end.
+    """
+    column = torch.zeros(len(mask), 1)
+    values = {"correct": True, "has_context": True, "replaced": False, "truncated": False, "advantages": 1.0} | given
+    values = {"rewards": torch.as_tensor(values["correct"]).float()} | values
+    values = {"success_rate": values["rewards"].mean()} | values
+    columns = {name: torch.as_tensor(value).view(-1, 1).expand_as(column) for name, value in values.items()}
+    ids = torch.ones_like(mask, dtype=torch.int64)
+    return Batch(ids, mask, **columns, gather=lambda own: own, log=log or (lambda name, numerator, denominator: None))
+
+
 def advantages_of(part, advantage, scores, correct=True):
-    column = torch.tensor([[correct]])
     mask = torch.ones(1, 3, dtype=torch.bool)
-    batch = Batch(torch.tensor([[0, 1, 2]]), mask, torch.tensor([[True]]), column.float(), column, column.float())
-    return part(torch.tensor([[advantage]]), batch, scores).expand(1, 3)
+    return part(make_batch(mask, advantages=advantage, correct=correct), scores).expand(1, 3)

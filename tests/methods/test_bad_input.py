@@ -137,15 +137,15 @@ def test_importance_at_another_temperature(refused):
 class Narrow(Advantage):
     needs_scores = needs_reward = False
 
-    def __call__(self, advantages, batch, scores):
-        return torch.ones(len(advantages), 1 + batch.mask.size(1))
+    def __call__(self, batch, scores):
+        return torch.ones(len(batch.mask), 1 + batch.mask.size(1))
 
 
 class Infinite(Advantage):
     needs_scores = needs_reward = False
 
-    def __call__(self, advantages, batch, scores):
-        return advantages / 0.0 + torch.inf
+    def __call__(self, batch, scores):
+        return batch.advantages / 0.0 + torch.inf
 
 
 class Flat(TokenWeighting):

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from three_tokens import make_batch
 
 from trl_opsd.methods.dasd import DirectionByEntropy
-from trl_opsd.signal import Batch, TokenScores
+from trl_opsd.signal import TokenScores
 
 
 ENTROPY = torch.tensor([0.1, 0.2, 0.4, 0.8, 1.6])
@@ -17,10 +18,9 @@ def shaped(part, advantage, entropies, deltas):
     for row, values in enumerate(entropies):
         entropy[row, : len(values)], delta[row, : len(values)] = values, deltas[row]
         known[row, : len(values)] = 1
-    nothing, column = torch.zeros_like(delta), torch.full((len(entropies), 1), True)
+    nothing = torch.zeros_like(delta)
     scores = TokenScores(known.bool(), nothing, delta, entropy, nothing, nothing)
-    batch = Batch(nothing.long(), known.bool(), column, column.float(), column, column.float())
-    return part(torch.full((len(entropies), 1), advantage), batch, scores)
+    return part(make_batch(known.bool(), advantages=advantage), scores)
 
 
 def test_exact_values():
@@ -49,7 +49,7 @@ def test_off_it_is_grpo():
     off = DirectionByEntropy(strength=0.0)
     assert not off.needs_scores
     advantages = torch.tensor([[0.123456789]])
-    assert off(advantages, None, None) is advantages
+    assert off(make_batch(torch.ones(1, 5).bool(), advantages=advantages), None).equal(advantages)
     assert shaped(off, 0.123456789, [ENTROPY], [DELTA]).equal(advantages.expand(1, 5))
 
 

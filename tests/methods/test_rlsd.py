@@ -1,6 +1,6 @@
 import pytest
 import torch
-from three_tokens import advantages_of, make_scores
+from three_tokens import advantages_of, make_batch, make_scores
 
 from trl_opsd.methods.rlsd import TeacherWeighted
 
@@ -15,7 +15,7 @@ def test_off_it_is_grpo_and_asks_for_nothing():
     off = TeacherWeighted(mix=0.0)
     assert not off.needs_scores
     advantages = torch.tensor([[0.123456789]])
-    assert off(advantages, None, None) is advantages
+    assert off(make_batch(torch.ones(1, 3).bool(), advantages=advantages), None).equal(advantages)
     # bit for bit, also when there are scores
     assert advantages_of(off, 0.123456789, make_scores()).equal(advantages.expand(1, 3))
 

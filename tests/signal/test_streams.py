@@ -1,7 +1,11 @@
+import json
+from dataclasses import dataclass, field
+
 import pytest
+import three_tokens
 import torch
 
-from trl_opsd.signal import Advantage, Batch, Signals, TokenScores, TokenWeighting
+from trl_opsd.signal import Advantage, Signals, TokenScores, TokenWeighting
 from trl_opsd.signal.advantage import GroupAdvantage
 from trl_opsd.signal.schedule import Hysteresis, Linear
 from trl_opsd.signal.weighting import CorrectOnly, ImportanceClip, SkipFirst
@@ -12,16 +16,7 @@ ADVANTAGES = torch.tensor([1.0, -1.0, 0.5])
 
 
 def make_batch(correct=(True, False, True), has_context=(True, True, False)):
-    column = torch.tensor(correct).unsqueeze(1)
-    rewards = column.float()
-    return Batch(
-        torch.ones_like(MASK, dtype=torch.int64),
-        MASK,
-        torch.tensor(has_context).unsqueeze(1),
-        rewards,
-        column,
-        rewards.mean().expand(3, 1),
-    )
+    return three_tokens.make_batch(MASK, correct=correct, has_context=has_context, advantages=ADVANTAGES)
 
 
 def make_signals(advantage=None, schedules=None, policy=0.0, **weightings):
@@ -35,7 +30,7 @@ class TokenWise(Advantage):
     def __init__(self, values):
         self.values = values
 
-    def __call__(self, advantages, batch, scores):
+    def __call__(self, batch, scores):
         return self.values
 
 
@@ -45,9 +40,9 @@ class Halves(TokenWeighting):
 
 
 def test_without_parts_a_context_decides():
-    streams = make_signals().streams(ADVANTAGES, make_batch(), None)
+    streams = make_signals().streams(make_batch(), None)
 
-    assert streams["advantages"] is ADVANTAGES
+    assert streams["advantages"].equal(ADVANTAGES)
     assert streams["divergence_mask"].tolist() == (MASK & torch.tensor([[True], [True], [False]])).tolist()
     assert streams["likelihood_mask"].tolist() == MASK.tolist()
     assert streams["divergence_weights"].tolist() == streams["divergence_mask"].float().tolist()
@@ -55,34 +50,84 @@ def test_without_parts_a_context_decides():
 
 def test_what_is_selected_leaves_the_normaliser_and_what_is_weighted_does_not():
     signals = make_signals(correct_only=CorrectOnly(), skip_first=SkipFirst(2), mine=Halves())
-    streams = signals.streams(ADVANTAGES, make_batch(), None)
+    streams = signals.streams(make_batch(), None)
 
     assert streams["divergence_mask"].int().tolist() == [[0, 0, 1, 1], [0] * 4, [0] * 4]
     assert streams["divergence_weights"].tolist() == [[0, 0, 0, 1], [0] * 4, [0] * 4]
     assert streams["likelihood_mask"].int().tolist() == [[0, 0, 1, 1], [0] * 4, [0, 0, 1, 1]]
 
 
+def test_weights_of_one_term_leave_the_other_alone():
+    class OfGold(Halves):
+        terms = ("likelihood",)
+
+    class OfRollouts(SkipFirst):
+        terms = ("divergence",)
+
+    streams = make_signals(first=OfRollouts(2), mine=OfGold()).streams(make_batch(), None)
+    plain = make_signals().streams(make_batch(), None)
+    assert streams["divergence_mask"][0].int().tolist() == [0, 0, 1, 1]
+    assert streams["divergence_weights"].equal(streams["divergence_mask"].float())
+    assert streams["likelihood_mask"].equal(plain["likelihood_mask"])
+    assert streams["likelihood_weights"][0].tolist() == [0.5, 1.0, 0.0, 1.0]
+
+
+class Counting(Advantage):
+    """Counts the rows it has seen, and says what it is told to."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def __call__(self, batch, scores):
+        self.seen += len(batch.gather(batch.rewards))
+        batch.log("seen", torch.tensor(self.seen), torch.tensor(1))
+        return batch.advantages * self.seen
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def test_part_with_a_memory_goes_on_from_it():
+    first, second = (make_signals(Counting(), policy=1.0) for _ in range(2))
+    first.streams(make_batch(), None)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.streams(make_batch(), None)["advantages"].equal(6 * ADVANTAGES)
+    with pytest.raises(ValueError, match="`advantage` goes on as Counting, and is a Other in the checkpoint"):
+        first.load_state_dict({"advantage": {"kind": "Other"}})
+
+
+def test_a_schedule_of_a_part_leaves_its_memory():
+    @dataclass
+    class Scaled(Counting):
+        factor: float = 1.0
+        seen: int = field(default=0, init=False)
+
+    signals = make_signals(Scaled(), {"advantage.factor": Linear(0.0, 1.0, 2)}, policy=1.0)
+    for step in range(3):
+        signals.begin_step(step)
+        signals.streams(make_batch(), None)
+    assert (signals.advantage.factor, signals.advantage.seen) == (1.0, 9)
+
+
 def test_skipping_more_than_there_is_leaves_a_rollout_out():
-    assert not make_signals(skip_first=SkipFirst(4)).streams(ADVANTAGES, make_batch(), None)["divergence_mask"].any()
+    assert not make_signals(skip_first=SkipFirst(4)).streams(make_batch(), None)["divergence_mask"].any()
 
 
 def test_advantages_of_tokens():
     values = torch.arange(12.0).view(3, 4)
-    streams = make_signals(TokenWise(values), policy=1.0).streams(ADVANTAGES, make_batch(), None)
+    streams = make_signals(TokenWise(values), policy=1.0).streams(make_batch(), None)
     assert streams["advantages"].tolist() == (values * MASK).tolist()
-    assert make_signals(policy=1.0).streams(ADVANTAGES, make_batch(), None)["advantages"].equal(ADVANTAGES)
+    assert make_signals(policy=1.0).streams(make_batch(), None)["advantages"].equal(ADVANTAGES)
     # a part of a term that is off is not asked
-    assert make_signals(TokenWise(None)).streams(ADVANTAGES, make_batch(), None)["advantages"] is ADVANTAGES
+    assert make_signals(TokenWise(None)).streams(make_batch(), None)["advantages"].equal(ADVANTAGES)
 
 
 def test_numbers_outside_of_what_the_student_wrote_are_not_read():
     values = torch.ones(3, 4).masked_fill(~MASK, torch.nan)
-    assert (
-        make_signals(TokenWise(values), policy=1.0)
-        .streams(ADVANTAGES, make_batch(), None)["advantages"]
-        .isfinite()
-        .all()
-    )
+    assert make_signals(TokenWise(values), policy=1.0).streams(make_batch(), None)["advantages"].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -96,7 +141,7 @@ def test_numbers_outside_of_what_the_student_wrote_are_not_read():
 )
 def test_wrong_advantages_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        make_signals(TokenWise(values), policy=1.0).streams(ADVANTAGES, make_batch(), None)
+        make_signals(TokenWise(values), policy=1.0).streams(make_batch(), None)
 
 
 def test_scores_are_asked_for_by_what_reads_them_alone():
@@ -121,7 +166,7 @@ def test_metric_that_a_schedule_follows_is_measured_while_its_coefficient_is_zer
 
 def test_state_of_another_kind_of_schedule_is_refused():
     theirs = make_signals(schedules={"likelihood_coef": Linear(0.0, 1.0, 4)}).state_dict()
-    with pytest.raises(ValueError, match=r"'likelihood_coef'\]` is of the kind Hysteresis, and .* Linear in"):
+    with pytest.raises(ValueError, match="`likelihood_coef` goes on as Hysteresis, and is a Linear in the"):
         make_signals(schedules={"likelihood_coef": Hysteresis(1.0)}).load_state_dict(theirs)
     make_signals(schedules={"policy_loss_coef": Hysteresis(1.0)}).load_state_dict(theirs)
 

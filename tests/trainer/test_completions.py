@@ -1,6 +1,7 @@
 """Completions that are trained on in place of rollouts."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from datasets import Dataset
 from trl import GRPOTrainer
 
 from trl_opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.signal import Advantage, Batch
 
 
 ROW = {"prompt": [{"role": "user", "content": "What is 3 + 4?"}], "solution": "It is 7.", "answer": "7"}
@@ -228,6 +230,36 @@ def test_what_vllm_alone_understands_of_generation(refused, monkeypatch):
     monkeypatch.setattr("trl_opsd.trainer.preparation.check_vllm_installed", lambda: None)
     settings = {"use_vllm": True, "vllm_mode": "colocate", "generation_kwargs": {"seed": 3}}
     refused("takes no `generation_kwargs", completions="teacher", **settings)
+
+
+class Looks(Advantage):
+    """Keeps what it is shown."""
+
+    needs_scores = needs_reward = False
+    seen: ClassVar[list[Batch]] = []
+
+    def __call__(self, batch, scores):
+        self.seen.append(batch)
+        batch.log("looks/replaced", batch.replaced.sum(), torch.tensor(len(batch.replaced)))
+        return batch.advantages
+
+
+def test_parts_are_told_what_took_a_place_and_what_was_cut(make_trainer, says, monkeypatch):
+    monkeypatch.setattr(Looks, "seen", [])
+    says.a.pop()  # cut off before its end
+    trainer = make_trainer(
+        completions="teacher",
+        completions_kwargs={"lmbda": 0.5},
+        advantage=f"{__name__}.Looks",
+        policy_loss_coef=1.0,
+        max_steps=1,
+    )
+    trainer.train()
+    [batch] = Looks.seen
+    assert batch.replaced.equal(batch.completion_ids[:, :1] == says.z[0])
+    assert batch.truncated.equal(~batch.replaced)
+    assert batch.gather(batch.replaced).equal(batch.replaced)
+    assert trainer.state.log_history[0]["looks/replaced"] == 0.5
 
 
 def test_completion_ids_are_tensors_of_the_loss(make_trainer, dataset, says):

@@ -82,8 +82,8 @@ class AwayFromTeacher(Advantage):
     def needs_scores(self) -> bool:
         return self.strength != 0.0
 
-    def __call__(self, advantages: torch.Tensor, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         if scores is None:
-            return advantages
-        shaped = advantages - self.strength * 0.5 * (softplus(scores.delta) - math.log(2.0))
-        return torch.where(scores.known, shaped, advantages)
+            return batch.advantages
+        shaped = batch.advantages - self.strength * 0.5 * (softplus(scores.delta) - math.log(2.0))
+        return torch.where(scores.known, shaped, batch.advantages)

@@ -85,14 +85,14 @@ class DirectionByEntropy(Advantage):
     def needs_scores(self) -> bool:
         return self.strength != 0.0
 
-    def __call__(self, advantages: torch.Tensor, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         if scores is None:
-            return advantages
+            return batch.advantages
         pull = torch.zeros_like(scores.delta)
         for row, known in enumerate(scores.known):
             if known.any():
                 pull[row, known] = self._pull(scores.delta[row, known], scores.student_entropy[row, known])
-        return advantages + self.strength * pull
+        return batch.advantages + self.strength * pull
 
     def _pull(self, delta: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
         deviation = (entropy - entropy.mean()).abs().mean()

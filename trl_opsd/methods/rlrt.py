@@ -78,9 +78,9 @@ class ReversedTeacher(Advantage):
     def needs_scores(self) -> bool:
         return self.mix != 0.0
 
-    def __call__(self, advantages: torch.Tensor, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         if scores is None:
-            return advantages
-        ratio = (-advantages.sign() * scores.delta).exp().clamp(1 - self.clip, 1 + self.clip)
-        shaped = advantages * (1 - self.mix + self.mix * ratio)
-        return torch.where(batch.correct & scores.known, shaped, advantages)
+            return batch.advantages
+        ratio = (-batch.advantages.sign() * scores.delta).exp().clamp(1 - self.clip, 1 + self.clip)
+        shaped = batch.advantages * (1 - self.mix + self.mix * ratio)
+        return torch.where(batch.correct & scores.known, shaped, batch.advantages)

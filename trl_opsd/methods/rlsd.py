@@ -79,8 +79,8 @@ class TeacherWeighted(Advantage):
     def needs_scores(self) -> bool:
         return self.mix != 0.0
 
-    def __call__(self, advantages: torch.Tensor, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         if scores is None:
-            return advantages
-        ratio = (advantages.sign() * scores.delta).exp().clamp(1 - self.clip, 1 + self.clip)
-        return torch.where(scores.known, advantages * (1 - self.mix + self.mix * ratio), advantages)
+            return batch.advantages
+        ratio = (batch.advantages.sign() * scores.delta).exp().clamp(1 - self.clip, 1 + self.clip)
+        return torch.where(scores.known, batch.advantages * (1 - self.mix + self.mix * ratio), batch.advantages)

@@ -68,6 +68,6 @@ class ValueBaseline(Advantage):
 
     needs_reward: ClassVar[bool] = False
 
-    def __call__(self, advantages: torch.Tensor, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         assert scores is not None
         return scores.delta + scores.divergence

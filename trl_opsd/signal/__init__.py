@@ -4,13 +4,14 @@ from .advantage import ADVANTAGES, Advantage
 from .batch import Batch, TokenScores
 from .schedule import SCHEDULES, Schedule
 from .streams import COEFFICIENTS, Signals
-from .weighting import TOKEN_WEIGHTS, PolicyWeighting, TokenWeighting
+from .weighting import TERMS, TOKEN_WEIGHTS, PolicyWeighting, TokenWeighting
 
 
 __all__ = [
     "ADVANTAGES",
     "COEFFICIENTS",
     "SCHEDULES",
+    "TERMS",
     "TOKEN_WEIGHTS",
     "Advantage",
     "Batch",

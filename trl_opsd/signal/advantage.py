@@ -13,7 +13,8 @@ class Advantage(ABC):
     An advantage for each token, from the one that GRPO gives its rollout.
 
     It says what it needs, everything unless it says otherwise. `needs_scores` may depend on its own coefficients:
-    where it is False, it is called without scores, and costs no pass of the teacher.
+    where it is False, it is called without scores, and costs no pass of the teacher. One with a memory has
+    `state_dict` and `load_state_dict`, as a [`Schedule`] does.
     """
 
     needs_reward: ClassVar[bool] = True
@@ -24,15 +25,13 @@ class Advantage(ABC):
         return True
 
     @abstractmethod
-    def __call__(self, advantages: torch.Tensor, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         """
         The advantages.
 
         Args:
-            advantages (`torch.Tensor` of shape `(B, 1)`):
-                GRPO's, fp32.
             batch ([`Batch`]):
-                Rollouts.
+                Rollouts, with their advantages by GRPO.
             scores ([`TokenScores`], *optional*):
                 Scores of their tokens, `None` if they are not needed.
 
@@ -48,8 +47,8 @@ class GroupAdvantage(Advantage):
     def needs_scores(self) -> bool:
         return False
 
-    def __call__(self, advantages: torch.Tensor, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
-        return advantages
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+        return batch.advantages
 
 
 ADVANTAGES = {"grpo": GroupAdvantage}

@@ -1,5 +1,6 @@
 """What the parts of a method read: the rollouts of a generation batch, and the scores of their tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ import torch
 @dataclass(frozen=True)
 class Batch:
     """
-    Rollouts of this process.
+    Rollouts of this process, as many as every other has.
 
     Args:
         completion_ids (`torch.Tensor` of shape `(B, T)`):
@@ -24,6 +25,18 @@ class Batch:
         success_rate (`torch.Tensor` of shape `(B, 1)`):
             Share of correct rollouts among those of the same prompt, on all processes, fp32, NaN where there are no
             rewards.
+        advantages (`torch.Tensor` of shape `(B, 1)`):
+            GRPO's, fp32.
+        replaced (`torch.Tensor` of shape `(B, 1)`, bool):
+            Whether the completion is another than the student's own rollout of its prompt.
+        truncated (`torch.Tensor` of shape `(B, 1)`, bool):
+            Whether the completion was cut off before its end.
+        gather (`Callable[[torch.Tensor], torch.Tensor]`):
+            From a tensor of each process, at least one-dimensional and of the same shape in all, to all of them, one
+            after the other in the first dimension. All processes call it at once.
+        log (`Callable[[str, torch.Tensor, torch.Tensor], None]`):
+            Adds to the numerator and the denominator of a rate that is logged, from its name and two scalars. Every
+            process gives the same names in the same order.
     """
 
     completion_ids: torch.Tensor
@@ -32,6 +45,11 @@ class Batch:
     rewards: torch.Tensor
     correct: torch.Tensor
     success_rate: torch.Tensor
+    advantages: torch.Tensor
+    replaced: torch.Tensor
+    truncated: torch.Tensor
+    gather: Callable[[torch.Tensor], torch.Tensor]
+    log: Callable[[str, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from .advantage import Advantage, GroupAdvantage
 from .batch import Batch, TokenScores
 from .schedule import SCORED_METRICS, Schedule
-from .weighting import PolicyWeighting, TokenWeighting
+from .weighting import TERMS, PolicyWeighting, TokenWeighting
 
 
 # Of the three terms. A part's own are named after it
@@ -22,9 +22,9 @@ class Signals:
 
         Σ divergence_coef · w·D(p_S, p_T) + policy_loss_coef · GRPO(A) + likelihood_coef · v·(−log p_S)
 
-    with a weight w, an advantage A and a weight v for each token. Weights of tokens go into w and v alike. Whether a
-    token is counted in a normaliser is decided for each term: in the first by a context and by the weightings that
-    select, in the last by those alone, in GRPO's by nothing.
+    with a weight w, an advantage A and a weight v for each token. Weights of tokens go into w and v alike, unless they
+    are of one term only. Whether a token is counted in a normaliser is decided for each term: in the first by a
+    context and by the weightings that select, in the last by those alone, in GRPO's by nothing.
 
     Args:
         coefficients (`Mapping[str, float]`):
@@ -82,7 +82,10 @@ class Signals:
                 self.coefficients[name] = value
             else:
                 part, _, field = name.rpartition(".")
-                self._parts[part] = replace(self._parts[part], **{field: value})
+                changed = replace(self._parts[part], **{field: value})
+                if hasattr(changed, "state_dict"):
+                    changed.load_state_dict(self._parts[part].state_dict())
+                self._parts[part] = changed
 
     def observe(self, step: int, statistics: Mapping[str, float]) -> None:
         """Show the schedules the metrics of step number `step`."""
@@ -90,30 +93,29 @@ class Signals:
             schedule.observe(step, statistics)
 
     def state_dict(self) -> dict[str, Any]:
-        """Kinds of the schedules and what they remember, by the coefficient."""
-        return {
-            name: {"kind": type(schedule).__name__, **schedule.state_dict()}
-            for name, schedule in self.schedules.items()
-        }
+        """Kinds of schedules and of parts with a memory, and what they remember, by the coefficient or the part."""
+        return {name: {"kind": type(its).__name__, **its.state_dict()} for name, its in self._remembering().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Go on from what [`state_dict`] gave. A schedule that is new begins anew.
+        Go on from what [`state_dict`] gave. What is new begins anew.
 
         Raises:
-            ValueError: If a schedule is of another kind, whose memory means nothing to it.
+            ValueError: If something is of another kind, whose memory means nothing to it.
         """
-        for name, schedule in self.schedules.items():
+        for name, its in self._remembering().items():
             if name not in state:
                 continue
-            kind, ours = state[name].get("kind"), type(schedule).__name__
+            kind, ours = state[name].get("kind"), type(its).__name__
             if kind != ours:
                 raise ValueError(
-                    f"`schedules[{name!r}]` is of the kind {ours}, and of the kind {kind} in the checkpoint, whose "
-                    "state it cannot take up. Resume with the same schedule, or start a new run from the "
-                    "checkpoint's weights with `model`."
+                    f"`{name}` goes on as {ours}, and is a {kind} in the checkpoint, whose state it cannot take up. "
+                    "Resume with the same one, or start a new run from the checkpoint's weights with `model`."
                 )
-            schedule.load_state_dict(state[name])
+            its.load_state_dict(state[name])
+
+    def _remembering(self) -> dict[str, Any]:
+        return self.schedules | {name: part for name, part in self._parts.items() if hasattr(part, "state_dict")}
 
     def has_term(self, coefficient: str) -> bool:
         """Whether a term ever takes part in the loss."""
@@ -148,13 +150,11 @@ class Signals:
             or (is_unmeasured and watches)
         )
 
-    def streams(self, advantages: torch.Tensor, batch: Batch, scores: TokenScores | None) -> dict[str, torch.Tensor]:
+    def streams(self, batch: Batch, scores: TokenScores | None) -> dict[str, torch.Tensor]:
         """
         The streams of a generation batch.
 
         Args:
-            advantages (`torch.Tensor` of shape `(B,)`):
-                GRPO's.
             batch ([`Batch`]):
                 Rollouts.
             scores ([`TokenScores`], *optional*):
@@ -168,25 +168,24 @@ class Signals:
         Raises:
             ValueError: If a part returns another shape, or numbers that are not finite.
         """
-        mask, weights = batch.mask, torch.ones_like(batch.mask, dtype=torch.float32)
+        masks = {"divergence": batch.mask & batch.has_context, "likelihood": batch.mask}
+        weights = dict.fromkeys(TERMS, torch.ones_like(batch.mask, dtype=torch.float32))
         for part in self.weightings:
             factors = self._checked(part, part(batch, scores), batch)
-            if part.selects:
-                mask = mask & (factors != 0)
-            else:
-                weights = weights * factors
+            for term in part.terms:
+                if part.selects:
+                    masks[term] = masks[term] & (factors != 0)
+                else:
+                    weights[term] = weights[term] * factors
+        advantages = batch.advantages.squeeze(1)
         if self.coefficients["policy_loss_coef"] != 0.0:
-            shaped = self.advantage(advantages.unsqueeze(1), batch, scores if self.advantage.needs_scores else None)
+            shaped = self.advantage(batch, scores if self.advantage.needs_scores else None)
             shaped = self._checked(self.advantage, shaped, batch)
             advantages = shaped.squeeze(1) if shaped.size(1) == 1 else torch.where(batch.mask, shaped, 0.0)
-        divergence_mask = mask & batch.has_context
-        return {
-            "advantages": advantages,
-            "divergence_mask": divergence_mask,
-            "divergence_weights": weights * divergence_mask,
-            "likelihood_mask": mask,
-            "likelihood_weights": weights * mask,
-        }
+        streams = {"advantages": advantages}
+        for term in TERMS:
+            streams |= {f"{term}_mask": masks[term], f"{term}_weights": weights[term] * masks[term]}
+        return streams
 
     @staticmethod
     def _checked(part: Any, values: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -9,14 +9,19 @@ import torch
 from .batch import Batch, TokenScores
 
 
+# Of the loss, those whose tokens are weighted
+TERMS = ("divergence", "likelihood")
+
+
 class TokenWeighting(ABC):
     """
-    A factor for each token.
+    A factor for each token in `terms` of the loss, both unless it says otherwise.
 
-    One that `selects` gives 0 or 1, and what it leaves out is not counted in the normaliser either: the loss is the
-    mean over what is kept.
+    One that `selects` gives 0 or 1, and what it leaves out is not counted in the normaliser either: the term is the
+    mean over what is kept. One with a memory has `state_dict` and `load_state_dict`, as a [`Schedule`] does.
     """
 
+    terms: ClassVar[tuple[str, ...]] = TERMS
     selects: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
     needs_reward: ClassVar[bool] = False

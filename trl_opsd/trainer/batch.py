@@ -40,6 +40,8 @@ class Generation:
             Tools that the prompt of each shows.
         empty (`set[int]`, *optional*):
             Positions of completions without a token of their own.
+        replaced (`set[int]`, *optional*):
+            Positions of completions that are others than the student's own rollouts of their prompts.
         num_discarded_tokens (`int`, *optional*, defaults to `0`):
             Tokens that were sampled for completions and are in none.
         has_turns (`bool`, *optional*, defaults to `False`):
@@ -53,12 +55,17 @@ class Generation:
     feedback: list[str | None] = field(default_factory=list)
     tools: list[list[Callable[..., Any]] | None] = field(default_factory=list)
     empty: set[int] = field(default_factory=set)
+    replaced: set[int] = field(default_factory=set)
     num_discarded_tokens: int = 0
     has_turns: bool = False
 
     def num_sampled_tokens(self, model_tokens: torch.Tensor) -> torch.Tensor:
         """Tokens that were sampled, from the mask of shape `(B, T)` of those that no tool wrote."""
         return model_tokens.sum() + self.num_discarded_tokens - model_tokens[sorted(self.empty)].sum()
+
+    def is_truncated(self, position: int, end_ids: Sequence[int]) -> bool:
+        """Whether a completion was cut off before one of the tokens that end it."""
+        return position not in self.empty and self.token_ids[position][-1] not in end_ids
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,8 @@ class TeacherInputs:
 
         Returns:
             `tuple[list[list[int] | None], dict[str, torch.Tensor]]`: the teacher's prompts, `None` for rows without a
-            context, and the tensors of [`collate`] and [`reward_streams`].
+            context, and the tensors of [`collate`] and [`reward_streams`], with `replaced` and `truncated`, bool of
+            shape `(B,)`.
         """
         first = self.process_index * len(generation.rows)
         rewards = total_rewards(generation.rewards, self.reward_weights)
@@ -136,8 +144,11 @@ class TeacherInputs:
             )
         ]
         tensors = collate(prompts, student_ids, self.pad_token_id, self.pad_to_multiple_of)
-        own = slice(first, first + len(prompts))
-        return prompts, tensors | {name: values[own] for name, values in streams.items()}
+        own, positions = slice(first, first + len(prompts)), range(len(prompts))
+        tensors |= {name: values[own] for name, values in streams.items()}
+        tensors["replaced"] = torch.tensor([position in generation.replaced for position in positions])
+        tensors["truncated"] = torch.tensor([generation.is_truncated(it, self.end_ids) for it in positions])
+        return prompts, tensors
 
     def into(
         self,
@@ -256,15 +267,15 @@ def make_rollouts(
     )
     rollouts = []
     for position, (completion, ids) in enumerate(zip(generation.completions, generation.token_ids, strict=True)):
-        is_empty, is_correct = position in generation.empty, correct[first + position]
+        is_correct = correct[first + position]
         rollouts.append(
             Rollout(
                 text=_text(completion),
-                token_ids=[] if is_empty else list(ids),
+                token_ids=[] if position in generation.empty else list(ids),
                 reward=rewards[first + position],
                 correct=None if is_correct is None else bool(is_correct),
                 feedback=generation.feedback[position],
-                truncated=not is_empty and ids[-1] not in end_ids,
+                truncated=generation.is_truncated(position, end_ids),
                 index=(first + position) % num_generations,
             )
         )

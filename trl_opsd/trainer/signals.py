@@ -10,6 +10,7 @@ from ..signal import (
     ADVANTAGES,
     COEFFICIENTS,
     SCHEDULES,
+    TERMS,
     TOKEN_WEIGHTS,
     Advantage,
     Batch,
@@ -57,7 +58,7 @@ def make_streams(
     batch: dict[str, Any],
     empty_rows: Collection[int],
     score: Callable[[dict[str, Any]], TokenScores],
-    total: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    gather: Callable[[torch.Tensor], torch.Tensor],
     metrics: Metrics,
     is_sampled_by_student: bool,
 ) -> dict[str, torch.Tensor | None]:
@@ -73,10 +74,10 @@ def make_streams(
             Rows without a token of the student's.
         score (`Callable[[dict[str, Any]], TokenScores]`):
             From a batch, whose `divergence_mask` says which tokens, to their scores. Called if a part needs them.
-        total (`Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]`):
-            From counts of each process to their sums.
+        gather (`Callable[[torch.Tensor], torch.Tensor]`):
+            From a tensor of each process to those of all, one after the other in the first dimension.
         metrics ([`Metrics`]):
-            Where the share of rows that each term counts goes.
+            Where the share of rows that each term counts goes, and what the parts log.
         is_sampled_by_student (`bool`):
             Whether log-probabilities that a sampler gives are of the distribution that the loss computes.
 
@@ -94,19 +95,22 @@ def make_streams(
         rewards=batch["rewards"].unsqueeze(1),
         correct=batch["correct"].unsqueeze(1) == 1,
         success_rate=batch["success_rate"].unsqueeze(1),
+        advantages=batch["advantages"].unsqueeze(1),
+        replaced=batch["replaced"].unsqueeze(1),
+        truncated=batch["truncated"].unsqueeze(1),
+        gather=gather,
+        log=metrics.add_rate,
     )
     scores = score({**batch, "divergence_mask": mask & rollouts.has_context}) if signals.needs_scores else None
-    streams = signals.streams(batch["advantages"], rollouts, scores)
+    streams = signals.streams(rollouts, scores)
     counts: dict[str, torch.Tensor] = {}
-    for term in ("divergence", "likelihood"):
+    for term in TERMS:
         rows = streams[f"{term}_mask"].any(dim=1)
         counts |= {f"num_{term}_rows": rows.sum(), f"num_{term}_tokens": streams[f"{term}_mask"].sum()}
         if signals.coefficients[f"{term}_coef"]:
             metrics.add_rate(f"{term}_row_rate", rows.sum(), torch.ones_like(rows).sum())
-    made: dict[str, torch.Tensor | None] = {
-        **streams,
-        **total({name: count.float() for name, count in counts.items()}),
-    }
+    totals = gather(torch.stack(list(counts.values())).float().unsqueeze(0)).sum(dim=0)
+    made: dict[str, torch.Tensor | None] = {**streams, **dict(zip(counts, totals, strict=True))}
     if signals.policy_weightings:
         sampled = batch.get("sampling_per_token_logps") if is_sampled_by_student else None
         made["old_log_probs"] = batch.get("old_per_token_logps") if sampled is None else sampled

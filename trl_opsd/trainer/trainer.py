@@ -311,6 +311,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         completing = Completing(self._engines, generation.rows, prompt_ids, partial(self.sampler.turn, *asked))
         completions = completing(self.completion_source, self.args.seed, self.state.global_step)
         generation.num_discarded_tokens = completing.num_sampled - sum(map(len, completions.ids))
+        generation.replaced = completions.replaced
         for name, pair in completions.rates.items():
             self.statistics["train"].add_rate(name, *torch.tensor(pair, device=self.accelerator.device))
         return self._mark_empty_rollouts(completions.ids, completions.log_probs)[:2]
@@ -400,9 +401,9 @@ class SelfDistillationTrainer(GRPOTrainer):
                 self._metrics[mode].pop(name, None)
         self._teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics)
         self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
-        total, score = partial(self.accelerator.reduce, reduction="sum"), partial(self._score, mode=mode)
+        score, gather = partial(self._score, mode=mode), self.accelerator.gather
         comparable = self.args.sampler_is_comparable
-        return batch | make_streams(self.signals, batch, self._generation.empty, score, total, metrics, comparable)
+        return batch | make_streams(self.signals, batch, self._generation.empty, score, gather, metrics, comparable)
 
     def _score(self, batch: dict[str, Any], mode: str) -> TokenScores:
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
