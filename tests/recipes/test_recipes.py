@@ -27,6 +27,7 @@ SMALL = {
     "generation_batch_size": None,
     "max_completion_length": 16,  # a solution of these rows, with its end
     "use_vllm": False,
+    "generation_kwargs": None,  # vLLM's
     "vllm_importance_sampling_correction": False,
     "bf16": False,
     "gradient_checkpointing": False,
@@ -65,6 +66,8 @@ PAPERS = {
     "pbsd/qwen3-4b": (32 * 2, 1, 500, 0.0),
     "pbsd/qwen3-8b": (32 * 2, 1, 500, 0.0),
     "sdft/qwen2.5-7b": (32, 1, "2 epochs", 0.0),
+    "sdft/qwen2.5-3b": (32, 1, "2 epochs", 0.0),
+    "sdft/qwen2.5-14b": (32, 1, "2 epochs", 0.0),
     "sdpo/qwen3-8b": (32 * 8, 1, 100, 0.01),
     "sdpo/qwen3-8b-feedback": (1 * 8, 32, "30 epochs", 0.01),
     "sc_sdpo/qwen3-8b": (32 * 8, 1, 200, 0.01),
@@ -85,15 +88,21 @@ PAPERS = {
     "rethinking_opd/deepseek-1.5b": (64 * 4, 1, "1 epochs", 0.0),
     "stable_opd/qwen2.5-math-1.5b": (64 * 4, 1, "1 epochs", 0.0),
     "correct_only/qwen3-8b": (32, 1, 100, 0.0),
+    "correct_only/acereason-nemotron-7b": (32, 1, 100, 0.0),
+    "correct_only/deepseek-r1-distill-qwen-7b": (32, 1, 100, 0.0),
     "rlsd/qwen3-8b": (256 * 8, 1, 100, 0.0),
     "rlrt/qwen3-4b-base": (128 * 8, 2, 200, 0.01),
     "rlrt/qwen3-8b-base": (128 * 8, 2, 200, 0.01),
     "rlrt/qwen3-4b-instruct": (128 * 8, 2, 200, 0.01),
     "rlcsd/qwen3-8b": (16 * 8, 4, 400, 0.01),
     "trace/qwen3-8b": (32 * 8, 1, 300, 0.01),
+    "rlrt/qwen3-8b": (128 * 8, 2, 200, 0.01),
+    "rlrt/qwen3-8b-thinking": (128 * 8, 2, 200, 0.01),
     "vopd/qwen3-1.7b-base": (64, 1, "1 epochs", 0.0),
     "vopd/qwen3-4b-base": (64, 1, "1 epochs", 0.0),
+    "vopd/olmo-3-7b": (64, 1, "1 epochs", 0.0),
     "star/qwen2.5-1.5b": (80, 1, 500, 0.0),
+    "star/gpt-j-6b": (80, 1, 500, 0.0),
 }
 
 
