@@ -318,9 +318,12 @@ def test_without_an_exponent_sc_sdpo_is_sdpo(make_trainer):
 
 
 OF_LIKELIHOOD = ["star", "pbsd"]
+WITHOUT_A_TEACHER = ["cipo"]
 
 
-@pytest.mark.parametrize("name", sorted({*METHODS} - {*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD}))
+@pytest.mark.parametrize(
+    "name", sorted({*METHODS} - {*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD, *WITHOUT_A_TEACHER})
+)
 def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
     trainer = make_trainer(name, **WITHOUT_A_CONTEXT)
     _, gradient = gradient_of(trainer, batch_of(trainer, rows_for(trainer)))
@@ -338,7 +341,7 @@ def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
         assert all(math.isfinite(value) for value in entry.values())
         assert (entry["loss"], entry["grad_norm"], entry["skipped_steps/total"]) == (0.0, 0.0, 0.0)
         rates = [value for key, value in entry.items() if key.endswith("_row_rate")]
-        assert rates == {"rlsd": [], "rlrt": [], "sdpg": [1.0]}.get(name, [0.0])
+        assert rates == {"rlsd": [], "rlrt": [], "cipo": [], "sdpg": [1.0]}.get(name, [0.0])
     assert are_equal(weights(trainer), before)
 
 
