@@ -28,6 +28,8 @@ METHODS = {
     "correct_only": "correct_only.CorrectOnlyConfig",
     "rlsd": "rlsd.RLSDConfig",
     "rlrt": "rlrt.RLRTConfig",
+    "rlcsd": "rlcsd.RLCSDConfig",
+    "trace": "trace.TRACEConfig",
     "dasd": "dasd.DASDConfig",
     "antisd": "antisd.AntiSDConfig",
     "egrsd": "egrsd.EGRSDConfig",

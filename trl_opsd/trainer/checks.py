@@ -6,10 +6,10 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..context import NoContext, PrivilegedContext, SampledContext, check_embedded
+from ..context import MarkingContext, NoContext, PrivilegedContext, SampledContext, check_embedded
 from ..sampling.prompts import PromptSource
 from ..sampling.sources import CompletionSource
-from ..signal import Signals
+from ..signal import Advantage, Signals, TokenWeighting
 from .config import SelfDistillationConfig
 
 
@@ -304,6 +304,43 @@ def check_auxiliary_loss(args: SelfDistillationConfig, has_one: bool, coefficien
             f"`max_tokens_per_microbatch={args.max_tokens_per_microbatch}` cannot be combined with the auxiliary loss "
             f"of a mixture of experts (`router_aux_loss_coef={coefficient}`), which is a statistic of the whole "
             "micro-batch. Set `router_aux_loss_coef=0.0`, or leave `max_tokens_per_microbatch` unset."
+        )
+
+
+def check_parts_and_context(signals: Signals, context: PrivilegedContext, args: SelfDistillationConfig) -> None:
+    """
+    Refuse parts that need more of a context than it gives: prompts to contrast with, or spans.
+
+    Args:
+        signals ([`Signals`]):
+            The parts.
+        context ([`PrivilegedContext`]):
+            The context.
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+
+    Raises:
+        ValueError: Naming what is missing and the way out.
+    """
+    parts: list[Advantage | TokenWeighting] = [signals.advantage, *signals.weightings]
+    if any(part.needs_spans for part in parts) and not isinstance(context, MarkingContext):
+        raise ValueError(
+            "The method treats some spans of a rollout in another way than the rest, and "
+            f"`privileged_context={args.privileged_context!r}` marks none. Set it to 'diagnosis', or to a class with "
+            "`marks`."
+        )
+    if not any(part.needs_contrast for part in parts):
+        return
+    if not hasattr(context, "contrast_messages"):
+        raise ValueError(
+            "The method contrasts what the teacher says after several prompts, and "
+            f"`privileged_context={args.privileged_context!r}` gives one. Set it to 'peers' with "
+            "`context_kwargs={'contrast': 4}`, or to a class with `contrast_messages`."
+        )
+    if args.teacher_server_base_url is not None:
+        raise ValueError(
+            "The method contrasts what the teacher says after several prompts, and a server is asked for one. Leave "
+            "`teacher_server_base_url` unset."
         )
 
 

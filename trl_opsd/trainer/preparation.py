@@ -22,6 +22,7 @@ from .checks import (
     check_curriculum,
     check_model,
     check_number_of_rows,
+    check_parts_and_context,
     check_prompts,
     check_served_live_teacher,
     check_signals,
@@ -146,8 +147,7 @@ def prepare(
     itself = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
     completions, prompts = _make_sources(args, context, bool(reward_funcs), itself)
     check_curriculum(args, train_dataset, has_rewards, environment_factory)
-    signals = make_signals(args)
-    check_signals(signals, args, has_rewards)
+    signals = _make_signals(args, context, has_rewards)
 
     tokenizer, model_config = load_tokenizer_and_config(args, model, tokenizer)
     check_special_tokens(tokenizer, getattr(model_config.get_text_config(), "vocab_size", None))
@@ -181,6 +181,13 @@ def _make_sources(
     prompts = make_part("prompts", args.prompts, cast(dict[str, Any] | None, args.prompts_kwargs), {})
     check_prompts(args, prompts, has_reward_funcs, itself["environment_factory"])
     return completions, prompts
+
+
+def _make_signals(args: SelfDistillationConfig, context: PrivilegedContext, has_rewards: bool) -> Signals:
+    signals = make_signals(args)
+    check_signals(signals, args, has_rewards)
+    check_parts_and_context(signals, context, args)
+    return signals
 
 
 def load_tokenizer_and_config(

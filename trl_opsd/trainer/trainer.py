@@ -240,6 +240,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         args, accelerator, padding = self.args, self.accelerator, self.pad_to_multiple_of
         self.teacher_inputs = TeacherInputs(
             self.teacher_prompt,
+            self.signals,
             self.reward_weights,
             args.success_threshold,
             (*self.eos_token_ids, self._tokenizer.pad_token_id),
@@ -364,8 +365,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 0, device=self.accelerator.device)
         if self.reward_funcs:
             rewards = super()._calculate_rewards(*given)
-        if self.model.training:
-            rewards = self._exchange.rewards(rewards, self.reward_weights)
+        rewards = self._exchange.rewards(rewards, self.reward_weights) if self.model.training else rewards
         feedback = all_feedback(self._pending_extra_logs.get("feedback"), self.environments, inputs)
         tools = [self.tools] * len(inputs)
         if self.environment_factories:
@@ -408,7 +408,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _score(self, batch: dict[str, Any], mode: str) -> TokenScores:
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-        return self.loss.scores(self.model_wrapped, batch, size, self.statistics[mode])
+        return self.loss.scores(self.model_wrapped, batch, size, self.statistics[mode], self._generation.contrasts)
 
     def _count_tokens(self, model_tokens: torch.Tensor, mode: str) -> None:
         num_sampled = self.accelerator.reduce(self._generation.num_sampled_tokens(model_tokens), "sum")
