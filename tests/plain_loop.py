@@ -6,7 +6,7 @@ are summed over the whole vocabulary in float64, and autograd does the rest.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Row:
     old_log_probs: list[float] | None = None  # None: those of the student
     divergence_weights: list[float] | None = None
     likelihood_weights: list[float] | None = None
+    objective: dict[str, Any] | None = None  # of its divergence, where that is another than the method's
 
 
 def loss_and_gradient(
@@ -64,7 +65,7 @@ def loss_and_gradient(
         old = log_probs.detach() if row.old_log_probs is None else torch.tensor(row.old_log_probs)
         ratio, advantage = (log_probs - old).exp(), torch.tensor(row.advantage)
         clipped = ratio.clamp(1 - method.epsilon, 1 + method.epsilon_high)
-        entries = divergence_entries(p_s, p_t, token_ids, method)
+        entries = divergence_entries(p_s, p_t, token_ids, replace(method, **(row.objective or {})))
         divergence = entries.clamp(max=torch.inf if method.clip is None else method.clip).sum(-1)
         terms["divergence"].append(divergence * _given(row.divergence_weights, token_ids))
         terms["policy"].append(-torch.min(ratio * advantage, clipped * advantage))

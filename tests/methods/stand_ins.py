@@ -92,6 +92,16 @@ def better_than_before(seen: Seen) -> dict[str, Any]:
     return {"likelihood_weights": [sign * slope.item()] * len(seen.token_ids)}
 
 
+def ten_times_what_the_teacher_wrote(seen: Seen) -> dict[str, Any]:
+    [position] = [position for position, one in enumerate(seen.batch) if one is seen]
+    if position % 2 == 0:
+        return {}
+    return {
+        "divergence_weights": [10.0] * len(seen.token_ids),
+        "objective": {"divergence": "forward_kl", "support": "teacher_top_k"},
+    }
+
+
 @dataclass(frozen=True)
 class StandIn:
     """
@@ -119,6 +129,13 @@ STAND_INS = {
         plain_loop.Method(divergence_coef=0.0, likelihood_coef=1.0, loss_type="luspo", temperature=1.1),
         better_than_before,
         metrics=("likelihood_row_rate", "preference/loss", "preference/pair_rate", "completions/off_policy_rate"),
+    ),
+    "brts": StandIn(
+        plain_loop.Method("reverse_kl", support="student_top_k", top_k=16, loss_type="dapo"),
+        ten_times_what_the_teacher_wrote,
+        {"teacher": "initial", "privileged_context": "solution", "completions_kwargs": {"num_candidates": 2}},
+        has_reward=True,
+        metrics=("distillation_loss", "replaced_distillation_loss", "completions/tier_1_rate"),
     ),
     "sdft": StandIn(plain_loop.Method("forward_kl"), after_three),
     "sdpo": StandIn(

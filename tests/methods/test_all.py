@@ -2,6 +2,7 @@
 
 import math
 
+import plain_loop
 import pytest
 import torch
 from methods.stand_ins import GROUPS, STAND_INS, Sampler, Seen, begins_with_r, feedback_on
@@ -198,6 +199,9 @@ def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
     if name == "pbsd":
         by_teacher = sampler([trainer.teacher_prompt.token_ids(row, None) for row in rows[1::2]])
         completions = [ids for pair in zip(sampler(prompts[::2]), by_teacher, strict=True) for ids in pair]
+    if name == "brts":
+        by_teacher = best_of_two(trainer, sampler, rows[1::2], prompts[1::2], sampled_by)
+        completions = [ids for pair in zip(sampler(prompts[::2]), by_teacher, strict=True) for ids in pair]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
     rewards = [float(text.startswith("R")) for text in texts]
     advantages = grpo_advantages(rewards, trainer.args.num_generations)
@@ -223,6 +227,29 @@ def again(trainer, sampler, row, ids):
         return ids
     [retry] = sampler([trainer.teacher_prompt.token_ids(row, None)])
     return retry if sampler.tokenizer.decode(retry).startswith("R") else ids
+
+
+def best_of_two(trainer, sampler, rows, prompts, student):
+    """What the teacher writes for some rows, by tier."""
+
+    def is_right(ids):
+        return sampler.tokenizer.decode(ids).startswith("R")
+
+    written = sampler([trainer.teacher_prompt.token_ids(row, None) for row in rows for _ in range(2)])
+    chosen = []
+    for prompt, *pair in zip(prompts, written[::2], written[1::2], strict=True):
+        near = []
+        for ids in pair:
+            likely = plain_loop.top_k_mask(probabilities(student, prompt, ids, 1.0), 16)
+            near.append(likely.gather(1, torch.tensor(ids)[:, None]).float().mean().item())
+        one, other = ((is_right(ids), share) for ids, share in zip(pair, near, strict=True))
+        chosen.append(pair[1] if other > one else pair[0])
+    wrong = [index for index, ids in enumerate(chosen) if not is_right(ids)]
+    told = trainer.teacher_prompt.reading(trainer.completion_source.context)
+    guided = sampler([told.token_ids(rows[index], None) for index in wrong])
+    for index, ids in zip(wrong, guided, strict=True):
+        chosen[index] = ids if is_right(ids) else chosen[index]
+    return chosen
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -302,7 +329,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
 
 
 # The others learn from what is wrong
-@pytest.mark.parametrize("name", [name for name in REWARDED if name not in ("mopd", "dasd", "antisd")])
+@pytest.mark.parametrize("name", [name for name in REWARDED if name not in ("mopd", "dasd", "antisd", "brts")])
 def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
     sampler.patterns = ("WWWW",)
     sampler.num_letters = lambda number: 1  # about which there is no feedback

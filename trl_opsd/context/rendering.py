@@ -1,7 +1,7 @@
 """From messages to the token ids the teacher reads."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accelerate import PartialState
@@ -69,6 +69,10 @@ class TeacherPrompt:
             self.tokenizer(prefix, add_special_tokens=False)["input_ids"]
             for prefix in (self.generation_prefix, self.chat_prefix + self.generation_prefix)
         )
+
+    def reading(self, context: PrivilegedContext) -> "TeacherPrompt":
+        """The same with another context, of which prompts over budget are skipped."""
+        return replace(self, context=context, skip_overlong=True)
 
     def token_ids(
         self,

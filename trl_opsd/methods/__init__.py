@@ -17,6 +17,7 @@ METHODS = {
     "opsd": "opsd.OPSDConfig",
     "opsdc": "opsdc.OPSDCConfig",
     "pbsd": "pbsd.PBSDConfig",
+    "brts": "brts.BRTSConfig",
     "sdft": "sdft.SDFTConfig",
     "sdpo": "sdpo.SDPOConfig",
     "mopd": "mopd.MOPDConfig",

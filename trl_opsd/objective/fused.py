@@ -8,6 +8,7 @@ left.
 
 import logging
 import math
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -189,21 +190,46 @@ def token_log_probs(
     plan = _Plan.make(hidden, head.weight, 1, memory_budget, kernel, head_gradient_bytes=0)
     finish = _detached(head, plan.wide)
     outputs = torch.empty(2, hidden.size(0), dtype=plan.wide, device=hidden.device)
-    block = empty_block(plan.blocks.block_rows, head.weight.size(0), plan.wide, hidden.device)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        for rows in _slices(hidden.size(0), plan.blocks.block_rows):
-            project(hidden[rows].to(plan.dtype), head.weight, block[: rows.stop - rows.start], plan.dtype)
-            for part in _slices(rows.stop - rows.start, plan.blocks.slice_rows):
-                place = slice(rows.start + part.start, rows.start + part.stop)
-                if plan.kernel == "triton":
-                    from .triton_kernel import triton_token_log_probs
+    for place, products in _products(hidden, head, plan):
+        if plan.kernel == "triton":
+            from .triton_kernel import triton_token_log_probs
 
-                    results = triton_token_log_probs(block[part], finish, token_ids[place], temperature)
-                else:
-                    log_p, _, entropy = softmax(finish.logits(block[part]), temperature)
-                    results = log_p.gather(1, token_ids[place].unsqueeze(1)).squeeze(1), entropy
-                outputs[:, place] = torch.stack(results)
+            results = triton_token_log_probs(products, finish, token_ids[place], temperature)
+        else:
+            log_p, _, entropy = softmax(finish.logits(products), temperature)
+            results = log_p.gather(1, token_ids[place].unsqueeze(1)).squeeze(1), entropy
+        outputs[:, place] = torch.stack(results)
     return outputs[0], outputs[1]
+
+
+def tokens_in_top_k(
+    hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, k: int, memory_budget: float | None = None
+) -> torch.Tensor:
+    """
+    Whether tokens are among the k most probable ones, without a gradient.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`):
+            Hidden states, row n predicting token n.
+        head ([`Head`]):
+            Head, with V rows.
+        token_ids (`torch.Tensor` of shape `(N,)`):
+            Tokens, int64.
+        k (`int`):
+            Fewer than so many tokens are more probable.
+        memory_budget (`float`, *optional*):
+            See [`fused_divergence`].
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, bool.
+    """
+    plan = _Plan.make(hidden, head.weight, 1, memory_budget, "eager", head_gradient_bytes=0)
+    finish = _detached(head, plan.wide)
+    found = torch.empty(hidden.size(0), dtype=torch.bool, device=hidden.device)
+    for place, products in _products(hidden, head, plan):
+        logits = finish.logits(products)
+        found[place] = (logits > logits.gather(1, token_ids[place].unsqueeze(1))).sum(dim=1) < k
+    return found
 
 
 class _Plan(NamedTuple):
@@ -251,6 +277,17 @@ def _log_once(kernel: str, memory_budget: int, device: str, vocabulary: int) -> 
         kernel,
         memory_budget,
     )
+
+
+@torch.no_grad()
+def _products(hidden: torch.Tensor, head: Head, plan: _Plan) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Products of the head, slice by slice, which are good until the next one."""
+    block = empty_block(plan.blocks.block_rows, head.weight.size(0), plan.wide, hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows in _slices(hidden.size(0), plan.blocks.block_rows):
+            project(hidden[rows].to(plan.dtype), head.weight, block[: rows.stop - rows.start], plan.dtype)
+            for part in _slices(rows.stop - rows.start, plan.blocks.slice_rows):
+                yield slice(rows.start + part.start, rows.start + part.stop), block[part]
 
 
 def _slices(number: int, size: int) -> list[slice]:

@@ -1,5 +1,6 @@
 """Weights of tokens in the divergence and the likelihood term."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -79,6 +80,27 @@ class SkipFirst(TokenWeighting):
         return torch.arange(batch.mask.size(1), device=batch.mask.device) >= self.num_tokens
 
 
+@dataclass(frozen=True)
+class Replaced(TokenWeighting):
+    """
+    Weighs completions that took the place of rollouts, as [BRTS](https://huggingface.co/papers/2605.09725) does.
+
+    Args:
+        weight (`float`):
+            Their factor.
+    """
+
+    weight: float
+    needs_replaced: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.weight < math.inf:
+            raise ValueError(f"`weight` must not be negative or infinite, got {self.weight}.")
+
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+        return torch.where(batch.replaced, self.weight, 1.0)
+
+
 class PolicyWeighting(ABC):
     """A factor for each token that depends on the policy as it is in the loss. It is called for each pass."""
 
@@ -120,4 +142,9 @@ class ImportanceClip(PolicyWeighting):
         return log_ratio.clamp(-20.0, 20.0).exp().clamp(max=self.most)
 
 
-TOKEN_WEIGHTS = {"correct_only": CorrectOnly, "skip_first": SkipFirst, "importance_clip": ImportanceClip}
+TOKEN_WEIGHTS = {
+    "correct_only": CorrectOnly,
+    "skip_first": SkipFirst,
+    "replaced": Replaced,
+    "importance_clip": ImportanceClip,
+}

@@ -96,6 +96,8 @@ class SelfDistillationLoss:
             Student and teacher.
         objective ([`Objective`]):
             Which divergence, over which tokens.
+        replaced_objective ([`Objective`], *optional*):
+            That of completions that took the place of rollouts, if it is another.
         signals ([`Signals`]):
             Coefficients of the terms, and weights of tokens that depend on the policy as it is in the loss.
     """
@@ -106,12 +108,13 @@ class SelfDistillationLoss:
         accelerator: Accelerator,
         networks: Networks,
         objective: Objective,
+        replaced_objective: Objective | None,
         signals: Signals,
     ):
         self.networks = networks
         self._args = args
         self._accelerator = accelerator
-        self._objective = objective
+        self._objective, self._replaced_objective = objective, replaced_objective
         self._signals = signals
         self._is_deepspeed = accelerator.state.deepspeed_plugin is not None
 
@@ -180,7 +183,7 @@ class SelfDistillationLoss:
                 Whether the sampler's log-probabilities, if there are any, are compared with the student's.
         """
         if self._signals.coefficients["divergence_coef"]:
-            self._add_divergence(metrics, result.divergence)
+            self._add_divergence(metrics, result.divergence, result.passes)
             if compares_sampler and "sampling_per_token_logps" in result.passes[0]:
                 sampled = [rows["sampling_per_token_logps"][rows["divergence_mask"].bool()] for rows in result.passes]
                 add_sampler_difference(metrics, result.divergence.student_log_prob, torch.cat(sampled))
@@ -188,8 +191,14 @@ class SelfDistillationLoss:
             number = result.likelihood.new_tensor(len(result.likelihood))
             metrics.add_rate("likelihood_loss", result.likelihood.sum(), number)
 
-    def _add_divergence(self, metrics: Metrics, output: FusedDivergence) -> None:
+    def _add_divergence(self, metrics: Metrics, output: FusedDivergence, passes: Sequence[dict[str, Any]]) -> None:
         knows_entropy, clips = self.networks.teacher.knows_entropy, self._args.divergence_clip is not None
+        if self._replaced_objective is not None:
+            # Two divergences have no mean
+            replaced = torch.cat([_replaced(rows)[rows["divergence_mask"].bool()] for rows in passes])
+            finite = output.finite.bool() & replaced
+            metrics.add_rate("replaced_distillation_loss", output.divergence[finite].sum(), finite.sum())
+            output = FusedDivergence(output.loss, *(values[~replaced] for values in output[1:]))
         add_divergence(metrics, output, knows_entropy, clips)
 
     @torch.no_grad()
@@ -218,19 +227,20 @@ class SelfDistillationLoss:
             "student_mask": tokens,
             "row": torch.arange(len(tokens), device=tokens.device),
         }
-        found, outputs = torch.zeros(6, *tokens.shape, device=tokens.device), []
+        found, outputs, passes = torch.zeros(6, *tokens.shape, device=tokens.device), [], []
         for some in torch.arange(len(tokens)).split(batch_size):
             for rows in self.networks.passes(rows_of(inputs, some.tolist())):
                 targets = self.networks.targets(model, rows)
                 with evaluation_mode(self._accelerator.unwrap_model(model)):
                     output = self.networks.within(model, self._student_loss, rows, targets, None).divergence
                 outputs.append(output)
+                passes.append(rows)
                 mask = rows["divergence_mask"].bool()
                 for place, name in zip(found, ("finite", *_SCORES), strict=True):
                     values = getattr(output, name).to(place).where(output.finite.bool(), 0.0)
                     place.index_add_(0, rows["row"], torch.zeros_like(place[: len(mask)]).masked_scatter(mask, values))
         if not self._signals.coefficients["divergence_coef"]:
-            self._add_divergence(metrics, _joined(outputs))
+            self._add_divergence(metrics, _joined(outputs), passes)
         return TokenScores(found[0].bool(), *found[1:])
 
     def _with_factors(
@@ -299,9 +309,10 @@ class SelfDistillationLoss:
                 targets = teacher_states.to(device), None if teacher_head is None else unsharded(teacher_head)
             read = partial(self.networks.log_probs_of, hidden, student_head, token_ids, selected)
             factors = self._factors(rows, selected, read, policy)
-            groups = self._groups(rows["divergence_mask"].bool()[selected], targets, factors.likelihood is not None)
+            inside = rows["divergence_mask"].bool()[selected]
+            groups = self._groups(inside, _replaced(rows)[selected], targets, factors.likelihood is not None)
             loss, log_probs, outputs = factors.policy_value, torch.zeros(len(hidden), device=device), []
-            for tokens, states, head in groups:
+            for tokens, states, head, objective in groups:
                 of_these = partial(_at, tokens)
                 output = fused_divergence(
                     of_these(hidden),
@@ -310,7 +321,7 @@ class SelfDistillationLoss:
                     head,
                     of_these(token_ids),
                     of_these(factors.divergence),
-                    self._objective,
+                    objective,
                     likelihood_weights=None if factors.likelihood is None else of_these(factors.likelihood),
                     memory_budget=self._args.divergence_memory,
                     kernel=self._args.divergence_kernel,
@@ -323,17 +334,33 @@ class SelfDistillationLoss:
                 outputs.append(output)
             if factors.policy is not None:  # its likelihood is there for the gradient
                 loss = loss + (factors.policy * log_probs).sum()
-            divergence = _none_of(outputs[0]) if targets[0] is None else outputs[0]
+            divergence = _none_of(outputs[0]) if targets[0] is None else _in_order(outputs, groups, inside)
             return PassLoss(loss, divergence, -log_probs[rows["likelihood_mask"].bool()[selected]])
 
-    @staticmethod
     def _groups(
-        inside: torch.Tensor, targets: tuple[torch.Tensor | TopLogProbs | None, Head | None], counts_others: bool
-    ) -> list[tuple[torch.Tensor | None, torch.Tensor | TopLogProbs | None, Head | None]]:
-        """The tokens of each call of the fused loss, `None` for all, and their targets."""
-        if targets[0] is None or not counts_others or inside.all():
-            return [(None, *targets)]
-        return [(inside, *targets), (~inside, None, None)]  # of the others nothing but their likelihood counts
+        self,
+        inside: torch.Tensor,
+        replaced: torch.Tensor,
+        targets: tuple[torch.Tensor | TopLogProbs | None, Head | None],
+        counts_others: bool,
+    ) -> list["_Group"]:
+        """The tokens of each call of the fused loss, `None` for all, with their targets and their objective."""
+        own, other = self._objective, self._replaced_objective
+        states, head = targets
+        if states is None:
+            return [_Group(None, None, None, own)]
+        if other is not None and (replaced & inside).any():
+            assert isinstance(states, torch.Tensor)  # no server's
+            groups = [
+                _Group(inside & some, states[some[inside]], head, objective)
+                for some, objective in ((~replaced, own), (replaced, other))
+            ]
+        elif not counts_others or inside.all():
+            return [_Group(None, states, head, own)]
+        else:
+            groups = [_Group(inside, states, head, own)]
+        # Of the others nothing but their likelihood counts
+        return groups + ([_Group(~inside, None, None, own)] if counts_others and not inside.all() else [])
 
     def _factors(
         self,
@@ -354,6 +381,13 @@ class SelfDistillationLoss:
         elif self._signals.coefficients["likelihood_coef"] == 0.0:
             likelihood = None
         return _Factors(divergence[selected], None if likelihood is None else likelihood[selected], slope, value)
+
+
+class _Group(NamedTuple):
+    tokens: torch.Tensor | None
+    states: torch.Tensor | TopLogProbs | None
+    head: Head | None
+    objective: Objective
 
 
 class _Factors(NamedTuple):
@@ -396,11 +430,27 @@ def make_loss(
     )
     if accelerator.state.deepspeed_plugin is None and getattr(accelerator.state, "fsdp_plugin", None) is None:
         networks.check_logits(policy)  # sharded models run only wrapped
-    return SelfDistillationLoss(args, accelerator, networks, args.objective(), signals)
+    objectives = args.objective(), args.replaced_objective()
+    return SelfDistillationLoss(args, accelerator, networks, *objectives, signals)
 
 
 def _at(tokens: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
     return values if tokens is None else values[tokens]
+
+
+def _replaced(rows: dict[str, Any]) -> torch.Tensor:
+    """The tokens of completions that took the place of rollouts."""
+    return rows["replaced"].unsqueeze(1).expand_as(rows["completion_mask"])
+
+
+def _in_order(outputs: Sequence[FusedDivergence], groups: Sequence[_Group], inside: torch.Tensor) -> FusedDivergence:
+    """What the groups with targets say of their tokens, in the order of these."""
+    given = [(output, group) for output, group in zip(outputs, groups, strict=True) if group.states is not None]
+    if len(given) == 1:
+        return given[0][0]
+    places = torch.cat([cast(torch.Tensor, group.tokens)[inside].nonzero().flatten() for _, group in given])
+    together = _joined([output for output, _ in given])
+    return FusedDivergence(together.loss, *(values[places.argsort()] for values in together[1:]))
 
 
 def _none_of(output: FusedDivergence) -> FusedDivergence:

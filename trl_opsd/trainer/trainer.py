@@ -205,9 +205,6 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _prepare_sampling(self) -> None:
         args, tokenizer = self.args, self._tokenizer
         self.teacher_prompt.chat_template = self.chat_template
-        if self.use_vllm and self.completion_source.samples_teacher:
-            for name, value in teacher_settings(args, tokenizer, self.eos_token_ids).items():
-                setattr(self, name, value)
         self.sampler = PolicySampler(
             args,
             self.accelerator,
@@ -219,12 +216,16 @@ class SelfDistillationTrainer(GRPOTrainer):
             generation_kwargs=None if self.use_vllm else self.generation_kwargs,
             end_token_ids=self.eos_token_ids,
             where=lambda: (self.state.global_step, self.model.training),
+            teacher_settings=teacher_settings(args, self.completion_source, tokenizer, self.eos_token_ids),
         )
+        batching = tokenizer.pad_token_id, args.per_device_train_batch_size
         known = self._unlogged_rewards, tokenizer, self.reward_weights, args.success_threshold
         self._engines = Engines(
             sample=lambda prompts: self.sampler.turn(prompts, None, {}, 1),  # groups are broken up
             sample_teacher=lambda prompts: self.sampler.sample_teacher(prompts, self.teacher),
             teacher_prompt=lambda row: self.teacher_prompt.token_ids(row, None),
+            prompt_with=lambda row, context: self.teacher_prompt.reading(context).token_ids(row, None),
+            share_in_top_k=lambda *asked: self.loss.networks.share_in_top_k(self.model_wrapped, asked, *batching),
             encode=partial(encoded, tokenizer, self.eos_token_ids[0], self.max_completion_length),
             grade=partial(graded, *known, self.accelerator.process_index),
             process_index=self.accelerator.process_index,
