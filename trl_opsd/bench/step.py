@@ -315,7 +315,7 @@ def method(case: StepCase, name: str) -> Contender:
     args = config_class(name)(**_arguments(case), num_generations=case.num_generations)
     shared = _shared(case)
     rows = shared["train_dataset"]
-    for column in ("solution", "answer"):
+    for column in ("solution", "answer", "english"):
         rows = rows.add_column(column, rows["privileged_context"])
     shared["train_dataset"] = rows
     trainer = SelfDistillationTrainer(case.model, [_every_other], args=args, **shared)
