@@ -196,6 +196,7 @@ PASSES = {
     "opsd": (1, 1),
     "opsdc": (1, 1),
     "pbsd": (1, 2),
+    "brts": (1, 3),  # of 8 completions of the teacher's, two passes choose
     "sdft": (1, 1),
     "sdpo": (1, 1),
     "sc_sdpo": (1, 1),

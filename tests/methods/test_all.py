@@ -249,8 +249,8 @@ def best_of_two(trainer, sampler, rows, prompts, student):
         one, other = ((is_right(ids), share) for ids, share in zip(pair, near, strict=True))
         chosen.append(pair[1] if other > one else pair[0])
     wrong = [index for index, ids in enumerate(chosen) if not is_right(ids)]
-    told = trainer.teacher_prompt.reading(trainer.completion_source.context)
-    guided = sampler([told.token_ids(rows[index], None) for index in wrong])
+    told = trainer.completion_source.context
+    guided = sampler([trainer.teacher_prompt.before_rollouts(rows[index], told) for index in wrong])
     for index, ids in zip(wrong, guided, strict=True):
         chosen[index] = ids if is_right(ids) else chosen[index]
     return chosen

@@ -70,9 +70,18 @@ class TeacherPrompt:
             for prefix in (self.generation_prefix, self.chat_prefix + self.generation_prefix)
         )
 
-    def reading(self, context: PrivilegedContext) -> "TeacherPrompt":
-        """The same with another context, of which prompts over budget are skipped."""
-        return replace(self, context=context, skip_overlong=True)
+    def before_rollouts(self, row: Mapping[str, Any], context: PrivilegedContext | None = None) -> list[int] | None:
+        """
+        Token ids of the prompt of a row that has no rollouts yet.
+
+        Args:
+            row (`Mapping[str, Any]`):
+                Dataset row.
+            context ([`PrivilegedContext`], *optional*):
+                What the teacher reads for once. Its prompt is skipped if it is over budget.
+        """
+        reading = self if context is None else replace(self, context=context, skip_overlong=True)
+        return reading.token_ids(row, None)
 
     def token_ids(
         self,

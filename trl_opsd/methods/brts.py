@@ -101,9 +101,10 @@ class BestOfTeacher(CompletionSource):
             Probability of the tokens that it samples from.
         top_k (`int`, *optional*, defaults to `16`):
             Number of tokens that are near.
+        column (`str`, *optional*, defaults to `"answer"`):
+            Dataset column with the answer.
         template (`str`, *optional*):
-            Text of the last user turn that tells the answer, with the placeholders `{prompt}` and those of dataset
-            columns.
+            Text of the last user turn that tells it, with the placeholders `{prompt}` and `{<column>}`.
 
     Raises:
         ValueError: If a number is out of range, or the template is malformed.
@@ -120,12 +121,14 @@ class BestOfTeacher(CompletionSource):
         temperature: float = 0.7,
         top_p: float = 0.95,
         top_k: int = 16,
-        template: str = _GUIDED,
+        column: str = "answer",
+        template: str | None = None,
     ):
         if num_candidates < 1 or top_k < 1:
             raise ValueError(f"`num_candidates` and `top_k` must be at least 1, got {num_candidates} and {top_k}.")
         self.num_candidates, self.top_k = num_candidates, top_k
         self.teacher_sampling: Mapping[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": 0}
+        template = _GUIDED.replace("{answer}", f"{{{column}}}") if template is None else template
         self.context = TemplateContext(template) if guided else None
         self.columns = () if self.context is None else self.context.columns
 

@@ -146,8 +146,9 @@ class Networks:
     def share_in_top_k(
         self,
         model: nn.Module,
-        asked: tuple[Sequence[list[int]], Sequence[list[int]], int],
-        pad_token_id: int,
+        prompt_ids: Sequence[list[int]],
+        completion_ids: Sequence[list[int]],
+        k: int,
         batch_size: int,
     ) -> list[float]:
         """
@@ -157,24 +158,25 @@ class Networks:
         Args:
             model (`nn.Module`):
                 Any model, possibly wrapped.
-            asked (`tuple[Sequence[list[int]], Sequence[list[int]], int]`):
-                Prompts, completions and k.
-            pad_token_id (`int`):
-                Token to pad with.
+            prompt_ids (`Sequence[list[int]]`):
+                Prompts.
+            completion_ids (`Sequence[list[int]]`):
+                Completions.
+            k (`int`):
+                Number of tokens.
             batch_size (`int`):
                 Rows that go through the network at once.
 
         Returns:
             `list[float]`: for each completion, 0 for an empty one.
         """
-        prompt_ids, completion_ids, k = asked
         shares: list[float] = []
         device = self._accelerator.device
         for start in range(0, len(prompt_ids), batch_size):
             ids, masks = [], []
             for some, side in ((prompt_ids, "left"), (completion_ids, "right")):
                 rows = [torch.tensor(one, dtype=torch.int64) for one in some[start : start + batch_size]]
-                ids.append(pad(rows, pad_token_id, side).to(device))
+                ids.append(pad(rows, 0, side).to(device))
                 masks.append(pad([torch.ones_like(one) for one in rows], 0, side).to(device))
             with evaluation_mode(self._accelerator.unwrap_model(model)):
                 given = torch.cat(ids, dim=1), torch.cat(masks, dim=1), masks[1].bool()

@@ -22,9 +22,7 @@ class Engines:
         sample_teacher (`Callable`):
             From prompts to the teacher's completions: token ids.
         teacher_prompt (`Callable`):
-            From a row to what the teacher reads, `None` without a context.
-        prompt_with (`Callable`):
-            From a row and another context to the same.
+            From a row, and another context if it is one, to what the teacher reads, `None` without a context.
         share_in_top_k (`Callable`):
             From prompts, completions and k to the share of their tokens that are among the student's k likeliest.
         encode (`Callable`):
@@ -39,8 +37,7 @@ class Engines:
 
     sample: Callable[[list[list[int]]], tuple[list[list[int]], Any]]
     sample_teacher: Callable[[list[list[int]]], list[list[int]]]
-    teacher_prompt: Callable[[Mapping[str, Any]], list[int] | None]
-    prompt_with: Callable[[Mapping[str, Any], PrivilegedContext], list[int] | None]
+    teacher_prompt: Callable[[Mapping[str, Any], PrivilegedContext | None], list[int] | None]
     share_in_top_k: Callable[[list[list[int]], list[list[int]], int], list[float]]
     encode: Callable[[Any], list[int]]
     grade: Callable[[list[Mapping[str, Any]], list[list[int]], list[list[int]]], list[bool | None]]
@@ -102,8 +99,8 @@ class Completing:
                 some_rollouts=lambda rows: self._sample([self._prompt_ids[row] for row in rows]),
                 sample=lambda prompts: self._sample(prompts).ids,
                 sample_teacher=lambda prompts: self._sample(prompts, by_teacher=True).ids,
-                teacher_prompt=lambda row: self._engines.teacher_prompt(self._rows[row]),
-                prompt_with=lambda row, context: self._engines.prompt_with(self._rows[row], context),
+                teacher_prompt=lambda row: self._engines.teacher_prompt(self._rows[row], None),
+                prompt_with=lambda row, context: self._engines.teacher_prompt(self._rows[row], context),
                 share_in_top_k=self._share_in_top_k,
                 encode=self._engines.encode,
                 grade=self._grade,

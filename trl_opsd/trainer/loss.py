@@ -243,6 +243,13 @@ class SelfDistillationLoss:
             self._add_divergence(metrics, _joined(outputs), passes)
         return TokenScores(found[0].bool(), *found[1:])
 
+    def share_in_top_k(
+        self, model: nn.Module, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], k: int
+    ) -> list[float]:
+        """See [`~trl_opsd.scoring.Networks.share_in_top_k`]."""
+        size = self._args.per_device_train_batch_size
+        return self.networks.share_in_top_k(model, prompt_ids, completion_ids, k, size)
+
     def _with_factors(
         self,
         inputs: dict[str, Any],

@@ -219,23 +219,19 @@ class SelfDistillationTrainer(GRPOTrainer):
             where=lambda: (self.state.global_step, self.model.training),
             teacher_settings=teacher_settings(args, self.completion_source, tokenizer, self.eos_token_ids),
         )
-        batching = tokenizer.pad_token_id, args.per_device_train_batch_size
         known = self._unlogged_rewards, tokenizer, self.reward_weights, args.success_threshold
         self._engines = Engines(
             sample=lambda prompts: self.sampler.turn(prompts, None, {}, 1),  # groups are broken up
             sample_teacher=lambda prompts: self.sampler.sample_teacher(prompts, self.teacher),
-            teacher_prompt=lambda row: self.teacher_prompt.token_ids(row, None),
-            prompt_with=lambda row, context: self.teacher_prompt.reading(context).token_ids(row, None),
-            share_in_top_k=lambda *asked: self.loss.networks.share_in_top_k(self.model_wrapped, asked, *batching),
+            teacher_prompt=self.teacher_prompt.before_rollouts,
+            share_in_top_k=lambda *asked: self.loss.share_in_top_k(self.model_wrapped, *asked),
             encode=partial(encoded, tokenizer, self.eos_token_ids[0], self.max_completion_length),
             grade=partial(graded, *known, self.accelerator.process_index),
             process_index=self.accelerator.process_index,
             gather=gather_object,
         )
-        dataset = None if self.environment_factories else self.train_dataset
-        self.context_length = self.sampler.prepare(
-            tokenizer, dataset, self.tokenize_prompts, self.rollout_func is None
-        )
+        asked = tokenizer, None if self.environment_factories else self.train_dataset, self.tokenize_prompts
+        self.context_length = self.sampler.prepare(*asked, reports_failures=self.rollout_func is None)
 
     def _prepare_loss(self, run: Prepared, adapter_starts_at_zero: bool) -> None:
         args, accelerator, padding = self.args, self.accelerator, self.pad_to_multiple_of
