@@ -212,6 +212,7 @@ PASSES = {
     "cl_egrsd": (1, 2),
     "msd": (1, 1),
     "sdpg": (1, 2),  # teacher and reference
+    "rethinking_opd": (1, 1),
     "vopd": (1, 2),
     "star": (1, 0),
 }

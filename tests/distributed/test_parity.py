@@ -129,7 +129,7 @@ METHODS = [
     job("star", "full", max_steps=4, top_k=1),
     job("cl_egrsd", "full", max_steps=4, advantage_kwargs={"lookahead": 3, "warmup_steps": 1}),
     job("msd", "full", max_steps=4, context_kwargs={"template": "{prompt} {solution}"}),
-    job("sdpg", "full", max_steps=4, rows=8, num_generations=4, divergence_coef=0.5, warmup_steps=0),
+    job("sdpg", "lora", max_steps=4, rows=8, num_generations=4, divergence_coef=0.5, beta=0.1, warmup_steps=0),
     job("vopd", "full", max_steps=4),
 ]
 OFFLOADED = job("opsd", "full", name="offloaded", max_steps=4, teacher_offload=True)

@@ -284,6 +284,10 @@ STAND_INS = {
         has_live_teacher=True,
         metrics=(*SHAPED, "divergence_row_rate", "positive_advantage_rate"),
     ),
+    "rethinking_opd": StandIn(
+        plain_loop.Method("reverse_kl", support="student_top_k", top_k=16, tail="renormalize", loss_type="dapo"),
+        settings=GROUPS,
+    ),
     "vopd": StandIn(plain_loop.Method(**GRPO), with_a_baseline, metrics=SHAPED),
     "star": StandIn(
         plain_loop.Method(divergence_coef=0.0, likelihood_coef=1.0),

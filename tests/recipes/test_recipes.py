@@ -81,6 +81,7 @@ PAPERS = {
     "cl_egrsd/qwen3-8b": (32, 1, 100, 0.0),
     "msd/qwen3-8b": (32, 1, "1 epochs", 0.0),
     "sdpg/qwen3-1.7b": (32 * 8, 8, 3200, 0.1),
+    "rethinking_opd/deepseek-1.5b": (64 * 4, 1, "1 epochs", 0.0),
     "correct_only/qwen3-8b": (32, 1, 100, 0.0),
     "rlsd/qwen3-8b": (256 * 8, 1, 100, 0.0),
     "rlrt/qwen3-4b-base": (128 * 8, 2, 200, 0.01),

@@ -33,6 +33,7 @@ METHODS = {
     "cl_egrsd": "cl_egrsd.CLEGRSDConfig",
     "msd": "msd.MSDConfig",
     "sdpg": "sdpg.SDPGConfig",
+    "rethinking_opd": "rethinking_opd.RethinkingOPDConfig",
     "vopd": "vopd.VOPDConfig",
     "star": "star.STaRConfig",
 }

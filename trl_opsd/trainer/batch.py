@@ -60,6 +60,21 @@ class Generation:
     num_discarded_tokens: int = 0
     has_turns: bool = False
 
+    def finish(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        prompts: Sequence[Any],
+        completions: list[Any],
+        token_ids: list[list[int]],
+        rewards: torch.Tensor,
+        feedback: list[str | None],
+        tools: list[list[Callable[..., Any]] | None],
+    ) -> None:
+        """Note what became of the rows, whose prompts the model has read as `prompts`."""
+        self.rows = [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
+        self.completions, self.token_ids, self.rewards = completions, token_ids, rewards
+        self.feedback, self.tools = feedback, tools
+
     def num_sampled_tokens(self, model_tokens: torch.Tensor) -> torch.Tensor:
         """Tokens that were sampled, from the mask of shape `(B, T)` of those that no tool wrote."""
         return model_tokens.sum() + self.num_discarded_tokens - model_tokens[sorted(self.empty)].sum()

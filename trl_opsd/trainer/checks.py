@@ -308,22 +308,7 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
                 f"`policy_loss_coef={args.policy_loss_coef}` needs `reward_funcs`. Pass some, or set it to 0."
             )
     if args.teacher_server_base_url is not None:
-        if signals.has_term("policy_loss_coef") and signals.advantage.needs_teacher_entropy:
-            raise ValueError(
-                f"`advantage` names {type(signals.advantage).__name__}, which reads the teacher's entropy, which a "
-                "teacher on a server does not tell. Leave `teacher_server_base_url` unset."
-            )
-        for part in signals.teacher_weightings:
-            raise ValueError(
-                f"`token_weights` has {type(part).__name__}, which reads the distribution of the teacher, which one "
-                "on a server does not tell. Leave `teacher_server_base_url` unset."
-            )
-        for name, schedule in signals.schedules.items():
-            if schedule.metric in ("teacher_entropy", "entropy_gap"):
-                raise ValueError(
-                    f"`schedules[{name!r}]` follows `{schedule.metric}`, which a teacher on a server does not tell. "
-                    "Set its `metric` to another, or leave `teacher_server_base_url` unset."
-                )
+        _check_signals_of_a_server(signals)
     for weighting in signals.weightings:
         if weighting.needs_reward and not has_reward:
             raise ValueError(
@@ -342,4 +327,23 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
                 f"`token_weights` has {type(ratio).__name__}, which compares log-probabilities of the student at "
                 f"`distillation_temperature={args.distillation_temperature}` with those it was sampled with, at "
                 f"`temperature={args.temperature}`. Set both to the same, or leave it out."
+            )
+
+
+def _check_signals_of_a_server(signals: Signals) -> None:
+    if signals.has_term("policy_loss_coef") and signals.advantage.needs_teacher_entropy:
+        raise ValueError(
+            f"`advantage` names {type(signals.advantage).__name__}, which reads the teacher's entropy, which a "
+            "teacher on a server does not tell. Leave `teacher_server_base_url` unset."
+        )
+    for part in signals.teacher_weightings:
+        raise ValueError(
+            f"`token_weights` has {type(part).__name__}, which reads the distribution of the teacher, which one "
+            "on a server does not tell. Leave `teacher_server_base_url` unset."
+        )
+    for name, schedule in signals.schedules.items():
+        if schedule.metric in ("teacher_entropy", "entropy_gap"):
+            raise ValueError(
+                f"`schedules[{name!r}]` follows `{schedule.metric}`, which a teacher on a server does not tell. "
+                "Set its `metric` to another, or leave `teacher_server_base_url` unset."
             )

@@ -167,8 +167,9 @@ class SelfDistillationConfig(GRPOConfig):
             Tokens of the vocabulary the divergence is summed over. Possible values are:
 
             - `"full"`: all of them.
-            - `"teacher_top_k"`, `"student_top_k"`, `"union_top_k"`: the `divergence_top_k` most probable ones under
-              the teacher, the student, or either.
+            - `"teacher_top_k"`, `"student_top_k"`, `"union_top_k"`, `"intersection_top_k"`: the `divergence_top_k`
+              most probable ones under the teacher, the student, either, or both. The last needs
+              `divergence_tail="renormalize"`.
             - `"sampled_token"`: the sampled token alone, an unbiased estimate for on-policy rollouts. With
               `divergence="reverse_kl"` it is the policy gradient whose advantage is log p_teacher − log p_student.
         divergence_top_k (`int`, *optional*, defaults to `16`):

@@ -305,10 +305,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         generation.has_turns = True
         if not self.model.training or not self.completion_source.replaces_rollouts:
             return self._mark_empty_rollouts(*self.sampler.turn(*asked))[:2]
-        completing = Completing(self._engines, generation.rows, prompt_ids, partial(self.sampler.turn, *asked))
+        completing = Completing(self._engines, generation, prompt_ids, partial(self.sampler.turn, *asked))
         completions = completing(self.completion_source, self.args.seed, self.state.global_step)
-        generation.num_discarded_tokens = completing.num_sampled - sum(map(len, completions.ids))
-        generation.replaced = completions.replaced
         for name, pair in completions.rates.items():
             self.statistics["train"].add_rate(name, *torch.tensor(pair, device=self.accelerator.device))
         return self._mark_empty_rollouts(completions.ids, completions.log_probs)[:2]
@@ -358,18 +356,15 @@ class SelfDistillationTrainer(GRPOTrainer):
             return super()._calculate_rewards(rows, prompts, completions, completion_ids)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        given = inputs, prompts, completions, completion_ids_list
+        rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 0, device=self.accelerator.device)
         if self.reward_funcs:
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        else:
-            num_rollouts = len(prompts) * self.accelerator.num_processes
-            rewards = torch.zeros(num_rollouts, 0, device=self.accelerator.device)
-        generation = self._generation
-        generation.rows = [{**row, "prompt": prompt} for row, prompt in zip(inputs, prompts, strict=True)]
-        generation.completions, generation.token_ids, generation.rewards = completions, completion_ids_list, rewards
-        generation.feedback = all_feedback(self._pending_extra_logs.get("feedback"), self.environments, inputs)
-        generation.tools = [self.tools] * len(inputs)
+            rewards = super()._calculate_rewards(*given)
+        feedback = all_feedback(self._pending_extra_logs.get("feedback"), self.environments, inputs)
+        tools = [self.tools] * len(inputs)
         if self.environment_factories:
-            generation.tools = [self._env_tools[name] for name in self._batch_environments]
+            tools = [self._env_tools[name] for name in self._batch_environments]
+        self._generation.finish(*given, rewards, feedback, tools)
         return rewards
 
     def _log_completion_extra(self, column, values):
