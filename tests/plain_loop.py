@@ -45,6 +45,7 @@ class Row:
     old_log_probs: list[float] | None = None  # None: those of the student
     divergence_weights: list[float] | None = None
     likelihood_weights: list[float] | None = None
+    reads_context: bool = False  # whether the student reads the teacher's prompt
     objective: dict[str, Any] | None = None  # of its divergence, where that is another than the method's
 
 
@@ -58,7 +59,8 @@ def loss_and_gradient(
     for row in rows:
         token_ids = torch.tensor(row.completion)[:, None]
         by_student = _given(row.by_student, token_ids)
-        p_s = probabilities(student, row.prompt, row.completion, method.temperature)
+        prompt = row.teacher_prompt if row.reads_context else row.prompt
+        p_s = probabilities(student, prompt, row.completion, method.temperature)
         with torch.no_grad():
             p_t = probabilities(teacher, row.teacher_prompt or row.prompt, row.completion, method.temperature)
         log_probs = p_s.gather(1, token_ids)[:, 0].log()

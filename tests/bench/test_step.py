@@ -197,6 +197,7 @@ PASSES = {
     "opsdc": (1, 1),
     "pbsd": (1, 2),
     "brts": (1, 3),  # of 8 completions of the teacher's, two passes choose
+    "vpd": (1, 1),  # and in every fifth batch (1, 2)
     "sdft": (1, 1),
     "sdpo": (1, 1),
     "sc_sdpo": (1, 1),

@@ -344,7 +344,7 @@ def test_without_an_exponent_sc_sdpo_is_sdpo(make_trainer):
     assert are_equal(weights(trained(off)), weights(trained(parent)))
 
 
-OF_LIKELIHOOD = ["star", "pbsd"]
+OF_LIKELIHOOD = ["star", "pbsd", "vpd"]
 
 
 @pytest.mark.parametrize("name", sorted({*METHODS} - {*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD}))
@@ -367,7 +367,7 @@ def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
         assert all(math.isfinite(value) for value in entry.values())
         assert (entry["loss"], entry["grad_norm"], entry["skipped_steps/total"]) == (0.0, 0.0, 0.0)
         rates = [value for key, value in entry.items() if key.endswith("_row_rate")]
-        assert rates == {"rlsd": [], "rlrt": [], "sdpg": [1.0]}.get(name, [0.0])
+        assert rates == {"rlsd": [], "rlrt": [], "sdpg": [1.0], "vpd": [0.0, 0.0]}.get(name, [0.0])
     assert are_equal(weights(trainer), before)
 
 

@@ -18,6 +18,7 @@ METHODS = {
     "opsdc": "opsdc.OPSDCConfig",
     "pbsd": "pbsd.PBSDConfig",
     "brts": "brts.BRTSConfig",
+    "vpd": "vpd.VPDConfig",
     "sdft": "sdft.SDFTConfig",
     "sdpo": "sdpo.SDPOConfig",
     "sc_sdpo": "sc_sdpo.SCSDPOConfig",

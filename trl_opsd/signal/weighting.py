@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,9 @@ class TokenWeighting(ABC):
 
     Of one that `selects`, what it gives 0 is not counted in the normaliser either: the term is the mean over what is
     kept. One whose terms are all off is not asked. One that `needs_replaced` compares completions that took the place
-    of rollouts with others. One with a memory has `state_dict` and `load_state_dict`, as a [`Schedule`] does.
+    of rollouts with others. One that `changes_prompt` says with `reads_context`, of the batch that it was last asked
+    about, whether the likelihood is that of the policy reading the teacher's prompt; no other term may count a token
+    of it. One with a memory has `state_dict` and `load_state_dict`, as a [`Schedule`] does.
     """
 
     terms: ClassVar[tuple[str, ...]] = TERMS
@@ -28,9 +31,11 @@ class TokenWeighting(ABC):
     needs_scores: ClassVar[bool] = False
     needs_reward: ClassVar[bool] = False
     needs_replaced: ClassVar[bool] = False
+    changes_prompt: ClassVar[bool] = False
+    reads_context: bool = False
 
     @abstractmethod
-    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor | Mapping[str, torch.Tensor]:
         """
         The factors.
 
@@ -41,7 +46,7 @@ class TokenWeighting(ABC):
                 Scores of their tokens. `None` unless a part of the method `needs_scores`.
 
         Returns:
-            `torch.Tensor` of shape `(B, T)`, or one that broadcasts to it.
+            `torch.Tensor` of shape `(B, T)`, or one that broadcasts to it; or one for each of its `terms`, by name.
         """
 
 

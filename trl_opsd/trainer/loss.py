@@ -148,17 +148,15 @@ class SelfDistillationLoss:
         # pass is left to the caller, who runs the backward pass that synchronises.
         inputs = self._with_factors(inputs, num_generation_batches, policy is not None)
         tokens = inputs["student_mask"]
+        # Alike on all processes, whose passes meet in collective operations
+        has_divergence = self._signals.coefficients["divergence_coef"] and inputs["num_divergence_tokens"]
         passes = self.networks.passes(inputs)
         outputs = []
         for index, rows in enumerate(passes):
             is_last = index == len(passes) - 1
             with nullcontext() if is_last else self._postponed_synchronisation(model):
                 scale = num_micro_batches * share_of_rows(rows["student_mask"], tokens, self._args.loss_type)
-                targets = (
-                    self.networks.targets(model, rows)
-                    if self._signals.coefficients["divergence_coef"]
-                    else (None, None)
-                )
+                targets = self.networks.targets(model, rows) if has_divergence else (None, None)
                 scaled = None if policy is None else scaled_term(policy, scale)
                 output = self.networks.within(model, self._student_loss, rows, targets, scaled)
                 if torch.is_grad_enabled() and not is_last:
@@ -303,7 +301,8 @@ class SelfDistillationLoss:
         policy: PolicyTerm | None,
     ) -> PassLoss:
         selected = rows["student_mask"].bool()
-        hidden = self.networks.states(student, *self.networks.sequences(rows, "prompt", selected))
+        prompt = "teacher_prompt" if "likelihood_reads_context" in rows else "prompt"
+        hidden = self.networks.states(student, *self.networks.sequences(rows, prompt, selected))
         teacher_states, teacher_head = targets
         student_head = head_of(student)
         heads = [student_head] if teacher_head is None else [student_head, teacher_head]
