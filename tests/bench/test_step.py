@@ -203,10 +203,13 @@ PASSES = {
     "sc_sdpo": (1, 1),
     "ssopd": (1, 1),
     "u_opsd": (1, 1),
+    "drift": (1, 1),
     "mopd": (1, 1),
     "correct_only": (1, 1),
     "rlsd": (1, 2),
     "rlrt": (1, 2),
+    "trace": (1, 1),
+    "rlcsd": (1, 2),  # without peers of both kinds, no more
     "dasd": (1, 2),
     "antisd": (1, 2),
     "egrsd": (1, 2),

@@ -117,9 +117,33 @@ GREEDY = {"completions_kwargs": {"temperature": 0.0, "num_candidates": 1}}
 # In every step, one process has no row with a context, or nothing to try again
 METHODS = [
     job("rlrt", "full", max_steps=4, rows=8, num_generations=4),
+    # The paper's scale would blow up rounding
+    job(
+        "rlcsd",
+        "full",
+        max_steps=4,
+        rows=8,
+        num_generations=4,
+        teacher_update_steps=2,
+        advantage_kwargs={"scale": 1.0},
+    ),
+    job(
+        "trace",
+        "full",
+        max_steps=4,
+        rows=8,
+        num_generations=4,
+        warmup_steps=0,
+        context_kwargs={"annotator": "methods.stand_ins.decisive", "most_of_it": 0.5},
+        schedules={
+            "divergence_coef": {"start": 0.5, "end": 0.0, "num_steps": 3},
+            "advantage.share": {"start": 0.0, "end": 1.0, "num_steps": 3},
+        },
+    ),
     job("sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("sc_sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("ssopd", "full", max_steps=4, rows=8, num_generations=4),
+    job("drift", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("u_opsd", "full", max_steps=4, num_generations=4, context_kwargs=LENGTHS),
     job("rlsd", "full", max_steps=4, rows=8, num_generations=4),
     job("sdft", "full", max_steps=4),

@@ -6,9 +6,9 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..context import NoContext, PrivilegedContext, SampledContext, check_embedded
+from ..context import MarkingContext, NoContext, PrivilegedContext, SampledContext, check_embedded
 from ..sampling.sources import CompletionSource
-from ..signal import Signals
+from ..signal import Advantage, Signals, TokenWeighting
 from .config import SelfDistillationConfig
 
 
@@ -288,6 +288,43 @@ def _check_likelihood_alone(name: str, signals: Signals, args: SelfDistillationC
     others += [type(part).__name__ for part in signals.policy_weightings]
     if others:
         raise ValueError(f"{who}, and {others[0]} is of the student's. Leave one out.")
+
+
+def check_parts_and_context(signals: Signals, context: PrivilegedContext, args: SelfDistillationConfig) -> None:
+    """
+    Refuse parts that need more of a context than it gives: prompts to contrast with, or spans.
+
+    Args:
+        signals ([`Signals`]):
+            The parts.
+        context ([`PrivilegedContext`]):
+            The context.
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+
+    Raises:
+        ValueError: Naming what is missing and the way out.
+    """
+    parts: list[Advantage | TokenWeighting] = [signals.advantage, *signals.weightings]
+    if any(part.needs_spans for part in parts) and not isinstance(context, MarkingContext):
+        raise ValueError(
+            "The method treats some spans of a rollout in another way than the rest, and "
+            f"`privileged_context={args.privileged_context!r}` marks none. Set it to 'diagnosis', or to a class with "
+            "`marks`."
+        )
+    if not any(part.needs_contrast for part in parts):
+        return
+    if not hasattr(context, "contrast_messages"):
+        raise ValueError(
+            "The method contrasts what the teacher says after several prompts, and "
+            f"`privileged_context={args.privileged_context!r}` gives one. Set it to 'peers' with "
+            "`context_kwargs={'contrast': 4}`, or to a class with `contrast_messages`."
+        )
+    if args.teacher_server_base_url is not None:
+        raise ValueError(
+            "The method contrasts what the teacher says after several prompts, and a server is asked for one. Leave "
+            "`teacher_server_base_url` unset."
+        )
 
 
 def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bool) -> None:

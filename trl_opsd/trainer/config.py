@@ -75,9 +75,9 @@ class SelfDistillationConfig(GRPOConfig):
 
         privileged_context (`str`, *optional*, defaults to `"solution"`):
             What the teacher reads beyond the student's prompt: `"solution"`, `"answer"`, `"hint"`, `"concise"`,
-            `"peers"`, `"feedback"`, `"reflection"`, `"plan"`, `"template"`, the controls `"none"`, `"other_solution"`,
-            `"partial_solution"` and `"shuffled_solution"`, or the import path of a class that implements
-            [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
+            `"peers"`, `"feedback"`, `"reflection"`, `"plan"`, `"diagnosis"`, `"template"`, the controls `"none"`,
+            `"other_solution"`, `"partial_solution"` and `"shuffled_solution"`, or the import path of a class that
+            implements [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
         context_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of that class, for example `{"column": "reference_solution"}` or `{"template": "..."}`.
         success_threshold (`float`, *optional*, defaults to `1.0`):
