@@ -156,7 +156,7 @@ def test_divergence_of_each_token(make_trainer, tokenizer, teacher_path):
     batch = trainer._generate_and_score_completions([trainer.train_dataset[index] for index in (0, 0, 2, 2)])
     assert batch["replaced"].tolist() == [False, True, False, True]
     assert batch["teacher_prompt_ids"].equal(batch["prompt_ids"])
-    found = trainer.loss.scores(trainer.model, batch, 4, trainer.statistics["train"]).divergence
+    found = trainer.loss.scores(trainer.model, batch, 4, trainer.statistics["train"], [[]] * 4).divergence
     student, teacher = plain(trainer.model), plain(make_model(tokenizer, seed=1))
     divergences = [
         Method("reverse_kl", support="student_top_k", top_k=16),
