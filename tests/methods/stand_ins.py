@@ -218,6 +218,12 @@ def told_apart_with_the_context(seen: Seen) -> dict[str, Any]:
     return {"likelihood_weights": [weight] * len(seen.token_ids), "reads_context": True}
 
 
+def less_the_mean_of_its_group(seen: Seen) -> dict[str, Any]:
+    [position] = [position for position, one in enumerate(seen.batch) if one is seen]
+    group = seen.batch[position - position % 4 :][:4]
+    return {"advantage": seen.is_right - sum(one.is_right for one in group) / 4}
+
+
 @dataclass(frozen=True)
 class StandIn:
     """
@@ -260,6 +266,13 @@ STAND_INS = {
         has_reward=True,
         has_live_teacher=True,
         metrics=("likelihood_row_rate", "e_step/rate", "e_step/skip_rate"),
+    ),
+    "atmanrl": StandIn(
+        plain_loop.Method(divergence_coef=0.0, policy_loss_coef=1.0),
+        less_the_mean_of_its_group,
+        GROUPS,
+        has_reward=True,
+        metrics=("clip_ratio/region_mean",),
     ),
     "sdft": StandIn(plain_loop.Method("forward_kl"), after_three),
     "sdpo": StandIn(

@@ -26,7 +26,7 @@ WITHOUT_A_CONTEXT = {"teacher": "live", "privileged_context": "none", "context_k
 WITHOUT_A_CONTEXT |= dict.fromkeys(["teacher_update_steps", "teacher_update_rate", "teacher_chat_template_kwargs"])
 SGD = {"optim": "sgd", "learning_rate": 0.1}  # Adam would blow up the rounding of gradients that are almost zero
 SHAPES = ["rlsd", "rlrt", "rlcsd", "dasd", "antisd", "sdpg"]  # GRPO's advantages, or adds to its loss
-HAS_ITS_OWN = ["egrsd", "cl_egrsd"]  # advantages, which are there without a teacher
+HAS_ITS_OWN = ["egrsd", "cl_egrsd", "atmanrl"]  # advantages, which are there without a teacher
 ADDS = ["ssopd", "drift"]  # a divergence to GRPO's loss
 REWARDED = [name for name, stand_in in STAND_INS.items() if stand_in.has_reward]
 
@@ -485,7 +485,7 @@ def test_micro_batches_change_nothing(make_trainer, name):
         for more in (
             {},
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
-            {"max_tokens_per_microbatch": 400},
+            {"max_tokens_per_microbatch": 300},
         )
     )
     passes, networks = [], cut.loss.networks

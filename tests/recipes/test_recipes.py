@@ -65,6 +65,7 @@ PAPERS = {
     "pbsd/qwen3-4b": (32 * 2, 1, 500, 0.0),
     "pbsd/qwen3-8b": (32 * 2, 1, 500, 0.0),
     "brts/r1-distill-qwen-1.5b": (64 * 2, 1, 200, 0.01),
+    "atmanrl/llama3.2-3b": (48 * 8, 1, "8 epochs", 0.0),
     "vpd/qwen3-8b": (32 * 8, 1, 200, 0.0),
     "vpd/qwen3-8b-feedback": (1 * 8, 32, "30 epochs", 0.0),
     "sdft/qwen2.5-7b": (32, 1, "2 epochs", 0.0),

@@ -19,6 +19,7 @@ METHODS = {
     "pbsd": "pbsd.PBSDConfig",
     "brts": "brts.BRTSConfig",
     "vpd": "vpd.VPDConfig",
+    "atmanrl": "atmanrl.AtManRLConfig",
     "sdft": "sdft.SDFTConfig",
     "sdpo": "sdpo.SDPOConfig",
     "sc_sdpo": "sc_sdpo.SCSDPOConfig",

@@ -68,7 +68,7 @@ from .method import presented
 from .metrics import Metrics
 from .policy import GRPOLoss
 from .preparation import Prepared, checked_arguments, prepare
-from .rewards import added_feedback, all_feedback, graded, no_reward
+from .rewards import added_feedback, all_feedback, graded, hand_policy, no_reward
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
 from .sampler import PolicySampler
 from .sampling_settings import changed, teacher_settings
@@ -177,6 +177,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._prepare_sampling()
         starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
         self._prepare_loss(run, starts_at_zero)
+        hand_policy(self.reward_funcs, self.model, self._tokenizer, self.tokenize_prompts, args)
 
     def _settle_rewards(self, run: Prepared, environment_factory: Any) -> None:
         if self.reward_funcs[0] is no_reward:
