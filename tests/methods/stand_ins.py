@@ -176,6 +176,11 @@ def where_above_the_mean(seen: Seen) -> dict[str, Any]:
     return {"divergence_weights": [float(seen.advantage > 0)] * len(seen.token_ids)}
 
 
+def held_by_gold(seen: Seen) -> dict[str, Any]:
+    is_gold = seen.index % 4 == 3
+    return {"advantage": 0.0 if is_gold else seen.delta.tolist(), "selected": [int(is_gold)] * len(seen.token_ids)}
+
+
 def with_a_baseline(seen: Seen) -> dict[str, Any]:
     inside = plain_loop.top_k_mask(seen.student, 20)
     q_s, q_t = (plain_loop.reduced(p, inside, "renormalize") for p in (seen.student, seen.teacher))
@@ -366,6 +371,16 @@ STAND_INS = {
         has_live_teacher=True,
         metrics=SHAPED,
     ),
+    "antisd_code": StandIn(
+        plain_loop.Method(**GRPO),
+        settings={
+            **GROUPS,
+            "advantage_kwargs": {"warmup_steps": 1, "most_perplexity": 1e6},
+        },  # GRPO in the first batch
+        has_reward=True,
+        has_live_teacher=True,
+        metrics=(*SHAPED, "away/strength", "away/gate", "away/teacher_perplexity"),
+    ),
     **{
         name: StandIn(
             plain_loop.Method(**GRPO, temperature=1.1),
@@ -395,6 +410,12 @@ STAND_INS = {
     "rethinking_opd": StandIn(
         plain_loop.Method("reverse_kl", support="student_top_k", top_k=16, tail="renormalize", loss_type="dapo"),
         settings=GROUPS,
+    ),
+    "stable_opd": StandIn(
+        plain_loop.Method(divergence_coef=0.0, policy_loss_coef=1.0, likelihood_coef=0.1),
+        held_by_gold,
+        {"completions_kwargs": {"column": "answer"}, "beta": 0.0},  # no reference: it would be loaded
+        metrics=(*SHAPED, "likelihood_loss", "rollouts/truncated_rate", "rollouts/repetition_rate"),
     ),
     "vopd": StandIn(plain_loop.Method(**GRPO), with_a_baseline, metrics=SHAPED),
     "star": StandIn(

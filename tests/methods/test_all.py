@@ -24,6 +24,7 @@ SMALL = {
 }
 WITHOUT_A_CONTEXT = {"teacher": "live", "privileged_context": "none", "context_kwargs": None}
 WITHOUT_A_CONTEXT |= dict.fromkeys(["teacher_update_steps", "teacher_update_rate", "teacher_chat_template_kwargs"])
+PLAIN = {"schedules": {}, "advantage": "grpo", "advantage_kwargs": None}
 SGD = {"optim": "sgd", "learning_rate": 0.1}  # Adam would blow up the rounding of gradients that are almost zero
 SHAPES = ["rlsd", "rlrt", "rlcsd", "dasd", "antisd", "sdpg"]  # GRPO's advantages, or adds to its loss
 HAS_ITS_OWN = ["egrsd", "cl_egrsd", "atmanrl"]  # advantages, which are there without a teacher
@@ -209,6 +210,9 @@ def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
     if name == "brts":
         by_teacher = best_of_two(trainer, sampler, rows[1::2], prompts[1::2], sampled_by)
         completions = [ids for pair in zip(sampler(prompts[::2]), by_teacher, strict=True) for ids in pair]
+    if name == "stable_opd":
+        for index, row in list(enumerate(rows))[3::4]:
+            completions[index] = [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
     rewards = [float(text.startswith("R")) for text in texts]
     advantages = grpo_advantages(rewards, trainer.args.num_generations)
@@ -334,7 +338,7 @@ def assert_close(one, other):
 # RLCSD's teacher has to read something, see test_rlcsd.py
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "rlcsd"])
 def test_a_teacher_that_is_the_student_leaves_grpo(make_trainer, name, recwarn):
-    same, parent = {**SGD, **WITHOUT_A_CONTEXT}, {**SGD, "schedules": {}, "advantage": "grpo", "divergence_coef": 0.0}
+    same, parent = {**SGD, **WITHOUT_A_CONTEXT}, {**SGD, "divergence_coef": 0.0, **PLAIN}
     assert_close(*(trained(make_trainer(name, **settings)) for settings in (same, parent)))
     # A divergence of 0 is sometimes rounded to less, for which no clip is to blame
     assert not [warning for warning in recwarn if "divergence_clip" in str(warning.message)]
@@ -346,17 +350,29 @@ def test_a_teacher_that_is_the_student_adds_nothing_to_grpo(make_trainer, name):
     assert_close(*(trained(make_trainer(name, **settings)) for settings in (same, parent)))
 
 
+def test_without_gold_stable_opd_is_the_policy_gradient_of_the_reverse_kl(make_trainer):
+    off = {"completions": "on_policy", "completions_kwargs": None, "likelihood_coef": 0.0, "token_weights": {}}
+    parent = {"teacher": "initial", "teacher_update_steps": None, "privileged_context": "solution"}
+    parent |= {"divergence": "reverse_kl", "divergence_support": "sampled_token", "num_generations": 4}
+    assert_close(
+        trained(make_trainer("stable_opd", **SGD, **off)),
+        trained(make_trainer("opsdc", **{**SGD, **parent, "max_grad_norm": 1.0})),
+    )
+
+
 def test_without_an_exponent_sc_sdpo_is_sdpo(make_trainer):
     weights_of = {"importance_clip": {"most": 2.0}, "trl_opsd.methods.sc_sdpo.SweetSpot": {"exponent": 0.0}}
     off, parent = make_trainer("sc_sdpo", token_weights=weights_of), make_trainer("sdpo")
     assert are_equal(weights(trained(off)), weights(trained(parent)))
 
 
-OF_LIKELIHOOD = ["star", "pbsd", "vpd"]
+OF_LIKELIHOOD = ["star", "pbsd", "vpd", "stable_opd"]
+STANDARDISES = ["antisd_code"]  # what is left of rounding too
 READS_SPANS = ["trace"]  # whose teacher has to read something, see test_trace.py
+OTHERS = [*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD, *STANDARDISES, *READS_SPANS]
 
 
-@pytest.mark.parametrize("name", sorted({*METHODS} - {*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD, *READS_SPANS}))
+@pytest.mark.parametrize("name", sorted({*METHODS} - {*OTHERS}))
 def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
     trainer = make_trainer(name, **WITHOUT_A_CONTEXT)
     _, gradient = gradient_of(trainer, batch_of(trainer, rows_for(trainer)))
@@ -376,7 +392,8 @@ def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
         assert all(math.isfinite(value) for value in entry.values())
         assert (entry["loss"], entry["grad_norm"], entry["skipped_steps/total"]) == (0.0, 0.0, 0.0)
         rates = [value for key, value in entry.items() if key.endswith("_row_rate")]
-        assert rates == {"rlsd": [], "rlrt": [], "rlcsd": [], "sdpg": [1.0], "vpd": [0.0, 0.0]}.get(name, [0.0])
+        of_none = {name: [] for name in ("rlsd", "rlrt", "rlcsd", "antisd_code")}
+        assert rates == {**of_none, "sdpg": [1.0], "vpd": [0.0, 0.0]}.get(name, [0.0])
     assert are_equal(weights(trainer), before)
 
 

@@ -34,11 +34,13 @@ METHODS = {
     "trace": "trace.TRACEConfig",
     "dasd": "dasd.DASDConfig",
     "antisd": "antisd.AntiSDConfig",
+    "antisd_code": "antisd_code.AntiSDCodeConfig",
     "egrsd": "egrsd.EGRSDConfig",
     "cl_egrsd": "cl_egrsd.CLEGRSDConfig",
     "msd": "msd.MSDConfig",
     "sdpg": "sdpg.SDPGConfig",
     "rethinking_opd": "rethinking_opd.RethinkingOPDConfig",
+    "stable_opd": "stable_opd.StableOPDConfig",
     "vopd": "vopd.VOPDConfig",
     "star": "star.STaRConfig",
 }

@@ -35,6 +35,7 @@ from ..teacher import Teacher
 from .config import SelfDistillationConfig
 from .metrics import Metrics, add_divergence, add_sampler_difference
 from .policy import PolicyTerm, scaled_term
+from .token_groups import in_order, joined, none_of, replaced_tokens, token_groups
 
 
 _SCORES = ("student_log_prob", "teacher_log_prob", "student_entropy", "teacher_entropy", "divergence")
@@ -51,11 +52,14 @@ class PassLoss(NamedTuple):
             Of the tokens that the divergence term counts.
         likelihood (`torch.Tensor` of shape `(n,)`):
             −log p_S of those that the likelihood term counts, without a gradient.
+        log_probs (`torch.Tensor` of shape `(n,)`):
+            log p_S of all tokens that are read, without a gradient, NaN where it is not finite.
     """
 
     loss: torch.Tensor
     divergence: FusedDivergence
     likelihood: torch.Tensor
+    log_probs: torch.Tensor
 
 
 class MicroBatchLoss(NamedTuple):
@@ -70,6 +74,8 @@ class MicroBatchLoss(NamedTuple):
             Of all tokens that the divergence term counts, pass by pass. Of none if its coefficient is 0.
         likelihood (`torch.Tensor` of shape `(n,)`):
             −log p_S of those that the likelihood term counts.
+        log_probs (`torch.Tensor` of shape `(n,)`):
+            log p_S of all tokens that a term counts, NaN where it is not finite.
         passes (`list[dict[str, Any]]`):
             The rows of each pass.
     """
@@ -77,6 +83,7 @@ class MicroBatchLoss(NamedTuple):
     loss: torch.Tensor
     divergence: FusedDivergence
     likelihood: torch.Tensor
+    log_probs: torch.Tensor
     passes: list[dict[str, Any]]
 
 
@@ -166,8 +173,11 @@ class SelfDistillationLoss:
                     output = output._replace(loss=output.loss.detach())
             outputs.append(output)
         loss = torch.stack([output.loss for output in outputs]).sum() / num_micro_batches
-        divergence = _joined([output.divergence for output in outputs])
-        return MicroBatchLoss(loss, divergence, torch.cat([output.likelihood for output in outputs]), passes)
+        divergence = joined([output.divergence for output in outputs])
+        likelihood, log_probs = (
+            torch.cat([getattr(output, name) for output in outputs]) for name in ("likelihood", "log_probs")
+        )
+        return MicroBatchLoss(loss, divergence, likelihood, log_probs, passes)
 
     def add_metrics(self, metrics: Metrics, result: MicroBatchLoss, compares_sampler: bool) -> None:
         """
@@ -183,9 +193,10 @@ class SelfDistillationLoss:
         """
         if self._signals.coefficients["divergence_coef"]:
             self._add_divergence(metrics, result.divergence, result.passes)
-            if compares_sampler and "sampling_per_token_logps" in result.passes[0]:
-                sampled = [rows["sampling_per_token_logps"][rows["divergence_mask"].bool()] for rows in result.passes]
-                add_sampler_difference(metrics, result.divergence.student_log_prob, torch.cat(sampled))
+        first = result.passes[0]
+        if compares_sampler and "sampling_per_token_logps" in first and "likelihood_reads_context" not in first:
+            sampled = [rows["sampling_per_token_logps"][rows["student_mask"].bool()] for rows in result.passes]
+            add_sampler_difference(metrics, result.log_probs, torch.cat(sampled))
         if self._signals.coefficients["likelihood_coef"]:
             number = result.likelihood.new_tensor(len(result.likelihood))
             metrics.add_rate("likelihood_loss", result.likelihood.sum(), number)
@@ -194,7 +205,7 @@ class SelfDistillationLoss:
         knows_entropy, clips = self.networks.teacher.knows_entropy, self._args.divergence_clip is not None
         if self._replaced_objective is not None:
             # Two divergences have no mean
-            replaced = torch.cat([_replaced(rows)[rows["divergence_mask"].bool()] for rows in passes])
+            replaced = torch.cat([replaced_tokens(rows)[rows["divergence_mask"].bool()] for rows in passes])
             finite = output.finite.bool() & replaced
             metrics.add_rate("replaced_distillation_loss", output.divergence[finite].sum(), finite.sum())
             output = FusedDivergence(output.loss, *(values[~replaced] for values in output[1:]))
@@ -248,7 +259,7 @@ class SelfDistillationLoss:
                     values = getattr(output, name).to(place).where(output.finite.bool(), 0.0)
                     place.index_add_(0, rows["row"], torch.zeros_like(place[: len(mask)]).masked_scatter(mask, values))
         if not self._signals.coefficients["divergence_coef"]:
-            self._add_divergence(metrics, _joined(outputs), passes)
+            self._add_divergence(metrics, joined(outputs), passes)
         scores = TokenScores(found[0].bool(), *found[1:])
         if not self._signals.needs_contrast:
             return scores
@@ -326,7 +337,10 @@ class SelfDistillationLoss:
             choices = partial(self._choices, rows, selected, hidden, student_head, targets)
             factors = self._factors(rows, selected, read, choices, policy)
             inside = rows["divergence_mask"].bool()[selected]
-            groups = self._groups(inside, _replaced(rows)[selected], targets, factors.likelihood is not None)
+            objectives = self._objective, self._replaced_objective
+            groups = token_groups(
+                inside, replaced_tokens(rows)[selected], targets, factors.likelihood is not None, *objectives
+            )
             loss, log_probs, outputs = factors.policy_value, torch.zeros(len(hidden), device=device), []
             for tokens, states, head, objective in groups:
                 of_these = partial(_at, tokens)
@@ -342,41 +356,16 @@ class SelfDistillationLoss:
                     memory_budget=self._args.divergence_memory,
                     kernel=self._args.divergence_kernel,
                 )
-                if factors.likelihood is not None:
-                    log_probs[slice(None) if tokens is None else tokens] = output.student_log_prob.to(log_probs).where(
-                        output.finite.bool(), 0.0
-                    )
+                log_probs[slice(None) if tokens is None else tokens] = output.student_log_prob.to(log_probs).where(
+                    output.finite.bool(), torch.nan
+                )
                 loss = loss + output.loss
                 outputs.append(output)
             if factors.policy is not None:  # its likelihood is there for the gradient
-                loss = loss + (factors.policy * log_probs).sum()
-            divergence = _none_of(outputs[0]) if targets[0] is None else _in_order(outputs, groups, inside)
-            return PassLoss(loss, divergence, -log_probs[rows["likelihood_mask"].bool()[selected]])
-
-    def _groups(
-        self,
-        inside: torch.Tensor,
-        replaced: torch.Tensor,
-        targets: tuple[torch.Tensor | TopLogProbs | None, Head | None],
-        counts_others: bool,
-    ) -> list["_Group"]:
-        """The tokens of each call of the fused loss, `None` for all, with their targets and their objective."""
-        own, other = self._objective, self._replaced_objective
-        states, head = targets
-        if states is None:
-            return [_Group(None, None, None, own)]
-        if other is not None and (replaced & inside).any():
-            assert isinstance(states, torch.Tensor)  # no server's
-            groups = [
-                _Group(inside & some, states[some[inside]], head, objective)
-                for some, objective in ((~replaced, own), (replaced, other))
-            ]
-        elif not counts_others or inside.all():
-            return [_Group(None, states, head, own)]
-        else:
-            groups = [_Group(inside, states, head, own)]
-        # Of the others nothing but their likelihood counts
-        return groups + ([_Group(~inside, None, None, own)] if counts_others and not inside.all() else [])
+                loss = loss + (factors.policy * log_probs.nan_to_num(0.0)).sum()
+            divergence = none_of(outputs[0]) if targets[0] is None else in_order(outputs, groups, inside)
+            likelihood = -log_probs.nan_to_num(0.0)[rows["likelihood_mask"].bool()[selected]]
+            return PassLoss(loss, divergence, likelihood, log_probs)
 
     def _choices(
         self,
@@ -412,13 +401,6 @@ class SelfDistillationLoss:
         elif self._signals.coefficients["likelihood_coef"] == 0.0:
             likelihood = None
         return _Factors(divergence[selected], None if likelihood is None else likelihood[selected], slope, value)
-
-
-class _Group(NamedTuple):
-    tokens: torch.Tensor | None
-    states: torch.Tensor | TopLogProbs | None
-    head: Head | None
-    objective: Objective
 
 
 class _Factors(NamedTuple):
@@ -467,27 +449,3 @@ def make_loss(
 
 def _at(tokens: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
     return values if tokens is None else values[tokens]
-
-
-def _replaced(rows: dict[str, Any]) -> torch.Tensor:
-    """The tokens of completions that took the place of rollouts."""
-    return rows["replaced"].unsqueeze(1).expand_as(rows["completion_mask"])
-
-
-def _in_order(outputs: Sequence[FusedDivergence], groups: Sequence[_Group], inside: torch.Tensor) -> FusedDivergence:
-    """What the groups with targets say of their tokens, in the order of these."""
-    given = [(output, group) for output, group in zip(outputs, groups, strict=True) if group.states is not None]
-    if len(given) == 1:
-        return given[0][0]
-    places = torch.cat([cast(torch.Tensor, group.tokens)[inside].nonzero().flatten() for _, group in given])
-    together = _joined([output for output, _ in given])
-    return FusedDivergence(together.loss, *(values[places.argsort()] for values in together[1:]))
-
-
-def _none_of(output: FusedDivergence) -> FusedDivergence:
-    return FusedDivergence(output.loss, *(values[:0] for values in output[1:]))
-
-
-def _joined(outputs: Sequence[FusedDivergence]) -> FusedDivergence:
-    loss = torch.stack([output.loss.detach() for output in outputs]).sum()
-    return FusedDivergence(loss, *map(torch.cat, list(zip(*outputs, strict=True))[1:]))
