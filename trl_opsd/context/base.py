@@ -36,6 +36,9 @@ class PrivilegedContext(Protocol):
       if the context could never be given, and `read_dataset(dataset)` with the training set (`None` if there is none);
     - `rates(rollouts)`, which is handed the [`Rollouts`] of each row of a batch and says what to log of them:
       numerator and denominator by name, always the same names in the same order;
+    - `observe(batch)`, with what every rollout of a batch that is trained on came to: on each process, those of all
+      processes, as dataset row, [`Rollout`], and what was sampled or said for it. A context that learns from it has
+      `state_dict` and `load_state_dict`, for checkpoints;
     - where a part of the method contrasts (`needs_contrast`), `contrast_messages(row, rollouts)`, which returns a list
       of prompts, each as from `teacher_messages`, after each of which the teacher reads the rollout once more.
     """

@@ -28,6 +28,7 @@ METHODS = {
     "rlrt": "rlrt.RLRTConfig",
     "rlcsd": "rlcsd.RLCSDConfig",
     "trace": "trace.TRACEConfig",
+    "resd": "resd.RESDConfig",
     "dasd": "dasd.DASDConfig",
     "antisd": "antisd.AntiSDConfig",
     "egrsd": "egrsd.EGRSDConfig",

@@ -132,7 +132,12 @@ class TeacherInputs:
     sample: Callable[[list[list[int]]], list[list[int]]]
 
     def __call__(
-        self, generation: Generation, student_ids: Sequence[list[int]], num_generations: int, metrics: Metrics
+        self,
+        generation: Generation,
+        student_ids: Sequence[list[int]],
+        num_generations: int,
+        metrics: Metrics,
+        is_training: bool,
     ) -> tuple[list[list[int] | None], dict[str, torch.Tensor]]:
         """
         Make them for the rows of this process.
@@ -146,6 +151,8 @@ class TeacherInputs:
                 Rollouts of a prompt.
             metrics ([`Metrics`]):
                 Where the lengths of what a context sampled go.
+            is_training (`bool`):
+                Whether the rollouts are trained on, so that a context may learn from them.
 
         Returns:
             `tuple[list[list[int] | None], dict[str, torch.Tensor]]`: the teacher's prompts, `None` for rows without a
@@ -176,6 +183,9 @@ class TeacherInputs:
                     prompts, generation.rows, groups, generation.tools, strict=True
                 )
             ]
+        if is_training:
+            kept = [None if index in generation.empty else row for index, row in enumerate(generation.rows)]
+            self.teacher_prompt.observe(kept, groups, said, self.gather)
         tensors = collate(prompts, student_ids, self.pad_token_id, self.pad_to_multiple_of)
         if self.signals.needs_spans:
             tensors |= self._spans(generation, cast(Sequence[Rollouts], groups), said, metrics)
@@ -192,6 +202,7 @@ class TeacherInputs:
         num_generations: int,
         annotate: Callable[[list[list[int] | None], dict[str, Any]], Mapping[str, Any]],
         metrics: Metrics,
+        is_training: bool = False,
     ) -> list[list[int] | None]:
         """
         Put them into a generation batch.
@@ -207,13 +218,15 @@ class TeacherInputs:
                 From the teacher's prompts and the batch to what the teacher adds to it.
             metrics ([`Metrics`]):
                 Where rates and lengths go.
+            is_training (`bool`, *optional*, defaults to `False`):
+                Whether the rollouts are trained on.
 
         Returns:
             `list[list[int] | None]`: the teacher's prompts, `None` for rows without a context.
         """
         masks = batch["prompt_mask"].bool()
         student_ids = [ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], masks, strict=True)]
-        teacher_ids, tensors = self(generation, student_ids, num_generations, metrics)
+        teacher_ids, tensors = self(generation, student_ids, num_generations, metrics, is_training)
         batch.update(annotate(teacher_ids, batch))
         groups = tensors.pop("teacher_prompt_groups")  # no work for the device
         batch.update({name: values.to(masks.device) for name, values in tensors.items()}, teacher_prompt_groups=groups)

@@ -397,7 +397,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         if not self.reward_funcs:
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[mode].pop(name, None)
-        self.teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics)
+        self.teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics, mode == "train")
         self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
         score = partial(self._score, mode=mode)
         given = self.signals, self.args, batch, self._generation.empty, score, self.accelerator, size, mode == "train"
