@@ -201,6 +201,7 @@ PASSES = {
     "sc_sdpo": (1, 1),
     "ssopd": (1, 1),
     "u_opsd": (1, 1),
+    "drift": (1, 1),
     "mopd": (1, 1),
     "correct_only": (1, 1),
     "rlsd": (1, 2),

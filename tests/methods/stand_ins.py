@@ -70,6 +70,13 @@ def in_the_sweet_spot(seen: Seen) -> dict[str, list]:
     return {"divergence_weights": (weight * seen.ratio.clamp(max=2.0)).tolist()}
 
 
+def parted(seen: Seen) -> dict[str, Any]:
+    """Wrong ones are distilled; of the right ones, those of hard prompts are left out, and those of easy ones half."""
+    rate = seen.all.success_rate(seen.index)
+    factor = (0.0 if rate < 0.3 else 0.5 if rate > 0.45 else 1.0) * seen.is_right
+    return {"advantage": factor * seen.advantage, **at_most_twice(seen)}
+
+
 def undecided(seen: Seen) -> dict[str, list]:
     """4p(1 − p) in the first three tokens; the mean is one over prompts."""
     rate, number = seen.all.success_rate(seen.index), len(seen.token_ids)
@@ -240,6 +247,13 @@ STAND_INS = {
             "context_kwargs": {"answer_of": "methods.stand_ins.first_letter", "same_answer": "operator.eq"},
         },
         metrics=("distillation_loss", "divergence_row_rate", "votes/unanimous_rate", "votes/mean_share"),
+    ),
+    "drift": StandIn(
+        plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo", policy_loss_coef=1.0),
+        parted,
+        {**GROUPS, "advantage_kwargs": {"hard": 0.3, "easy": 0.45}},
+        has_reward=True,
+        metrics=("distillation_loss", "divergence_row_rate", "difficulty/hard_rate", "buffer/read_rate"),
     ),
     "mopd": StandIn(
         plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),

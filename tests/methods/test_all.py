@@ -26,7 +26,7 @@ WITHOUT_A_CONTEXT |= dict.fromkeys(["teacher_update_steps", "teacher_update_rate
 SGD = {"optim": "sgd", "learning_rate": 0.1}  # Adam would blow up the rounding of gradients that are almost zero
 SHAPES = ["rlsd", "rlrt", "rlcsd", "dasd", "antisd", "sdpg"]  # GRPO's advantages, or adds to its loss
 HAS_ITS_OWN = ["egrsd", "cl_egrsd"]  # advantages, which are there without a teacher
-ADDS = ["ssopd"]  # a divergence to GRPO's loss
+ADDS = ["ssopd", "drift"]  # a divergence to GRPO's loss
 REWARDED = [name for name, stand_in in STAND_INS.items() if stand_in.has_reward]
 
 

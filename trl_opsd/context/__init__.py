@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 from ..parts import make_part
-from .base import AnsweredContext, MarkingContext, Message, PrivilegedContext, SampledContext, as_text
+from .base import AnsweredContext, MarkingContext, Memory, Message, PrivilegedContext, SampledContext, as_text
 from .concise import ConciseContext
 from .controls import NoContext, OtherSolutionContext, PartialSolutionContext, ShuffledSolutionContext
 from .diagnosis import DiagnosisContext, diagnosis
@@ -28,6 +28,7 @@ __all__ = [
     "FeedbackContext",
     "HintContext",
     "MarkingContext",
+    "Memory",
     "Message",
     "NoContext",
     "OtherSolutionContext",

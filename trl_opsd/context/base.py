@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from .rollouts import Rollouts
+from .rollouts import Rollout, Rollouts
 
 
 if TYPE_CHECKING:
@@ -30,15 +30,13 @@ class PrivilegedContext(Protocol):
 
     A context that samples implements [`SampledContext`] as well, one that somebody else answers for
     [`AnsweredContext`], and one that marks parts of rollouts [`MarkingContext`]. In a step in which nobody reads the
-    context, nothing is sampled and nobody answers. More methods are called where a class has them:
+    context, nothing is sampled and nobody answers. One with a [`Memory`] has `state_dict` and `load_state_dict` as
+    well, for checkpoints. More methods are called where a class has them:
 
     - before the model is loaded, `check_run(num_generations, has_rewards, has_feedback)`, which raises a `ValueError`
       if the context could never be given, and `read_dataset(dataset)` with the training set (`None` if there is none);
-    - `rates(rollouts)`, which is handed the [`Rollouts`] of each row of a batch and says what to log of them:
-      numerator and denominator by name, always the same names in the same order;
-    - `observe(batch)`, with what every rollout of a batch that is trained on came to: on each process, those of all
-      processes, as dataset row, [`Rollout`], and what was sampled or said for it. A context that learns from it has
-      `state_dict` and `load_state_dict`, for checkpoints;
+    - `rates(rows, rollouts)`, which is handed the rows of a batch and the [`Rollouts`] of each, and says what to log
+      of them: numerator and denominator by name, always the same names in the same order;
     - where a part of the method contrasts (`needs_contrast`), `contrast_messages(row, rollouts)`, which returns a list
       of prompts, each as from `teacher_messages`, after each of which the teacher reads the rollout once more.
     """
@@ -65,6 +63,21 @@ class PrivilegedContext(Protocol):
         Returns:
             `list[Message]`, *optional*: the teacher's prompt, ending before the assistant's turn. `None` if there is
             no context for this rollout, which is then left out of the loss and counted.
+        """
+        ...
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """What a part keeps of all that has been trained on, alike on every process."""
+
+    def remember(self, groups: Sequence[tuple[Mapping[str, Any], list[Rollout]]]) -> None:
+        """
+        See a batch after the teacher's prompts for it have been made.
+
+        Args:
+            groups (`Sequence[tuple[Mapping[str, Any], list[Rollout]]]`):
+                Dataset row of each prompt, on all processes, and its rollouts.
         """
         ...
 

@@ -182,23 +182,16 @@ class PlaybookContext(TextContext):
     def _text(self, rollout: Rollout) -> str:
         return (without_thinking(rollout.text) if self.strip_thinking else rollout.text).strip()
 
-    def observe(self, batch: Sequence[tuple[Mapping[str, Any], Rollout, str | None]]) -> None:
-        """
-        Learn from a batch that is trained on.
-
-        Args:
-            batch (`Sequence[tuple[Mapping[str, Any], Rollout, str | None]]`):
-                Of the rollouts of all processes, in the same order on each: the dataset row, the rollout, and what the
-                policy wrote about it.
-        """
+    def remember(self, groups: Sequence[tuple[Mapping[str, Any], list[Rollout]]]) -> None:
+        """Learn from a batch that is trained on, see [`Memory`]."""
         self._batches += 1
         shown, known = list(self.lessons), {_plain(lesson["text"]) for lesson in self.lessons}
-        for row, rollout, said in batch:
+        for row, rollout in ((row, rollout) for row, rollouts in groups for rollout in rollouts):
             if rollout.correct and self._text(rollout):
                 key = _key(row["prompt"])
                 self._solutions.pop(key, None)
                 self._solutions[key] = self._text(rollout)
-            for name, value in _LINE.findall(without_thinking(said or "")):
+            for name, value in _LINE.findall(without_thinking(rollout.said or "")):
                 if name.upper() != "LESSON":
                     self._count(shown, name.lower(), value)
                     continue
@@ -231,7 +224,7 @@ class PlaybookContext(TextContext):
         over = set(ranks[: max(len(kept) - self.most_lessons, 0)])
         self.lessons = [lesson for index, lesson in enumerate(kept) if index not in over]
 
-    def rates(self, rollouts: Sequence[Rollouts]) -> dict[str, tuple[int, int]]:
+    def rates(self, rows: Sequence[Mapping[str, Any]], rollouts: Sequence[Rollouts]) -> dict[str, tuple[int, int]]:
         """How many lessons there are, and how many the last batch dropped."""
         return {"playbook/lessons": (len(self.lessons), 1), "playbook/dropped_lessons": (self._dropped, 1)}
 
@@ -250,4 +243,6 @@ def _plain(text: str) -> str:
 
 
 def _key(prompt: Any) -> str:
-    return hashlib.sha256(json.dumps(as_text(prompt), sort_keys=True, default=str).encode()).hexdigest()[:16]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else as_text(prompt)
+    told = json.dumps([[message["role"], message["content"]] for message in messages])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -157,33 +157,6 @@ class TeacherPrompt:
         assert isinstance(self.context, AnsweredContext)
         return self.context.answers([None if its is None else (_conversational(its[0]), its[1]) for its in rows])
 
-    def observe(
-        self,
-        rows: Sequence[Mapping[str, Any] | None],
-        groups: Sequence[Rollouts | None],
-        said: Sequence[Any],
-        gather: Callable[[list[Any]], list[Any]],
-    ) -> None:
-        """
-        Show a context that learns what became of a batch. All processes call this at once.
-
-        Args:
-            rows (`Sequence[Mapping[str, Any] | None]`):
-                Dataset rows of this process, `None` for those whose rollout is empty.
-            groups (`Sequence[Rollouts | None]`):
-                The rollouts of their prompts.
-            said (`Sequence[Any]`):
-                What was sampled or said for each.
-            gather (`Callable[[list[Any]], list[Any]]`):
-                From a list of each process to the list of all.
-        """
-        if observe := getattr(self.context, "observe", None):
-            seen = zip(rows, groups, said, strict=True)
-            own = [
-                (_conversational(row), its.own, text) for row, its, text in seen if row is not None and its is not None
-            ]
-            observe(gather(own))
-
     def marks(self, row: Mapping[str, Any], rollouts: Rollouts, said: Any) -> tuple[Marks, dict[str, list[bool]]]:
         """
         What a context marks of a rollout, and its tokens of each kind.

@@ -22,6 +22,7 @@ METHODS = {
     "sc_sdpo": "sc_sdpo.SCSDPOConfig",
     "ssopd": "ssopd.SSOPDConfig",
     "u_opsd": "u_opsd.UOPSDConfig",
+    "drift": "drift.DRIFTConfig",
     "mopd": "mopd.MOPDConfig",
     "correct_only": "correct_only.CorrectOnlyConfig",
     "rlsd": "rlsd.RLSDConfig",

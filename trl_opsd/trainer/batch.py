@@ -5,13 +5,21 @@ functions and knows no trainer.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from trl.trainer.utils import pad
 
-from ..context import AnsweredContext, MarkingContext, Rollout, Rollouts, SampledContext, TeacherPrompt
+from ..context import (
+    AnsweredContext,
+    MarkingContext,
+    Memory,
+    Rollout,
+    Rollouts,
+    SampledContext,
+    TeacherPrompt,
+)
 from ..scoring import keep_groups_together
 from ..serving import ServerError
 from ..signal import Signals
@@ -51,6 +59,10 @@ class Generation:
             Tokens that were sampled for completions and are in none.
         has_turns (`bool`, *optional*, defaults to `False`):
             Whether a turn has been sampled.
+        groups (`list[Rollouts]`, *optional*):
+            For each row the rollouts of its prompt, if anybody reads them.
+        said (`list[Any]`, *optional*):
+            What was sampled, or said, about each for a context that asks.
     """
 
     rows: list[Mapping[str, Any]]
@@ -64,6 +76,8 @@ class Generation:
     replaced: set[int] = field(default_factory=set)
     num_discarded_tokens: int = 0
     has_turns: bool = False
+    groups: Sequence[Rollouts | None] = ()
+    said: Sequence[Any] = ()
 
     def finish(
         self,
@@ -117,6 +131,8 @@ class TeacherInputs:
             From a list of each process to the list of all.
         sample (`Callable`):
             From prompts to completions of the current policy, sampled as the context says; for all processes at once.
+        memories (`Sequence[Memory]`):
+            Who sees all prompts and rollouts that are trained on.
     """
 
     teacher_prompt: TeacherPrompt
@@ -130,6 +146,7 @@ class TeacherInputs:
     num_processes: int
     gather: Gather
     sample: Callable[[list[list[int]]], list[list[int]]]
+    memories: Sequence[Memory] = ()
 
     def __call__(
         self,
@@ -137,7 +154,6 @@ class TeacherInputs:
         student_ids: Sequence[list[int]],
         num_generations: int,
         metrics: Metrics,
-        is_training: bool,
     ) -> tuple[list[list[int] | None], dict[str, torch.Tensor]]:
         """
         Make them for the rows of this process.
@@ -151,8 +167,6 @@ class TeacherInputs:
                 Rollouts of a prompt.
             metrics ([`Metrics`]):
                 Where the lengths of what a context sampled go.
-            is_training (`bool`):
-                Whether the rollouts are trained on, so that a context may learn from them.
 
         Returns:
             `tuple[list[list[int] | None], dict[str, torch.Tensor]]`: the teacher's prompts, `None` for rows without a
@@ -163,13 +177,16 @@ class TeacherInputs:
         rewards = total_rewards(generation.rewards, self.reward_weights)
         streams = reward_streams(rewards, self.success_threshold, num_generations)
         groups: Sequence[Rollouts | None] = [None] * len(generation.rows)
-        if getattr(self.teacher_prompt.context, "reads_rollouts", True):
+        is_read = getattr(self.teacher_prompt.context, "reads_rollouts", True)
+        if is_read or self.memories:
             rollouts = make_rollouts(generation, streams, first, num_generations, self.end_ids)
             is_spread = num_generations > 1 and self.num_processes > 1
             groups = make_groups(rollouts, first, num_generations, self.gather if is_spread else None)
-            for name, pair in getattr(self.teacher_prompt.context, "rates", lambda groups: {})(groups).items():
+            generation.groups = groups
+            for name, pair in self._rates(generation.rows, groups).items():
                 metrics.add_rate(name, *generation.rewards.new_tensor(pair))
-        said = self._said(generation, groups, student_ids[0], metrics)
+        groups = groups if is_read else [None] * len(generation.rows)
+        generation.said = said = self._said(generation, groups, student_ids[0], metrics)
         prompts = [
             None if index in generation.empty else self.teacher_prompt.token_ids(row, rollouts, tools, text)
             for index, (row, rollouts, tools, text) in enumerate(
@@ -183,9 +200,6 @@ class TeacherInputs:
                     prompts, generation.rows, groups, generation.tools, strict=True
                 )
             ]
-        if is_training:
-            kept = [None if index in generation.empty else row for index, row in enumerate(generation.rows)]
-            self.teacher_prompt.observe(kept, groups, said, self.gather)
         tensors = collate(prompts, student_ids, self.pad_token_id, self.pad_to_multiple_of)
         if self.signals.needs_spans:
             tensors |= self._spans(generation, cast(Sequence[Rollouts], groups), said, metrics)
@@ -202,7 +216,6 @@ class TeacherInputs:
         num_generations: int,
         annotate: Callable[[list[list[int] | None], dict[str, Any]], Mapping[str, Any]],
         metrics: Metrics,
-        is_training: bool = False,
     ) -> list[list[int] | None]:
         """
         Put them into a generation batch.
@@ -218,20 +231,32 @@ class TeacherInputs:
                 From the teacher's prompts and the batch to what the teacher adds to it.
             metrics ([`Metrics`]):
                 Where rates and lengths go.
-            is_training (`bool`, *optional*, defaults to `False`):
-                Whether the rollouts are trained on.
 
         Returns:
             `list[list[int] | None]`: the teacher's prompts, `None` for rows without a context.
         """
         masks = batch["prompt_mask"].bool()
         student_ids = [ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], masks, strict=True)]
-        teacher_ids, tensors = self(generation, student_ids, num_generations, metrics, is_training)
+        teacher_ids, tensors = self(generation, student_ids, num_generations, metrics)
         batch.update(annotate(teacher_ids, batch))
         groups = tensors.pop("teacher_prompt_groups")  # no work for the device
         batch.update({name: values.to(masks.device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
         add_contexts(metrics, batch, len(generation.empty))
         return teacher_ids
+
+    def remember(self, generation: Generation) -> None:
+        """Show a generation that is trained on to whoever has a memory. All processes call this at once."""
+        if self.memories:
+            rows = zip(generation.rows, cast(Sequence[Rollouts], generation.groups), strict=True)
+            groups = self.gather([(row, group.all) for row, group in rows if group.index == 0])
+            said = iter(self.gather(list(generation.said)))
+            groups = [(row, [replace(rollout, said=next(said)) for rollout in group]) for row, group in groups]
+            for memory in self.memories:
+                memory.remember(groups)
+
+    def _rates(self, rows: Sequence[Mapping[str, Any]], groups: Sequence[Rollouts]) -> dict[str, tuple[float, float]]:
+        context = self.teacher_prompt.context
+        return context.rates(rows, groups) if hasattr(context, "rates") else {}
 
     def _said(
         self, generation: Generation, groups: Sequence[Rollouts | None], stand_in: list[int], metrics: Metrics

@@ -50,12 +50,11 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from ..context import SampledContext, as_text, check_embedded, without_end
+from ..context import Memory, SampledContext, as_text, check_embedded, without_end
 from ..guard import SkipNonFiniteSteps
 from ..objective import generalized_jsd_loss
 from ..sampling import Sampling
 from ..scoring import announce_head, causal_lm
-from ..serving import ServerError
 from ..signal import TokenScores
 from ..teacher import Teacher, fingerprint
 from .batch import Generation, TeacherInputs, regrouped
@@ -155,8 +154,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.context, self.completion_source, self.signals = run.context, run.completions, run.signals
         self.teacher_prompt, self._data_columns = run.teacher_prompt, run.columns
         self._generation, self._generation_step, self._first_micro_batch = Generation([]), -1, 0
-        self._num_generated_tokens = 0
-        self.statistics = {"train": Metrics(), "eval": Metrics()}
+        self._num_generated_tokens, self.statistics = 0, {"train": Metrics(), "eval": Metrics()}
         super().__init__(
             model=model,
             reward_funcs=reward_funcs or [no_reward],
@@ -250,6 +248,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             accelerator.num_processes,
             gather_object,
             lambda prompts: self.sample(prompts, Sampling(**cast(SampledContext, self.context).sampling), stream=2),
+            [part for part in (self.context,) if isinstance(part, Memory)],
         )
         initial, given = fingerprint(self.model), (args, accelerator, self.model)
         self.teacher: Teacher = run.served_teacher or load_teacher(*given, adapter_starts_at_zero)
@@ -340,7 +339,7 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
         if self.signals.curriculum is not None:
-            sampler = DrawnRows(sampler, self.signals, self._token_ids)
+            sampler = DrawnRows(sampler, self.signals, lambda prompts: self._tokenize_prompts(prompts)[0])
         # There is no generator without shuffling
         self.add_callback(OrderOfEpochs(getattr(sampler, "generator", None)))
         return sampler
@@ -354,9 +353,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         return ids, logprobs, empty
 
     def _unlogged_rewards(self, rows, prompts, completions, completion_ids) -> torch.Tensor:
-        logs: Any = defaultdict(list)
-        metrics: Any = defaultdict(list)
-        with changed(self, _generation=Generation(rows), _pending_extra_logs=logs, _pending_metrics=metrics):
+        empty: Any = {name: defaultdict(list) for name in ("_pending_extra_logs", "_pending_metrics")}
+        with changed(self, _generation=Generation(rows), **empty):
             return super()._calculate_rewards(rows, prompts, completions, completion_ids)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -397,7 +395,9 @@ class SelfDistillationTrainer(GRPOTrainer):
         if not self.reward_funcs:
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[mode].pop(name, None)
-        self.teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics, mode == "train")
+        self.teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics)
+        if mode == "train":
+            self.teacher_inputs.remember(self._generation)
         self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
         score = partial(self._score, mode=mode)
         given = self.signals, self.args, batch, self._generation.empty, score, self.accelerator, size, mode == "train"
@@ -452,16 +452,15 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         checkpoint = self.run_state.checkpoint(resume_from_checkpoint)
-        with self.run_state.alone():
-            try:
-                return super().train(checkpoint, *args, **kwargs)
-            except ServerError as error:  # of a sampler or a teacher, wherever it was asked
-                # Sampling may come in the middle of a step, whose first micro-batches a resumed run begins with
-                is_within_step = self._step != self._first_micro_batch
-                is_between = is_within_step and self._first_micro_batch % self._generate_every != 0
-                save = partial(self._save_checkpoint, self.model, trial=None)
-                outcome = self.run_state.rescue(self._folder(), self.state.global_step, is_between, save)
-                raise ServerError(f"{error} {outcome}") from error
+        save = partial(self._save_checkpoint, self.model, trial=None)
+        with self.run_state.alone(), self.run_state.rescuing(self._place, save):
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _place(self) -> tuple[Path, int, bool]:
+        # Sampling may come in the middle of a step, whose first micro-batches a resumed run begins with
+        is_within_step = self._step != self._first_micro_batch
+        is_between = is_within_step and self._first_micro_batch % self._generate_every != 0
+        return self._folder(), self.state.global_step, is_between
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
