@@ -207,6 +207,7 @@ PASSES = {
     "rlsd": (1, 2),
     "rlrt": (1, 2),
     "trace": (1, 1),
+    "resd": (1, 1),
     "rlcsd": (1, 2),  # without peers of both kinds, no more
     "dasd": (1, 2),
     "antisd": (1, 2),

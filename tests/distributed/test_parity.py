@@ -139,6 +139,7 @@ METHODS = [
             "advantage.share": {"start": 0.0, "end": 1.0, "num_steps": 3},
         },
     ),
+    job("resd", "full", max_steps=4, warmup_steps=0, teacher_update_rate=0.2, context_kwargs={"max_new_tokens": 8}),
     job("sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("sc_sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("ssopd", "full", max_steps=4, rows=8, num_generations=4),

@@ -230,7 +230,8 @@ class PlaybookContext(TextContext):
 
     def state_dict(self) -> dict[str, Any]:
         """The playbook, the solutions and the number of batches."""
-        return {"lessons": self.lessons, "solutions": self._solutions, "batches": self._batches}
+        lessons = [dict(lesson) for lesson in self.lessons]
+        return {"lessons": lessons, "solutions": dict(self._solutions), "batches": self._batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what [`state_dict`] gave."""
