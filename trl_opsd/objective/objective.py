@@ -41,13 +41,13 @@ class Objective:
         clip (`float`, *optional*):
             Upper bound τ on the entries before they are summed, Σ_v min(ℓ_v, τ), as in the released recipe of
             [Self-Distilled Reasoner](https://huggingface.co/papers/2601.18734).
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Both sets of logits are divided by it. The loss is not multiplied by its square.
         ratio_low (`float`, *optional*):
             The teacher's probability of each entry is raised to this share of the student's, as in
             [RESD](https://huggingface.co/papers/2605.12741), see [`bounded`].
         ratio_high (`float`, *optional*):
             It is lowered to this multiple of the student's.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Both sets of logits are divided by it. The loss is not multiplied by its square.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -59,9 +59,9 @@ class Objective:
     top_k: int = 16
     tail: Tail = "bucket"
     clip: float | None = None
+    temperature: float = 1.0
     ratio_low: float | None = None
     ratio_high: float | None = None
-    temperature: float = 1.0
 
     @property
     def description(self) -> str:
