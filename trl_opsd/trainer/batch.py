@@ -23,7 +23,7 @@ from ..context import (
 from ..scoring import keep_groups_together
 from ..signal import Signals
 from .asking import Gather, sample_once, together
-from .metrics import Metrics, add_contexts
+from .metrics import Metrics, add_contexts, add_degeneration
 from .rewards import reward_streams, total_rewards
 
 
@@ -212,6 +212,7 @@ class TeacherInputs:
         num_generations: int,
         annotate: Callable[[list[list[int] | None], dict[str, Any]], Mapping[str, Any]],
         metrics: Metrics,
+        is_training: bool,
     ) -> list[list[int] | None]:
         """
         Put them into a generation batch.
@@ -227,6 +228,8 @@ class TeacherInputs:
                 From the teacher's prompts and the batch to what the teacher adds to it.
             metrics ([`Metrics`]):
                 Where rates and lengths go.
+            is_training (`bool`):
+                Whether it is trained on, and so remembered.
 
         Returns:
             `list[list[int] | None]`: the teacher's prompts, `None` for rows without a context.
@@ -238,21 +241,21 @@ class TeacherInputs:
         groups = tensors.pop("teacher_prompt_groups")  # no work for the device
         batch.update({name: values.to(masks.device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
         add_contexts(metrics, batch, len(generation.empty))
+        has_tokens = torch.tensor([position not in generation.empty for position in range(len(masks))])
+        counted = has_tokens.to(masks.device) & ~batch["replaced"]
+        add_degeneration(metrics, list(map(_text, generation.completions)), batch["truncated"], counted)
+        if is_training and self.memories:
+            rows = zip(generation.rows, cast(Sequence[Rollouts], generation.groups), strict=True)
+            everyone = self.gather([(row, group.all) for row, group in rows if group.index == 0])
+            said = iter(self.gather(list(generation.said)))
+            everything = [(row, [replace(rollout, said=next(said)) for rollout in group]) for row, group in everyone]
+            for memory in self.memories:
+                memory.remember(everything)
         return teacher_ids
 
-    def remember(self, generation: Generation) -> None:
-        """Show a generation that is trained on to whoever has a memory. All processes call this at once."""
-        if self.memories:
-            rows = zip(generation.rows, cast(Sequence[Rollouts], generation.groups), strict=True)
-            groups = self.gather([(row, group.all) for row, group in rows if group.index == 0])
-            said = iter(self.gather(list(generation.said)))
-            groups = [(row, [replace(rollout, said=next(said)) for rollout in group]) for row, group in groups]
-            for memory in self.memories:
-                memory.remember(groups)
-
     def _rates(self, rows: Sequence[Mapping[str, Any]], groups: Sequence[Rollouts]) -> dict[str, tuple[float, float]]:
-        context = self.teacher_prompt.context
-        return context.rates(rows, groups) if hasattr(context, "rates") else {}
+        those = {id(part): part for part in (self.teacher_prompt.context, *self.memories) if hasattr(part, "rates")}
+        return {name: pair for part in those.values() for name, pair in cast(Any, part).rates(rows, groups).items()}
 
     def _said(
         self, generation: Generation, groups: Sequence[Rollouts | None], stand_in: list[int], metrics: Metrics
