@@ -169,13 +169,16 @@ def grpo_advantages(rewards, num_generations):
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten().tolist()
 
 
-def read_by_the_teacher(trainer, sampler, rows, completions, texts, rewards):
+def read_by_the_teacher(trainer, sampler, rows, completions, texts, rewards, replaced):
     """Prompts that are made from rollouts that this file knows, and those that are there for contrast."""
     size, feedback = trainer.args.num_generations, list(map(feedback_on, texts))
     prompts, contrasts = [], []
     for index, row in enumerate(rows):
         start = index - index % size
-        group = make_rollouts(*(values[start : start + size] for values in (rewards, texts, feedback, completions)))
+        group = make_rollouts(
+            *(values[start : start + size] for values in (rewards, texts, feedback, completions)),
+            {at - start for at in replaced},
+        )
         rollouts = Rollouts(group, index % size)
         asked = trainer.teacher_prompt.sample_ids(row, rollouts)
         told = (
@@ -205,10 +208,15 @@ def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
     if name == "pbsd":
         by_teacher = sampler([trainer.teacher_prompt.token_ids(row, None) for row in rows[1::2]])
         completions = [ids for pair in zip(sampler(prompts[::2]), by_teacher, strict=True) for ids in pair]
+    replaced = {}
+    if name == "sort":
+        solutions = [[*tokenizer(row["solution"])["input_ids"], tokenizer.eos_token_id] for row in rows]
+        replaced = {at: solutions[at] for at in range(3, len(rows), 4) if sampler.pattern(prompts[at]) == "WWWW"}
+        completions = [replaced.get(at, ids) for at, ids in enumerate(completions)]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
     rewards = [float(text.startswith("R")) for text in texts]
     advantages = grpo_advantages(rewards, trainer.args.num_generations)
-    read, contrasted = read_by_the_teacher(trainer, sampler, rows, completions, texts, rewards)
+    read, contrasted = read_by_the_teacher(trainer, sampler, rows, completions, texts, rewards, replaced)
     generated = Generated(trainer.args.num_generations, rewards, [prompt is not None for prompt in read])
     batch: list[Seen] = []
     for index, (prompt, teacher_prompt, contrasts, ids, reward, advantage) in enumerate(
@@ -325,7 +333,7 @@ def test_without_an_exponent_sc_sdpo_is_sdpo(make_trainer):
     assert are_equal(weights(trained(off)), weights(trained(parent)))
 
 
-OF_LIKELIHOOD = ["star", "pbsd"]
+OF_LIKELIHOOD = ["star", "pbsd", "sort"]
 READS_SPANS = ["trace"]  # whose teacher has to read something, see test_trace.py
 NO_TEACHER = ["cipo"]
 OTHERWISE = [*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD, *READS_SPANS, *NO_TEACHER]
@@ -339,7 +347,9 @@ def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
 
 
 # The others learn from what is wrong
-@pytest.mark.parametrize("name", [name for name in REWARDED if name not in ("mopd", "dasd", "antisd", *HAS_ITS_OWN)])
+@pytest.mark.parametrize(
+    "name", [name for name in REWARDED if name not in ("mopd", "dasd", "antisd", "sort", *HAS_ITS_OWN)]
+)
 def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
     sampler.patterns = ("WWWW",)
     sampler.num_letters = lambda number: 1  # about which there is no feedback

@@ -23,6 +23,8 @@ class Rollout:
             Whether it was cut off before its end.
         index (`int`):
             Position among the rollouts of its prompt.
+        replaced (`bool`, *optional*, defaults to `False`):
+            Whether the completion is another than the student's own rollout of its prompt.
     """
 
     text: str
@@ -32,6 +34,7 @@ class Rollout:
     feedback: str | None
     truncated: bool
     index: int
+    replaced: bool = False
 
 
 @dataclass(frozen=True)
