@@ -188,6 +188,11 @@ def where_above_the_mean(seen: Seen) -> dict[str, Any]:
     return {"divergence_weights": [float(seen.advantage > 0)] * len(seen.token_ids)}
 
 
+def held_by_gold(seen: Seen) -> dict[str, Any]:
+    is_gold = seen.index % 4 == 3
+    return {"advantage": 0.0 if is_gold else seen.delta.tolist(), "selected": [int(is_gold)] * len(seen.token_ids)}
+
+
 def with_a_baseline(seen: Seen) -> dict[str, Any]:
     inside = plain_loop.top_k_mask(seen.student, 20)
     q_s, q_t = (plain_loop.reduced(p, inside, "renormalize") for p in (seen.student, seen.teacher))
@@ -202,6 +207,38 @@ def better_than_before(seen: Seen) -> dict[str, Any]:
     slope = 2 * 0.1 / (1 + (0.1 * (better - worse)).exp())
     sign = 1.0 if position % 2 else -1.0
     return {"likelihood_weights": [sign * slope.item()] * len(seen.token_ids)}
+
+
+def ten_times_what_the_teacher_wrote(seen: Seen) -> dict[str, Any]:
+    [position] = [position for position, one in enumerate(seen.batch) if one is seen]
+    if position % 2 == 0:
+        return {}
+    return {
+        "divergence_weights": [10.0] * len(seen.token_ids),
+        "objective": {"divergence": "forward_kl", "support": "teacher_top_k"},
+    }
+
+
+def told_apart_with_the_context(seen: Seen) -> dict[str, Any]:
+    """BCO with β = 0.1 in a first batch, of rows that are counted together."""
+    if seen.teacher is None:
+        return {"selected": [0] * len(seen.token_ids)}
+    both = [
+        [0.1 * one.delta.sum() for one in seen.batch if one.teacher is not None and one.is_right == kind]
+        for kind in (True, False)
+    ]
+    right, wrong = map(torch.stack, both)
+    middle = (right.mean() + wrong.mean()) / 2
+    sign, number = (1.0, len(right)) if seen.is_right else (-1.0, len(wrong))
+    slope = sign * 0.1 / (1 + (sign * (0.1 * seen.delta.sum() - middle)).exp())
+    weight = (slope * (len(right) + len(wrong)) / number).item()
+    return {"likelihood_weights": [weight] * len(seen.token_ids), "reads_context": True}
+
+
+def less_the_mean_of_its_group(seen: Seen) -> dict[str, Any]:
+    [position] = [position for position, one in enumerate(seen.batch) if one is seen]
+    group = seen.batch[position - position % 4 :][:4]
+    return {"advantage": seen.is_right - sum(one.is_right for one in group) / 4}
 
 
 @dataclass(frozen=True)
@@ -231,6 +268,28 @@ STAND_INS = {
         plain_loop.Method(divergence_coef=0.0, likelihood_coef=1.0, loss_type="luspo", temperature=1.1),
         better_than_before,
         metrics=("likelihood_row_rate", "preference/loss", "preference/pair_rate", "completions/off_policy_rate"),
+    ),
+    "brts": StandIn(
+        plain_loop.Method("reverse_kl", support="student_top_k", top_k=16, loss_type="dapo"),
+        ten_times_what_the_teacher_wrote,
+        {"teacher": "initial", "privileged_context": "solution", "completions_kwargs": {"num_candidates": 2}},
+        has_reward=True,
+        metrics=("distillation_loss", "replaced_distillation_loss", "completions/tier_1_rate"),
+    ),
+    "vpd": StandIn(
+        plain_loop.Method(divergence_coef=0.0, likelihood_coef=1.0, loss_type="luspo"),
+        told_apart_with_the_context,
+        {**GROUPS, "token_weights": {"trl_opsd.methods.vpd.EStep": {"every": 1}}},
+        has_reward=True,
+        has_live_teacher=True,
+        metrics=("likelihood_row_rate", "e_step/rate", "e_step/skip_rate"),
+    ),
+    "atmanrl": StandIn(
+        plain_loop.Method(divergence_coef=0.0, policy_loss_coef=1.0),
+        less_the_mean_of_its_group,
+        GROUPS,
+        has_reward=True,
+        metrics=("clip_ratio/region_mean",),
     ),
     "sdft": StandIn(plain_loop.Method("forward_kl"), after_three),
     "sdpo": StandIn(
@@ -339,6 +398,16 @@ STAND_INS = {
         has_live_teacher=True,
         metrics=SHAPED,
     ),
+    "antisd_code": StandIn(
+        plain_loop.Method(**GRPO),
+        settings={
+            **GROUPS,
+            "advantage_kwargs": {"warmup_steps": 1, "most_perplexity": 1e6},
+        },  # GRPO in the first batch
+        has_reward=True,
+        has_live_teacher=True,
+        metrics=(*SHAPED, "away/strength", "away/gate", "away/teacher_perplexity"),
+    ),
     **{
         name: StandIn(
             plain_loop.Method(**GRPO, temperature=1.1),
@@ -368,6 +437,12 @@ STAND_INS = {
     "rethinking_opd": StandIn(
         plain_loop.Method("reverse_kl", support="student_top_k", top_k=16, tail="renormalize", loss_type="dapo"),
         settings=GROUPS,
+    ),
+    "stable_opd": StandIn(
+        plain_loop.Method(divergence_coef=0.0, policy_loss_coef=1.0, likelihood_coef=0.1),
+        held_by_gold,
+        {"completions_kwargs": {"column": "answer"}, "beta": 0.0},  # no reference: it would be loaded
+        metrics=(*SHAPED, "likelihood_loss", "rollouts/truncated_rate", "rollouts/repetition_rate"),
     ),
     "vopd": StandIn(plain_loop.Method(**GRPO), with_a_baseline, metrics=SHAPED),
     "star": StandIn(

@@ -2,6 +2,7 @@
 
 import math
 
+import plain_loop
 import pytest
 import torch
 from methods.stand_ins import GROUPS, STAND_INS, Generated, Sampler, Seen, begins_with_r, feedback_on
@@ -23,9 +24,10 @@ SMALL = {
 }
 WITHOUT_A_CONTEXT = {"teacher": "live", "privileged_context": "none", "context_kwargs": None}
 WITHOUT_A_CONTEXT |= dict.fromkeys(["teacher_update_steps", "teacher_update_rate", "teacher_chat_template_kwargs"])
+PLAIN = {"schedules": {}, "advantage": "grpo", "advantage_kwargs": None}
 SGD = {"optim": "sgd", "learning_rate": 0.1}  # Adam would blow up the rounding of gradients that are almost zero
 SHAPES = ["rlsd", "rlrt", "rlcsd", "dasd", "antisd", "sdpg"]  # GRPO's advantages, or adds to its loss
-HAS_ITS_OWN = ["egrsd", "cl_egrsd"]  # advantages, which are there without a teacher
+HAS_ITS_OWN = ["egrsd", "cl_egrsd", "atmanrl"]  # advantages, which are there without a teacher
 ADDS = ["ssopd", "drift"]  # a divergence to GRPO's loss
 REWARDED = [name for name, stand_in in STAND_INS.items() if stand_in.has_reward]
 
@@ -208,6 +210,12 @@ def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
     if name == "pbsd":
         by_teacher = sampler([trainer.teacher_prompt.token_ids(row, None) for row in rows[1::2]])
         completions = [ids for pair in zip(sampler(prompts[::2]), by_teacher, strict=True) for ids in pair]
+    if name == "brts":
+        by_teacher = best_of_two(trainer, sampler, rows[1::2], prompts[1::2], sampled_by)
+        completions = [ids for pair in zip(sampler(prompts[::2]), by_teacher, strict=True) for ids in pair]
+    if name == "stable_opd":
+        for index, row in list(enumerate(rows))[3::4]:
+            completions[index] = [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
     replaced = {}
     if name == "sort":
         solutions = [[*tokenizer(row["solution"])["input_ids"], tokenizer.eos_token_id] for row in rows]
@@ -242,6 +250,29 @@ def again(trainer, sampler, row, ids):
         return ids
     [retry] = sampler([trainer.teacher_prompt.token_ids(row, None)])
     return retry if sampler.tokenizer.decode(retry).startswith("R") else ids
+
+
+def best_of_two(trainer, sampler, rows, prompts, student):
+    """What the teacher writes for some rows, by tier."""
+
+    def is_right(ids):
+        return sampler.tokenizer.decode(ids).startswith("R")
+
+    written = sampler([trainer.teacher_prompt.token_ids(row, None) for row in rows for _ in range(2)])
+    chosen = []
+    for prompt, *pair in zip(prompts, written[::2], written[1::2], strict=True):
+        near = []
+        for ids in pair:
+            likely = plain_loop.top_k_mask(probabilities(student, prompt, ids, 1.0), 16)
+            near.append(likely.gather(1, torch.tensor(ids)[:, None]).float().mean().item())
+        one, other = ((is_right(ids), share) for ids, share in zip(pair, near, strict=True))
+        chosen.append(pair[1] if other > one else pair[0])
+    wrong = [index for index, ids in enumerate(chosen) if not is_right(ids)]
+    told = trainer.completion_source.context
+    guided = sampler([trainer.teacher_prompt.before_rollouts(rows[index], told) for index in wrong])
+    for index, ids in zip(wrong, guided, strict=True):
+        chosen[index] = ids if is_right(ids) else chosen[index]
+    return chosen
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -315,7 +346,7 @@ def assert_close(one, other):
 # RLCSD's teacher has to read something, see test_rlcsd.py
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "rlcsd"])
 def test_a_teacher_that_is_the_student_leaves_grpo(make_trainer, name, recwarn):
-    same, parent = {**SGD, **WITHOUT_A_CONTEXT}, {**SGD, "schedules": {}, "advantage": "grpo", "divergence_coef": 0.0}
+    same, parent = {**SGD, **WITHOUT_A_CONTEXT}, {**SGD, "divergence_coef": 0.0, **PLAIN}
     assert_close(*(trained(make_trainer(name, **settings)) for settings in (same, parent)))
     # A divergence of 0 is sometimes rounded to less, for which no clip is to blame
     assert not [warning for warning in recwarn if "divergence_clip" in str(warning.message)]
@@ -327,19 +358,30 @@ def test_a_teacher_that_is_the_student_adds_nothing_to_grpo(make_trainer, name):
     assert_close(*(trained(make_trainer(name, **settings)) for settings in (same, parent)))
 
 
+def test_without_gold_stable_opd_is_the_policy_gradient_of_the_reverse_kl(make_trainer):
+    off = {"completions": "on_policy", "completions_kwargs": None, "likelihood_coef": 0.0, "token_weights": {}}
+    parent = {"teacher": "initial", "teacher_update_steps": None, "privileged_context": "solution"}
+    parent |= {"divergence": "reverse_kl", "divergence_support": "sampled_token", "num_generations": 4}
+    assert_close(
+        trained(make_trainer("stable_opd", **SGD, **off)),
+        trained(make_trainer("opsdc", **{**SGD, **parent, "max_grad_norm": 1.0})),
+    )
+
+
 def test_without_an_exponent_sc_sdpo_is_sdpo(make_trainer):
     weights_of = {"importance_clip": {"most": 2.0}, "trl_opsd.methods.sc_sdpo.SweetSpot": {"exponent": 0.0}}
     off, parent = make_trainer("sc_sdpo", token_weights=weights_of), make_trainer("sdpo")
     assert are_equal(weights(trained(off)), weights(trained(parent)))
 
 
-OF_LIKELIHOOD = ["star", "pbsd", "sort"]
+OF_LIKELIHOOD = ["star", "pbsd", "sort", "vpd", "stable_opd"]
+STANDARDISES = ["antisd_code"]  # what is left of rounding too
 READS_SPANS = ["trace"]  # whose teacher has to read something, see test_trace.py
 NO_TEACHER = ["cipo"]
-OTHERWISE = [*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD, *READS_SPANS, *NO_TEACHER]
+OTHERS = [*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD, *STANDARDISES, *READS_SPANS, *NO_TEACHER]
 
 
-@pytest.mark.parametrize("name", sorted({*METHODS} - {*OTHERWISE}))
+@pytest.mark.parametrize("name", sorted({*METHODS} - {*OTHERS}))
 def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
     trainer = make_trainer(name, **WITHOUT_A_CONTEXT)
     _, gradient = gradient_of(trainer, batch_of(trainer, rows_for(trainer)))
@@ -348,7 +390,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
 
 # The others learn from what is wrong
 @pytest.mark.parametrize(
-    "name", [name for name in REWARDED if name not in ("mopd", "dasd", "antisd", "sort", *HAS_ITS_OWN)]
+    "name", [name for name in REWARDED if name not in ("mopd", "dasd", "antisd", "sort", "brts", *HAS_ITS_OWN)]
 )
 def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
     sampler.patterns = ("WWWW",)
@@ -359,8 +401,8 @@ def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
         assert all(math.isfinite(value) for value in entry.values())
         assert (entry["loss"], entry["grad_norm"], entry["skipped_steps/total"]) == (0.0, 0.0, 0.0)
         rates = [value for key, value in entry.items() if key.endswith("_row_rate")]
-        quiet = {key: [] for key in ("rlsd", "rlrt", "rlcsd", "cipo")}
-        assert rates == {**quiet, "sdpg": [1.0]}.get(name, [0.0])
+        of_none = {name: [] for name in ("rlsd", "rlrt", "rlcsd", "antisd_code", "cipo")}
+        assert rates == {**of_none, "sdpg": [1.0], "vpd": [0.0, 0.0]}.get(name, [0.0])
     assert are_equal(weights(trainer), before)
 
 
@@ -469,7 +511,7 @@ def test_micro_batches_change_nothing(make_trainer, name):
         for more in (
             {},
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
-            {"max_tokens_per_microbatch": 400},
+            {"max_tokens_per_microbatch": 300},
         )
     )
     passes, networks = [], cut.loss.networks

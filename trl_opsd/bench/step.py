@@ -315,11 +315,19 @@ def method(case: StepCase, name: str) -> Contender:
     """[`SelfDistillationTrainer`] with the defaults of a method, every other rollout being rewarded."""
     from trl_opsd import SelfDistillationTrainer
 
-    args = config_class(name)(**_arguments(case), num_generations=case.num_generations)
+    config, arguments = config_class(name), _arguments(case)
+    if config.teacher == "external":
+        if case.random_weights:
+            raise CannotRun("its teacher is loaded a second time, which random weights are not")
+        arguments["teacher_model_name_or_path"] = case.model
+    args = config(**arguments, num_generations=case.num_generations)
     shared = _shared(case)
     rows = shared["train_dataset"]
     for column in ("solution", "answer", "english"):
         rows = rows.add_column(column, rows["privileged_context"])
+    # With the token that ends it
+    gold = _extended("", case.max_new_tokens - 1, shared["processing_class"], random.Random(case.seed))
+    rows = rows.add_column("completion", [gold] * len(rows))
     shared["train_dataset"] = rows
     trainer = SelfDistillationTrainer(case.model, [_every_other], args=args, **shared)
     return Contender(

@@ -23,7 +23,7 @@ from ..context import (
 from ..scoring import keep_groups_together
 from ..serving import ServerError
 from ..signal import Signals
-from .metrics import Metrics, add_contexts
+from .metrics import Metrics, add_contexts, add_degeneration
 from .rewards import reward_streams, total_rewards
 
 
@@ -238,6 +238,9 @@ class TeacherInputs:
         groups = tensors.pop("teacher_prompt_groups")  # no work for the device
         batch.update({name: values.to(masks.device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
         add_contexts(metrics, batch, len(generation.empty))
+        has_tokens = torch.tensor([position not in generation.empty for position in range(len(masks))])
+        counted = has_tokens.to(masks.device) & ~batch["replaced"]
+        add_degeneration(metrics, list(map(_text, generation.completions)), batch["truncated"], counted)
         if is_training and self.memories:
             rows = zip(generation.rows, cast(Sequence[Rollouts], generation.groups), strict=True)
             everything = self.gather([(row, group.all) for row, group in rows if group.index == 0])

@@ -1,5 +1,6 @@
 """What cannot work, in the order in which it becomes known: all but the last before the model is loaded."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -218,7 +219,7 @@ def _check_context_of(
     kind = f"`privileged_context={args.privileged_context!r}`"
     if isinstance(context, NoContext):
         raise ValueError(f"{setting} reads the privileged context, and {kind} is none. Choose another one.")
-    if isinstance(context, SampledContext) or getattr(context, "reads_rollouts", False):
+    if isinstance(context, SampledContext) or getattr(context, "reads_rollouts", True):
         raise ValueError(
             f"{setting} reads the privileged context while completions are made, and {kind} is known only after "
             "them. Choose a context that neither reads rollouts nor samples."
@@ -307,6 +308,18 @@ def check_auxiliary_loss(args: SelfDistillationConfig, has_one: bool, coefficien
         )
 
 
+def _check_likelihood_alone(name: str, signals: Signals, args: SelfDistillationConfig) -> None:
+    who = f"`token_weights` has {name}, in whose batches the policy reads the teacher's prompt"
+    if args.teacher != "live":
+        raise ValueError(f"{who}, and `teacher='{args.teacher}'` is another. Set `teacher='live'`, or leave it out.")
+    if args.privileged_context == "none":
+        raise ValueError(f"{who}, and `privileged_context='none'` is the student's. Choose another one.")
+    others = [f"`{field}={getattr(args, field)}`" for field in ("policy_loss_coef", "beta") if getattr(args, field)]
+    others += [type(part).__name__ for part in signals.policy_weightings]
+    if others:
+        raise ValueError(f"{who}, and {others[0]} is of the student's. Leave one out.")
+
+
 def check_parts_and_context(signals: Signals, context: PrivilegedContext, args: SelfDistillationConfig) -> None:
     """
     Refuse parts that need more of a context than it gives: prompts to contrast with, or spans.
@@ -381,6 +394,8 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
                 f"`token_weights` has {type(weighting).__name__}, which needs `reward_funcs`. Pass some, or leave it "
                 "out."
             )
+        if weighting.changes_prompt:
+            _check_likelihood_alone(type(weighting).__name__, signals, args)
         if weighting.needs_replaced and args.completions == "on_policy":
             raise ValueError(
                 f"`token_weights` has {type(weighting).__name__}, which compares rollouts with completions that took "
@@ -413,3 +428,27 @@ def _check_signals_of_a_server(signals: Signals) -> None:
                 f"`schedules[{name!r}]` follows `{schedule.metric}`, which a teacher on a server does not tell. "
                 "Set its `metric` to another, or leave `teacher_server_base_url` unset."
             )
+
+
+def warn_of_unknown_sampler(signals: Signals, args: SelfDistillationConfig) -> None:
+    """
+    Say once that a weight of tokens does not see how vLLM's probabilities differ from the policy's.
+
+    Args:
+        signals ([`Signals`]):
+            The parts.
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+    """
+    corrects = args.vllm_importance_sampling_correction
+    if not args.use_vllm or args.sampler_is_comparable or corrects or not signals.policy_weightings:
+        return
+    names = ", ".join(type(weighting).__name__ for weighting in signals.policy_weightings)
+    warnings.warn(
+        f"`token_weights` has {names}, and vLLM's log-probabilities are those of what it samples from, which is not "
+        f"the policy (`top_p={args.top_p}`, `top_k={args.top_k}`, `min_p={args.min_p}`, "
+        f"`repetition_penalty={args.repetition_penalty}`): how the engine differs from it is not corrected, and as "
+        "long as the policy has not moved since it sampled, each of these weights is 1. Sample from the whole "
+        "distribution for it (`top_p=1.0`, `top_k=0`, `min_p=None`, `repetition_penalty=1.0`).",
+        stacklevel=2,
+    )

@@ -28,6 +28,7 @@ from .checks import (
     check_signals,
     check_special_tokens,
     check_text_only,
+    warn_of_unknown_sampler,
 )
 from .config import SelfDistillationConfig
 from .lengths import fit_completions, prompt_budget
@@ -148,6 +149,7 @@ def prepare(
     completions, prompts = _make_sources(args, context, bool(reward_funcs), itself)
     check_curriculum(args, train_dataset, has_rewards, environment_factory)
     signals = _make_signals(args, context, has_rewards)
+    warn_of_unknown_sampler(signals, args)
 
     tokenizer, model_config = load_tokenizer_and_config(args, model, tokenizer)
     check_special_tokens(tokenizer, getattr(model_config.get_text_config(), "vocab_size", None))
