@@ -206,6 +206,7 @@ PASSES = {
     "u_opsd": (1, 1),
     "drift": (1, 1),
     "cipo": (1, 0),
+    "sort": (1, 2),
     "mopd": (1, 1),
     "correct_only": (1, 1),
     "rlsd": (1, 2),

@@ -111,6 +111,7 @@ VARIANTS = [
     ),
     job("opsd", "full", name="iterations", max_steps=4, num_iterations=2, teacher="ema", teacher_update_rate=0.2),
 ]
+GREEDY = {"max_new_tokens": 8, "temperature": 0.0}
 # For want of answers, rollouts agree by their length
 LENGTHS = {"answer_of": "builtins.len", "same_answer": "operator.eq"}
 GREEDY = {"completions_kwargs": {"temperature": 0.0, "num_candidates": 1}}
@@ -151,6 +152,7 @@ METHODS = [
     job("sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("sc_sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("ssopd", "full", max_steps=4, rows=8, num_generations=4),
+    job("sort", "full", max_steps=4, num_generations=4, max_completion_length=24, top_k=1, context_kwargs=GREEDY),
     job("cipo", "full", max_steps=4, num_generations=2),
     job("drift", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("u_opsd", "full", max_steps=4, num_generations=4, context_kwargs=LENGTHS),

@@ -81,6 +81,14 @@ def around_the_mean(seen: Seen) -> dict[str, Any]:
     return {"advantage": seen.all.rewards[seen.index] - seen.all.success_rate(seen.index)}
 
 
+def guided_by_a_plan(seen: Seen) -> dict[str, Any]:
+    """The teacher reads nothing but references, which are in groups of which nothing is right."""
+    if seen.teacher is None:
+        return {"selected": [0] * len(seen.token_ids)}
+    p_s, p_t = (p.gather(1, seen.token_ids)[:, 0] for p in (seen.student, seen.teacher))
+    return {"likelihood_weights": (p_s * p_t).sqrt().tolist(), "advantage": 0.0}
+
+
 def undecided(seen: Seen) -> dict[str, list]:
     """4p(1 − p) in the first three tokens; the mean is one over prompts."""
     rate, number = seen.all.success_rate(seen.index), len(seen.token_ids)
@@ -333,6 +341,14 @@ STAND_INS = {
         GROUPS,
         has_reward=True,
         metrics=("rewards/risk/mean", "corrections/rate", "corrections/ratio", "clip_ratio/region_mean"),
+    ),
+    "sort": StandIn(
+        plain_loop.Method(**GRPO, epsilon_high=0.28, likelihood_coef=1.0),
+        guided_by_a_plan,
+        {**GROUPS, "max_completion_length": 40, "context_kwargs": {"max_new_tokens": 8}},
+        has_reward=True,
+        has_live_teacher=True,
+        metrics=("likelihood_row_rate", "completions/failed_group_rate", "context_rate"),
     ),
     "mopd": StandIn(
         plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),

@@ -26,6 +26,8 @@ class Rollout:
             Position among the rollouts of its prompt.
         said (`Any`, *optional*):
             What was sampled, or said, about it for the context. Known to a [`Memory`] alone.
+        replaced (`bool`, *optional*, defaults to `False`):
+            Whether the completion is another than the student's own rollout of its prompt.
     """
 
     text: str
@@ -36,6 +38,7 @@ class Rollout:
     truncated: bool
     index: int
     said: Any = None
+    replaced: bool = False
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ METHODS = {
     "u_opsd": "u_opsd.UOPSDConfig",
     "drift": "drift.DRIFTConfig",
     "cipo": "cipo.CIPOConfig",
+    "sort": "sort.SORTConfig",
     "mopd": "mopd.MOPDConfig",
     "correct_only": "correct_only.CorrectOnlyConfig",
     "rlsd": "rlsd.RLSDConfig",

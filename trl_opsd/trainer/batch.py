@@ -352,6 +352,7 @@ def make_rollouts(
                 feedback=generation.feedback[position],
                 truncated=generation.is_truncated(position, end_ids),
                 index=(first + position) % num_generations,
+                replaced=position in generation.replaced,
             )
         )
     return rollouts

@@ -228,6 +228,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             encode=partial(encoded, tokenizer, self.eos_token_ids[0], self.max_completion_length),
             grade=partial(graded, *known, self.accelerator.process_index),
             process_index=self.accelerator.process_index,
+            num_generations=self.num_generations,
             gather=gather_object,
         )
         asked = tokenizer, None if self.environment_factories else self.train_dataset, self.tokenize_prompts
@@ -401,7 +402,9 @@ class SelfDistillationTrainer(GRPOTrainer):
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[mode].pop(name, None)
         self.teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics, mode == "train")
-        self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
+        num_sampled = self._generation.num_sampled_tokens(batch.get("tool_mask", 1) * batch["completion_mask"])
+        self._num_generated_tokens += int(self.accelerator.reduce(num_sampled, "sum")) * (mode == "train")
+        self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
         score = partial(self._score, mode=mode)
         given = self.signals, self.args, batch, self._generation.empty, score, self.accelerator, size, mode == "train"
         return batch | make_streams(*given, metrics)
@@ -409,11 +412,6 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _score(self, batch: dict[str, Any], mode: str) -> TokenScores:
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
         return self.loss.scores(self.model_wrapped, batch, size, self.statistics[mode], self._generation.contrasts)
-
-    def _count_tokens(self, model_tokens: torch.Tensor, mode: str) -> None:
-        num_sampled = self.accelerator.reduce(self._generation.num_sampled_tokens(model_tokens), "sum")
-        self._num_generated_tokens += int(num_sampled) * (mode == "train")
-        self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
 
     def _compute_loss(self, model, inputs):
         mode = "train" if self.model.training else "eval"
