@@ -205,6 +205,7 @@ PASSES = {
     "ssopd": (1, 1),
     "u_opsd": (1, 1),
     "drift": (1, 1),
+    "cipo": (1, 0),
     "mopd": (1, 1),
     "correct_only": (1, 1),
     "rlsd": (1, 2),

@@ -143,6 +143,7 @@ METHODS = [
     job("sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("sc_sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("ssopd", "full", max_steps=4, rows=8, num_generations=4),
+    job("cipo", "full", max_steps=4, num_generations=2),
     job("drift", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("u_opsd", "full", max_steps=4, num_generations=4, context_kwargs=LENGTHS),
     job("rlsd", "full", max_steps=4, rows=8, num_generations=4),

@@ -77,6 +77,10 @@ def parted(seen: Seen) -> dict[str, Any]:
     return {"advantage": factor * seen.advantage, **at_most_twice(seen)}
 
 
+def around_the_mean(seen: Seen) -> dict[str, Any]:
+    return {"advantage": seen.all.rewards[seen.index] - seen.all.success_rate(seen.index)}
+
+
 def undecided(seen: Seen) -> dict[str, list]:
     """4p(1 − p) in the first three tokens; the mean is one over prompts."""
     rate, number = seen.all.success_rate(seen.index), len(seen.token_ids)
@@ -313,6 +317,13 @@ STAND_INS = {
         {**GROUPS, "advantage_kwargs": {"hard": 0.3, "easy": 0.45}},
         has_reward=True,
         metrics=("distillation_loss", "divergence_row_rate", "difficulty/hard_rate", "buffer/read_rate"),
+    ),
+    "cipo": StandIn(
+        plain_loop.Method(divergence_coef=0.0, policy_loss_coef=1.0),
+        around_the_mean,
+        GROUPS,
+        has_reward=True,
+        metrics=("rewards/risk/mean", "corrections/rate", "corrections/ratio", "clip_ratio/region_mean"),
     ),
     "mopd": StandIn(
         plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),

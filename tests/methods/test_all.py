@@ -369,7 +369,8 @@ def test_without_an_exponent_sc_sdpo_is_sdpo(make_trainer):
 OF_LIKELIHOOD = ["star", "pbsd", "vpd", "stable_opd"]
 STANDARDISES = ["antisd_code"]  # what is left of rounding too
 READS_SPANS = ["trace"]  # whose teacher has to read something, see test_trace.py
-OTHERS = [*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD, *STANDARDISES, *READS_SPANS]
+NO_TEACHER = ["cipo"]
+OTHERS = [*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD, *STANDARDISES, *READS_SPANS, *NO_TEACHER]
 
 
 @pytest.mark.parametrize("name", sorted({*METHODS} - {*OTHERS}))
@@ -392,7 +393,7 @@ def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
         assert all(math.isfinite(value) for value in entry.values())
         assert (entry["loss"], entry["grad_norm"], entry["skipped_steps/total"]) == (0.0, 0.0, 0.0)
         rates = [value for key, value in entry.items() if key.endswith("_row_rate")]
-        of_none = {name: [] for name in ("rlsd", "rlrt", "rlcsd", "antisd_code")}
+        of_none = {name: [] for name in ("rlsd", "rlrt", "rlcsd", "antisd_code", "cipo")}
         assert rates == {**of_none, "sdpg": [1.0], "vpd": [0.0, 0.0]}.get(name, [0.0])
     assert are_equal(weights(trainer), before)
 

@@ -26,6 +26,7 @@ METHODS = {
     "ssopd": "ssopd.SSOPDConfig",
     "u_opsd": "u_opsd.UOPSDConfig",
     "drift": "drift.DRIFTConfig",
+    "cipo": "cipo.CIPOConfig",
     "mopd": "mopd.MOPDConfig",
     "correct_only": "correct_only.CorrectOnlyConfig",
     "rlsd": "rlsd.RLSDConfig",

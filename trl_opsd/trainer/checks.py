@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..context import MarkingContext, NoContext, PrivilegedContext, SampledContext, check_embedded
+from ..sampling.prompts import PromptSource
 from ..sampling.sources import CompletionSource
 from ..signal import Advantage, Signals, TokenWeighting
 from .config import SelfDistillationConfig
@@ -182,6 +183,34 @@ def check_completions(
                 f"`teacher_server_base_url` with `teacher='live'` needs `completions='on_policy'`, not {setting}: the "
                 "server is sent the current weights when it samples rollouts, which other completions may not need."
             )
+
+
+def check_prompts(args: SelfDistillationConfig, source: Any, has_reward_funcs: bool, environment_factory: Any) -> None:
+    """
+    Refuse a source of prompts that could not work.
+
+    Args:
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+        source ([`~trl_opsd.sampling.prompts.PromptSource`]):
+            What `prompts` names.
+        has_reward_funcs (`bool`):
+            Whether there are reward functions.
+        environment_factory (`Any`):
+            Makes environments, if there are any.
+
+    Raises:
+        ValueError: If it is none, lacks rewards to add to, or environments make the prompts.
+    """
+    setting = f"`prompts={args.prompts!r}`"
+    if not isinstance(source, PromptSource):
+        raise ValueError(f"{setting} is no subclass of `trl_opsd.sampling.prompts.PromptSource`. Make it one.")
+    if source.reward_name is not None and not has_reward_funcs:
+        raise ValueError(f"{setting} adds to rewards. Pass `reward_funcs`, or leave it unset.")
+    if environment_factory is not None:
+        raise ValueError(f"{setting} exchanges prompts, which environments make. Leave one of them unset.")
+    scale = cast(Any, args.scale_rewards)
+    source.check_run({True: "group", False: "none"}.get(scale, scale))
 
 
 def _check_context_of(

@@ -35,6 +35,7 @@ _BELONGS_TO = {
     "completions_kwargs": "completions",
     "replaced_divergence": "completions",
     "curriculum_kwargs": "curriculum",
+    "prompts_kwargs": "prompts",
     "advantage_kwargs": "advantage",
     "schedules": "advantage",
     "teacher_update_steps": "teacher",
@@ -117,6 +118,12 @@ class SelfDistillationConfig(GRPOConfig):
             often those of which about half of the rollouts are correct. An epoch has as many steps as before, in which
             some prompts come more than once and others not at all. Or the import path of a subclass of [`Curriculum`].
         curriculum_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of that class.
+        prompts (`str`, *optional*):
+            Import path of a [`~trl_opsd.sampling.prompts.PromptSource`], which exchanges prompts of a batch before
+            they are sampled from, such as `"trl_opsd.methods.cipo.Corrections"`. `None` exchanges none. Evaluation is
+            always on the prompts of the dataset.
+        prompts_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of that class.
 
         > Parameters that control the teacher
@@ -272,6 +279,7 @@ class SelfDistillationConfig(GRPOConfig):
         "teacher_model_init_kwargs",
         "completions_kwargs",
         "curriculum_kwargs",
+        "prompts_kwargs",
     ]
 
     max_completion_length: int | None = _DefaultLength(512)
@@ -295,6 +303,8 @@ class SelfDistillationConfig(GRPOConfig):
 
     curriculum: str | None = None
     curriculum_kwargs: dict[str, Any] | str | None = None
+    prompts: str | None = None
+    prompts_kwargs: dict[str, Any] | str | None = None
 
     teacher: str = field(default="initial", metadata={"choices": ["initial", "live", "periodic", "ema", "external"]})
     teacher_update_steps: int | None = None
