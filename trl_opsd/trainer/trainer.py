@@ -230,8 +230,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             process_index=self.accelerator.process_index,
             gather=gather_object,
         )
-        how = tokenizer, None if self.environment_factories else self.train_dataset, self.tokenize_prompts
-        self.context_length = self.sampler.prepare(*how, reports_failures=self.rollout_func is None)
+        asked = tokenizer, None if self.environment_factories else self.train_dataset, self.tokenize_prompts
+        self.context_length = self.sampler.prepare(*asked, reports_failures=self.rollout_func is None)
         longest = None if self.context_length is None else self.context_length - (self.max_completion_length or 0)
         given = args.success_threshold, args.seed, self.accelerator.process_index, gather_object, self.tokenize_prompts
         self._exchange = PromptExchange(run.prompts, self.num_generations, *given, longest)
