@@ -281,7 +281,7 @@ def test_a_second_model_writes_as_the_teacher(generate, model_path, tmp_path, ca
 
 def test_dpo_trains_on_what_the_maker_of_the_docs_makes(generate, tmp_path, model_path, training_args, monkeypatch):
     page = (ROOT / "docs" / "generate.md").read_text()
-    (tmp_path / "makers_of_test_generate.py").write_text(page.split("```python\n")[1].split("```")[0])
+    (tmp_path / "makers_of_test_generate.py").write_text(page.split("```python\n")[-1].split("```")[0])
     assert generate("makers_of_test_generate.Pairs", reward_funcs=None, privileged_context="answer") == 0
 
     dataset = trained_by_dpo(model_path, training_args)
