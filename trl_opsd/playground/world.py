@@ -7,6 +7,7 @@ every machine.
 
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,6 +179,28 @@ def sums_by_the_teacher(before: list[str], written: list[str], by: str) -> list[
     """
     places = [text.find("=" if by == "student" else "\n") for text in written]
     return [place + 1 if place >= 0 else None for place in places]
+
+
+def decisive_steps(row: Mapping[str, Any], rollout: Any) -> list[dict[str, Any]]:
+    """
+    Annotates a rollout, as the `annotator` of the diagnosis context: the result of every column of one that is right,
+    the first column that is not the reference's of one that is wrong.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            Dataset row.
+        rollout ([`~trl_opsd.context.Rollout`]):
+            The rollout.
+    """
+    if rollout.correct:
+        results = re.finditer(r"(?<==)\d+", rollout.text)
+        return [{"start": its.start(), "end": its.end(), "type": "key_formula"} for its in results]
+    known, start = row["solution"].split("\n"), 0
+    for line in rollout.text.split("\n"):
+        if line and line not in known:
+            return [{"start": start, "end": start + len(line), "type": "arithmetic_slip"}]
+        start += len(line) + 1
+    return []
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
@@ -202,7 +203,14 @@ class SelfDistillationLoss:
         add_divergence(metrics, output, knows_entropy, clips)
 
     @torch.no_grad()
-    def scores(self, model: nn.Module, inputs: dict[str, Any], batch_size: int, metrics: Metrics) -> TokenScores:
+    def scores(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        batch_size: int,
+        metrics: Metrics,
+        contrasts: Sequence[Sequence[list[int]]],
+    ) -> TokenScores:
         """
         What student and teacher say of the tokens with a context, without a gradient. All processes call this, with as
         many rows.
@@ -216,6 +224,8 @@ class SelfDistillationLoss:
                 Rows of a micro-batch.
             metrics ([`Metrics`]):
                 Where it goes if the loss does not say it.
+            contrasts (`Sequence[Sequence[list[int]]]`):
+                Token ids of the prompts that the teacher reads each row after, if a part contrasts.
         """
         if not self.networks.has_checked_logits:
             self.networks.check_logits(model)
@@ -240,7 +250,13 @@ class SelfDistillationLoss:
                     place.index_add_(0, rows["row"], torch.zeros_like(place[: len(mask)]).masked_scatter(mask, values))
         if not self._signals.coefficients["divergence_coef"]:
             self._add_divergence(metrics, _joined(outputs))
-        return TokenScores(found[0].bool(), *found[1:])
+        scores = TokenScores(found[0].bool(), *found[1:])
+        if not self._signals.needs_contrast:
+            return scores
+        prompts = [some if is_read else [] for some, is_read in zip(contrasts, tokens.any(dim=1), strict=True)]
+        counts, log_probs = self.networks.contrasts(model, inputs, prompts, batch_size)
+        contrasted = scores.known & (counts > 0) & log_probs.isfinite()
+        return replace(scores, contrasted=contrasted, contrast_log_prob=log_probs.where(contrasted, 0.0))
 
     def _with_factors(
         self,
