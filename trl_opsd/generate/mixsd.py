@@ -27,7 +27,7 @@ class MixSDMaker:
             raise ValueError(f"`share` of the mixsd maker must be in [0, 1], got {share}.")
         if max_tries < 1:
             raise ValueError(f"`max_tries` of the mixsd maker must be at least 1, got {max_tries}.")
-        self.share, self.max_tries = share, max_tries
+        self.share, self.max_tries = float(share), max_tries
 
     def __call__(self, problems: Problems) -> Made:
         if problems.sampling.temperature == 0.0 and self.share in (0.0, 1.0) and self.max_tries > 1:
