@@ -196,6 +196,9 @@ PASSES = {
     "opsd": (1, 1),
     "opsdc": (1, 1),
     "pbsd": (1, 2),
+    "brts": (1, 3),  # of 8 completions of the teacher's, two passes choose
+    "vpd": (1, 1),  # and in every fifth batch (1, 2)
+    "atmanrl": (1, 0),  # besides those of its reward, which the benchmark replaces
     "sdft": (1, 1),
     "sdpo": (1, 1),
     "sc_sdpo": (1, 1),

@@ -315,7 +315,12 @@ def method(case: StepCase, name: str) -> Contender:
     """[`SelfDistillationTrainer`] with the defaults of a method, every other rollout being rewarded."""
     from trl_opsd import SelfDistillationTrainer
 
-    args = config_class(name)(**_arguments(case), num_generations=case.num_generations)
+    config, arguments = config_class(name), _arguments(case)
+    if config.teacher == "external":
+        if case.random_weights:
+            raise CannotRun("its teacher is loaded a second time, which random weights are not")
+        arguments["teacher_model_name_or_path"] = case.model
+    args = config(**arguments, num_generations=case.num_generations)
     shared = _shared(case)
     rows = shared["train_dataset"]
     for column in ("solution", "answer", "english"):

@@ -308,6 +308,18 @@ def check_auxiliary_loss(args: SelfDistillationConfig, has_one: bool, coefficien
         )
 
 
+def _check_likelihood_alone(name: str, signals: Signals, args: SelfDistillationConfig) -> None:
+    who = f"`token_weights` has {name}, in whose batches the policy reads the teacher's prompt"
+    if args.teacher != "live":
+        raise ValueError(f"{who}, and `teacher='{args.teacher}'` is another. Set `teacher='live'`, or leave it out.")
+    if args.privileged_context == "none":
+        raise ValueError(f"{who}, and `privileged_context='none'` is the student's. Choose another one.")
+    others = [f"`{field}={getattr(args, field)}`" for field in ("policy_loss_coef", "beta") if getattr(args, field)]
+    others += [type(part).__name__ for part in signals.policy_weightings]
+    if others:
+        raise ValueError(f"{who}, and {others[0]} is of the student's. Leave one out.")
+
+
 def check_parts_and_context(signals: Signals, context: PrivilegedContext, args: SelfDistillationConfig) -> None:
     """
     Refuse parts that need more of a context than it gives: prompts to contrast with, or spans.
@@ -382,6 +394,8 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
                 f"`token_weights` has {type(weighting).__name__}, which needs `reward_funcs`. Pass some, or leave it "
                 "out."
             )
+        if weighting.changes_prompt:
+            _check_likelihood_alone(type(weighting).__name__, signals, args)
         if weighting.needs_replaced and args.completions == "on_policy":
             raise ValueError(
                 f"`token_weights` has {type(weighting).__name__}, which compares rollouts with completions that took "

@@ -33,6 +33,7 @@ RETIRED: dict[str, str] = {
 _BELONGS_TO = {
     "context_kwargs": "privileged_context",
     "completions_kwargs": "completions",
+    "replaced_divergence": "completions",
     "curriculum_kwargs": "curriculum",
     "prompts_kwargs": "prompts",
     "advantage_kwargs": "advantage",
@@ -188,6 +189,10 @@ class SelfDistillationConfig(GRPOConfig):
         divergence_clip (`float`, *optional*):
             Upper bound on every vocabulary entry of the divergence, applied before the sum over the vocabulary. `None`
             does not clip.
+        replaced_divergence (`dict[str, Any]` or `str`, *optional*):
+            Divergence for completions that took the place of rollouts, if it is another, as fields of [`Objective`]:
+            `{"divergence": "forward_kl", "support": "teacher_top_k", "top_k": 16}`. What is left out is that class's
+            default, and not the above; the temperature is the same.
         distillation_temperature (`float`, *optional*):
             Temperature both sets of logits are divided by inside the loss. `None` uses the sampling `temperature`.
 
@@ -206,8 +211,9 @@ class SelfDistillationConfig(GRPOConfig):
         token_weights (`dict[str, dict]` or `str`, *optional*):
             Factors of each token in the divergence and the likelihood, multiplied, as name and keyword arguments:
             `"correct_only"` keeps rollouts whose reward reaches `success_threshold`, `"skip_first"` (`num_tokens`)
-            leaves out the first tokens, `"keep_first"` (`num_tokens`) all others, `"importance_clip"` (`most`)
-            corrects for a policy that has moved since it sampled; or the import path of a subclass of
+            leaves out the first tokens, `"keep_first"` (`num_tokens`) all others, `"replaced"` (`weight`) weighs
+            completions that took the place of rollouts, `"importance_clip"` (`most`) corrects for a policy that has
+            moved since it sampled; or the import path of a subclass of
             [`TokenWeighting`], or of [`TeacherWeighting`], such as `"trl_opsd.methods.msd.DualPerspective"`. What the
             first three leave out counts in no mean.
         advantage (`str`, *optional*, defaults to `"grpo"`):
@@ -268,6 +274,7 @@ class SelfDistillationConfig(GRPOConfig):
         "token_weights",
         "advantage_kwargs",
         "schedules",
+        "replaced_divergence",
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
         "completions_kwargs",
@@ -314,6 +321,7 @@ class SelfDistillationConfig(GRPOConfig):
     divergence_top_k: int = 16
     divergence_tail: str | None = field(default=None, metadata={"choices": list(get_args(Tail))})
     divergence_clip: float | None = None
+    replaced_divergence: dict[str, Any] | str | None = None
     distillation_temperature: float | None = None
 
     divergence_coef: float = 1.0
@@ -451,3 +459,10 @@ class SelfDistillationConfig(GRPOConfig):
             clip=self.divergence_clip,
             temperature=cast(float, self.distillation_temperature),
         )
+
+    def replaced_objective(self) -> Objective | None:
+        """That of completions that took the place of rollouts, if it is another."""
+        if self.replaced_divergence is None:
+            return None
+        fields = cast(dict[str, Any], self.replaced_divergence)
+        return Objective(**{"temperature": cast(float, self.distillation_temperature), **fields})

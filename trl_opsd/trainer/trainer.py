@@ -69,7 +69,7 @@ from .metrics import Metrics
 from .policy import GRPOLoss
 from .preparation import Prepared, checked_arguments, prepare
 from .prompts import PromptExchange, settled
-from .rewards import added_feedback, all_feedback, graded, no_reward
+from .rewards import added_feedback, all_feedback, graded, hand_policy, no_reward
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
 from .sampler import PolicySampler
 from .sampling_settings import changed, teacher_settings
@@ -178,6 +178,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._prepare_sampling(run)
         starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
         self._prepare_loss(run, starts_at_zero)
+        hand_policy(self.reward_funcs, self.model, self._tokenizer, self.tokenize_prompts, args)
 
     def _settle_rewards(self, run: Prepared, environment_factory: Any) -> None:
         names = ("reward_funcs", "reward_func_names", "reward_processing_classes", "reward_weights")
@@ -204,9 +205,6 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _prepare_sampling(self, run: Prepared) -> None:
         args, tokenizer = self.args, self._tokenizer
         self.teacher_prompt.chat_template = self.chat_template
-        if self.use_vllm and self.completion_source.samples_teacher:
-            for name, value in teacher_settings(args, tokenizer, self.eos_token_ids).items():
-                setattr(self, name, value)
         self.sampler = PolicySampler(
             args,
             self.accelerator,
@@ -218,20 +216,22 @@ class SelfDistillationTrainer(GRPOTrainer):
             generation_kwargs=None if self.use_vllm else self.generation_kwargs,
             end_token_ids=self.eos_token_ids,
             where=lambda: (self.state.global_step, self.model.training),
+            teacher_settings=teacher_settings(args, self.completion_source, tokenizer, self.eos_token_ids),
         )
+        size = args.per_device_train_batch_size
         known = self._unlogged_rewards, tokenizer, self.reward_weights, args.success_threshold
         self._engines = Engines(
             sample=lambda prompts: self.sampler.turn(prompts, None, {}, 1),  # groups are broken up
             sample_teacher=lambda prompts: self.sampler.sample_teacher(prompts, self.teacher),
-            teacher_prompt=lambda row: self.teacher_prompt.token_ids(row, None),
+            teacher_prompt=self.teacher_prompt.before_rollouts,
+            share_in_top_k=lambda *asked: self.loss.networks.share_in_top_k(self.model_wrapped, size, *asked),
             encode=partial(encoded, tokenizer, self.eos_token_ids[0], self.max_completion_length),
             grade=partial(graded, *known, self.accelerator.process_index),
             process_index=self.accelerator.process_index,
             gather=gather_object,
         )
-        dataset = None if self.environment_factories else self.train_dataset
-        how = tokenizer, dataset, self.tokenize_prompts, self.rollout_func is None
-        self.context_length = self.sampler.prepare(*how)
+        asked = tokenizer, None if self.environment_factories else self.train_dataset, self.tokenize_prompts
+        self.context_length = self.sampler.prepare(*asked, reports_failures=self.rollout_func is None)
         longest = None if self.context_length is None else self.context_length - (self.max_completion_length or 0)
         given = args.success_threshold, args.seed, self.accelerator.process_index, gather_object, self.tokenize_prompts
         self._exchange = PromptExchange(run.prompts, self.num_generations, *given, longest)
