@@ -1,6 +1,7 @@
 """The rollouts of a prompt, as contexts read them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Rollout:
             Whether it was cut off before its end.
         index (`int`):
             Position among the rollouts of its prompt.
+        said (`Any`, *optional*):
+            What was sampled, or said, about it for the context. Known to a [`Memory`] alone.
     """
 
     text: str
@@ -32,6 +35,7 @@ class Rollout:
     feedback: str | None
     truncated: bool
     index: int
+    said: Any = None
 
 
 @dataclass(frozen=True)
