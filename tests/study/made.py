@@ -1,5 +1,10 @@
 """Synthetic results of a study, in which the published claims are true, false, or drowned in noise."""
 
+from trl_opsd.experiment.arms import BASES
+from trl_opsd.experiment.train import Run
+from trl_opsd.study.arms import ARMS
+
+
 SEEDS = (1, 2, 3)
 
 
@@ -43,6 +48,11 @@ def result(
         "final": figures,
         "told": {"solution": figures},
     }
+
+
+def run_of(base, seed=None, arm=None, learning_rate=None, scale=1.0):
+    """A run of the study by the names of its base and arm."""
+    return Run(BASES[base], seed, ARMS.get(arm), learning_rate, scale)
 
 
 _PEAK = (0.1, 0.8, 0.8, 0.8)
