@@ -10,16 +10,13 @@ from trl_opsd.context import PeersContext, PlanContext, ReflectionContext, Solut
 from trl_opsd.trainer.batch import (
     Generation,
     TeacherInputs,
-    all_feedback,
-    check_feedback,
     collate,
     make_groups,
     make_rollouts,
-    reward_streams,
     sample_once,
-    total_rewards,
 )
 from trl_opsd.trainer.metrics import Metrics
+from trl_opsd.trainer.rewards import all_feedback, check_feedback, reward_streams, total_rewards
 
 
 END = 2

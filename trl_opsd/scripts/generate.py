@@ -192,7 +192,7 @@ def run(name: str, arguments: GenerateArguments) -> dict[str, Any]:
     from trl_opsd.generate.folder import COMPLETIONS, open_folder
     from trl_opsd.generate.rewards import Rewards
     from trl_opsd.generate.sampler import Sampler
-    from trl_opsd.trainer.completing import decoded
+    from trl_opsd.trainer.rewards import decoded
 
     maker = make_maker(name, cast("dict[str, Any] | None", arguments.maker_kwargs))
     functions = find_reward_funcs(arguments.reward_funcs)

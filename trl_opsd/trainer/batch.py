@@ -14,6 +14,7 @@ from trl.trainer.utils import pad
 from ..context import Rollout, Rollouts, SampledContext, TeacherPrompt
 from ..scoring import keep_groups_together
 from .metrics import Metrics, add_contexts
+from .rewards import reward_streams, total_rewards
 
 
 Gather = Callable[[list[Any]], list[Any]]
@@ -202,44 +203,6 @@ class TeacherInputs:
         return [None if ids is None else cast(str, decode(ids, skip_special_tokens=True)) for ids in answers]
 
 
-def total_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """
-    The reward of each rollout: the weighted sum over the functions that applied.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(num_rollouts, num_reward_funcs)`):
-            NaN where a function did not apply.
-        weights (`torch.Tensor` of shape `(num_reward_funcs,)`):
-            Weights of the functions.
-
-    Returns:
-        `torch.Tensor` of shape `(num_rollouts,)`, fp32: NaN where none applied.
-    """
-    totals = (rewards * weights.to(rewards.device)).nansum(dim=1).float()
-    return totals.masked_fill(rewards.isnan().all(dim=1), torch.nan)
-
-
-def reward_streams(rewards: torch.Tensor, success_threshold: float, num_generations: int) -> dict[str, torch.Tensor]:
-    """
-    What is known of each rollout's success.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(num_rollouts,)`):
-            Of all processes, the rollouts of a prompt next to one another. NaN where unknown.
-        success_threshold (`float`):
-            Least reward of a correct rollout.
-        num_generations (`int`):
-            Rollouts of a prompt.
-
-    Returns:
-        `dict[str, torch.Tensor]` of shape `(num_rollouts,)` each, fp32: `rewards`; `correct`, 1 or 0; `success_rate`,
-        the mean of `correct` over those rollouts of the prompt in which it is known. NaN where unknown.
-    """
-    correct = (rewards >= success_threshold).float().masked_fill(rewards.isnan(), torch.nan)
-    rates = correct.view(-1, num_generations).nanmean(dim=1)
-    return {"rewards": rewards, "correct": correct, "success_rate": rates.repeat_interleave(num_generations)}
-
-
 def make_rollouts(
     generation: Generation,
     streams: Mapping[str, torch.Tensor],
@@ -398,79 +361,3 @@ def regrouped(
     """
     window = math.gcd(steps_per_generation, accumulation_steps)
     return keep_groups_together(micro_batches, window, "teacher_prompt_groups")
-
-
-def added_feedback(
-    earlier: Sequence[str | None] | None, values: Sequence[Any], num_rows: int, names: Sequence[str]
-) -> list[str | None]:
-    """
-    Feedback of one more reward function.
-
-    Args:
-        earlier (`Sequence[str | None]`, *optional*):
-            That of others.
-        values (`Sequence[Any]`):
-            What the function says of each rollout.
-        num_rows (`int`):
-            Number of rollouts.
-        names (`Sequence[str]`):
-            Names of all functions, for the message.
-
-    Raises:
-        ValueError: If it is no text.
-    """
-    who = " or ".join(f"`{name}`" for name in names)
-    values = check_feedback(values, num_rows, f"The reward function {who}")
-    return [joined_feedback(*pair) for pair in zip(earlier or [None] * num_rows, values, strict=True)]
-
-
-def all_feedback(
-    logged: Sequence[str | None] | None, environments: Sequence[Any] | None, rows: Sequence[Mapping[str, Any]]
-) -> list[str | None]:
-    """
-    What reward functions, environments and rows say about each rollout, in this order.
-
-    Args:
-        logged (`Sequence[str | None]`, *optional*):
-            By reward functions.
-        environments (`Sequence[Any]`, *optional*):
-            Of the rollouts; an attribute `feedback` is read, unless it is a method.
-        rows (`Sequence[Mapping[str, Any]]`):
-            Of the dataset; a column `feedback` is read.
-
-    Raises:
-        ValueError: If something is no text.
-    """
-    nothing = [None] * len(rows)
-    felt = [getattr(environment, "feedback", None) for environment in environments or nothing]
-    felt = [None if callable(value) else value for value in felt]
-    names = " or ".join(sorted({f"`{type(environment).__name__}`" for environment in environments or ()}))
-    felt = check_feedback(felt, len(rows), f"The environment {names}")
-    told = check_feedback([row.get("feedback") for row in rows], len(rows), "The column `feedback`")
-    return [joined_feedback(*given) for given in zip(logged or nothing, felt, told, strict=True)]
-
-
-def joined_feedback(*given: str | None) -> str | None:
-    """What several say about one rollout, with a blank line between; `None` where nobody says anything."""
-    return "\n\n".join(text for text in given if text is not None and text.strip()) or None
-
-
-def check_feedback(values: Sequence[Any], num_rows: int, who: str) -> list[str | None]:
-    """
-    Feedback that is text, or `None`, for each row.
-
-    Raises:
-        ValueError: If it is something else, or not one for each row, naming who gives it.
-    """
-    if len(values) != num_rows:
-        raise ValueError(
-            f"{who} gives feedback on {len(values)} completions of {num_rows}. Give a list with text or `None` for "
-            "each."
-        )
-    for index, value in enumerate(values):
-        if value is not None and not isinstance(value, str):
-            raise ValueError(
-                f"{who} gives {type(value).__name__} as feedback on completion {index} of its batch. Give text, or "
-                "`None` where there is none."
-            )
-    return list(values)

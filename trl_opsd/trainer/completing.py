@@ -1,18 +1,14 @@
 """Completing the prompts of a batch by a source that may need more than the student's own rollouts."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import parse_response
-from trl.data_utils import is_conversational
 
 from ..context import as_text
 from ..sampling.sources import Completions, CompletionSource, Prompts
-from .batch import Gather, total_rewards
+from .batch import Gather
 
 
 @dataclass(frozen=True)
@@ -138,77 +134,6 @@ class Completing:
     def _even(self, items: Sequence[Any], stand_in: Any) -> list[Any]:
         most = max(self._engines.gather([len(items)]))
         return [*items, *[stand_in] * (most - len(items))]
-
-
-def graded(
-    rewards: Callable[[list[Mapping[str, Any]], list[Any], list[Any], list[list[int]]], torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    weights: torch.Tensor,
-    success_threshold: float,
-    process_index: int,
-    rows: list[Mapping[str, Any]],
-    prompt_ids: list[list[int]],
-    completion_ids: list[list[int]],
-) -> list[bool | None]:
-    """
-    Whether completions are right by the reward functions. All processes call this at once, with as many rows.
-
-    Args:
-        rewards (`Callable`):
-            From rows, prompts, completions and their token ids to the rewards of all processes, of shape `(number of
-            all rows, number of reward functions)`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer.
-        weights (`torch.Tensor`):
-            Weights of the reward functions.
-        success_threshold (`float`):
-            Least reward of a right completion.
-        process_index (`int`):
-            Number of the process.
-        rows (`list[Mapping[str, Any]]`):
-            Dataset rows.
-        prompt_ids (`list[list[int]]`):
-            Token ids of their prompts.
-        completion_ids (`list[list[int]]`):
-            Token ids of the completions.
-
-    Returns:
-        `list[bool | None]`: `None` where no function applied.
-    """
-    prompts = [row["prompt"] for row in rows]
-    completions = decoded(tokenizer, prompts[0], prompt_ids, completion_ids)
-    own = rewards(rows, prompts, completions, completion_ids)[process_index * len(rows) :][: len(rows)]
-    totals = total_rewards(own, weights).tolist()
-    return [None if math.isnan(total) else total >= success_threshold for total in totals]
-
-
-def decoded(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Any,
-    prompt_ids: Sequence[list[int]],
-    completion_ids: Sequence[list[int]],
-) -> list[Any]:
-    """
-    Completions as GRPOTrainer shows them to reward functions, without tools.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer.
-        prompt (`str` or `list[dict[str, Any]]`):
-            One of the prompts, all of which are text or messages.
-        prompt_ids (`Sequence[list[int]]`):
-            Token ids of the prompts.
-        completion_ids (`Sequence[list[int]]`):
-            Token ids of the completions.
-    """
-    if not is_conversational({"prompt": prompt}):
-        return tokenizer.batch_decode(list(completion_ids), skip_special_tokens=True)
-    parses = any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema"))
-    if parses:
-        pairs = zip(prompt_ids, completion_ids, strict=True)
-        return [[parse_response(tokenizer, ids, prefix=prefix, tools=None)] for prefix, ids in pairs]
-    texts = tokenizer.batch_decode(list(completion_ids), skip_special_tokens=True)
-    return [[{"role": "assistant", "content": text}] for text in texts]
 
 
 def encoded(

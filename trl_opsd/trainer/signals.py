@@ -103,6 +103,19 @@ def make_streams(
     )
     scores = score({**batch, "divergence_mask": mask & rollouts.has_context}) if signals.needs_scores else None
     streams = signals.streams(rollouts, scores)
+    made: dict[str, torch.Tensor | None] = {**streams, **_counts(signals, streams, gather, metrics)}
+    if signals.policy_weightings:
+        sampled = batch.get("sampling_per_token_logps") if is_sampled_by_student else None
+        made["old_log_probs"] = batch.get("old_per_token_logps") if sampled is None else sampled
+    return made
+
+
+def _counts(
+    signals: Signals,
+    streams: dict[str, torch.Tensor],
+    gather: Callable[[torch.Tensor], torch.Tensor],
+    metrics: Metrics,
+) -> dict[str, torch.Tensor]:
     counts: dict[str, torch.Tensor] = {}
     for term in TERMS:
         rows = streams[f"{term}_mask"].any(dim=1)
@@ -110,8 +123,4 @@ def make_streams(
         if signals.coefficients[f"{term}_coef"]:
             metrics.add_rate(f"{term}_row_rate", rows.sum(), torch.ones_like(rows).sum())
     totals = gather(torch.stack(list(counts.values())).float().unsqueeze(0)).sum(dim=0)
-    made: dict[str, torch.Tensor | None] = {**streams, **dict(zip(counts, totals, strict=True))}
-    if signals.policy_weightings:
-        sampled = batch.get("sampling_per_token_logps") if is_sampled_by_student else None
-        made["old_log_probs"] = batch.get("old_per_token_logps") if sampled is None else sampled
-    return made
+    return dict(zip(counts, totals, strict=True))

@@ -58,16 +58,17 @@ from ..scoring import announce_head, causal_lm
 from ..serving import ServerError
 from ..signal import TokenScores
 from ..teacher import Teacher, fingerprint
-from .batch import Generation, TeacherInputs, added_feedback, all_feedback, regrouped
+from .batch import Generation, TeacherInputs, regrouped
 from .checkpoints import load_weights
 from .checks import check_auxiliary_loss, check_context, check_grpo_pass, check_signals
-from .completing import Completing, Engines, encoded, graded, with_stand_ins, without_empty
+from .completing import Completing, Engines, encoded, with_stand_ins, without_empty
 from .config import SelfDistillationConfig
 from .loss import make_loss
 from .method import presented
 from .metrics import Metrics
 from .policy import GRPOLoss
 from .preparation import Prepared, checked_arguments, prepare
+from .rewards import added_feedback, all_feedback, graded, no_reward
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
 from .sampler import PolicySampler
 from .sampling_settings import changed, teacher_settings
@@ -75,11 +76,6 @@ from .signals import make_streams
 from .steps import OrderOfEpochs, StepCallback
 from .teachers import load_teacher
 from .world import check_world
-
-
-def _no_reward(completions: list[Any], **kwargs: Any) -> list[float]:
-    # GRPOTrainer insists on a reward function when it is constructed. This one stands in and is removed right after.
-    return [0.0] * len(completions)
 
 
 class SelfDistillationTrainer(GRPOTrainer):
@@ -162,7 +158,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.statistics = {"train": Metrics(), "eval": Metrics()}
         super().__init__(
             model=model,
-            reward_funcs=reward_funcs or [_no_reward],
+            reward_funcs=reward_funcs or [no_reward],
             args=args,
             train_dataset=run.train_dataset,
             eval_dataset=run.eval_dataset,
@@ -184,7 +180,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._prepare_loss(run, starts_at_zero)
 
     def _settle_rewards(self, run: Prepared, environment_factory: Any) -> None:
-        if self.reward_funcs[0] is _no_reward:
+        if self.reward_funcs[0] is no_reward:
             for values in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
                 values.pop(0)
             self.reward_weights = self.reward_weights[1:]
