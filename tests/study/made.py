@@ -34,11 +34,18 @@ def result(
         for split, value in splits.items()
     }
     points = [
-        {"step": 10 * index, "generated_tokens": 1000 * index, "accuracy": value, "mean_tokens": tokens}
+        {
+            "step": 10 * index,
+            "generated_tokens": 1000 * index,
+            "seconds": 10.0 * index,
+            "accuracy": value,
+            "mean_tokens": tokens,
+        }
         for index, value in enumerate(curve)
     ]
     return {
         "settings": {"run": {"learning_rate": rate}},
+        "steps": 10 * max(len(curve) - 1, 0),
         "generated_tokens": 1000 * max(len(curve) - 1, 0),
         "learner_tokens": 5000,
         "seconds": 50.0,
