@@ -3,11 +3,12 @@
 from trl_opsd.context import Rollout
 
 
-def make_rollouts(rewards, texts=None, feedback=None):
+def make_rollouts(rewards, texts=None, feedback=None, token_ids=None):
     """Rollouts with the texts `y0`, `y1`, ... of which those with a reward of 1 are correct."""
     texts = texts or [f"y{index}" for index in range(len(rewards))]
     feedback = feedback or [None] * len(rewards)
+    token_ids = token_ids or [[index + 1] for index in range(len(rewards))]
     return [
-        Rollout(text, [index + 1], reward, None if reward is None else reward >= 1.0, told, False, index)
-        for index, (text, reward, told) in enumerate(zip(texts, rewards, feedback, strict=True))
+        Rollout(text, ids, reward, None if reward is None else reward >= 1.0, told, False, index)
+        for index, (text, ids, reward, told) in enumerate(zip(texts, token_ids, rewards, feedback, strict=True))
     ]

@@ -17,18 +17,24 @@ def make_scores(p_s=P_S, p_t=P_T, known=(True, True, True), divergence=0.0):
     return TokenScores(known, *(value.where(known, 0.0) for value in values))
 
 
-def make_batch(mask, log=None, **given):
+def make_batch(mask, **given):
     """
     Rollouts of one process, of shape `(B, T)` as the mask is. Unless something else is given (one value for each row,
-    or for all), they are correct, with a context, and the student's own to their end.
+    or for all), they are correct, with a context, and the student's own to their end, in groups of `group_size`.
     """
-    column = torch.zeros(len(mask), 1)
+    of_all = {"max_length": 10, "is_training": True, "first": 0, "gather": lambda own: own, "log": lambda *rate: None}
+    of_all |= {name: given.pop(name) for name in of_all.keys() & given.keys()}
+    size, column = given.pop("group_size", len(mask)), torch.zeros(len(mask), 1)
+
+    def group(values):
+        return values.reshape(-1, size).repeat_interleave(size, dim=0)
+
     values = {"correct": True, "has_context": True, "replaced": False, "truncated": False, "advantages": 1.0} | given
     values = {"rewards": torch.as_tensor(values["correct"]).float()} | values
-    values = {"success_rate": values["rewards"].mean()} | values
     columns = {name: torch.as_tensor(value).view(-1, 1).expand_as(column) for name, value in values.items()}
-    ids = torch.ones_like(mask, dtype=torch.int64)
-    return Batch(ids, mask, **columns, gather=lambda own: own, log=log or (lambda name, numerator, denominator: None))
+    columns = {"success_rate": group(columns["rewards"]).mean(1, keepdim=True)} | columns
+    columns = {"prompt_keys": (torch.arange(len(mask)) // size).view(-1, 1)} | columns
+    return Batch(torch.ones_like(mask, dtype=torch.int64), mask, **columns, **of_all, group=group)
 
 
 def advantages_of(part, advantage, scores, correct=True):

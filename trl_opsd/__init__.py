@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from trl_opsd.methods.opsd import OPSDConfig, OPSDTrainer
     from trl_opsd.methods.opsdc import OPSDCConfig, OPSDCTrainer
     from trl_opsd.trainer.config import SelfDistillationConfig
+    from trl_opsd.trainer.score import score
     from trl_opsd.trainer.trainer import SelfDistillationTrainer
 
     __version__: str
@@ -20,6 +21,7 @@ _MODULES = {
     "OPSDTrainer": "trl_opsd.methods.opsd",
     "SelfDistillationConfig": "trl_opsd.trainer.config",
     "SelfDistillationTrainer": "trl_opsd.trainer.trainer",
+    "score": "trl_opsd.trainer.score",
 }
 for _place in METHODS.values():
     _module, _, _name = _place.partition(".")
@@ -33,6 +35,7 @@ __all__ = [
     "SelfDistillationConfig",
     "SelfDistillationTrainer",
     "__version__",
+    "score",
 ]
 __all__ += sorted(set(_MODULES) - set(__all__))
 

@@ -195,14 +195,22 @@ def test_grpo_takes_part_and_needs_groups(settings, seen):
 PASSES = {
     "opsd": (1, 1),
     "opsdc": (1, 1),
+    "pbsd": (1, 2),
     "sdft": (1, 1),
     "sdpo": (1, 1),
+    "sc_sdpo": (1, 1),
+    "ssopd": (1, 1),
+    "u_opsd": (1, 1),
     "mopd": (1, 1),
     "correct_only": (1, 1),
     "rlsd": (1, 2),
     "rlrt": (1, 2),
     "dasd": (1, 2),
     "antisd": (1, 2),
+    "egrsd": (1, 2),
+    "cl_egrsd": (1, 2),
+    "msd": (1, 1),
+    "sdpg": (1, 2),  # teacher and reference
     "vopd": (1, 2),
     "star": (1, 0),
 }

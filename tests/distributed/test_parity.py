@@ -111,14 +111,23 @@ VARIANTS = [
     ),
     job("opsd", "full", name="iterations", max_steps=4, num_iterations=2, teacher="ema", teacher_update_rate=0.2),
 ]
+# For want of answers, rollouts agree by their length
+LENGTHS = {"answer_of": "builtins.len", "same_answer": "operator.eq"}
 # In every step, one process has no row with a context, or nothing to try again
 METHODS = [
     job("rlrt", "full", max_steps=4, rows=8, num_generations=4),
     job("sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
+    job("sc_sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
+    job("ssopd", "full", max_steps=4, rows=8, num_generations=4),
+    job("u_opsd", "full", max_steps=4, num_generations=4, context_kwargs=LENGTHS),
     job("rlsd", "full", max_steps=4, rows=8, num_generations=4),
     job("sdft", "full", max_steps=4),
+    job("pbsd", "full", rows=6, max_steps=4, top_k=1),  # with a pair on both processes
     job("correct_only", "full", max_steps=4, context_kwargs={"max_new_tokens": 8}),
     job("star", "full", max_steps=4, top_k=1),
+    job("cl_egrsd", "full", max_steps=4, advantage_kwargs={"lookahead": 3, "warmup_steps": 1}),
+    job("msd", "full", max_steps=4, context_kwargs={"template": "{prompt} {solution}"}),
+    job("sdpg", "full", max_steps=4, rows=8, num_generations=4, divergence_coef=0.5, warmup_steps=0),
     job("vopd", "full", max_steps=4),
 ]
 OFFLOADED = job("opsd", "full", name="offloaded", max_steps=4, teacher_offload=True)
@@ -151,7 +160,7 @@ def one_process(tmp_path_factory):
 
 
 METRICS = ("loss", "distillation_loss", "likelihood_loss", "entropy", "num_generated_tokens", "context_rate")
-METRICS += ("teacher_prompts/max_length", "completions/retry_rate", "completions/off_policy_rate")
+METRICS += ("teacher_prompts/max_length", "completions/retry_rate", "completions/off_policy_rate", "preference/loss")
 
 
 def assert_same(found, expected, metrics=METRICS):

@@ -35,7 +35,8 @@ def fixed_rollouts(prompts, trainer):
     completions = [f"It is {prompt[-1]['content'][8:]}" for prompt in prompts]
     ids = trainer.processing_class(completions, add_special_tokens=False)["input_ids"]
     # With rewards, the rollouts of a prompt differ, or their advantages would cancel out
-    apart = 2 if trainer.args.policy_loss_coef or trainer.args.privileged_context == "peers" else 0
+    context = trainer.args.privileged_context
+    apart = 2 if trainer.args.policy_loss_coef or context == "peers" or "." in context else 0
     ids = [row[: 3 + (sum(row) + index % 2 * apart) % 5] for index, row in enumerate(ids)]
     return {"prompt_ids": trainer._tokenize_prompts(prompts)[0], "completion_ids": ids, "logprobs": None}
 
@@ -86,7 +87,7 @@ def shard_small_weights(args: TrainingArguments) -> None:
 def reward_of(method: str, args: TrainingArguments):
     if args.completions == "hinted_retry":
         return right_at_last()
-    if args.privileged_context == "peers" and method != "opsd":
+    if (args.privileged_context == "peers" and method != "opsd") or "." in args.privileged_context:
         return of_odd_problems
     if "correct_only" in (args.token_weights or {}):
         return of_odd_problems
@@ -256,7 +257,7 @@ def report(trainer, num_passes: list[int], average: dict[str, torch.Tensor], out
         return
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = ("loss", "distillation_loss", "likelihood_loss", "entropy", "num_generated_tokens", "context_rate")
-    names += ("teacher_prompts/max_length", "completions/retry_rate", "completions/off_policy_rate")
+    names += ("teacher_prompts/max_length", "completions/retry_rate", "completions/off_policy_rate", "preference/loss")
     result = {name: [entry[name] for entry in history if name in entry] for name in names}
     result["benchmarks"] = [
         {name: value for name, value in entry.items() if name.startswith(("eval_playground", "step"))}

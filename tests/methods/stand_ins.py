@@ -1,11 +1,27 @@
 """What a method needs to be tried out on a tiny model, and its formula, written down from its paper."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import plain_loop
 import torch
+
+
+@dataclass
+class Generated:
+    """What is known of all rollouts that are trained on together."""
+
+    num_generations: int
+    rewards: list[float]
+    has_context: list[bool]
+
+    def success_rate(self, index: int) -> float:
+        """Of the group of a rollout."""
+        start = index - index % self.num_generations
+        return sum(self.rewards[start : start + self.num_generations]) / self.num_generations
 
 
 @dataclass
@@ -18,6 +34,10 @@ class Seen:
     ratio: torch.Tensor  # of the student's probability of each token to what it was when it was sampled
     student: torch.Tensor  # when it was sampled
     teacher: torch.Tensor | None  # at that time too; none without a context
+    student_now: torch.Tensor  # in the loss
+    batch: "list[Seen]"  # all rollouts that are trained on together, this one among them
+    index: int  # among all rollouts
+    all: Generated
 
     @property
     def delta(self) -> torch.Tensor:
@@ -40,6 +60,23 @@ def at_most_twice(seen: Seen) -> dict[str, list]:
 
 def after_three(seen: Seen) -> dict[str, list]:
     return {"selected": [int(t >= 3) for t in range(len(seen.token_ids))], **at_most_twice(seen)}
+
+
+def in_the_sweet_spot(seen: Seen) -> dict[str, list]:
+    weights = [(rate * (1 - rate)) ** 0.5 for rate in map(seen.all.success_rate, range(len(seen.all.rewards)))]
+    counted = [weight for weight in weights if weight > 0]
+    weight = weights[seen.index] / (sum(counted) / len(counted))
+    return {"divergence_weights": (weight * seen.ratio.clamp(max=2.0)).tolist()}
+
+
+def undecided(seen: Seen) -> dict[str, list]:
+    """4p(1 − p) in the first three tokens; the mean is one over prompts."""
+    rate, number = seen.all.success_rate(seen.index), len(seen.token_ids)
+    num_prompts = len(seen.all.rewards) / seen.all.num_generations
+    weight = 4 * rate * (1 - rate) * sum(seen.all.has_context) / num_prompts
+    return {"divergence_weights": [weight] * number, "selected": [int(t < 3) for t in range(number)]} | {
+        "advantage": seen.advantage
+    }
 
 
 def mixed(seen: Seen, direction: float, clip: float) -> list[float]:
@@ -75,11 +112,43 @@ def away_from_the_teacher(seen: Seen) -> dict[str, Any]:
     return {"advantage": (seen.advantage - 0.5 * phi).tolist()}
 
 
+def gated(seen: Seen, lookahead: int) -> dict[str, Any]:
+    """In a batch of the warm-up."""
+    length = len(seen.token_ids)
+    advantage = seen.is_right * (1 + 0.5 * (1 - length / 8)) - 0.5
+    ratio = (seen.delta if advantage > 0 else -seen.delta).exp().clamp(0.8, 1.2)
+    largest = max(1.0, *(entropies(one.teacher).max().item() for one in seen.batch))
+    entropy = entropies(seen.teacher)
+    least = torch.stack([entropy[t : t + 1 + lookahead].min() for t in range(length)])
+    return {"advantage": (advantage * ratio * (1 - 0.3 * least / largest).clamp(min=0.1)).tolist()}
+
+
+def by_both_perspectives(seen: Seen) -> dict[str, Any]:
+    """At a K of 8."""
+    top = seen.teacher.topk(8).values
+    certainty = 1 - entropies(top / top.sum(dim=1, keepdim=True)) / math.log(8)
+    weights = certainty * (1 - seen.student_now.gather(1, seen.teacher.argmax(dim=1, keepdim=True))[:, 0])
+    return {"divergence_weights": (weights * len(weights) / weights.sum()).tolist()}
+
+
+def where_above_the_mean(seen: Seen) -> dict[str, Any]:
+    return {"divergence_weights": [float(seen.advantage > 0)] * len(seen.token_ids)}
+
+
 def with_a_baseline(seen: Seen) -> dict[str, Any]:
     inside = plain_loop.top_k_mask(seen.student, 20)
     q_s, q_t = (plain_loop.reduced(p, inside, "renormalize") for p in (seen.student, seen.teacher))
     baseline = (q_s * plain_loop.log_ratio(q_s, q_t)).sum(dim=1)
     return {"advantage": (seen.delta + baseline).tolist()}
+
+
+def better_than_before(seen: Seen) -> dict[str, Any]:
+    """DPO with β = 0.1, whose mean over pairs is a mean over twice as many rows."""
+    [position] = [position for position, one in enumerate(seen.batch) if one is seen]
+    worse, better = (-one.delta.sum() for one in seen.batch[position - position % 2 :][:2])
+    slope = 2 * 0.1 / (1 + (0.1 * (better - worse)).exp())
+    sign = 1.0 if position % 2 else -1.0
+    return {"likelihood_weights": [sign * slope.item()] * len(seen.token_ids)}
 
 
 @dataclass(frozen=True)
@@ -105,12 +174,38 @@ GRPO = {"divergence_coef": 0.0, "policy_loss_coef": 1.0, "loss_type": "dapo"}
 STAND_INS = {
     "opsd": StandIn(plain_loop.Method("forward_kl", clip=0.05, temperature=1.1)),
     "opsdc": StandIn(plain_loop.Method("reverse_kl")),
+    "pbsd": StandIn(
+        plain_loop.Method(divergence_coef=0.0, likelihood_coef=1.0, loss_type="luspo", temperature=1.1),
+        better_than_before,
+        metrics=("likelihood_row_rate", "preference/loss", "preference/pair_rate", "completions/off_policy_rate"),
+    ),
     "sdft": StandIn(plain_loop.Method("forward_kl"), after_three),
     "sdpo": StandIn(
         plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),
         at_most_twice,
         GROUPS,
         has_reward=True,
+    ),
+    "sc_sdpo": StandIn(
+        plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),
+        in_the_sweet_spot,
+        GROUPS,
+        has_reward=True,
+    ),
+    "ssopd": StandIn(
+        plain_loop.Method("forward_kl", clip=0.05, temperature=1.2, divergence_coef=0.5, policy_loss_coef=1.0),
+        undecided,
+        {**GROUPS, "token_weights": {"keep_first": {"num_tokens": 3}, "trl_opsd.methods.ssopd.Undecided": {}}},
+        has_reward=True,
+        metrics=("distillation_loss", "divergence_row_rate", "groups/pair_rate", "clip_ratio/region_mean"),
+    ),
+    "u_opsd": StandIn(
+        plain_loop.Method("forward_kl", temperature=1.1),
+        settings={
+            **GROUPS,
+            "context_kwargs": {"answer_of": "methods.stand_ins.first_letter", "same_answer": "operator.eq"},
+        },
+        metrics=("distillation_loss", "divergence_row_rate", "votes/unanimous_rate", "votes/mean_share"),
     ),
     "mopd": StandIn(
         plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),
@@ -146,6 +241,32 @@ STAND_INS = {
         has_live_teacher=True,
         metrics=SHAPED,
     ),
+    **{
+        name: StandIn(
+            plain_loop.Method(**GRPO, temperature=1.1),
+            partial(gated, lookahead=lookahead),
+            {"advantage_kwargs": {"lookahead": lookahead, "warmup_steps": 1}},
+            has_reward=True,
+            metrics=(*SHAPED, "entropy_gate", "teacher_ratio_clipped_rate"),
+        )
+        for name, lookahead in (("egrsd", 0), ("cl_egrsd", 3))
+    },
+    "msd": StandIn(
+        plain_loop.Method("reverse_kl"),
+        by_both_perspectives,
+        {
+            "context_kwargs": {"template": "{prompt} In English: {solution}"},
+            "token_weights": {"trl_opsd.methods.msd.DualPerspective": {"top_k": 8}},
+        },
+    ),
+    "sdpg": StandIn(
+        plain_loop.Method("reverse_kl", **GRPO | {"divergence_coef": 0.5}, epsilon_high=0.28),
+        where_above_the_mean,
+        {**GROUPS, "divergence_coef": 0.5, "beta": 0.0, "warmup_steps": 0},  # no reference: it would be loaded
+        has_reward=True,
+        has_live_teacher=True,
+        metrics=(*SHAPED, "divergence_row_rate", "positive_advantage_rate"),
+    ),
     "vopd": StandIn(plain_loop.Method(**GRPO), with_a_baseline, metrics=SHAPED),
     "star": StandIn(
         plain_loop.Method(divergence_coef=0.0, likelihood_coef=1.0),
@@ -160,6 +281,10 @@ def begins_with_r(completions, log_extra, **kwargs):
     texts = [completion[-1]["content"] for completion in completions]
     log_extra("feedback", [feedback_on(text) for text in texts])
     return [float(text.startswith("R")) for text in texts]
+
+
+def first_letter(text: str) -> str:
+    return text[0]
 
 
 def feedback_on(text: str) -> str | None:

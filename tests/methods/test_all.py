@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from methods.stand_ins import GROUPS, STAND_INS, Sampler, Seen, begins_with_r, feedback_on
+from methods.stand_ins import GROUPS, STAND_INS, Generated, Sampler, Seen, begins_with_r, feedback_on
 from plain_loop import Row, loss_and_gradient, plain, probabilities
 from rollouts import make_rollouts
 from tiny import make_model
@@ -24,7 +24,9 @@ SMALL = {
 WITHOUT_A_CONTEXT = {"teacher": "live", "privileged_context": "none", "context_kwargs": None}
 WITHOUT_A_CONTEXT |= dict.fromkeys(["teacher_update_steps", "teacher_update_rate", "teacher_chat_template_kwargs"])
 SGD = {"optim": "sgd", "learning_rate": 0.1}  # Adam would blow up the rounding of gradients that are almost zero
-SHAPES = ["rlsd", "rlrt", "dasd", "antisd"]  # GRPO's advantages
+SHAPES = ["rlsd", "rlrt", "dasd", "antisd", "sdpg"]  # GRPO's advantages, or adds to its loss
+HAS_ITS_OWN = ["egrsd", "cl_egrsd"]  # advantages, which are there without a teacher
+ADDS = ["ssopd"]  # a divergence to GRPO's loss
 REWARDED = [name for name, stand_in in STAND_INS.items() if stand_in.has_reward]
 
 
@@ -167,12 +169,12 @@ def grpo_advantages(rewards, num_generations):
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten().tolist()
 
 
-def read_by_the_teacher(trainer, sampler, rows, texts, rewards):
+def read_by_the_teacher(trainer, sampler, rows, completions, texts, rewards):
     """Prompts that are made from rollouts that this file knows."""
     size, prompts, feedback = trainer.args.num_generations, [], list(map(feedback_on, texts))
     for index, row in enumerate(rows):
         start = index - index % size
-        group = make_rollouts(*(values[start : start + size] for values in (rewards, texts, feedback)))
+        group = make_rollouts(*(values[start : start + size] for values in (rewards, texts, feedback, completions)))
         rollouts = Rollouts(group, index % size)
         asked = trainer.teacher_prompt.sample_ids(row, rollouts)
         told = (
@@ -195,20 +197,27 @@ def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
     completions = sampler(prompts)
     if name == "star":
         completions = [again(trainer, sampler, *pair) for pair in zip(rows, completions, strict=True)]
+    if name == "pbsd":
+        by_teacher = sampler([trainer.teacher_prompt.token_ids(row, None) for row in rows[1::2]])
+        completions = [ids for pair in zip(sampler(prompts[::2]), by_teacher, strict=True) for ids in pair]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
     rewards = [float(text.startswith("R")) for text in texts]
     advantages = grpo_advantages(rewards, trainer.args.num_generations)
-    read = read_by_the_teacher(trainer, sampler, rows, texts, rewards)
-    for prompt, teacher_prompt, ids, reward, advantage in zip(
-        prompts, read, completions, rewards, advantages, strict=True
+    read = read_by_the_teacher(trainer, sampler, rows, completions, texts, rewards)
+    generated = Generated(trainer.args.num_generations, rewards, [prompt is not None for prompt in read])
+    batch: list[Seen] = []
+    for index, (prompt, teacher_prompt, ids, reward, advantage) in enumerate(
+        zip(prompts, read, completions, rewards, advantages, strict=True)
     ):
         token_ids, temperature = torch.tensor(ids)[:, None], stand_in.loss.temperature
         then, now = (probabilities(plain(model), prompt, ids, temperature) for model in (sampled_by, trainer.model))
         p_t = None if teacher_prompt is None else probabilities(read_by, teacher_prompt, ids, temperature)
         old, new = (p.gather(1, token_ids)[:, 0].log() for p in (then, now))
-        seen = Seen(token_ids, reward == 1.0, advantage, (new - old).exp(), then, p_t)
-        streams = {"advantage": advantage, **stand_in.formula(seen)}
-        made.append(Row(prompt, teacher_prompt, ids, old_log_probs=old.tolist(), **streams))
+        seen = Seen(token_ids, reward == 1.0, advantage, (new - old).exp(), then, p_t, now, batch, index, generated)
+        batch.append(seen)
+        made.append(Row(prompt, teacher_prompt, ids, old_log_probs=old.tolist()))
+    for row, seen in zip(made, batch, strict=True):
+        vars(row).update({"advantage": seen.advantage, **stand_in.formula(seen)})
     return made
 
 
@@ -232,7 +241,8 @@ def test_loss_and_gradient_are_those_of_the_formula(make_trainer, sampler, name)
     shifted(trainer.model, 2)
     with torch.no_grad():
         made = plain_rows(trainer, name, rows, sampler, sampled_by, read_by)
-    expected_loss, expected = loss_and_gradient(trainer.model, read_by, made, STAND_INS[name].loss)
+    teacher = trainer.model if STAND_INS[name].has_live_teacher else initial  # a live one moves along
+    expected_loss, expected = loss_and_gradient(trainer.model, teacher, made, STAND_INS[name].loss)
     loss, gradient = gradient_of(trainer, batch)
     assert loss == pytest.approx(expected_loss, rel=1e-4, abs=1e-6)
     assert gradient.keys() == expected.keys()
@@ -250,16 +260,22 @@ OFF = {
 }
 
 
-@pytest.mark.parametrize("off", OFF.values(), ids=OFF)
-@pytest.mark.parametrize("name", ["rlsd", "rlrt"])
+@pytest.mark.parametrize(
+    ("name", "off"),
+    [*((name, off) for name in ("rlsd", "rlrt") for off in OFF.values()), ("sdpg", {"divergence_coef": 0.0})],
+    ids=str,
+)
 def test_without_its_teacher_it_is_grpo(make_trainer, tokenizer, dataset, training_args, name, off):
-    trainer, parent = make_trainer(name, **SGD, **off), make_trainer(name, **SGD, schedules={}, advantage="grpo")
+    without = {"schedules": {}, "advantage": "grpo", "token_weights": {}, "divergence_coef": 0.0}
+    trainer, parent = make_trainer(name, **SGD, **off), make_trainer(name, **{**SGD, **without})
     passes = count_teacher_passes(trainer)
     for one in (trainer, parent):
         trained(one)
     assert not passes
     assert are_equal(weights(trainer), weights(parent))
-    assert logged(trainer) == logged(parent)
+    for own, parents in zip(logged(trainer), logged(parent), strict=True):
+        assert own.keys() >= parents.keys()
+        assert {key: own[key] for key in parents} == parents
 
     # TRL's takes logits from a product over the whole vocabulary, which rounds in another way
     args = {"loss_type": "dapo", "epsilon_high": 0.28, "temperature": 1.0, **SGD}
@@ -283,13 +299,28 @@ def assert_close(one, other):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_teacher_that_is_the_student_leaves_grpo(make_trainer, name, recwarn):
-    same, parent = {**SGD, **WITHOUT_A_CONTEXT}, {**SGD, "schedules": {}, "advantage": "grpo"}
+    same, parent = {**SGD, **WITHOUT_A_CONTEXT}, {**SGD, "schedules": {}, "advantage": "grpo", "divergence_coef": 0.0}
     assert_close(*(trained(make_trainer(name, **settings)) for settings in (same, parent)))
     # A divergence of 0 is sometimes rounded to less, for which no clip is to blame
     assert not [warning for warning in recwarn if "divergence_clip" in str(warning.message)]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in (*SHAPES, "star")])
+@pytest.mark.parametrize("name", ADDS)
+def test_a_teacher_that_is_the_student_adds_nothing_to_grpo(make_trainer, name):
+    same, parent = {**SGD, **WITHOUT_A_CONTEXT}, {**SGD, "divergence_coef": 0.0}
+    assert_close(*(trained(make_trainer(name, **settings)) for settings in (same, parent)))
+
+
+def test_without_an_exponent_sc_sdpo_is_sdpo(make_trainer):
+    weights_of = {"importance_clip": {"most": 2.0}, "trl_opsd.methods.sc_sdpo.SweetSpot": {"exponent": 0.0}}
+    off, parent = make_trainer("sc_sdpo", token_weights=weights_of), make_trainer("sdpo")
+    assert are_equal(weights(trained(off)), weights(trained(parent)))
+
+
+OF_LIKELIHOOD = ["star", "pbsd"]
+
+
+@pytest.mark.parametrize("name", sorted({*METHODS} - {*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD}))
 def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
     trainer = make_trainer(name, **WITHOUT_A_CONTEXT)
     _, gradient = gradient_of(trainer, batch_of(trainer, rows_for(trainer)))
@@ -297,7 +328,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
 
 
 # The others learn from what is wrong
-@pytest.mark.parametrize("name", [name for name in REWARDED if name not in ("mopd", "dasd", "antisd")])
+@pytest.mark.parametrize("name", [name for name in REWARDED if name not in ("mopd", "dasd", "antisd", *HAS_ITS_OWN)])
 def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
     sampler.patterns = ("WWWW",)
     sampler.num_letters = lambda number: 1  # about which there is no feedback
@@ -307,7 +338,7 @@ def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
         assert all(math.isfinite(value) for value in entry.values())
         assert (entry["loss"], entry["grad_norm"], entry["skipped_steps/total"]) == (0.0, 0.0, 0.0)
         rates = [value for key, value in entry.items() if key.endswith("_row_rate")]
-        assert rates == ([] if name in ("rlsd", "rlrt") else [0.0])
+        assert rates == {"rlsd": [], "rlrt": [], "sdpg": [1.0]}.get(name, [0.0])
     assert are_equal(weights(trainer), before)
 
 

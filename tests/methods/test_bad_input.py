@@ -8,6 +8,8 @@ from tiny import make_model
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.methods import config_class
 from trl_opsd.signal import Advantage, TokenWeighting
+from trl_opsd.trainer.checks import check_signals
+from trl_opsd.trainer.signals import make_signals
 
 
 ROW = {"prompt": [{"role": "user", "content": "What is 3 + 4?"}], "solution": "It is 7.", "answer": "7"}
@@ -83,8 +85,10 @@ def test_arguments_that_do_not_fit(refused, name, settings, message):
     ("name", "message"),
     [
         ("sdpo", "The peers context needs rewards"),
+        ("ssopd", "ShortestForLongest needs rewards"),
         ("rlrt", "The peers context needs rewards"),
         ("rlsd", "`policy_loss_coef=1.0` needs `reward_funcs`"),
+        ("egrsd", "`policy_loss_coef=1.0` needs `reward_funcs`"),
         ("correct_only", "`token_weights` has CorrectOnly, which needs `reward_funcs`"),
         ("star", "`completions='hinted_retry'` has to tell right from wrong. Pass `reward_funcs`"),
     ],
@@ -97,12 +101,27 @@ def test_methods_that_need_a_reward(refused, name, message):
     ("name", "message"),
     [
         ("sdpo", "The peers context needs `num_generations` of at least 2, got 1"),
+        ("u_opsd", "MajorityForOther needs `num_generations` of at least 2, got 1"),
+        ("ssopd", "ShortestForLongest needs `num_generations` of at least 2, got 1"),
         ("rlrt", "The peers context needs `num_generations` of at least 2, got 1"),
         ("rlsd", "`policy_loss_coef=1.0` needs `num_generations` of at least 2"),
     ],
 )
 def test_methods_that_need_a_group(refused, name, message):
     refused(name, message, num_generations=1)
+
+
+def test_an_entropy_that_a_server_does_not_tell(tmp_path):
+    served = {"teacher": "external", "teacher_server_base_url": "http://localhost:1", "temperature": 1.0}
+    args = config_class("egrsd")(str(tmp_path), use_cpu=True, divergence_support="sampled_token", **served)
+    with pytest.raises(ValueError, match="`advantage` names EntropyGated, which reads the teacher's entropy"):
+        check_signals(make_signals(args), args, has_reward=True)
+    weights = {"trl_opsd.methods.msd.DualPerspective": {}}
+    args = SelfDistillationConfig(
+        str(tmp_path), use_cpu=True, divergence_support="sampled_token", token_weights=weights, **served
+    )
+    with pytest.raises(ValueError, match="`token_weights` has DualPerspective, which reads the distribution of"):
+        check_signals(make_signals(args), args, has_reward=False)
 
 
 @pytest.mark.parametrize("context", ["peers", "reflection", "plan"])

@@ -61,13 +61,25 @@ PAPERS = {
     "opsd/qwen3-8b": (32, 1, 100, 0.0),
     "opsdc/qwen3-8b": (32, 1, 100, 0.01),
     "opsdc/qwen3-14b": (32, 1, 100, 0.01),
+    "pbsd/qwen3-1.7b": (32 * 2, 1, 500, 0.0),
+    "pbsd/qwen3-4b": (32 * 2, 1, 500, 0.0),
+    "pbsd/qwen3-8b": (32 * 2, 1, 500, 0.0),
     "sdft/qwen2.5-7b": (32, 1, "2 epochs", 0.0),
     "sdpo/qwen3-8b": (32 * 8, 1, 100, 0.01),
     "sdpo/qwen3-8b-feedback": (1 * 8, 32, "30 epochs", 0.01),
+    "sc_sdpo/qwen3-8b": (32 * 8, 1, 200, 0.01),
+    "ssopd/qwen3-8b": (32 * 8, 1, 100, 0.0),
+    "u_opsd/qwen3-8b": (32 * 8, 1, 150, 0.0),
     "mopd/qwen3-4b": (32 * 8, 1, 100, 0.01),
     "mopd/qwen3-8b": (32 * 8, 1, 100, 0.01),
     "dasd/qwen3-8b": (32 * 8, 4, 800, 0.0),
     "antisd/qwen3-8b": (32 * 8, 1, 200, 0.0),
+    "egrsd/qwen3-4b": (32, 1, 100, 0.0),
+    "egrsd/qwen3-8b": (32, 1, 100, 0.0),
+    "cl_egrsd/qwen3-4b": (32, 1, 100, 0.0),
+    "cl_egrsd/qwen3-8b": (32, 1, 100, 0.0),
+    "msd/qwen3-8b": (32, 1, "1 epochs", 0.0),
+    "sdpg/qwen3-1.7b": (32 * 8, 8, 3200, 0.1),
     "correct_only/qwen3-8b": (32, 1, 100, 0.0),
     "rlsd/qwen3-8b": (256 * 8, 1, 100, 0.0),
     "rlrt/qwen3-4b-base": (128 * 8, 2, 200, 0.01),
@@ -89,7 +101,7 @@ def parser_of(recipe):
 
 
 def rows_for(recipe):
-    """Rows with the columns that a recipe reads its prompt from, and with a solution and an answer."""
+    """Rows with the columns that a recipe reads its prompt from, and with what contexts read."""
     mapping = recipe.get("column_mapping") or {}
     fields = [field for _, field, _, _ in Formatter().parse(recipe.get("prompt_template") or "") if field]
     columns = [*mapping, *(field for field in fields if field not in mapping.values())]
@@ -98,7 +110,7 @@ def rows_for(recipe):
         row = dict.fromkeys(columns or ["prompt"], f"What is {a} + 1?")
         if "prompt" in row and not columns:
             row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-        known = {"solution": f"{a} and 1 make {a + 1}.", "answer": str(a + 1)}
+        known = {"solution": f"{a} and 1 make {a + 1}.", "answer": str(a + 1), "english": f"{a} + 1?"}
         rows.append(row | {name: text for name, text in known.items() if name not in mapping.values()})
     return rows
 

@@ -19,8 +19,8 @@ def make_batch(correct=(True, False, True), has_context=(True, True, False)):
     return three_tokens.make_batch(MASK, correct=correct, has_context=has_context, advantages=ADVANTAGES)
 
 
-def make_signals(advantage=None, schedules=None, policy=0.0, **weightings):
-    coefficients = {"divergence_coef": 1.0, "policy_loss_coef": policy, "likelihood_coef": 0.0}
+def make_signals(advantage=None, schedules=None, policy=0.0, likelihood=0.0, **weightings):
+    coefficients = {"divergence_coef": 1.0, "policy_loss_coef": policy, "likelihood_coef": likelihood}
     return Signals(coefficients, advantage or GroupAdvantage(), weightings, schedules or {})
 
 
@@ -64,12 +64,41 @@ def test_weights_of_one_term_leave_the_other_alone():
     class OfRollouts(SkipFirst):
         terms = ("divergence",)
 
-    streams = make_signals(first=OfRollouts(2), mine=OfGold()).streams(make_batch(), None)
+    streams = make_signals(likelihood=1.0, first=OfRollouts(2), mine=OfGold()).streams(make_batch(), None)
     plain = make_signals().streams(make_batch(), None)
     assert streams["divergence_mask"][0].int().tolist() == [0, 0, 1, 1]
     assert streams["divergence_weights"].equal(streams["divergence_mask"].float())
     assert streams["likelihood_mask"].equal(plain["likelihood_mask"])
     assert streams["likelihood_weights"][0].tolist() == [0.5, 1.0, 0.0, 1.0]
+
+
+def test_what_selects_may_weight_too():
+    class Signed(Halves):
+        selects = True
+        terms = ("likelihood",)
+
+        def __call__(self, batch, scores):
+            return torch.tensor([[-2.0], [0.0], [0.5]])
+
+    streams = make_signals(likelihood=1.0, mine=Signed()).streams(make_batch(), None)
+    assert streams["likelihood_mask"].equal(MASK & torch.tensor([[True], [False], [True]]))
+    assert streams["likelihood_weights"].equal(torch.tensor([[-2.0], [0.0], [0.5]]) * streams["likelihood_mask"])
+
+
+def test_weights_of_a_term_that_is_off_are_not_asked():
+    class Costly(Halves):
+        terms = ("likelihood",)
+        needs_scores = True
+
+        def __call__(self, batch, scores):
+            pytest.fail("asked")
+
+    signals = make_signals(mine=Costly())
+    signals.coefficients["likelihood_coef"] = 0.0
+    assert not signals.needs_scores
+    signals.streams(make_batch(), None)
+    signals.coefficients["likelihood_coef"] = 1.0
+    assert signals.needs_scores
 
 
 class Counting(Advantage):

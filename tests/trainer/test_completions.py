@@ -144,7 +144,7 @@ def test_the_teacher_is_sampled_without_vllm(make_trainer, dataset, monkeypatch)
         )[1],
     )
     policy = trainer.model_wrapped
-    trainer.sampler.sample_teacher(trainer.teacher, [[1], [2]])
+    trainer.sampler.sample_teacher([[1], [2]], trainer.teacher)
     [(use_vllm, sampled)] = found
     assert not use_vllm
     assert sampled is not policy

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial, reduce, wraps
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -181,15 +181,18 @@ class Contender:
             Takes the rollouts' token ids out of what that function returns.
         result (`Callable[[list[list[int]], list[list[int]]], Any]`):
             Makes what it returns of prompts and rollouts.
-        samples_besides (`str`, *optional*):
-            Name of another function of the trainer, which returns what it has sampled for its first argument.
+        samples_besides (`tuple[str, ...]`, *optional*):
+            Names of others, which return what they have sampled for their first argument.
+        replaces_rollouts (`bool`, *optional*, defaults to `False`):
+            Whether something else may be trained on than rollouts, of which fewer are then asked for.
     """
 
     trainer: Any
     function: str
     completions: Callable[[Any], list[list[int]]]
     result: Callable[[list[list[int]], list[list[int]]], Any]
-    samples_besides: str | None = None
+    samples_besides: tuple[str, ...] = ()
+    replaces_rollouts: bool = False
 
 
 def _arguments(case: StepCase) -> dict[str, Any]:
@@ -312,7 +315,7 @@ def method(case: StepCase, name: str) -> Contender:
     args = config_class(name)(**_arguments(case), num_generations=case.num_generations)
     shared = _shared(case)
     rows = shared["train_dataset"]
-    for column in ("solution", "answer"):
+    for column in ("solution", "answer", "english"):
         rows = rows.add_column(column, rows["privileged_context"])
     shared["train_dataset"] = rows
     trainer = SelfDistillationTrainer(case.model, [_every_other], args=args, **shared)
@@ -321,7 +324,8 @@ def method(case: StepCase, name: str) -> Contender:
         "sampler.turn",
         lambda result: result[0],
         lambda prompts, rollouts: (rollouts, None),
-        samples_besides="sample",
+        samples_besides=("sample", "sampler.sample_teacher"),
+        replaces_rollouts=trainer.completion_source.replaces_rollouts,
     )
 
 
@@ -432,6 +436,12 @@ def model_tensors() -> list[torch.Tensor]:
     return list(tensors.values())
 
 
+def _set(owner: Any, name: str, value: Any) -> None:
+    """Sets an attribute, or one of an attribute's."""
+    *path, attribute = name.split(".")
+    setattr(reduce(getattr, path, owner), attribute, value)
+
+
 class _StepByStep(TrainerCallback):
     """Lets the trainer take a step per command, and measures it."""
 
@@ -445,11 +455,9 @@ class _StepByStep(TrainerCallback):
         self._step = 0
         self._marks: list[Any] = []
         self._peak: PeakMemory | None = None
-        *owner, function = contender.function.rsplit(".", 1)
-        setattr(attrgetter(*owner)(trainer) if owner else trainer, function, self._rollouts)
-        if contender.samples_besides is not None:
-            self._sample_besides = getattr(trainer, contender.samples_besides)
-            setattr(trainer, contender.samples_besides, self._samples)
+        _set(trainer, contender.function, self._rollouts)
+        for name in contender.samples_besides:
+            _set(trainer, name, partial(self._samples, attrgetter(name)(trainer)))
         # The parts of a step end where these return, the last one with the step
         trainer._prepare_inputs = self._marked(trainer._prepare_inputs)
         trainer.compute_loss = self._marked(trainer.compute_loss)
@@ -514,18 +522,19 @@ class _StepByStep(TrainerCallback):
             ("rollouts", self._contender.completions(result), case.max_new_tokens),
         ):
             lengths = [len(tokens) for tokens in ids]
-            if lengths != [length] * case.num_rollouts:
+            is_number = len(ids) == case.num_rollouts or self._contender.replaces_rollouts
+            if not is_number or set(lengths) != {length}:
                 raise ValueError(f"{case.num_rollouts} {what} of {length} tokens were asked for, got {lengths}.")
         if self._peak is not None:
             self._peak.restart()
         return result
 
-    def _samples(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+    def _samples(
+        self, sample: Callable[..., list[list[int]]], prompt_ids: list[list[int]], *args: Any, **kwargs: Any
+    ) -> list[list[int]]:
         started = self._now()
-        if self._given is None:
-            result = self._sample_besides(prompt_ids, *args, **kwargs)
-        else:
-            result = self._given(self._step, prompt_ids)
+        given = self._given
+        result = sample(prompt_ids, *args, **kwargs) if given is None else given(self._step, prompt_ids)
         self._generation_seconds += self._now() - started
         return result
 

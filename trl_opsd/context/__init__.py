@@ -13,6 +13,7 @@ from .plan import PlanContext
 from .reflection import ReflectionContext
 from .rendering import TeacherPrompt, check_embedded, thinking_prefix, without_end
 from .rollouts import Rollout, Rollouts
+from .sibling import SiblingContext
 from .solution import AnswerContext, SolutionContext
 from .template import TemplateContext, TextContext
 
@@ -34,6 +35,7 @@ __all__ = [
     "Rollouts",
     "SampledContext",
     "ShuffledSolutionContext",
+    "SiblingContext",
     "SolutionContext",
     "TeacherPrompt",
     "TemplateContext",

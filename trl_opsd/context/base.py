@@ -27,7 +27,9 @@ class PrivilegedContext(Protocol):
 
     A context that samples implements [`SampledContext`] as well. Two methods more are called where a class has them,
     before the model is loaded: `check_run(num_generations, has_rewards, has_feedback)`, which raises a `ValueError` if
-    the context could never be given, and `read_dataset(dataset)` with the training set (`None` if there is none).
+    the context could never be given, and `read_dataset(dataset)` with the training set (`None` if there is none). A
+    third, `rates(rollouts)`, is handed the [`Rollouts`] of each row of a batch and says what to log of them: numerator
+    and denominator by name, always the same names in the same order.
     """
 
     columns: tuple[str, ...]

@@ -165,6 +165,34 @@ def score(completion: str, reference: str, answer_type: AnswerType = "math") -> 
     return Verdict(correct, answer, answer_format, error)
 
 
+def answer_of(completion: str, answer_type: AnswerType = "math") -> str | None:
+    """
+    The answer that a completion gives, as [`score`] reads it, where there is no reference.
+
+    Args:
+        completion (`str`):
+            Text that the model wrote, as for [`score`].
+        answer_type (`str`, *optional*, defaults to `"math"`):
+            As in [`score`].
+
+    Returns:
+        `str`, *optional*:
+            The answer. `None` when the completion gives none.
+    """
+    return _find_answer(_without_thinking(completion), answer_type, "")[0]
+
+
+def is_same_answer(one: str, other: str) -> bool:
+    """
+    Whether two answers to a mathematical question are the same, as [`score`] compares them.
+
+    Args:
+        one, other (`str`):
+            Answers, as [`answer_of`] gives them.
+    """
+    return "".join(one.split()) == "".join(other.split()) or compare(one, other)[0]
+
+
 def check_reference(reference: str, answer_type: AnswerType = "math") -> None:
     """
     Raise an error if no answer could be compared with a reference.

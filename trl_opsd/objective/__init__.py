@@ -3,7 +3,7 @@
 from .aggregation import aggregation_weights, share_of_rows
 from .dense import generalized_jsd_loss
 from .divergence import Divergence, pointwise_divergence
-from .fused import FusedDivergence, fused_divergence, token_log_probs
+from .fused import FusedDivergence, fused_divergence, teacher_choices, token_log_probs
 from .head import Head
 from .kernels import default_kernel
 from .objective import Objective, Support, Tail
@@ -24,5 +24,6 @@ __all__ = [
     "generalized_jsd_loss",
     "pointwise_divergence",
     "share_of_rows",
+    "teacher_choices",
     "token_log_probs",
 ]

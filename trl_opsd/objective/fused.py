@@ -8,6 +8,7 @@ left.
 
 import logging
 import math
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from .kernels import default_kernel, load_kernel
 from .memory import empty_block, reuse_freed_memory
 from .objective import Objective
 from .products import add_outer, project, project_back
-from .support import top_k_agreement
+from .support import chunk_maxima, top_k_agreement, top_k_tokens
 from .top_log_probs import TopLogProbs, finite_rows
 
 
@@ -189,21 +190,94 @@ def token_log_probs(
     plan = _Plan.make(hidden, head.weight, 1, memory_budget, kernel, head_gradient_bytes=0)
     finish = _detached(head, plan.wide)
     outputs = torch.empty(2, hidden.size(0), dtype=plan.wide, device=hidden.device)
-    block = empty_block(plan.blocks.block_rows, head.weight.size(0), plan.wide, hidden.device)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        for rows in _slices(hidden.size(0), plan.blocks.block_rows):
-            project(hidden[rows].to(plan.dtype), head.weight, block[: rows.stop - rows.start], plan.dtype)
-            for part in _slices(rows.stop - rows.start, plan.blocks.slice_rows):
-                place = slice(rows.start + part.start, rows.start + part.stop)
-                if plan.kernel == "triton":
-                    from .triton_kernel import triton_token_log_probs
-
-                    results = triton_token_log_probs(block[part], finish, token_ids[place], temperature)
-                else:
-                    log_p, _, entropy = softmax(finish.logits(block[part]), temperature)
-                    results = log_p.gather(1, token_ids[place].unsqueeze(1)).squeeze(1), entropy
-                outputs[:, place] = torch.stack(results)
+    for place, (products,) in _products(plan, [hidden], [head]):
+        outputs[:, place] = torch.stack(_log_probs(plan, products, finish, token_ids[place], temperature))
     return outputs[0], outputs[1]
+
+
+def teacher_choices(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    student_head: Head,
+    teacher_head: Head,
+    top_k: int,
+    temperature: float = 1.0,
+    memory_budget: float | None = None,
+    kernel: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    How undecided a teacher is between its most probable tokens, and what the student makes of the first of them,
+    without a gradient. It takes a vocabulary-sized product of each side.
+
+    Args:
+        student_hidden (`torch.Tensor` of shape `(N, H)`):
+            Student hidden states, row n predicting token n.
+        teacher_hidden (`torch.Tensor` of shape `(N, H_t)`):
+            Teacher hidden states for the same tokens.
+        student_head ([`Head`]):
+            Student head, with V rows.
+        teacher_head ([`Head`]):
+            Teacher head, with V rows.
+        top_k (`int`):
+            Number of the teacher's most probable tokens.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Both sets of logits are divided by it.
+        memory_budget (`float`, *optional*):
+            See [`fused_divergence`].
+        kernel (`str`, *optional*):
+            See [`fused_divergence`].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the entropy of the teacher's distribution over its `top_k` tokens,
+        renormalised, and the student's log-probability of the most probable one, both in nats, of shape `(N,)`, fp32
+        (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: If the vocabulary has fewer tokens than `top_k`.
+    """
+    vocabulary = student_head.weight.size(0)
+    if top_k > vocabulary:
+        raise ValueError(f"`top_k` must be at most {vocabulary}, the tokens of the vocabulary, got {top_k}.")
+    heads = [student_head, teacher_head]
+    plan = _Plan.make(student_hidden, student_head.weight, 2, memory_budget, kernel, head_gradient_bytes=0)
+    student_finish, teacher_finish = (_detached(head, plan.wide) for head in heads)
+    outputs = torch.empty(2, student_hidden.size(0), dtype=plan.wide, device=student_hidden.device)
+    for place, (student_products, teacher_products) in _products(plan, [student_hidden, teacher_hidden], heads):
+        logits = teacher_finish.logits(teacher_products)
+        (tokens,) = top_k_tokens([logits], [chunk_maxima(logits)], top_k)
+        top = logits.gather(1, tokens)
+        first = tokens.gather(1, top.argmax(dim=1, keepdim=True)).squeeze(1)
+        _, _, outputs[0, place] = softmax(top, temperature)
+        outputs[1, place], _ = _log_probs(plan, student_products, student_finish, first, temperature)
+    return outputs[0], outputs[1]
+
+
+@torch.no_grad()
+def _products(
+    plan: "_Plan", states: Sequence[torch.Tensor], heads: Sequence[Head]
+) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """The products of hidden states and heads, a few rows at a time, and where these stand among all."""
+    device, (block_rows, slice_rows) = states[0].device, plan.blocks
+    blocks = [empty_block(block_rows, head.weight.size(0), plan.wide, device) for head in heads]
+    with torch.autocast(device.type, enabled=False):
+        for rows in _slices(len(states[0]), block_rows):
+            size = rows.stop - rows.start
+            for hidden, head, block in zip(states, heads, blocks, strict=True):
+                project(hidden[rows].to(plan.dtype), head.weight, block[:size], plan.dtype)
+            for part in _slices(size, slice_rows):
+                place = slice(rows.start + part.start, rows.start + part.stop)
+                yield place, [block[part] for block in blocks]
+
+
+def _log_probs(
+    plan: "_Plan", products: torch.Tensor, finish: Finish, token_ids: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if plan.kernel == "triton":
+        from .triton_kernel import triton_token_log_probs
+
+        return triton_token_log_probs(products, finish, token_ids, temperature)
+    log_p, _, entropy = softmax(finish.logits(products), temperature)
+    return log_p.gather(1, token_ids.unsqueeze(1)).squeeze(1), entropy
 
 
 class _Plan(NamedTuple):

@@ -1,7 +1,7 @@
 """Which completions are trained on: the student's own rollouts, or what takes the place of some of them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +107,8 @@ class CompletionSource(ABC):
     """Whether it reads the teacher's prompt, which there is no rollout for yet."""
     samples_teacher = False
     """Whether it samples from the teacher's weights."""
+    group_size = 1
+    """What the rollouts of a prompt are a multiple of."""
 
     @property
     def description(self) -> str:
@@ -161,19 +163,40 @@ class _Mixture(CompletionSource):
         shared = np.random.default_rng([prompts.seed, prompts.step])
         own = np.random.default_rng([prompts.seed, prompts.step, prompts.process_index + 1])
         num_on_policy = int(self.lmbda * num_rows + shared.random())
-        others = self._others(prompts, sorted(own.permutation(num_rows)[num_on_policy:].tolist()))
-        on_policy = [row for row in range(num_rows) if row not in others]
-        sampled = prompts.some_rollouts(on_policy)
-        completions = Completions([[] for _ in prompts.rows])
-        if sampled.log_probs is not None:
-            completions.log_probs = [[] for _ in prompts.rows]
-        for position, row in enumerate(on_policy):
-            completions.ids[row] = sampled.ids[position]
-            if completions.log_probs is not None and sampled.log_probs is not None:
-                completions.log_probs[row] = sampled.log_probs[position]
-        for row, ids in others.items():
-            completions.replace(row, ids)
-        return completions
+        return mixed(prompts, self._others(prompts, sorted(own.permutation(num_rows)[num_on_policy:].tolist())))
+
+
+def mixed(prompts: Prompts, others: Mapping[int, TokenIds]) -> Completions:
+    """
+    Completions of which some are not the student's.
+
+    Args:
+        prompts ([`Prompts`]):
+            Prompts and what completes them.
+        others (`Mapping[int, list[int]]`):
+            Token ids of those, by row.
+
+    Returns:
+        [`Completions`]: these, and rollouts of the student in all other rows.
+    """
+    on_policy = [row for row in range(len(prompts.rows)) if row not in others]
+    sampled = prompts.some_rollouts(on_policy)
+    completions = Completions([[] for _ in prompts.rows])
+    if sampled.log_probs is not None:
+        completions.log_probs = [[] for _ in prompts.rows]
+    for position, row in enumerate(on_policy):
+        completions.ids[row] = sampled.ids[position]
+        if completions.log_probs is not None and sampled.log_probs is not None:
+            completions.log_probs[row] = sampled.log_probs[position]
+    for row, ids in others.items():
+        completions.replace(row, ids)
+    return completions
+
+
+def teacher_prompts(teacher_prompt: Callable[[int], TokenIds | None], rows: Iterable[int]) -> dict[int, TokenIds]:
+    """What the teacher reads for some rows, by row; nothing for those without a context."""
+    read = {row: teacher_prompt(row) for row in rows}
+    return {row: ids for row, ids in read.items() if ids is not None}
 
 
 class FromDataset(_Mixture):
@@ -213,8 +236,7 @@ class FromTeacher(_Mixture):
         return f"{1 - self.lmbda:.0%} of the sequences come from the teacher instead"
 
     def _others(self, prompts: Prompts, rows: list[int]) -> dict[int, TokenIds]:
-        read = {row: prompts.teacher_prompt(row) for row in rows}
-        given = {row: ids for row, ids in read.items() if ids is not None}
+        given = teacher_prompts(prompts.teacher_prompt, rows)
         return dict(zip(given, prompts.sample_teacher(list(given.values())), strict=True))
 
 
@@ -265,8 +287,7 @@ def second_tries(
         `dict[int, list[int]]`:
             Token ids of the prompt of the second try, by row.
     """
-    read = {row: teacher_prompt(row) for row, is_right in enumerate(graded) if is_right is False}
-    return {row: ids for row, ids in read.items() if ids is not None}
+    return teacher_prompts(teacher_prompt, (row for row, is_right in enumerate(graded) if is_right is False))
 
 
 SOURCES: dict[str, type | str] = {

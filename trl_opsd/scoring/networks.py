@@ -11,7 +11,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from ..objective import Head, token_log_probs
+from ..objective import Head, teacher_choices, token_log_probs
 from ..teacher import Targets, Teacher
 from .heads import causal_lm, head_of, unsharded
 from .logits import check_logits, check_packing
@@ -313,11 +313,56 @@ class Networks:
             memory_budget=self._memory_budget,
             kernel=self._kernel,
         )
-        log_probs, entropies = (
-            torch.zeros(selected.shape, dtype=value.dtype, device=device).masked_scatter(selected, value)
-            for value in values
+        return _placed(values, selected)
+
+    def choices_of(
+        self,
+        hidden: torch.Tensor,
+        head: Head,
+        teacher_hidden: torch.Tensor,
+        teacher_head: Head,
+        tokens: torch.Tensor,
+        top_k: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What [`~trl_opsd.objective.teacher_choices`] says of some tokens.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(N, H)`):
+                The student's states of the tokens.
+            head ([`Head`]):
+                The student's, whole.
+            teacher_hidden (`torch.Tensor` of shape `(N, H_t)`):
+                The teacher's states of them.
+            teacher_head ([`Head`]):
+                The teacher's, whole.
+            tokens (`torch.Tensor` of shape `(b, T)`, bool):
+                Where they stand.
+            top_k (`int`):
+                Number of the teacher's most probable tokens.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: both of shape `(b, T)`, 0 elsewhere, without a gradient.
+        """
+        values = teacher_choices(
+            hidden.detach(),
+            teacher_hidden,
+            head,
+            teacher_head,
+            top_k,
+            self._temperature,
+            memory_budget=self._memory_budget,
+            kernel=self._kernel,
         )
-        return log_probs, entropies
+        return _placed(values, tokens)
+
+
+def _placed(values: tuple[torch.Tensor, torch.Tensor], tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    one, other = (
+        torch.zeros(tokens.shape, dtype=value.dtype, device=value.device).masked_scatter(tokens, value)
+        for value in values
+    )
+    return one, other
 
 
 def rows_of(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:

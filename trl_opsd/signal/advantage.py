@@ -12,12 +12,15 @@ class Advantage(ABC):
     """
     An advantage for each token, from the one that GRPO gives its rollout.
 
-    It says what it needs, everything unless it says otherwise. `needs_scores` may depend on its own coefficients:
-    where it is False, it is called without scores, and costs no pass of the teacher. One with a memory has
-    `state_dict` and `load_state_dict`, as a [`Schedule`] does.
+    It says what it needs: scores, a reward and more than one rollout of a prompt, unless it says otherwise. Where
+    `needs_scores` is False, which may depend on its own coefficients, it is called without scores, and costs no pass
+    of the teacher. One that `needs_teacher_entropy` is refused with a teacher on a server, which does not tell it. One
+    with a memory has `state_dict` and `load_state_dict`, as a [`Schedule`] does.
     """
 
     needs_reward: ClassVar[bool] = True
+    needs_group: ClassVar[bool] = True
+    needs_teacher_entropy: ClassVar[bool] = False
 
     @property
     def needs_scores(self) -> bool:

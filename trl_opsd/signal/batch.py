@@ -31,6 +31,17 @@ class Batch:
             Whether the completion is another than the student's own rollout of its prompt.
         truncated (`torch.Tensor` of shape `(B, 1)`, bool):
             Whether the completion was cut off before its end.
+        prompt_keys (`torch.Tensor` of shape `(B, 1)`):
+            A number for each prompt, int64, the same whenever and on whichever process its tokens are read.
+        max_length (`int`, *optional*):
+            Most tokens of a completion, `None` without a limit.
+        first (`int`):
+            Position of the first of these rollouts among those of all processes.
+        is_training (`bool`):
+            Whether the batch is trained on, and not evaluated: what a part remembers is of the former alone.
+        group (`Callable[[torch.Tensor], torch.Tensor]`):
+            From a value of each rollout, of shape `(B, 1)`, to those of all rollouts of the same prompt, on all
+            processes, of shape `(B, number of rollouts of a prompt)`. All processes call it at once.
         gather (`Callable[[torch.Tensor], torch.Tensor]`):
             From a tensor of each process, at least one-dimensional and of the same shape in all, to all of them, one
             after the other in the first dimension. All processes call it at once.
@@ -48,8 +59,17 @@ class Batch:
     advantages: torch.Tensor
     replaced: torch.Tensor
     truncated: torch.Tensor
+    prompt_keys: torch.Tensor
+    max_length: int | None
+    first: int
+    is_training: bool
+    group: Callable[[torch.Tensor], torch.Tensor]
     gather: Callable[[torch.Tensor], torch.Tensor]
     log: Callable[[str, torch.Tensor, torch.Tensor], None]
+
+    def own(self, everything: torch.Tensor) -> torch.Tensor:
+        """Of what is there for each rollout of all processes, that of this one's."""
+        return everything[self.first : self.first + len(self.mask)]
 
 
 @dataclass(frozen=True)

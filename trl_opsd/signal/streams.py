@@ -8,8 +8,9 @@ import torch
 
 from .advantage import Advantage, GroupAdvantage
 from .batch import Batch, TokenScores
+from .curriculum import Curriculum
 from .schedule import SCORED_METRICS, Schedule
-from .weighting import TERMS, PolicyWeighting, TokenWeighting
+from .weighting import TERMS, PolicyWeighting, TeacherWeighting, TokenWeighting
 
 
 # Of the three terms. A part's own are named after it
@@ -31,11 +32,13 @@ class Signals:
             Of the three terms, by their names in the configuration.
         advantage ([`Advantage`]):
             Writes A.
-        weightings (`Mapping[str, TokenWeighting | PolicyWeighting]`):
+        weightings (`Mapping[str, TokenWeighting | PolicyWeighting | TeacherWeighting]`):
             Write w and v, multiplied, by name.
         schedules (`Mapping[str, Schedule]`):
             Of a term's coefficient, or of a field of a part: `"advantage.mix"`,
             `"token_weights.importance_clip.most"`.
+        curriculum ([`Curriculum`], *optional*):
+            Draws the prompts, and sees every batch.
 
     Raises:
         ValueError: If there is a schedule for a coefficient that does not exist.
@@ -45,13 +48,15 @@ class Signals:
         self,
         coefficients: Mapping[str, float],
         advantage: Advantage,
-        weightings: Mapping[str, TokenWeighting | PolicyWeighting],
+        weightings: Mapping[str, TokenWeighting | PolicyWeighting | TeacherWeighting],
         schedules: Mapping[str, Schedule],
+        curriculum: Curriculum | None = None,
     ):
         self.coefficients = dict(coefficients)
         self.schedules = dict(schedules)
         self._parts: dict[str, Any] = {"advantage": advantage}
         self._parts |= {f"token_weights.{name}": weighting for name, weighting in weightings.items()}
+        self._parts |= {} if curriculum is None else {"curriculum": curriculum}
         known = [*COEFFICIENTS]
         for name, part in self._parts.items():
             known += [f"{name}.{its.name}" for its in fields(part) if its.init] if is_dataclass(part) else []
@@ -65,6 +70,11 @@ class Signals:
         return self._parts["advantage"]
 
     @property
+    def curriculum(self) -> Curriculum | None:
+        """Draws the prompts, with its coefficients of this step."""
+        return self._parts.get("curriculum")
+
+    @property
     def weightings(self) -> list[TokenWeighting]:
         """Write w and v when rollouts are there, with their coefficients of this step."""
         return [part for part in self._parts.values() if isinstance(part, TokenWeighting)]
@@ -73,6 +83,16 @@ class Signals:
     def policy_weightings(self) -> list[PolicyWeighting]:
         """Write w and v in the loss, with their coefficients of this step."""
         return [part for part in self._parts.values() if isinstance(part, PolicyWeighting)]
+
+    @property
+    def teacher_weightings(self) -> list[TeacherWeighting]:
+        """Write w in the loss, with their coefficients of this step."""
+        return [part for part in self._parts.values() if isinstance(part, TeacherWeighting)]
+
+    @property
+    def _asked(self) -> list[TokenWeighting]:
+        """Those of a term that takes part in this step."""
+        return [one for one in self.weightings if any(self.coefficients[f"{term}_coef"] for term in one.terms)]
 
     def begin_step(self, step: int) -> None:
         """Set all coefficients to what they are in the step after `step` others."""
@@ -135,7 +155,7 @@ class Signals:
             value = "" if self.coefficients[name] == 1.0 else f"{self.coefficients[name]:g} · "
             if self.has_term(name):
                 terms.append(f"({name}, by schedule) · {word}" if name in self.schedules else f"{value}{word}")
-        weightings = [name.partition(".")[2] for name in self._parts if name != "advantage"]
+        weightings = [name.partition(".")[2] for name in self._parts if name.startswith("token_weights.")]
         return " + ".join(terms) + (f"; tokens weighted by {', '.join(weightings)}" if weightings else "")
 
     @property
@@ -146,7 +166,7 @@ class Signals:
         watches = any(schedule.metric in SCORED_METRICS for schedule in self.schedules.values())
         return (
             (shapes and self.advantage.needs_scores)
-            or any(part.needs_scores for part in self.weightings)
+            or any(part.needs_scores for part in self._asked)
             or (is_unmeasured and watches)
         )
 
@@ -168,15 +188,16 @@ class Signals:
         Raises:
             ValueError: If a part returns another shape, or numbers that are not finite.
         """
+        if self.curriculum is not None and batch.is_training:
+            self.curriculum.see(batch)
         masks = {"divergence": batch.mask & batch.has_context, "likelihood": batch.mask}
         weights = dict.fromkeys(TERMS, torch.ones_like(batch.mask, dtype=torch.float32))
-        for part in self.weightings:
+        for part in self._asked:
             factors = self._checked(part, part(batch, scores), batch)
             for term in part.terms:
+                weights[term] = weights[term] * factors
                 if part.selects:
                     masks[term] = masks[term] & (factors != 0)
-                else:
-                    weights[term] = weights[term] * factors
         advantages = batch.advantages.squeeze(1)
         if self.coefficients["policy_loss_coef"] != 0.0:
             shaped = self.advantage(batch, scores if self.advantage.needs_scores else None)

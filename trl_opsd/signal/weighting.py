@@ -17,14 +17,16 @@ class TokenWeighting(ABC):
     """
     A factor for each token in `terms` of the loss, both unless it says otherwise.
 
-    One that `selects` gives 0 or 1, and what it leaves out is not counted in the normaliser either: the term is the
-    mean over what is kept. One with a memory has `state_dict` and `load_state_dict`, as a [`Schedule`] does.
+    Of one that `selects`, what it gives 0 is not counted in the normaliser either: the term is the mean over what is
+    kept. One whose terms are all off is not asked. One that `needs_replaced` compares completions that took the place
+    of rollouts with others. One with a memory has `state_dict` and `load_state_dict`, as a [`Schedule`] does.
     """
 
     terms: ClassVar[tuple[str, ...]] = TERMS
     selects: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
     needs_reward: ClassVar[bool] = False
+    needs_replaced: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
@@ -77,6 +79,27 @@ class SkipFirst(TokenWeighting):
         return torch.arange(batch.mask.size(1), device=batch.mask.device) >= self.num_tokens
 
 
+@dataclass(frozen=True)
+class KeepFirst(TokenWeighting):
+    """
+    Keeps no more than the first tokens of a completion, as [SSOPD](https://huggingface.co/papers/2605.17497) does.
+
+    Args:
+        num_tokens (`int`, *optional*, defaults to `1024`):
+            Number of tokens.
+    """
+
+    num_tokens: int = 1024
+    selects: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1:
+            raise ValueError(f"`num_tokens` must be at least 1, got {self.num_tokens}.")
+
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+        return torch.arange(batch.mask.size(1), device=batch.mask.device) < self.num_tokens
+
+
 class PolicyWeighting(ABC):
     """A factor for each token that depends on the policy as it is in the loss. It is called for each pass."""
 
@@ -118,4 +141,39 @@ class ImportanceClip(PolicyWeighting):
         return log_ratio.clamp(-20.0, 20.0).exp().clamp(max=self.most)
 
 
-TOKEN_WEIGHTS = {"correct_only": CorrectOnly, "skip_first": SkipFirst, "importance_clip": ImportanceClip}
+class TeacherWeighting(ABC):
+    """
+    A factor for each token in the divergence that depends on what the teacher would write, and on the policy as it is
+    in the loss. It is called for each pass, with whole rollouts, and costs a product with each head.
+    """
+
+    @property
+    @abstractmethod
+    def top_k(self) -> int:
+        """Number of the teacher's most probable tokens that it looks at."""
+
+    @abstractmethod
+    def __call__(self, mask: torch.Tensor, teacher_entropy: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+        """
+        The factors.
+
+        Args:
+            mask (`torch.Tensor` of shape `(B, T)`, bool):
+                The tokens that the divergence counts.
+            teacher_entropy (`torch.Tensor` of shape `(B, T)`):
+                Entropy of the teacher's distribution over its `top_k` most probable tokens, renormalised, fp32, in
+                nats.
+            log_probs (`torch.Tensor` of shape `(B, T)`):
+                Log-probabilities of the teacher's most probable tokens under the current student, fp32, in nats.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`.
+        """
+
+
+TOKEN_WEIGHTS = {
+    "correct_only": CorrectOnly,
+    "skip_first": SkipFirst,
+    "keep_first": KeepFirst,
+    "importance_clip": ImportanceClip,
+}

@@ -137,6 +137,8 @@ class TeacherInputs:
             rollouts = make_rollouts(generation, streams, first, num_generations, self.end_ids)
             is_spread = num_generations > 1 and self.num_processes > 1
             groups = make_groups(rollouts, first, num_generations, self.gather if is_spread else None)
+            for name, pair in getattr(self.teacher_prompt.context, "rates", lambda groups: {})(groups).items():
+                metrics.add_rate(name, *generation.rewards.new_tensor(pair))
         written = self._written(generation, groups, student_ids[0], metrics)
         prompts = [
             None if index in generation.empty else self.teacher_prompt.token_ids(row, rollouts, tools, text)
@@ -158,7 +160,7 @@ class TeacherInputs:
         num_generations: int,
         annotate: Callable[[list[list[int] | None], dict[str, Any]], Mapping[str, Any]],
         metrics: Metrics,
-    ) -> None:
+    ) -> list[list[int] | None]:
         """
         Put them into a generation batch.
 
@@ -173,6 +175,9 @@ class TeacherInputs:
                 From the teacher's prompts and the batch to what the teacher adds to it.
             metrics ([`Metrics`]):
                 Where rates and lengths go.
+
+        Returns:
+            `list[list[int] | None]`: the teacher's prompts, `None` for rows without a context.
         """
         masks = batch["prompt_mask"].bool()
         student_ids = [ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], masks, strict=True)]
@@ -181,6 +186,7 @@ class TeacherInputs:
         groups = tensors.pop("teacher_prompt_groups")  # no work for the device
         batch.update({name: values.to(masks.device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
         add_contexts(metrics, batch, len(generation.empty))
+        return teacher_ids
 
     def _written(
         self, generation: Generation, groups: Sequence[Rollouts | None], stand_in: list[int], metrics: Metrics

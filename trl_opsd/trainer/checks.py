@@ -1,7 +1,7 @@
 """What cannot work, in the order in which it becomes known: all but the last before the model is loaded."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -53,6 +53,27 @@ def check_number_of_rows(args: SelfDistillationConfig, train_dataset: Any) -> No
             f"`train_dataset` has {len(train_dataset)} rows, fewer than the {prompts_per_batch} prompts of one "
             "generation batch, so no batch could be drawn. Add rows, or lower `per_device_train_batch_size`, "
             "`gradient_accumulation_steps` or `steps_per_generation`."
+        )
+
+
+def check_curriculum(
+    args: SelfDistillationConfig, train_dataset: Any, has_rewards: bool, environment_factory: Any
+) -> None:
+    """
+    Refuse a curriculum that could not draw, or would learn nothing.
+
+    Raises:
+        ValueError: If there are no rewards, or the rows or their prompts are not known beforehand.
+    """
+    if args.curriculum is None:
+        return
+    setting = f"`curriculum={args.curriculum!r}`"
+    if not has_rewards:
+        raise ValueError(f"{setting} goes by which rollouts are correct. Pass `reward_funcs`, or leave it unset.")
+    if not isinstance(train_dataset, Dataset) or environment_factory is not None:
+        raise ValueError(
+            f"{setting} draws rows by their prompts, which a streaming dataset or an environment does not give "
+            "beforehand. Leave it unset."
         )
 
 
@@ -140,6 +161,10 @@ def check_completions(
         raise ValueError(
             "`divergence_support='sampled_token'` estimates the divergence from tokens the student sampled, and "
             f"{setting} replaces some of them. Set `completions='on_policy'`, or choose another support."
+        )
+    if cast(int, args.num_generations) % source.group_size:
+        raise ValueError(
+            f"{setting} needs `num_generations` to be a multiple of {source.group_size}, got {args.num_generations}."
         )
     if source.needs_rewards and not has_reward_funcs:
         raise ValueError(f"{setting} has to tell right from wrong. Pass `reward_funcs`.")
@@ -273,7 +298,7 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
             "Nothing is trained: `divergence_coef`, `policy_loss_coef` and `likelihood_coef` are all 0. Set one."
         )
     if signals.has_term("policy_loss_coef") and signals.advantage.needs_reward:
-        if args.num_generations == 1:
+        if signals.advantage.needs_group and args.num_generations == 1:
             raise ValueError(
                 f"`policy_loss_coef={args.policy_loss_coef}` needs `num_generations` of at least 2: in a group of one "
                 "every advantage is zero. Raise `num_generations`, or set `policy_loss_coef=0.0`."
@@ -283,21 +308,38 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
                 f"`policy_loss_coef={args.policy_loss_coef}` needs `reward_funcs`. Pass some, or set it to 0."
             )
     if args.teacher_server_base_url is not None:
+        if signals.has_term("policy_loss_coef") and signals.advantage.needs_teacher_entropy:
+            raise ValueError(
+                f"`advantage` names {type(signals.advantage).__name__}, which reads the teacher's entropy, which a "
+                "teacher on a server does not tell. Leave `teacher_server_base_url` unset."
+            )
+        for part in signals.teacher_weightings:
+            raise ValueError(
+                f"`token_weights` has {type(part).__name__}, which reads the distribution of the teacher, which one "
+                "on a server does not tell. Leave `teacher_server_base_url` unset."
+            )
         for name, schedule in signals.schedules.items():
             if schedule.metric in ("teacher_entropy", "entropy_gap"):
                 raise ValueError(
                     f"`schedules[{name!r}]` follows `{schedule.metric}`, which a teacher on a server does not tell. "
                     "Set its `metric` to another, or leave `teacher_server_base_url` unset."
                 )
-    for part in signals.weightings:
-        if part.needs_reward and not has_reward:
+    for weighting in signals.weightings:
+        if weighting.needs_reward and not has_reward:
             raise ValueError(
-                f"`token_weights` has {type(part).__name__}, which needs `reward_funcs`. Pass some, or leave it out."
+                f"`token_weights` has {type(weighting).__name__}, which needs `reward_funcs`. Pass some, or leave it "
+                "out."
             )
-    for weighting in signals.policy_weightings:
+        if weighting.needs_replaced and args.completions == "on_policy":
+            raise ValueError(
+                f"`token_weights` has {type(weighting).__name__}, which compares rollouts with completions that took "
+                "the place of others, and `completions='on_policy'` has none. Choose other completions, or leave it "
+                "out."
+            )
+    for ratio in signals.policy_weightings:
         if args.distillation_temperature != args.temperature:
             raise ValueError(
-                f"`token_weights` has {type(weighting).__name__}, which compares log-probabilities of the student at "
+                f"`token_weights` has {type(ratio).__name__}, which compares log-probabilities of the student at "
                 f"`distillation_temperature={args.distillation_temperature}` with those it was sampled with, at "
                 f"`temperature={args.temperature}`. Set both to the same, or leave it out."
             )

@@ -33,6 +33,7 @@ RETIRED: dict[str, str] = {
 _BELONGS_TO = {
     "context_kwargs": "privileged_context",
     "completions_kwargs": "completions",
+    "curriculum_kwargs": "curriculum",
     "advantage_kwargs": "advantage",
     "schedules": "advantage",
     "teacher_update_steps": "teacher",
@@ -110,6 +111,12 @@ class SelfDistillationConfig(GRPOConfig):
             - the import path of a [`~trl_opsd.sampling.sources.CompletionSource`].
         completions_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of that source, for example `{"lmbda": 0.5}`.
+        curriculum (`str`, *optional*):
+            Which prompts are drawn. `None` draws each once an epoch, `"pass_rate"` (`exponent`, `floor`, `share`) most
+            often those of which about half of the rollouts are correct. An epoch has as many steps as before, in which
+            some prompts come more than once and others not at all. Or the import path of a subclass of [`Curriculum`].
+        curriculum_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of that class.
 
         > Parameters that control the teacher
 
@@ -191,9 +198,10 @@ class SelfDistillationConfig(GRPOConfig):
         token_weights (`dict[str, dict]` or `str`, *optional*):
             Factors of each token in the divergence and the likelihood, multiplied, as name and keyword arguments:
             `"correct_only"` keeps rollouts whose reward reaches `success_threshold`, `"skip_first"` (`num_tokens`)
-            leaves out the first tokens, `"importance_clip"` (`most`) corrects for a policy that has moved since it
-            sampled; or the import path of a subclass of [`TokenWeighting`]. What `correct_only` and `skip_first` leave
-            out counts in no mean.
+            leaves out the first tokens, `"keep_first"` (`num_tokens`) all others, `"importance_clip"` (`most`)
+            corrects for a policy that has moved since it sampled; or the import path of a subclass of
+            [`TokenWeighting`], or of [`TeacherWeighting`], such as `"trl_opsd.methods.msd.DualPerspective"`. What the
+            first three leave out counts in no mean.
         advantage (`str`, *optional*, defaults to `"grpo"`):
             What makes GRPO's advantage of a rollout one of each token: `"grpo"` leaves it as it is; or the import path
             of a subclass of [`Advantage`], such as `"trl_opsd.methods.rlrt.ReversedTeacher"`.
@@ -255,6 +263,7 @@ class SelfDistillationConfig(GRPOConfig):
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
         "completions_kwargs",
+        "curriculum_kwargs",
     ]
 
     max_completion_length: int | None = _DefaultLength(512)
@@ -275,6 +284,9 @@ class SelfDistillationConfig(GRPOConfig):
 
     completions: str = "on_policy"
     completions_kwargs: dict[str, Any] | str | None = None
+
+    curriculum: str | None = None
+    curriculum_kwargs: dict[str, Any] | str | None = None
 
     teacher: str = field(default="initial", metadata={"choices": ["initial", "live", "periodic", "ema", "external"]})
     teacher_update_steps: int | None = None

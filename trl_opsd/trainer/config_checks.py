@@ -136,6 +136,14 @@ def threshold_of_success(args: "SelfDistillationConfig") -> None:
         raise ValueError(f"`success_threshold` must be a finite number, got {args.success_threshold}.")
 
 
+def curriculum_of_rows_in_order(args: "SelfDistillationConfig") -> None:
+    if args.curriculum is not None and not args.shuffle_dataset:
+        raise ValueError(
+            f"`curriculum={args.curriculum!r}` draws the rows, and `shuffle_dataset=False` keeps their order. Leave "
+            "one of them at its default."
+        )
+
+
 def weights_of_the_terms(args: "SelfDistillationConfig") -> None:
     for name in ("divergence_coef", "policy_loss_coef", "likelihood_coef"):
         if not 0.0 <= getattr(args, name) < math.inf:
@@ -233,6 +241,7 @@ CHECKS: tuple[Check, ...] = (
     correction_of_truncated_sampling,
     memory_of_a_sleeping_engine,
     threshold_of_success,
+    curriculum_of_rows_in_order,
     weights_of_the_terms,
     passes_of_a_loss_that_is_one,
 )

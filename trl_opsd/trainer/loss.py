@@ -298,7 +298,8 @@ class SelfDistillationLoss:
             if teacher_states is not None:
                 targets = teacher_states.to(device), None if teacher_head is None else unsharded(teacher_head)
             read = partial(self.networks.log_probs_of, hidden, student_head, token_ids, selected)
-            factors = self._factors(rows, selected, read, policy)
+            choices = partial(self._choices, rows, selected, hidden, student_head, targets)
+            factors = self._factors(rows, selected, read, choices, policy)
             groups = self._groups(rows["divergence_mask"].bool()[selected], targets, factors.likelihood is not None)
             loss, log_probs, outputs = factors.policy_value, torch.zeros(len(hidden), device=device), []
             for tokens, states, head in groups:
@@ -335,11 +336,24 @@ class SelfDistillationLoss:
             return [(None, *targets)]
         return [(inside, *targets), (~inside, None, None)]  # of the others nothing but their likelihood counts
 
+    def _choices(
+        self,
+        rows: dict[str, Any],
+        selected: torch.Tensor,
+        hidden: torch.Tensor,
+        head: Head,
+        targets: tuple[Any, Any],
+        top_k: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = rows["divergence_mask"].bool()
+        return self.networks.choices_of(hidden[tokens[selected]], head, *targets, tokens, top_k)
+
     def _factors(
         self,
         rows: dict[str, Any],
         selected: torch.Tensor,
         read: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+        choices: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
         policy: PolicyTerm | None,
     ) -> "_Factors":
         read = cache(read)
@@ -347,6 +361,8 @@ class SelfDistillationLoss:
         for part in self._signals.policy_weightings if rows.get("old_log_probs") is not None else ():
             weights = part(read()[0], rows["old_log_probs"])
             divergence, likelihood = divergence * weights, likelihood * weights
+        for one in self._signals.teacher_weightings if self._signals.coefficients["divergence_coef"] else ():
+            divergence = divergence * one(rows["divergence_mask"].bool(), *choices(one.top_k))
         value, slope = divergence.new_zeros(()), None
         if policy is not None:
             value, slope = policy(rows, read)

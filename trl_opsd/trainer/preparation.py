@@ -18,6 +18,7 @@ from .checks import (
     check_completion_length,
     check_completions,
     check_context,
+    check_curriculum,
     check_model,
     check_number_of_rows,
     check_served_live_teacher,
@@ -139,6 +140,7 @@ def prepare(
     check_context(context, cast(int, args.num_generations), train_dataset, has_rewards, has_feedback)
     itself = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
     completions = _make_completions(args, context, bool(reward_funcs), itself)
+    check_curriculum(args, train_dataset, has_rewards, environment_factory)
     signals = make_signals(args)
     check_signals(signals, args, has_rewards)
 
@@ -159,9 +161,8 @@ def prepare(
     check_served_live_teacher(args, rollout_func)
     if args.use_vllm and args.vllm_mode == "server":
         wait_for_sampler(args.sampler_url, args.vllm_server_timeout, is_main_process=args.process_index == 0)
-    return Prepared(
-        context, completions, signals, tokenizer, teacher_prompt, served, columns, train_dataset, eval_dataset
-    )
+    parts = context, completions, signals, tokenizer, teacher_prompt, served
+    return Prepared(*parts, columns, train_dataset, eval_dataset)
 
 
 def _make_completions(

@@ -34,6 +34,7 @@ _FIXED_SETTINGS = (
     "success_threshold",
     "completions",
     "completions_kwargs",
+    "curriculum",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "steps_per_generation",

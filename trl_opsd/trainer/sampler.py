@@ -141,7 +141,7 @@ class PolicySampler:
         ):
             return self._generate(prompt_ids, None, {}, 1)[0]
 
-    def sample_teacher(self, teacher: Teacher, prompt_ids: list[list[int]]) -> list[list[int]]:
+    def sample_teacher(self, prompt_ids: list[list[int]], teacher: Teacher) -> list[list[int]]:
         """Completions of the teacher, sampled as rollouts are."""
         if self._engine is not None and self._args.teacher == "live":
             return self.turn(prompt_ids, None, {}, 1)[0]

@@ -1,22 +1,28 @@
 """The parts that write the loss's streams: from the configuration, and what they make of a batch."""
 
+import hashlib
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 
 from ..parts import make_part
 from ..signal import (
     ADVANTAGES,
     COEFFICIENTS,
+    CURRICULA,
     SCHEDULES,
     TERMS,
     TOKEN_WEIGHTS,
     Advantage,
     Batch,
+    Curriculum,
     PolicyWeighting,
     Schedule,
     Signals,
+    TeacherWeighting,
     TokenScores,
     TokenWeighting,
 )
@@ -38,13 +44,18 @@ def make_signals(args: SelfDistillationConfig) -> Signals:
         for name, kwargs in cast(dict[str, Any], args.token_weights or {}).items()
     }
     for weighting in weightings.values():
-        _check_kind("token_weights", weighting, (TokenWeighting, PolicyWeighting))
+        _check_kind("token_weights", weighting, (TokenWeighting, PolicyWeighting, TeacherWeighting))
     schedules = {}
     for name, given in cast(dict[str, Any], args.schedules or {}).items():
         kwargs = {"kind": "linear", **given}
         schedules[name] = make_part(f"schedules[{name!r}]", kwargs.pop("kind"), kwargs, SCHEDULES)
         _check_kind("schedules", schedules[name], (Schedule,))
-    return Signals({name: getattr(args, name) for name in COEFFICIENTS}, advantage, weightings, schedules)
+    curriculum = None
+    if args.curriculum is not None:
+        curriculum = make_part("curriculum", args.curriculum, cast(Any, args.curriculum_kwargs), CURRICULA)
+        _check_kind("curriculum", curriculum, (Curriculum,))
+    coefficients = {name: getattr(args, name) for name in COEFFICIENTS}
+    return Signals(coefficients, advantage, weightings, schedules, curriculum)
 
 
 def _check_kind(slot: str, part: Any, bases: tuple[type, ...]) -> None:
@@ -55,12 +66,14 @@ def _check_kind(slot: str, part: Any, bases: tuple[type, ...]) -> None:
 
 def make_streams(
     signals: Signals,
+    args: SelfDistillationConfig,
     batch: dict[str, Any],
     empty_rows: Collection[int],
     score: Callable[[dict[str, Any]], TokenScores],
-    gather: Callable[[torch.Tensor], torch.Tensor],
+    accelerator: Accelerator,
+    num_generations: int,
+    is_training: bool,
     metrics: Metrics,
-    is_sampled_by_student: bool,
 ) -> dict[str, torch.Tensor | None]:
     """
     What the parts make of a generation batch. All processes call this at once.
@@ -68,27 +81,52 @@ def make_streams(
     Args:
         signals ([`Signals`]):
             The parts.
+        args ([`SelfDistillationConfig`]):
+            Configuration.
         batch (`dict[str, Any]`):
             Generation batch.
         empty_rows (`Collection[int]`):
             Rows without a token of the student's.
         score (`Callable[[dict[str, Any]], TokenScores]`):
             From a batch, whose `divergence_mask` says which tokens, to their scores. Called if a part needs them.
-        gather (`Callable[[torch.Tensor], torch.Tensor]`):
-            From a tensor of each process to those of all, one after the other in the first dimension.
+        accelerator ([`~accelerate.Accelerator`]):
+            The processes.
+        num_generations (`int`):
+            Rollouts of a prompt.
+        is_training (`bool`):
+            Whether the rollouts are trained on.
         metrics ([`Metrics`]):
             Where the share of rows that each term counts goes, and what the parts log.
-        is_sampled_by_student (`bool`):
-            Whether log-probabilities that a sampler gives are of the distribution that the loss computes.
 
     Returns:
         `dict[str, torch.Tensor | None]`: see [`Signals.streams`]; besides, the number of rows and tokens, on all
         processes, that the terms count; and, if a part reads them, `old_log_probs` of shape `(B, T)`, under the policy
         that sampled, `None` where that is the student in every loss.
     """
+    rollouts = _rollouts(args, batch, empty_rows, accelerator, num_generations, is_training, metrics)
+    mask = rollouts.mask & rollouts.has_context
+    scores = score({**batch, "divergence_mask": mask}) if signals.needs_scores else None
+    streams = signals.streams(rollouts, scores)
+    counts = _counts(signals, streams, rollouts.gather, metrics)
+    made: dict[str, torch.Tensor | None] = {**streams, **counts}
+    if signals.policy_weightings:
+        sampled = batch.get("sampling_per_token_logps") if args.sampler_is_comparable else None
+        made["old_log_probs"] = batch.get("old_per_token_logps") if sampled is None else sampled
+    return made
+
+
+def _rollouts(
+    args: SelfDistillationConfig,
+    batch: dict[str, Any],
+    empty_rows: Collection[int],
+    accelerator: Accelerator,
+    num_generations: int,
+    is_training: bool,
+    metrics: Metrics,
+) -> Batch:
     mask = (batch.get("tool_mask", 1) * batch["completion_mask"]).bool()
     mask[sorted(empty_rows)] = False
-    rollouts = Batch(
+    return Batch(
         batch["completion_ids"],
         mask,
         has_context=batch["has_context"].unsqueeze(1),
@@ -98,16 +136,44 @@ def make_streams(
         advantages=batch["advantages"].unsqueeze(1),
         replaced=batch["replaced"].unsqueeze(1),
         truncated=batch["truncated"].unsqueeze(1),
-        gather=gather,
+        prompt_keys=prompt_keys(batch["prompt_ids"], batch["prompt_mask"]),
+        max_length=args.max_completion_length,
+        first=accelerator.process_index * len(mask),
+        is_training=is_training,
+        group=partial(_of_the_group, accelerator.gather, accelerator.process_index, num_generations),
+        gather=accelerator.gather,
         log=metrics.add_rate,
     )
-    scores = score({**batch, "divergence_mask": mask & rollouts.has_context}) if signals.needs_scores else None
-    streams = signals.streams(rollouts, scores)
-    made: dict[str, torch.Tensor | None] = {**streams, **_counts(signals, streams, gather, metrics)}
-    if signals.policy_weightings:
-        sampled = batch.get("sampling_per_token_logps") if is_sampled_by_student else None
-        made["old_log_probs"] = batch.get("old_per_token_logps") if sampled is None else sampled
-    return made
+
+
+def prompt_keys(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
+    """
+    What tells prompts from one another.
+
+    Args:
+        prompt_ids (`torch.Tensor` of shape `(B, T)`):
+            Token ids.
+        prompt_mask (`torch.Tensor` of shape `(B, T)`):
+            1 for those that are no padding.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 1)`, int64: a number that these ids decide, whatever the padding.
+    """
+    rows = zip(prompt_ids.tolist(), prompt_mask.bool().tolist(), strict=True)
+    keys = [prompt_key([token for token, is_token in zip(*row, strict=True) if is_token]) for row in rows]
+    return torch.tensor(keys, device=prompt_ids.device).view(-1, 1)
+
+
+def prompt_key(token_ids: list[int]) -> int:
+    """The number of one prompt, from 0 to 2^63 - 1."""
+    return int.from_bytes(hashlib.sha256(repr(token_ids).encode()).digest()[:8]) >> 1
+
+
+def _of_the_group(
+    gather: Callable[[torch.Tensor], torch.Tensor], process_index: int, num_generations: int, values: torch.Tensor
+) -> torch.Tensor:
+    groups = gather(values).view(-1, num_generations).repeat_interleave(num_generations, dim=0)
+    return groups[process_index * len(values) :][: len(values)]
 
 
 def _counts(

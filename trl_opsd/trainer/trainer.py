@@ -28,7 +28,7 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
 - `vllm_generation.generate` samples by its attributes `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`,
   `max_completion_length`, `structured_outputs_regex` and `generation_kwargs`.
 - `_run_epoch(...)`, of transformers, takes the steps of an epoch, at least one.
-- `_get_train_sampler(dataset)` returns a sampler that draws the order of each epoch from its `generator`.
+- `_get_train_sampler(dataset)` returns a `RepeatSampler`, which draws the order of each epoch from its `generator`.
 - `_load_from_checkpoint(checkpoint, model)` and `_load_best_model()`, of transformers, load the policy's weights; with
   DeepSpeed only the second is called.
 - `_pending_extra_logs` and `_pending_metrics` hold what reward functions log of a batch until it is logged.
@@ -63,6 +63,7 @@ from .checkpoints import load_weights
 from .checks import check_auxiliary_loss, check_context, check_grpo_pass, check_signals
 from .completing import Completing, Engines, encoded, with_stand_ins, without_empty
 from .config import SelfDistillationConfig
+from .curriculum import DrawnRows
 from .loss import make_loss
 from .method import presented
 from .metrics import Metrics
@@ -223,7 +224,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         known = self._unlogged_rewards, tokenizer, self.reward_weights, args.success_threshold
         self._engines = Engines(
             sample=lambda prompts: self.sampler.turn(prompts, None, {}, 1),  # groups are broken up
-            sample_teacher=lambda prompts: self.sampler.sample_teacher(self.teacher, prompts),
+            sample_teacher=lambda prompts: self.sampler.sample_teacher(prompts, self.teacher),
             teacher_prompt=lambda row: self.teacher_prompt.token_ids(row, None),
             encode=partial(encoded, tokenizer, self.eos_token_ids[0], self.max_completion_length),
             grade=partial(graded, *known, self.accelerator.process_index),
@@ -231,11 +232,13 @@ class SelfDistillationTrainer(GRPOTrainer):
             gather=gather_object,
         )
         dataset = None if self.environment_factories else self.train_dataset
-        self.context_length = self.sampler.prepare(tokenizer, dataset, self._token_ids, self.rollout_func is None)
+        self.context_length = self.sampler.prepare(
+            tokenizer, dataset, self.tokenize_prompts, self.rollout_func is None
+        )
 
     def _prepare_loss(self, run: Prepared, adapter_starts_at_zero: bool) -> None:
         args, accelerator, padding = self.args, self.accelerator, self.pad_to_multiple_of
-        self._teacher_inputs = TeacherInputs(
+        self.teacher_inputs = TeacherInputs(
             self.teacher_prompt,
             self.reward_weights,
             args.success_threshold,
@@ -280,7 +283,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             the teacher's if it needs the rollouts first, or if the row is left out.
         """
         row = next(iter(self.train_dataset))
-        return list(self._token_ids([row["prompt"]])[0]), self.teacher_prompt.token_ids(row, None, self.tools)
+        return list(self.tokenize_prompts([row["prompt"]])[0]), self.teacher_prompt.token_ids(row, None, self.tools)
 
     def _tokenize_prompts(self, prompts: list):
         plain = isinstance(prompts[0], str)
@@ -291,7 +294,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             check_embedded(ids, self._tokenizer, self.teacher_prompt.num_embeddings)
         return prompt_ids, *others
 
-    def _token_ids(self, prompts: list) -> list[list[int]]:
+    def tokenize_prompts(self, prompts: list[Any]) -> list[list[int]]:
+        """Token ids of the student's prompts, text or messages."""
         return self._tokenize_prompts(prompts)[0]
 
     def _generate_single_turn(
@@ -336,6 +340,8 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
+        if self.signals.curriculum is not None:
+            sampler = DrawnRows(sampler, self.signals, self._token_ids)
         # There is no generator without shuffling
         self.add_callback(OrderOfEpochs(getattr(sampler, "generator", None)))
         return sampler
@@ -395,11 +401,11 @@ class SelfDistillationTrainer(GRPOTrainer):
         if not self.reward_funcs:
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[mode].pop(name, None)
-        self._teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics)
+        self.teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics)
         self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
-        score, gather = partial(self._score, mode=mode), self.accelerator.gather
-        comparable = self.args.sampler_is_comparable
-        return batch | make_streams(self.signals, batch, self._generation.empty, score, gather, metrics, comparable)
+        score = partial(self._score, mode=mode)
+        given = self.signals, self.args, batch, self._generation.empty, score, self.accelerator, size, mode == "train"
+        return batch | make_streams(*given, metrics)
 
     def _score(self, batch: dict[str, Any], mode: str) -> TokenScores:
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
