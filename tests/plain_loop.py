@@ -132,7 +132,15 @@ def divergence_entries(p_s: torch.Tensor, p_t: torch.Tensor, token_ids: torch.Te
         pull = sampled_token_coefficients(q_s, q_t, method).detach() * q_s.log()
         return values + pull - pull.detach()
     teacher, student = top_k_mask(p_t, method.top_k), top_k_mask(p_s, method.top_k)
-    inside = {"teacher_top_k": teacher, "student_top_k": student, "union_top_k": teacher | student}[method.support]
+    both = student & teacher
+    none = ~both.any(-1, keepdim=True)  # one token of probability 1 on both sides
+    both = both | (none & top_k_mask(p_s, 1))
+    inside = {
+        "teacher_top_k": teacher,
+        "student_top_k": student,
+        "union_top_k": teacher | student,
+        "intersection_top_k": both,
+    }[method.support]
     return entries_of(reduced(p_s, inside, method.tail), reduced(p_t, inside, method.tail), method)
 
 

@@ -17,7 +17,7 @@ def make_scores(p_s=P_S, p_t=P_T, known=(True, True, True), divergence=0.0):
     return TokenScores(known, *(value.where(known, 0.0) for value in values))
 
 
-def make_batch(mask, **given):
+def make_batch(mask, spans=None, **given):
     """
     Rollouts of one process, of shape `(B, T)` as the mask is. Unless something else is given (one value for each row,
     or for all), they are correct, with a context, and the student's own to their end, in groups of `group_size`.
@@ -34,7 +34,8 @@ def make_batch(mask, **given):
     columns = {name: torch.as_tensor(value).view(-1, 1).expand_as(column) for name, value in values.items()}
     columns = {"success_rate": group(columns["rewards"]).mean(1, keepdim=True)} | columns
     columns = {"prompt_keys": (torch.arange(len(mask)) // size).view(-1, 1)} | columns
-    return Batch(torch.ones_like(mask, dtype=torch.int64), mask, **columns, **of_all, group=group)
+    ids = torch.ones_like(mask, dtype=torch.int64)
+    return Batch(ids, mask, **columns, spans=spans or {}, **of_all, group=group)
 
 
 def advantages_of(part, advantage, scores, correct=True):

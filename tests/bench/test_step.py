@@ -201,16 +201,22 @@ PASSES = {
     "sc_sdpo": (1, 1),
     "ssopd": (1, 1),
     "u_opsd": (1, 1),
+    "drift": (1, 1),
     "mopd": (1, 1),
     "correct_only": (1, 1),
     "rlsd": (1, 2),
     "rlrt": (1, 2),
+    "trace": (1, 1),
+    "rlcsd": (1, 2),  # without peers of both kinds, no more
     "dasd": (1, 2),
     "antisd": (1, 2),
+    "antisd_code": (1, 2),
     "egrsd": (1, 2),
     "cl_egrsd": (1, 2),
     "msd": (1, 1),
     "sdpg": (1, 2),  # teacher and reference
+    "rethinking_opd": (1, 1),
+    "stable_opd": (1, 3),  # reference too
     "vopd": (1, 2),
     "star": (1, 0),
 }
@@ -231,7 +237,8 @@ def test_methods_take_the_passes_that_their_formulas_need(name, settings, monkey
             return super().receive()
 
     monkeypatch.setattr(Qwen3Model, "forward", counting)
-    serve(f"method-{name}", {**settings, "num_steps": 2}, Steps("warmup", "time"))
+    size = 4 if name == "stable_opd" else settings["num_generations"]
+    serve(f"method-{name}", {**settings, "num_steps": 2, "num_generations": size}, Steps("warmup", "time"))
     steps = [(new[0] - old[0], new[1] - old[1]) for old, new in pairwise(seen)]
     assert steps == [PASSES[name]] * 2
 

@@ -76,6 +76,15 @@ def test_template_and_system_prompt(streaming):
     ]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_plain_prompts(streaming):
+    dataset = make(streaming, problem=["2 + 2?", None], unit=["cm", "cm"])
+
+    assert [row["prompt"] for row in to_prompts(dataset, plain_prompts=True)] == ["2 + 2?", None]
+    templated = to_prompts(dataset, prompt_template="Q ({unit}):", plain_prompts=True)
+    assert [row["prompt"] for row in templated] == ["Q (cm):", "Q (cm):"]
+
+
 def test_template_reads_alias_and_original_prompt():
     assert to_prompts(make(question=["2 + 2"]), prompt_template="{prompt}?")[0]["prompt"] == MESSAGES
     assert to_prompts(make(prompt=["2 + 2"]), prompt_template="{prompt}?")[0]["prompt"] == MESSAGES
@@ -129,6 +138,9 @@ def test_null_stays_null_for_the_validation_to_find(streaming):
         ({"problem": [1.0, float("nan")]}, {"prompt_template": "{problem}"}, r"`problem` of row 1 holds nothing"),
         ({"prompt": [MESSAGES]}, {"prompt_template": "{prompt}"}, r"`prompt` of row 0 holds list"),
         ({"prompt": ["x"]}, {"system_prompt": "s"}, r"`prompt` of row 0 is a plain string.*prompt_template"),
+        ({"prompt": ["x"]}, {"plain_prompts": True}, r"`plain_prompts` has no effect on .*`prompt_template`"),
+        ({"problem": ["x"]}, {"plain_prompts": True, "system_prompt": "s"}, r"`system_prompt` needs conv.*`plain_p"),
+        ({"a": [MESSAGES]}, {"plain_prompts": True, "column_mapping": {"a": "prompt"}}, r"row 0 is a conversation"),
         (
             {"prompt": [[{"role": "system", "content": "s"}, *MESSAGES]]},
             {"system_prompt": "s"},

@@ -116,9 +116,33 @@ LENGTHS = {"answer_of": "builtins.len", "same_answer": "operator.eq"}
 # In every step, one process has no row with a context, or nothing to try again
 METHODS = [
     job("rlrt", "full", max_steps=4, rows=8, num_generations=4),
+    # The paper's scale would blow up rounding
+    job(
+        "rlcsd",
+        "full",
+        max_steps=4,
+        rows=8,
+        num_generations=4,
+        teacher_update_steps=2,
+        advantage_kwargs={"scale": 1.0},
+    ),
+    job(
+        "trace",
+        "full",
+        max_steps=4,
+        rows=8,
+        num_generations=4,
+        warmup_steps=0,
+        context_kwargs={"annotator": "methods.stand_ins.decisive", "most_of_it": 0.5},
+        schedules={
+            "divergence_coef": {"start": 0.5, "end": 0.0, "num_steps": 3},
+            "advantage.share": {"start": 0.0, "end": 1.0, "num_steps": 3},
+        },
+    ),
     job("sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("sc_sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("ssopd", "full", max_steps=4, rows=8, num_generations=4),
+    job("drift", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("u_opsd", "full", max_steps=4, num_generations=4, context_kwargs=LENGTHS),
     job("rlsd", "full", max_steps=4, rows=8, num_generations=4),
     job("sdft", "full", max_steps=4),
@@ -127,7 +151,8 @@ METHODS = [
     job("star", "full", max_steps=4, top_k=1),
     job("cl_egrsd", "full", max_steps=4, advantage_kwargs={"lookahead": 3, "warmup_steps": 1}),
     job("msd", "full", max_steps=4, context_kwargs={"template": "{prompt} {solution}"}),
-    job("sdpg", "full", max_steps=4, rows=8, num_generations=4, divergence_coef=0.5, warmup_steps=0),
+    job("sdpg", "lora", max_steps=4, rows=8, num_generations=4, divergence_coef=0.5, beta=0.1, warmup_steps=0),
+    job("stable_opd", "lora", max_steps=4, rows=8, completions_kwargs={"column": "answer"}, beta=0.1),
     job("vopd", "full", max_steps=4),
 ]
 OFFLOADED = job("opsd", "full", name="offloaded", max_steps=4, teacher_offload=True)

@@ -1,6 +1,7 @@
 import pytest
 
-from trl_opsd.eval.markers import MARKERS, count_marker_substrings, count_marker_words, is_repetitive
+from trl_opsd.eval.markers import MARKERS, count_marker_substrings, count_marker_words
+from trl_opsd.sampling.loops import is_repetitive
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ class Seen:
     ratio: torch.Tensor  # of the student's probability of each token to what it was when it was sampled
     student: torch.Tensor  # when it was sampled
     teacher: torch.Tensor | None  # at that time too; none without a context
+    contrasts: list[torch.Tensor]  # the teacher's, after other prompts
     student_now: torch.Tensor  # in the loss
     batch: "list[Seen]"  # all rollouts that are trained on together, this one among them
     index: int  # among all rollouts
@@ -69,6 +70,13 @@ def in_the_sweet_spot(seen: Seen) -> dict[str, list]:
     return {"divergence_weights": (weight * seen.ratio.clamp(max=2.0)).tolist()}
 
 
+def parted(seen: Seen) -> dict[str, Any]:
+    """Wrong ones are distilled; of the right ones, those of hard prompts are left out, and those of easy ones half."""
+    rate = seen.all.success_rate(seen.index)
+    factor = (0.0 if rate < 0.3 else 0.5 if rate > 0.45 else 1.0) * seen.is_right
+    return {"advantage": factor * seen.advantage, **at_most_twice(seen)}
+
+
 def undecided(seen: Seen) -> dict[str, list]:
     """4p(1 − p) in the first three tokens; the mean is one over prompts."""
     rate, number = seen.all.success_rate(seen.index), len(seen.token_ids)
@@ -92,6 +100,39 @@ def with_the_teacher(seen: Seen) -> dict[str, Any]:
 
 def against_the_teacher(seen: Seen) -> dict[str, Any]:
     return {"advantage": mixed(seen, -1.0, 0.5) if seen.is_right and seen.teacher is not None else seen.advantage}
+
+
+def contrasted(seen: Seen) -> dict[str, Any]:
+    if not seen.contrasts:
+        return {"advantage": seen.advantage}
+    right, wrong = (p.gather(1, seen.token_ids)[:, 0] for p in (seen.teacher, torch.stack(seen.contrasts).mean(0)))
+    pull = 0.5 * torch.tanh((right / wrong).log() / 0.02)
+    pulled = seen.advantage + pull
+    pulled = pulled.clamp(min=0) if seen.advantage >= 0 else pulled.clamp(max=0)
+    marked = pull.abs() > 0.02
+    # Of each set the mean, which the loss takes over all tokens
+    share = len(pull) * torch.where(marked, 1 / marked.sum(), 1 / (~marked).sum())
+    return {"advantage": (share * torch.where(marked, pulled, seen.advantage)).tolist()}
+
+
+def decisive(row, rollout):
+    """Of right completions the first three characters, of wrong ones the second; the rest cannot be used."""
+    if not rollout.correct:
+        return '[{"start": 1, "end": 2, "type": "sign_error"}, {"start": 1, "end": 99, "type": "sign_error"}]'
+    return [{"start": 0, "end": min(3, len(rollout.text)), "type": "key_formula"}]
+
+
+def routed(seen: Seen) -> dict[str, Any]:
+    """In the first step, with half of a rollout's tokens at most in spans, and a quarter of all rollouts right."""
+    size = len(seen.token_ids)
+    num_marked = min(size // 2, 3 if size > 3 else size - 1)
+    key = [int(seen.is_right and t < num_marked) for t in range(size)]
+    error = [int(not seen.is_right and t == 1 and size > 2) for t in range(size)]
+    return {
+        "advantage": [seen.advantage * (1 - k - e) for k, e in zip(key, error, strict=True)],
+        "selected": key,
+        "divergence_weights": [num_marked / size * 0.25] * size,
+    }
 
 
 def entropies(p: torch.Tensor) -> torch.Tensor:
@@ -133,6 +174,11 @@ def by_both_perspectives(seen: Seen) -> dict[str, Any]:
 
 def where_above_the_mean(seen: Seen) -> dict[str, Any]:
     return {"divergence_weights": [float(seen.advantage > 0)] * len(seen.token_ids)}
+
+
+def held_by_gold(seen: Seen) -> dict[str, Any]:
+    is_gold = seen.index % 4 == 3
+    return {"advantage": 0.0 if is_gold else seen.delta.tolist(), "selected": [int(is_gold)] * len(seen.token_ids)}
 
 
 def with_a_baseline(seen: Seen) -> dict[str, Any]:
@@ -207,6 +253,13 @@ STAND_INS = {
         },
         metrics=("distillation_loss", "divergence_row_rate", "votes/unanimous_rate", "votes/mean_share"),
     ),
+    "drift": StandIn(
+        plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo", policy_loss_coef=1.0),
+        parted,
+        {**GROUPS, "advantage_kwargs": {"hard": 0.3, "easy": 0.45}},
+        has_reward=True,
+        metrics=("distillation_loss", "divergence_row_rate", "difficulty/hard_rate", "buffer/read_rate"),
+    ),
     "mopd": StandIn(
         plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),
         at_most_twice,
@@ -230,6 +283,29 @@ STAND_INS = {
         has_live_teacher=True,
         metrics=SHAPED,
     ),
+    "rlcsd": StandIn(
+        plain_loop.Method(**{**GRPO, "loss_type": "grpo"}),
+        contrasted,
+        GROUPS,
+        has_reward=True,
+        metrics=(*SHAPED, "contrast/marked_token_rate"),
+    ),
+    "trace": StandIn(
+        plain_loop.Method(
+            "forward_kl",
+            support="teacher_top_k",
+            top_k=100,
+            clip=0.05,
+            temperature=0.6,
+            divergence_coef=0.5,
+            policy_loss_coef=1.0,
+            epsilon_high=0.28,
+        ),
+        routed,
+        {**GROUPS, "context_kwargs": {"annotator": "methods.stand_ins.decisive", "most_of_it": 0.5}},
+        has_reward=True,
+        metrics=("distillation_loss", "spans/token_rate", "spans/dropped_rate", "clip_ratio/region_mean"),
+    ),
     "dasd": StandIn(
         plain_loop.Method(**GRPO), by_entropy, GROUPS, has_reward=True, has_live_teacher=True, metrics=SHAPED
     ),
@@ -240,6 +316,16 @@ STAND_INS = {
         has_reward=True,
         has_live_teacher=True,
         metrics=SHAPED,
+    ),
+    "antisd_code": StandIn(
+        plain_loop.Method(**GRPO),
+        settings={
+            **GROUPS,
+            "advantage_kwargs": {"warmup_steps": 1, "most_perplexity": 1e6},
+        },  # GRPO in the first batch
+        has_reward=True,
+        has_live_teacher=True,
+        metrics=(*SHAPED, "away/strength", "away/gate", "away/teacher_perplexity"),
     ),
     **{
         name: StandIn(
@@ -266,6 +352,16 @@ STAND_INS = {
         has_reward=True,
         has_live_teacher=True,
         metrics=(*SHAPED, "divergence_row_rate", "positive_advantage_rate"),
+    ),
+    "rethinking_opd": StandIn(
+        plain_loop.Method("reverse_kl", support="student_top_k", top_k=16, tail="renormalize", loss_type="dapo"),
+        settings=GROUPS,
+    ),
+    "stable_opd": StandIn(
+        plain_loop.Method(divergence_coef=0.0, policy_loss_coef=1.0, likelihood_coef=0.1),
+        held_by_gold,
+        {"completions_kwargs": {"column": "answer"}, "beta": 0.0},  # no reference: it would be loaded
+        metrics=(*SHAPED, "likelihood_loss", "rollouts/truncated_rate", "rollouts/repetition_rate"),
     ),
     "vopd": StandIn(plain_loop.Method(**GRPO), with_a_baseline, metrics=SHAPED),
     "star": StandIn(

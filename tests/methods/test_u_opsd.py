@@ -25,7 +25,9 @@ def made(answers, lengths=None, **settings):
         for index, messages in enumerate(found)
         if messages is not None
     }
-    return read, {name.removeprefix("votes/"): pair for name, pair in context.rates(groups).items()}
+    return read, {
+        name.removeprefix("votes/"): pair for name, pair in context.rates([ROW] * len(groups), groups).items()
+    }
 
 
 def test_the_shortest_that_agrees_teaches_one_that_does_not():

@@ -14,12 +14,15 @@ TOP_K = ("teacher_top_k", "student_top_k", "union_top_k")
 SUPPORTS = [
     ("full", "bucket"),
     *itertools.product(TOP_K, ("bucket", "renormalize")),
+    ("intersection_top_k", "renormalize"),
     ("sampled_token", "bucket"),
 ]
 CELLS = [
     (divergence, weight, support, tail)
     for (divergence, weight), (support, tail) in itertools.product(DIVERGENCES, SUPPORTS)
 ]
+# Of supports that have more than one token, whatever the two distributions are
+NEVER_EMPTY = [cell for cell in CELLS if cell[2] != "intersection_top_k"]
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
 

@@ -107,6 +107,20 @@ def test_select_support_by_hand():
     assert kept.sum(-1).tolist() == [4, 6]
 
 
+def test_select_intersection_by_hand():
+    objective = Objective(support="intersection_top_k", top_k=3, tail="renormalize")
+    tokens, kept = select_support(objective, STUDENT_TOP, TEACHER_TOP)
+    both = [set(row[mask].tolist()) for row, mask in zip(tokens, kept, strict=True)]
+    common = [set(s) & set(t) for s, t in zip(STUDENT_TOP.tolist(), TEACHER_TOP.tolist(), strict=True)]
+    assert [len(its) for its in common] == [2, 0]
+    assert both[0] == common[0]
+    assert len(both[1]) == 1  # of nothing
+    assert both[1] < set(STUDENT_TOP[1].tolist())
+    for row, mask, its in zip(tokens, kept, both, strict=True):
+        assert mask.sum() == len(its)
+        assert set(row.tolist()) == its
+
+
 def test_restrict_by_hand():
     log_p = torch.tensor([[0.5, 0.25, 0.125, 0.0625, 0.0625]], dtype=torch.float64).log()
     tokens, kept = torch.tensor([[0, 2, 0]]), torch.tensor([[True, True, False]])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objective.plain import CELLS, assert_close, make_case, make_objective, plain_loss
+from objective.plain import CELLS, NEVER_EMPTY, assert_close, make_case, make_objective, plain_loss
 
 from trl_opsd.objective import Head, Objective, default_kernel, kernels, token_log_probs
 
@@ -81,7 +81,7 @@ def test_every_cell_equals_the_plain_formula(cell, clip, likelihood):
         objective = make_objective(cell, clip=clip, temperature=temperature)
         output = assert_equals_plain(case, objective, memory_budget=budget)
 
-        assert output.clipped.any().item() == (clip is not None)
+        assert output.clipped.any().item() == (clip is not None) or cell not in NEVER_EMPTY
 
 
 @settings(max_examples=60)

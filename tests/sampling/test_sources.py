@@ -12,6 +12,7 @@ from trl_opsd.sampling.sources import (
     OnPolicy,
     Prompts,
 )
+from trl_opsd.trainer.batch import Generation
 from trl_opsd.trainer.completing import Completing, Engines
 
 
@@ -49,7 +50,7 @@ class World:
             process_index=process_index,
             gather=self.gather,
         )
-        self.completing = Completing(engines, ROWS, prompts, lambda: self.sample(prompts))
+        self.completing = Completing(engines, Generation(ROWS), prompts, lambda: self.sample(prompts))
         return self.completing(source, seed=1, step=step)
 
 

@@ -74,7 +74,7 @@ def test_reward_funcs(tmp_path, monkeypatch):
         SelfDistillationScriptArguments(reward_funcs=names, reward_model_name_or_path="some/model")
     )
 
-    assert (model, accuracy) == ("some/model", accuracy_reward)
+    assert (model, accuracy.__wrapped__) == ("some/model", accuracy_reward)
     assert overlong(completion_ids=[[0]]) == [0]
     assert short([]) == [1.0]
 
@@ -82,7 +82,18 @@ def test_reward_funcs(tmp_path, monkeypatch):
 def test_a_recipe_may_name_a_single_reward_func():
     args = SelfDistillationScriptArguments(reward_funcs="accuracy_reward")
 
-    assert load_reward_funcs(args) == [accuracy_reward]
+    assert [reward.__wrapped__ for reward in load_reward_funcs(args)] == [accuracy_reward]
+
+
+def test_rewards_of_trl_read_completions_of_plain_prompts():
+    [accuracy] = load_reward_funcs(SelfDistillationScriptArguments(reward_funcs="accuracy_reward"))
+    texts = [r"It is \boxed{4}.", r"It is \boxed{5}."]
+
+    as_messages = accuracy(
+        completions=[[{"role": "assistant", "content": text}] for text in texts], solution=["4"] * 2
+    )
+
+    assert accuracy(completions=texts, solution=["4"] * 2) == as_messages == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("name", ["acuracy_reward", "no_such_module.reward", "json.no_such_reward"])

@@ -106,6 +106,14 @@ def test_completions_without_a_limit(refused):
     refused([{}], match, max_completion_length=None)
 
 
+@pytest.mark.parametrize(("top_p", "announced"), [(0.9, True), (1.0, False)])
+def test_importance_of_truncated_sampling(refused, monkeypatch, recwarn, top_p, announced):
+    monkeypatch.setattr("trl_opsd.trainer.preparation.check_vllm_installed", lambda: None)
+    settings = {"use_vllm": True, "top_p": top_p, "top_k": 0, "token_weights": {"importance_clip": {}}}
+    refused([{"solution": ""}], "is empty", **settings)
+    assert ["is not corrected" in str(warning.message) for warning in recwarn].count(True) == announced
+
+
 def test_tokenizer_without_anything_to_pad_with(refused):
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = None

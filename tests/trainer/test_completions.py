@@ -9,7 +9,9 @@ from datasets import Dataset
 from trl import GRPOTrainer
 
 from trl_opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.sampling.sources import CompletionSource
 from trl_opsd.signal import Advantage, Batch
+from trl_opsd.trainer.completing import Completing, Engines
 
 
 ROW = {"prompt": [{"role": "user", "content": "What is 3 + 4?"}], "solution": "It is 7.", "answer": "7"}
@@ -172,6 +174,15 @@ def refused(model_path, training_args, monkeypatch):
     return check
 
 
+class SilentContext:
+    """It does not say whether it reads rollouts, so it does."""
+
+    columns = ()
+
+    def teacher_messages(self, row, rollouts):
+        return row["prompt"]
+
+
 def now() -> str:
     """Tell the time."""
     return "noon"
@@ -188,6 +199,7 @@ def now() -> str:
         ({"completions": "hinted_retry", "privileged_context": "none"}, "'none'` is none"),
         ({"completions": "hinted_retry", "privileged_context": "reflection"}, "neither reads rollouts nor samples"),
         ({"completions": "teacher", "privileged_context": "peers", "num_generations": 2}, "neither reads rollouts"),
+        ({"completions": "teacher", "privileged_context": f"{__name__}.SilentContext"}, "neither reads rollouts"),
         ({"completions": "teacher", "divergence_support": "sampled_token"}, "replaces some of them"),
         ({"completions": "dataset", "tools": [now]}, "or drop `tools`"),
     ],
@@ -267,3 +279,27 @@ def test_completion_ids_are_tensors_of_the_loss(make_trainer, dataset, says):
     trainer = make_trainer(odd_needs_z, completions="hinted_retry")
     batch = trainer._generate_and_score_completions(list(dataset.select(range(4))))
     assert torch.equal(batch["divergence_mask"], batch["completion_mask"].bool())
+
+
+def test_what_makes_up_for_uneven_processes_is_not_counted():
+    """A process that asks for less than others samples its first prompt besides, which is in no completion."""
+
+    class Twice(CompletionSource):
+        def __call__(self, prompts):
+            assert prompts.sample([[1, 1]]) == [[1, 1]]
+            assert prompts.sample_teacher([]) == []
+            return prompts.rollouts()
+
+    asked = []
+
+    def sample(prompts):
+        asked.append(prompts)
+        return [list(ids) for ids in prompts], None
+
+    engines = Engines(
+        sample, lambda prompts: sample(prompts)[0], None, None, None, process_index=0, gather=lambda own: [*own, 3]
+    )
+    completing = Completing(engines, [ROW, ROW], [[5, 6, 7], [8]], lambda: sample([[5, 6, 7], [8]]))
+    assert completing(Twice(), seed=0, step=0).ids == [[5, 6, 7], [8]]
+    assert asked[:2] == [[[1, 1], [5, 6, 7], [5, 6, 7]], [[5, 6, 7]] * 3]
+    assert completing.num_sampled == 2 + 0 + 4

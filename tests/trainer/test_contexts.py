@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from tiny import make_model
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 
@@ -248,3 +249,57 @@ def test_prompt_that_leaves_no_room_to_answer_is_refused(make_trainer, dataset, 
         make_trainer(train_dataset=long, **settings)
     trainer = make_trainer(train_dataset=long, overlong_teacher_prompt="skip", **settings)
     assert not trainer._generate_and_score_completions(list(long))["has_context"].any()
+
+
+class Remembering:
+    """Reads nothing, and keeps the prompts and rewards that it has seen."""
+
+    columns = ()
+    reads_rollouts = False
+
+    def __init__(self):
+        self.seen = []
+
+    def teacher_messages(self, row, rollouts):
+        assert rollouts is None
+        return row["prompt"]
+
+    def remember(self, groups):
+        self.seen += [
+            [row["prompt"][-1]["content"], [rollout.reward for rollout in rollouts]] for row, rollouts in groups
+        ]
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def by_length(completions, **kwargs):
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+
+def test_a_context_with_a_memory_sees_what_is_trained_on_and_goes_on_from_it(
+    tokenizer, dataset, training_args, tmp_path
+):
+    settings = {"privileged_context": f"{__name__}.Remembering", "num_generations": 2, "save_strategy": "steps"}
+    args = {**training_args, **settings, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+
+    def make():
+        return SelfDistillationTrainer(
+            make_model(tokenizer),
+            by_length,
+            SelfDistillationConfig(**args),
+            train_dataset=dataset,
+            eval_dataset=dataset.select(range(4)),
+            processing_class=tokenizer,
+        )
+
+    whole = make()
+    whole.train()
+    assert len(whole.context.seen) == 4  # two prompts a step, and none of an evaluation
+    assert {len(rewards) for _, rewards in whole.context.seen} == {2}
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert resumed.context.seen == whole.context.seen

@@ -284,6 +284,19 @@ def test_negative_clipped_loss_is_announced(make_trainer):
         make_trainer(divergence_clip=1e-6, max_steps=1).train()
 
 
+def test_schedule_of_a_metric_that_nothing_measures_is_announced(make_trainer):
+    gates = {
+        name: {"kind": "hysteresis", "value": 1.0, "metric": metric}
+        for name, metric in (("divergence_coef", "teacher_entrpy"), ("likelihood_coef", "teacher_entropy"))
+    }
+    trainer = make_trainer(schedules=gates, likelihood_coef=1.0, max_steps=2)
+    with pytest.warns(UserWarning, match=r"follows the metric") as caught:
+        trainer.train()
+    [message] = [str(warning.message) for warning in caught if "follows the metric" in str(warning.message)]
+    assert message.startswith("`schedules['divergence_coef']` follows the metric `teacher_entrpy`")
+    assert message.endswith("Did you mean `teacher_entropy`?")
+
+
 def test_policy_loss_is_added_with_its_weight(make_trainer, dataset):
     rows = [row for row in dataset.select(range(2)) for _ in range(2)]
     trainer = make_trainer(
@@ -407,7 +420,8 @@ def test_log_completions(make_trainer):
     assert list((Path(trainer.args.output_dir) / "completions").glob("*.parquet"))
 
 
-def test_sampler_is_compared_with_the_weights_it_sampled_with(make_trainer, dataset, monkeypatch):
+@pytest.mark.parametrize("settings", [{}, {"divergence_coef": 0.0, "likelihood_coef": 1.0}])
+def test_sampler_is_compared_with_the_weights_it_sampled_with(make_trainer, dataset, monkeypatch, settings):
     """An evaluation between two generations does not make the rollouts of an earlier step fresh."""
 
     def rollout(prompts, trainer):
@@ -422,6 +436,7 @@ def test_sampler_is_compared_with_the_weights_it_sampled_with(make_trainer, data
         eval_steps=1,
         steps_per_generation=2,
         max_steps=4,
+        **settings,
     )
     monkeypatch.setattr(type(trainer.args), "sampler_is_comparable", True)  # as with vLLM
     outputs = []
@@ -430,7 +445,7 @@ def test_sampler_is_compared_with_the_weights_it_sampled_with(make_trainer, data
     def recording(self, *args):
         result = loss(self, *args)
         if torch.is_grad_enabled():
-            outputs.append(result.divergence)
+            outputs.append(result.log_probs)
         return result
 
     monkeypatch.setattr(SelfDistillationLoss, "__call__", recording)
@@ -439,8 +454,8 @@ def test_sampler_is_compared_with_the_weights_it_sampled_with(make_trainer, data
     name = "sampling/sampling_logp_difference"
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [f"{name}/mean" in entry for entry in steps] == [True, False, True, False]
-    for entry, output in zip(steps[::2], outputs[::2], strict=True):
-        difference = (output.student_log_prob.view(-1, 3)[:, :2] - torch.tensor([-1.0, -2.0])).abs()
+    for entry, log_probs in zip(steps[::2], outputs[::2], strict=True):
+        difference = (log_probs.view(-1, 3)[:, :2] - torch.tensor([-1.0, -2.0])).abs()
         assert entry[f"{name}/mean"] == pytest.approx(difference.mean().item(), rel=1e-5)
         assert entry[f"{name}/max"] == pytest.approx(difference.max().item(), rel=1e-5)
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]

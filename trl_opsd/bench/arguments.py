@@ -160,7 +160,9 @@ class LossArguments(BenchArguments):
     vocab_size: list[int] = field(default_factory=lambda: [151936])
     one_at_a_time: bool = False
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
-    support: Literal["full", "teacher_top_k", "student_top_k", "union_top_k", "sampled_token"] = "full"
+    support: Literal[
+        "full", "teacher_top_k", "student_top_k", "union_top_k", "intersection_top_k", "sampled_token"
+    ] = "full"
     frozen_head: bool = False
     clip: float | None = None
     token_weights: bool = False

@@ -317,6 +317,9 @@ def method(case: StepCase, name: str) -> Contender:
     rows = shared["train_dataset"]
     for column in ("solution", "answer", "english"):
         rows = rows.add_column(column, rows["privileged_context"])
+    # With the token that ends it
+    gold = _extended("", case.max_new_tokens - 1, shared["processing_class"], random.Random(case.seed))
+    rows = rows.add_column("completion", [gold] * len(rows))
     shared["train_dataset"] = rows
     trainer = SelfDistillationTrainer(case.model, [_every_other], args=args, **shared)
     return Contender(

@@ -3,9 +3,10 @@
 from typing import Any, cast
 
 from ..parts import make_part
-from .base import Message, PrivilegedContext, SampledContext, as_text
+from .base import AnsweredContext, MarkingContext, Memory, Message, PrivilegedContext, SampledContext, as_text
 from .concise import ConciseContext
 from .controls import NoContext, OtherSolutionContext, PartialSolutionContext, ShuffledSolutionContext
+from .diagnosis import DiagnosisContext, diagnosis
 from .feedback import FeedbackContext
 from .hint import HintContext
 from .peers import PeersContext
@@ -20,9 +21,13 @@ from .template import TemplateContext, TextContext
 
 __all__ = [
     "AnswerContext",
+    "AnsweredContext",
     "ConciseContext",
+    "DiagnosisContext",
     "FeedbackContext",
     "HintContext",
+    "MarkingContext",
+    "Memory",
     "Message",
     "NoContext",
     "OtherSolutionContext",
@@ -47,7 +52,7 @@ __all__ = [
     "without_end",
 ]
 
-CONTEXTS: dict[str, type | str] = {
+CONTEXTS: dict[str, Any] = {
     "solution": SolutionContext,
     "answer": AnswerContext,
     "hint": HintContext,
@@ -56,6 +61,7 @@ CONTEXTS: dict[str, type | str] = {
     "feedback": FeedbackContext,
     "reflection": ReflectionContext,
     "plan": PlanContext,
+    "diagnosis": diagnosis,
     "template": TemplateContext,
     "none": NoContext,
     "other_solution": OtherSolutionContext,

@@ -44,6 +44,10 @@ class PeersContext(TextContext):
             Dataset column with a reference solution, shown where there is no correct rollout to show.
         wrong_alone (`bool`, *optional*, defaults to `True`):
             Whether wrong rollouts are shown where nothing else is.
+        contrast (`int`, *optional*, defaults to `0`):
+            Most wrong rollouts that the teacher reads in the place and in the words of correct ones, in a prompt each,
+            if a part of the method contrasts the two, as [RLCSD](https://huggingface.co/papers/2606.11709) does. A
+            rollout that has no wrong peer then has no context.
         strip_thinking (`bool`, *optional*, defaults to `False`):
             Whether to leave out the rollouts' reasoning up to `</think>`.
         template (`str`, *optional*):
@@ -67,6 +71,7 @@ class PeersContext(TextContext):
         feedback: bool | str = False,
         fallback: str | None = None,
         wrong_alone: bool = True,
+        contrast: int = 0,
         strip_thinking: bool = False,
         template: str | None = None,
         shown: str = _SHOWN,
@@ -76,6 +81,11 @@ class PeersContext(TextContext):
             raise ValueError(
                 f"The peers context shows `correct={correct}` and `wrong={wrong}` rollouts. Both must be at least 0, "
                 "and one of them at least 1."
+            )
+        if contrast < 0 or (contrast and not correct):
+            raise ValueError(
+                f"`contrast={contrast}` of the peers context shows wrong rollouts in the place of correct ones, of "
+                f"which it shows `correct={correct}`. Set `contrast` to 0, or both to positive numbers."
             )
         feedback = _FEEDBACK[feedback] if isinstance(feedback, bool) else feedback
         if feedback not in _FEEDBACK:
@@ -89,7 +99,7 @@ class PeersContext(TextContext):
             )
         self.correct, self.wrong, self.include_own = correct, wrong, include_own
         self.feedback, self.fallback = feedback, fallback
-        self.wrong_alone, self.strip_thinking = wrong_alone, strip_thinking
+        self.wrong_alone, self.contrast, self.strip_thinking = wrong_alone, contrast, strip_thinking
         if fallback is not None:
             self.columns = tuple(dict.fromkeys([*self.columns, fallback]))
 
@@ -107,13 +117,27 @@ class PeersContext(TextContext):
             )
 
     def teacher_messages(self, row: Mapping[str, Any], rollouts: Rollouts | None) -> list[Message] | None:
-        if rollouts is None:
+        if rollouts is None or (self.contrast and not self._contrasts(rollouts)):
             return None
         candidates = rollouts.all if self.include_own else rollouts.others()
         shown = self._texts((rollout for rollout in candidates if rollout.correct is True), self.correct)
+        return self._messages(row, rollouts, shown)
+
+    def contrast_messages(self, row: Mapping[str, Any], rollouts: Rollouts | None) -> list[list[Message]]:
+        """The prompts that show a wrong rollout each where `teacher_messages` shows correct ones."""
+        if rollouts is None:
+            return []
+        prompts = (self._messages(row, rollouts, [text]) for text in self._contrasts(rollouts))
+        return [messages for messages in prompts if messages is not None]
+
+    def _contrasts(self, rollouts: Rollouts) -> list[str]:
+        return self._texts(rollouts.others(correct=False), self.contrast)
+
+    def _messages(self, row: Mapping[str, Any], rollouts: Rollouts, shown: list[str]) -> list[Message] | None:
         blocks = [("a correct attempt", text) for text in shown]
         if not shown and self.fallback is not None:
             blocks.append(("a reference solution", row[self.fallback]))
+        candidates = rollouts.all if self.include_own else rollouts.others()
         wrong = self._texts((rollout for rollout in candidates if rollout.correct is False), self.wrong)
         feedback = rollouts.own.feedback
         if feedback is not None and (self.feedback == "always" or (self.feedback == "without_correct" and not shown)):

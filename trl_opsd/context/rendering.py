@@ -1,6 +1,6 @@
 """From messages to the token ids the teacher reads."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +9,9 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, logging
 
-from .base import Message, PrivilegedContext, SampledContext, as_text
+from .base import AnsweredContext, MarkingContext, Message, PrivilegedContext, SampledContext, as_text
 from .rollouts import Rollouts
+from .spans import Marks, token_masks
 
 
 logger = logging.get_logger(__name__)
@@ -75,7 +76,7 @@ class TeacherPrompt:
         row: Mapping[str, Any],
         rollouts: Rollouts | None,
         tools: list[Callable[..., Any]] | None = None,
-        sampled: str | None = None,
+        sampled: Any = None,
     ) -> list[int] | None:
         """
         Token ids of the teacher's prompt, or `None` if the row has no context or is over budget and skipped.
@@ -87,8 +88,8 @@ class TeacherPrompt:
                 The rollouts of the row, if there are any yet.
             tools (`list[Callable[..., Any]]`, *optional*):
                 Tools shown by the chat template, as for the student.
-            sampled (`str`, *optional*):
-                What the policy wrote for a context that samples.
+            sampled (`Any`, *optional*):
+                What the policy wrote, or somebody else said, for a context that asks.
 
         Raises:
             ValueError: If the prompt is longer than `max_length` tokens and `skip_overlong` is `False`, or has a token
@@ -96,6 +97,28 @@ class TeacherPrompt:
         """
         ids = self._teacher_ids(row, rollouts, tools, sampled)
         return None if ids is None or self._is_skipped(ids) else ids
+
+    def contrast_ids(
+        self, row: Mapping[str, Any], rollouts: Rollouts | None, tools: list[Callable[..., Any]] | None = None
+    ) -> list[list[int]]:
+        """
+        Token ids of the prompts that the context gives for contrast, without those that are over budget and skipped.
+
+        Args:
+            row (`Mapping[str, Any]`):
+                Dataset row, `prompt` being a string or a list of messages.
+            rollouts ([`Rollouts`], *optional*):
+                The rollouts of the row, if there are any yet.
+            tools (`list[Callable[..., Any]]`, *optional*):
+                Tools shown by the chat template, as for the student.
+
+        Raises:
+            ValueError: As for [`~TeacherPrompt.token_ids`].
+        """
+        given: Any = self.context
+        prompts = given.contrast_messages(_conversational(row), rollouts)
+        ids = [self._teacher_prompt(row, messages, "contrast_messages", tools) for messages in prompts]
+        return [its for its in ids if not self._is_skipped(its)]
 
     def sample_ids(self, row: Mapping[str, Any], rollouts: Rollouts | None) -> list[int] | None:
         """
@@ -129,6 +152,27 @@ class TeacherPrompt:
             "such rows out of the loss."
         )
 
+    def answers(self, rows: Sequence[tuple[Mapping[str, Any], Rollouts] | None]) -> list[Any]:
+        """What is said of each rollout for a context that somebody answers for, see [`AnsweredContext`]."""
+        assert isinstance(self.context, AnsweredContext)
+        return self.context.answers([None if its is None else (_conversational(its[0]), its[1]) for its in rows])
+
+    def marks(self, row: Mapping[str, Any], rollouts: Rollouts, said: Any) -> tuple[Marks, dict[str, list[bool]]]:
+        """
+        What a context marks of a rollout, and its tokens of each kind.
+
+        Args:
+            row (`Mapping[str, Any]`):
+                Dataset row.
+            rollouts ([`Rollouts`]):
+                The rollouts of the prompt.
+            said (`Any`):
+                What was sampled or answered for it, `None` without.
+        """
+        assert isinstance(self.context, MarkingContext)
+        marks = self.context.marks(_conversational(row), rollouts, said)
+        return marks, token_masks(self.tokenizer, rollouts.own, marks.spans, self.context.most_of_it)
+
     def _is_skipped(self, ids: list[int]) -> bool:
         """Whether a prompt is over budget, where that is no error."""
         if self.max_length is None or len(ids) <= self.max_length:
@@ -147,15 +191,18 @@ class TeacherPrompt:
         row: Mapping[str, Any],
         rollouts: Rollouts | None,
         tools: list[Callable[..., Any]] | None,
-        sampled: str | None = None,
+        sampled: Any = None,
     ) -> list[int] | None:
-        if isinstance(self.context, SampledContext):
+        if isinstance(self.context, SampledContext | AnsweredContext):
             messages = self.context.teacher_messages(_conversational(row), rollouts, sampled)
         else:
             messages = self.context.teacher_messages(_conversational(row), rollouts)
-        if messages is None:
-            return None
-        ids = self._rendered(row, messages, "teacher_messages", tools, self.chat_template_kwargs)
+        return None if messages is None else self._teacher_prompt(row, messages, "teacher_messages", tools)
+
+    def _teacher_prompt(
+        self, row: Mapping[str, Any], messages: list[Message], hook: str, tools: list[Callable[..., Any]] | None
+    ) -> list[int]:
+        ids = self._rendered(row, messages, hook, tools, self.chat_template_kwargs)
         ids = ids + (self._plain_prefix_ids if isinstance(row["prompt"], str) else self._chat_prefix_ids)
         check_embedded(ids, self.tokenizer, self.num_embeddings)
         return ids

@@ -18,13 +18,14 @@ def to_prompts(
     column_mapping: dict[str, str] | None = None,
     prompt_template: str | None = None,
     system_prompt: str | None = None,
+    plain_prompts: bool = False,
 ) -> Dataset | IterableDataset:
     """
     Give a dataset the `prompt` column that the trainers read, and any other column under the name they expect.
 
-    A prompt made from another column, or by `prompt_template`, is a user message. A `prompt` column that the dataset
-    already has stays exactly as it is: a string is a plain prompt, a list of messages a conversational one. All
-    columns are kept.
+    A prompt made from another column, or by `prompt_template`, is a user message, or plain text if asked for. A
+    `prompt` column that the dataset already has stays exactly as it is: a string is a plain prompt, a list of messages
+    a conversational one. All columns are kept.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -37,6 +38,8 @@ def to_prompts(
             Write literal braces doubled: `\\boxed{{}}`.
         system_prompt (`str`, *optional*):
             System message put before each conversational prompt.
+        plain_prompts (`bool`, *optional*, defaults to `False`):
+            Whether a prompt that is made is plain text instead of a user message, for a model without a chat template.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]:
@@ -68,23 +71,44 @@ def to_prompts(
             f"`prompt_template` uses the placeholder {{{unknown[0]}}}, but the dataset has only the columns "
             f"{listed(available)}. Correct the name, or write literal braces doubled: {{{{ and }}}}."
         )
+    if plain_prompts:
+        _check_plain(system_prompt, makes_prompt=template is not None or "prompt" in mapping)
     if not mapping and template is None and system_prompt is None:
         return dataset
+
+    def as_prompt(text: str) -> Any:
+        return text if plain_prompts else [{"role": "user", "content": text}]
 
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
         new = {target: row[source] for target, source in mapping.items()}
         row = {**row, **new}
         if template is not None:
-            prompt = [{"role": "user", "content": template.fill(row, f"row {index}")}]
+            prompt = as_prompt(template.fill(row, f"row {index}"))
         elif "prompt" in mapping and isinstance(row["prompt"], str):
-            prompt = [{"role": "user", "content": row["prompt"]}]
+            prompt = as_prompt(row["prompt"])
+        elif plain_prompts and row["prompt"] is not None:
+            raise ValueError(f"`plain_prompts` needs text, but the `prompt` of row {index} is a conversation.")
         else:
             prompt = row["prompt"]
         if system_prompt is not None and prompt is not None:
             prompt = _with_system_prompt(system_prompt, prompt, index)
         return {**new, "prompt": prompt}
 
-    return dataset.map(convert, with_indices=True, features=_features(dataset, mapping, template is not None))
+    features = _features(dataset, mapping, template is not None, plain_prompts)
+    return dataset.map(convert, with_indices=True, features=features)
+
+
+def _check_plain(system_prompt: str | None, makes_prompt: bool) -> None:
+    if system_prompt is not None:
+        raise ValueError(
+            "`system_prompt` needs conversational prompts, and `plain_prompts` makes plain ones. Put its text into "
+            "`prompt_template`, or leave one of them out."
+        )
+    if not makes_prompt:
+        raise ValueError(
+            "`plain_prompts` has no effect on a `prompt` column that the dataset already has. Make the prompt with "
+            "`prompt_template`, or leave it out."
+        )
 
 
 def _check_mapping(column_mapping: dict[str, str], columns: list[str]) -> None:
@@ -131,12 +155,15 @@ def _with_system_prompt(system_prompt: str, prompt: Any, index: int) -> list[dic
     return [{"role": "system", "content": system_prompt}, *prompt]
 
 
-def _features(dataset: Dataset | IterableDataset, mapping: dict[str, str], templated: bool) -> Features | None:
+def _features(
+    dataset: Dataset | IterableDataset, mapping: dict[str, str], templated: bool, plain: bool
+) -> Features | None:
     # Without them, `map` would guess the types of the new columns from their first rows.
     if dataset.features is None:
         return None
     features = dataset.features.copy()
     features.update({target: dataset.features[source] for target, source in mapping.items()})
     if templated or ("prompt" in mapping and features["prompt"] in (Value("string"), Value("large_string"))):
-        features["prompt"] = List({"role": Value("string"), "content": Value("string")})
+        text = Value("string")
+        features["prompt"] = text if plain else List({"role": text, "content": text})
     return features

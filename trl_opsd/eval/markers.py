@@ -1,7 +1,6 @@
-"""What the text of a completion shows: expressions of uncertainty, and loops."""
+"""What the text of a completion shows: expressions of uncertainty."""
 
 import re
-import zlib
 
 
 MARKERS = ("wait", "hmm", "perhaps", "maybe", "actually", "alternatively", "seems", "might", "likely", "check")
@@ -39,21 +38,3 @@ def count_marker_words(text: str) -> int:
             Occurrences of all markers, whatever their case.
     """
     return len(_WORDS.findall(text.lower()))
-
-
-def is_repetitive(text: str) -> bool:
-    """
-    Tells whether a completion ends in a loop, as in [StableOPD](https://huggingface.co/papers/2604.08527): its last
-    10,000 characters compress more than tenfold.
-
-    Args:
-        text (`str`):
-            Completion, the thinking part included.
-
-    Returns:
-        `bool`:
-            Whether zlib's ratio, bytes in UTF-8 over compressed bytes, is above 10.
-    """
-    # A lone surrogate, half of a character that a sampler split, has no UTF-8 form.
-    end = text[-10_000:].encode("utf-8", errors="replace")
-    return len(end) > 10 * len(zlib.compress(end))

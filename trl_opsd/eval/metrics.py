@@ -10,8 +10,9 @@ from math import comb
 import numpy as np
 import numpy.typing as npt
 
+from ..sampling.loops import is_repetitive
 from .equivalence import normalise
-from .markers import count_marker_substrings, count_marker_words, is_repetitive
+from .markers import count_marker_substrings, count_marker_words
 from .samples import Sample
 from .statistics import Array, Estimate, bootstrap, proportion
 
@@ -54,7 +55,7 @@ class Summary:
         truncation_rate (`Estimate`):
             Share of completions that were cut off at the token limit.
         repetition_rate (`Estimate`):
-            Share of completions that end in a loop, see [`~trl_opsd.eval.markers.is_repetitive`].
+            Share of completions that end in a loop, see [`~trl_opsd.sampling.loops.is_repetitive`].
         marker_substrings (`Estimate`):
             Epistemic markers per completion, also inside other words, as published.
         marker_words (`Estimate`):

@@ -1,5 +1,5 @@
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from textwrap import dedent
@@ -186,7 +186,7 @@ class MajorityForOther(SiblingContext):
             return None
         return _AGREEING[self.agreeing]([rollouts.all[index] for index in vote.agreeing], key=_length)
 
-    def rates(self, groups: Sequence[Rollouts]) -> dict[str, tuple[float, float]]:
+    def rates(self, rows: Sequence[Mapping[str, Any]], groups: Sequence[Rollouts]) -> dict[str, tuple[float, float]]:
         """What there was to agree on: of each rollout's group."""
         votes = [self.vote(tuple(rollouts.texts)) for rollouts in groups]
         read = [vote for vote in votes if vote.agreeing]

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from .divergence import Divergence
 
 
-Support = Literal["full", "teacher_top_k", "student_top_k", "union_top_k", "sampled_token"]
+Support = Literal["full", "teacher_top_k", "student_top_k", "union_top_k", "intersection_top_k", "sampled_token"]
 Tail = Literal["bucket", "renormalize"]
 
 
@@ -24,8 +24,9 @@ class Objective:
             Tokens whose entries are summed:
 
             - `"full"`: the vocabulary.
-            - `"teacher_top_k"`, `"student_top_k"`, `"union_top_k"`: the `top_k` most probable tokens of the teacher,
-              of the student, or of either. The choice itself carries no gradient.
+            - `"teacher_top_k"`, `"student_top_k"`, `"union_top_k"`, `"intersection_top_k"`: the `top_k` most probable
+              tokens of the teacher, of the student, of either, or of both. The choice itself carries no gradient. The
+              last needs `tail="renormalize"`; it is 0 where both have at most one token in common.
             - `"sampled_token"`: the one token the student sampled, as an unbiased estimate of the divergence and of
               its gradient for tokens sampled from the student at `temperature`: the entry ℓ_y divided by p_S,y, with
               a baseline that makes the gradient vanish where teacher and student agree. With `"reverse_kl"` this is
@@ -75,7 +76,12 @@ class Objective:
             raise ValueError(f"`jsd_weight` must be in [0, 1], got {self.jsd_weight}.")
         if self.top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, got {self.top_k}.")
-        single = self.top_k == 1 and self.support in ("teacher_top_k", "student_top_k")
+        if self.support == "intersection_top_k" and self.tail != "renormalize":
+            raise ValueError(
+                "`support='intersection_top_k'` may have no token at all, which leaves nothing but the bucket of "
+                f"`tail='{self.tail}'`. Set `tail='renormalize'`, or choose another support."
+            )
+        single = self.top_k == 1 and self.support in ("teacher_top_k", "student_top_k", "intersection_top_k")
         if single and self.tail == "renormalize":
             raise ValueError(
                 "`top_k=1` with `tail='renormalize'` leaves one token of probability 1 on both sides, whose "

@@ -75,8 +75,13 @@ def select_support(
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: token ids of shape `(N, K)`, and a mask of the same shape that is False
-        where a token is listed a second time.
+        where a token is listed once more. An intersection without a token becomes one of the student's.
     """
+    if objective.support == "intersection_top_k":
+        common = (student_top.unsqueeze(2) == teacher_top.unsqueeze(1)).any(dim=2)
+        first = common.int().argmax(dim=1, keepdim=True)  # one of the student's, if they have none in common
+        common = common.scatter(1, first, True)
+        return torch.where(common, student_top, student_top.gather(1, first)), common
     if objective.support == "union_top_k":
         repeated = (student_top.unsqueeze(2) == teacher_top.unsqueeze(1)).any(dim=2)
         tokens = torch.cat([teacher_top, student_top], dim=1)
@@ -111,7 +116,9 @@ def support_tokens(
         `tuple[torch.Tensor, torch.Tensor]`: see [`select_support`].
     """
     student, teacher = (student_scores, student_maxima), (teacher_scores, teacher_maxima)
-    sides = {"student_top_k": [student], "teacher_top_k": [teacher], "union_top_k": [student, teacher]}
+    both = [student, teacher]
+    sides = {"student_top_k": [student], "teacher_top_k": [teacher]}
+    sides |= {"union_top_k": both, "intersection_top_k": both}
     searched = [
         (scores, chunk_maxima(scores) if maxima is None else maxima) for scores, maxima in sides[objective.support]
     ]

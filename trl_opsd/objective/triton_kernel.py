@@ -183,7 +183,7 @@ class _Side:
         self, products: torch.Tensor, finish: Finish, token_ids: torch.Tensor, objective: Objective, name: str
     ):
         self._products, self._objective = products, objective
-        searched = objective.support in (f"{name}_top_k", "union_top_k")
+        searched = objective.support in (f"{name}_top_k", "union_top_k", "intersection_top_k")
         if objective.support != "sampled_token" and finish.bias is not None:  # a search compares sums, not products
             products.add_(finish.bias)
             finish = Finish(None, finish.scale, finish.softcap)

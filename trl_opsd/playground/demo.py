@@ -48,6 +48,7 @@ _OWN_FIELDS = {
     "column_mapping",
     "prompt_template",
     "system_prompt",
+    "plain_prompts",
     "resume_from_checkpoint",
 }
 _REWARD = "rewards/accuracy_reward/mean"

@@ -7,6 +7,7 @@ every machine.
 
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +158,28 @@ def accuracy_reward(completions: list[list[dict[str, str]]], answer: list[str], 
     [`correct`] as a reward function, for the training log.
     """
     return [float(correct(turns[-1]["content"], a)) for turns, a in zip(completions, answer, strict=True)]
+
+
+def decisive_steps(row: Mapping[str, Any], rollout: Any) -> list[dict[str, Any]]:
+    """
+    Annotates a rollout, as the `annotator` of the diagnosis context: the result of every column of one that is right,
+    the first column that is not the reference's of one that is wrong.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            Dataset row.
+        rollout ([`~trl_opsd.context.Rollout`]):
+            The rollout.
+    """
+    if rollout.correct:
+        results = re.finditer(r"(?<==)\d+", rollout.text)
+        return [{"start": its.start(), "end": its.end(), "type": "key_formula"} for its in results]
+    known, start = row["solution"].split("\n"), 0
+    for line in rollout.text.split("\n"):
+        if line and line not in known:
+            return [{"start": start, "end": start + len(line), "type": "arithmetic_slip"}]
+        start += len(line) + 1
+    return []
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,6 +1,6 @@
 """What student and teacher say of the tokens of some rows: the passes through both networks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models.utils import _ForwardRedirection
-from trl.trainer.utils import maybe_gather_lm_head_ctx
+from trl.trainer.utils import maybe_gather_lm_head_ctx, pad
 
 from ..objective import Head, teacher_choices, token_log_probs
 from ..teacher import Targets, Teacher
@@ -199,6 +199,64 @@ class Networks:
         return self.teacher_states(
             module, *self.sequences(rows, "teacher_prompt", rows["divergence_mask"]), rows["teacher_prompt_groups"]
         )
+
+    @torch.no_grad()
+    def contrasts(
+        self, model: nn.Module, inputs: dict[str, Any], prompts: Sequence[Sequence[list[int]]], batch_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What the teacher says of tokens after several other prompts, none to many for each row, without a gradient. All
+        processes call this, and take as many passes.
+
+        Args:
+            model (`nn.Module`):
+                Policy, wrapped as it is trained.
+            inputs (`dict[str, Any]`):
+                Rows, whose `divergence_mask` of shape `(B, T)` says which tokens.
+            prompts (`Sequence[Sequence[list[int]]]`):
+                Token ids of the prompts of each row.
+            batch_size (`int`):
+                Readings of a micro-batch.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: the number of readings of each row, of shape `(B, 1)`, and the
+            logarithm of the mean of the sampled token's probability over them, of shape `(B, T)`, fp32.
+        """
+        tokens = inputs["divergence_mask"].bool()
+        total = torch.full(tokens.shape, -torch.inf, device=tokens.device)
+        pairs = sorted((ids, row) for row, some in enumerate(prompts) for ids in some)  # equal prompts may be shared
+        number = torch.tensor(len(pairs), device=tokens.device)
+        most = int(self._accelerator.gather(number).max())
+        for start in range(0, most, batch_size):
+            some = pairs[start : start + batch_size]
+            for rows in self.passes(self._readings(inputs, some)):
+                selected = rows["divergence_mask"].bool()
+                log_probs = self.within(model, self._head_log_probs, *self.targets(model, rows), rows, selected)
+                for row, mask, values in zip(rows["row"].tolist(), selected, log_probs.to(total), strict=True):
+                    total[row] = torch.logaddexp(total[row], values.where(mask, -torch.inf))
+        counts = torch.tensor([[len(some)] for some in prompts], device=tokens.device)
+        return counts, total - counts.log()
+
+    def _readings(self, inputs: dict[str, Any], pairs: list[tuple[list[int], int]]) -> dict[str, Any]:
+        """Rows once more, each after a prompt. Without any there is one of which no token is read."""
+        ids = [torch.tensor(prompt) for prompt, _ in pairs] or [inputs["teacher_prompt_ids"][0].cpu()]
+        numbers = {tuple(prompt): number for number, (prompt, _) in enumerate(pairs)}
+        device, multiple = inputs["divergence_mask"].device, self._pad_to_multiple_of
+        readings = rows_of(inputs, [row for _, row in pairs] or [0])
+        readings |= {
+            "row": torch.tensor([row for _, row in pairs] or [0], device=device),
+            "teacher_prompt_ids": pad(ids, 0, "left", multiple).to(device),
+            "teacher_prompt_mask": pad([torch.ones_like(its) for its in ids], 0, "left", multiple).to(device),
+            "teacher_prompt_groups": torch.tensor([numbers[tuple(prompt)] for prompt, _ in pairs] or [0]),
+        }
+        mask = readings["divergence_mask"] if pairs else torch.zeros_like(readings["divergence_mask"])
+        return {**readings, "divergence_mask": mask, "student_mask": mask}
+
+    def _head_log_probs(
+        self, _: nn.Module, hidden: torch.Tensor, head: Head, rows: dict[str, Any], selected: torch.Tensor
+    ) -> torch.Tensor:
+        with maybe_gather_lm_head_ctx(head.weight, head.bias), self._accelerator.autocast():
+            return self.log_probs_of(hidden, unsharded(head), rows["completion_ids"][selected], selected)[0]
 
     def sequences(
         self, rows: dict[str, Any], prompt: str, tokens: torch.Tensor

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import wraps
 from typing import TYPE_CHECKING, Any, cast
 
 import yaml
@@ -41,12 +42,16 @@ class PromptArguments:
             Literal braces are written doubled.
         system_prompt (`str`, *optional*):
             System message put before each conversational prompt.
+        plain_prompts (`bool`, *optional*, defaults to `False`):
+            Whether a prompt that is made from columns is plain text instead of a user message, for a model without a
+            chat template.
     """
 
     dataset_name: str | None = None
     column_mapping: dict[str, str] | str | None = None
     prompt_template: str | None = None
     system_prompt: str | None = None
+    plain_prompts: bool = False
 
     def __post_init__(self) -> None:
         mapping: Any = self.column_mapping
@@ -71,6 +76,7 @@ class PromptArguments:
             column_mapping=cast(dict[str, str] | None, self.column_mapping),
             prompt_template=self.prompt_template,
             system_prompt=self.system_prompt,
+            plain_prompts=self.plain_prompts,
         )
 
 
@@ -160,7 +166,7 @@ def find_reward_funcs(names: str | Sequence[str] | None) -> list[Callable[..., A
 
     Returns:
         `list[Callable]`:
-            The functions.
+            The functions. Those of TRL, which read messages, also read the completions of plain prompts.
 
     Raises:
         ValueError: If there is no such function.
@@ -175,7 +181,7 @@ def find_reward_funcs(names: str | Sequence[str] | None) -> list[Callable[..., A
             found.append(rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256))
             continue
         if name in known:
-            found.append(known[name])
+            found.append(_of_text_too(known[name]))
             continue
         try:
             found.append(import_object(name))
@@ -185,3 +191,12 @@ def find_reward_funcs(names: str | Sequence[str] | None) -> list[Callable[..., A
                 f"{', '.join([*known, 'get_soft_overlong_punishment'])}."
             ) from error
     return found
+
+
+def _of_text_too(reward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(reward)
+    def rewarded(completions: Sequence[Any], **kwargs: Any) -> Any:
+        messages = [[{"role": "assistant", "content": its}] if isinstance(its, str) else its for its in completions]
+        return reward(completions=messages, **kwargs)
+
+    return rewarded

@@ -27,6 +27,16 @@ class Advantage(ABC):
         """Whether it reads the scores."""
         return True
 
+    @property
+    def needs_contrast(self) -> bool:
+        """Whether it reads what the teacher says after the prompts that the context gives for contrast."""
+        return False
+
+    @property
+    def needs_spans(self) -> bool:
+        """Whether it reads the spans that the context marks."""
+        return False
+
     @abstractmethod
     def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         """

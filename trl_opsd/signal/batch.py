@@ -1,6 +1,6 @@
 """What the parts of a method read: the rollouts of a generation batch, and the scores of their tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,9 @@ class Batch:
             Whether the completion is another than the student's own rollout of its prompt.
         truncated (`torch.Tensor` of shape `(B, 1)`, bool):
             Whether the completion was cut off before its end.
+        spans (`Mapping[str, torch.Tensor]`):
+            The tokens that a context marks, bool of shape `(B, T)`, by the kind of what it marks. Empty where it is
+            not asked.
         prompt_keys (`torch.Tensor` of shape `(B, 1)`):
             A number for each prompt, int64, the same whenever and on whichever process its tokens are read.
         max_length (`int`, *optional*):
@@ -59,6 +62,7 @@ class Batch:
     advantages: torch.Tensor
     replaced: torch.Tensor
     truncated: torch.Tensor
+    spans: Mapping[str, torch.Tensor]
     prompt_keys: torch.Tensor
     max_length: int | None
     first: int
@@ -91,6 +95,11 @@ class TokenScores:
             Entropy of the teacher's.
         divergence (`torch.Tensor`):
             The divergence that the configuration chooses, of each token.
+        contrasted (`torch.Tensor` of shape `(B, T)`, bool, *optional*):
+            Those of the known tokens that the teacher has read after other prompts as well, which the context gives
+            for contrast. `None` unless a part `needs_contrast`.
+        contrast_log_prob (`torch.Tensor`, *optional*):
+            Logarithm of the mean of the sampled token's probability over those prompts.
     """
 
     known: torch.Tensor
@@ -99,6 +108,8 @@ class TokenScores:
     student_entropy: torch.Tensor
     teacher_entropy: torch.Tensor
     divergence: torch.Tensor
+    contrasted: torch.Tensor | None = None
+    contrast_log_prob: torch.Tensor | None = None
 
     @property
     def delta(self) -> torch.Tensor:

@@ -170,6 +170,25 @@ class Signals:
             or (is_unmeasured and watches)
         )
 
+    @property
+    def needs_contrast(self) -> bool:
+        """Whether a part reads the teacher after the prompts that the context gives for contrast, in this step."""
+        shapes = self.coefficients["policy_loss_coef"] != 0.0
+        return (shapes and self.advantage.needs_contrast) or any(part.needs_contrast for part in self.weightings)
+
+    @property
+    def needs_spans(self) -> bool:
+        """Whether a part reads the spans that the context marks, in this step."""
+        shapes = self.coefficients["policy_loss_coef"] != 0.0
+        weighs = any(self.coefficients[f"{term}_coef"] != 0.0 for term in TERMS)
+        reads = weighs and any(part.needs_spans for part in self.weightings)
+        return reads or (shapes and self.advantage.needs_spans)
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether the teacher, or a part that reads what a context marks, takes part in this step."""
+        return self.coefficients["divergence_coef"] != 0.0 or self.needs_scores or self.needs_spans
+
     def streams(self, batch: Batch, scores: TokenScores | None) -> dict[str, torch.Tensor]:
         """
         The streams of a generation batch.

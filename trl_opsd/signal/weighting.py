@@ -25,6 +25,8 @@ class TokenWeighting(ABC):
     terms: ClassVar[tuple[str, ...]] = TERMS
     selects: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
+    needs_contrast: ClassVar[bool] = False
+    needs_spans: ClassVar[bool] = False
     needs_reward: ClassVar[bool] = False
     needs_replaced: ClassVar[bool] = False
 

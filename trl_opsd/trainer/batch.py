@@ -11,9 +11,19 @@ from typing import Any, cast
 import torch
 from trl.trainer.utils import pad
 
-from ..context import Rollout, Rollouts, SampledContext, TeacherPrompt
+from ..context import (
+    AnsweredContext,
+    MarkingContext,
+    Memory,
+    Rollout,
+    Rollouts,
+    SampledContext,
+    TeacherPrompt,
+)
 from ..scoring import keep_groups_together
-from .metrics import Metrics, add_contexts
+from ..serving import ServerError
+from ..signal import Signals
+from .metrics import Metrics, add_contexts, add_degeneration
 from .rewards import reward_streams, total_rewards
 
 
@@ -41,12 +51,16 @@ class Generation:
             Tools that the prompt of each shows.
         empty (`set[int]`, *optional*):
             Positions of completions without a token of their own.
+        contrasts (`list[list[list[int]]]`, *optional*):
+            Token ids of the prompts that the teacher reads each completion after for contrast.
         replaced (`set[int]`, *optional*):
             Positions of completions that are others than the student's own rollouts of their prompts.
         num_discarded_tokens (`int`, *optional*, defaults to `0`):
             Tokens that were sampled for completions and are in none.
         has_turns (`bool`, *optional*, defaults to `False`):
             Whether a turn has been sampled.
+        groups (`list[Rollouts]`, *optional*):
+            For each row the rollouts of its prompt, if anybody reads them.
     """
 
     rows: list[Mapping[str, Any]]
@@ -56,9 +70,26 @@ class Generation:
     feedback: list[str | None] = field(default_factory=list)
     tools: list[list[Callable[..., Any]] | None] = field(default_factory=list)
     empty: set[int] = field(default_factory=set)
+    contrasts: list[list[list[int]]] = field(default_factory=list)
     replaced: set[int] = field(default_factory=set)
     num_discarded_tokens: int = 0
     has_turns: bool = False
+    groups: Sequence[Rollouts | None] = ()
+
+    def finish(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        prompts: Sequence[Any],
+        completions: list[Any],
+        token_ids: list[list[int]],
+        rewards: torch.Tensor,
+        feedback: list[str | None],
+        tools: list[list[Callable[..., Any]] | None],
+    ) -> None:
+        """Note what became of the rows, whose prompts the model has read as `prompts`."""
+        self.rows = [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
+        self.completions, self.token_ids, self.rewards = completions, token_ids, rewards
+        self.feedback, self.tools = feedback, tools
 
     def num_sampled_tokens(self, model_tokens: torch.Tensor) -> torch.Tensor:
         """Tokens that were sampled, from the mask of shape `(B, T)` of those that no tool wrote."""
@@ -77,6 +108,8 @@ class TeacherInputs:
     Args:
         teacher_prompt ([`TeacherPrompt`]):
             Renders the context.
+        signals ([`Signals`]):
+            Say what is read of it.
         reward_weights (`torch.Tensor`):
             Weights of the reward functions.
         success_threshold (`float`):
@@ -95,9 +128,12 @@ class TeacherInputs:
             From a list of each process to the list of all.
         sample (`Callable`):
             From prompts to completions of the current policy, sampled as the context says; for all processes at once.
+        memories (`Sequence[Memory]`):
+            Who sees all prompts and rollouts that are trained on.
     """
 
     teacher_prompt: TeacherPrompt
+    signals: Signals
     reward_weights: torch.Tensor
     success_threshold: float
     end_ids: Sequence[int]
@@ -107,6 +143,7 @@ class TeacherInputs:
     num_processes: int
     gather: Gather
     sample: Callable[[list[list[int]]], list[list[int]]]
+    memories: Sequence[Memory] = ()
 
     def __call__(
         self, generation: Generation, student_ids: Sequence[list[int]], num_generations: int, metrics: Metrics
@@ -133,20 +170,32 @@ class TeacherInputs:
         rewards = total_rewards(generation.rewards, self.reward_weights)
         streams = reward_streams(rewards, self.success_threshold, num_generations)
         groups: Sequence[Rollouts | None] = [None] * len(generation.rows)
-        if getattr(self.teacher_prompt.context, "reads_rollouts", True):
+        is_read = getattr(self.teacher_prompt.context, "reads_rollouts", True)
+        if is_read or self.memories:
             rollouts = make_rollouts(generation, streams, first, num_generations, self.end_ids)
             is_spread = num_generations > 1 and self.num_processes > 1
             groups = make_groups(rollouts, first, num_generations, self.gather if is_spread else None)
-            for name, pair in getattr(self.teacher_prompt.context, "rates", lambda groups: {})(groups).items():
+            generation.groups = groups
+            for name, pair in self._rates(generation.rows, groups).items():
                 metrics.add_rate(name, *generation.rewards.new_tensor(pair))
-        written = self._written(generation, groups, student_ids[0], metrics)
+        groups = groups if is_read else [None] * len(generation.rows)
+        said = self._said(generation, groups, student_ids[0], metrics)
         prompts = [
             None if index in generation.empty else self.teacher_prompt.token_ids(row, rollouts, tools, text)
             for index, (row, rollouts, tools, text) in enumerate(
-                zip(generation.rows, groups, generation.tools, written, strict=True)
+                zip(generation.rows, groups, generation.tools, said, strict=True)
             )
         ]
+        if self.signals.needs_contrast:
+            generation.contrasts = [
+                [] if prompt is None else self.teacher_prompt.contrast_ids(row, rollouts, tools)
+                for prompt, row, rollouts, tools in zip(
+                    prompts, generation.rows, groups, generation.tools, strict=True
+                )
+            ]
         tensors = collate(prompts, student_ids, self.pad_token_id, self.pad_to_multiple_of)
+        if self.signals.needs_spans:
+            tensors |= self._spans(generation, cast(Sequence[Rollouts], groups), said, metrics)
         own, positions = slice(first, first + len(prompts)), range(len(prompts))
         tensors |= {name: values[own] for name, values in streams.items()}
         tensors["replaced"] = torch.tensor([position in generation.replaced for position in positions])
@@ -186,14 +235,66 @@ class TeacherInputs:
         groups = tensors.pop("teacher_prompt_groups")  # no work for the device
         batch.update({name: values.to(masks.device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
         add_contexts(metrics, batch, len(generation.empty))
+        has_tokens = torch.tensor([position not in generation.empty for position in range(len(masks))])
+        counted = has_tokens.to(masks.device) & ~batch["replaced"]
+        add_degeneration(metrics, list(map(_text, generation.completions)), batch["truncated"], counted)
         return teacher_ids
+
+    def remember(self, generation: Generation) -> None:
+        """Show a generation that is trained on to whoever has a memory. All processes call this at once."""
+        if self.memories:
+            rows = zip(generation.rows, cast(Sequence[Rollouts], generation.groups), strict=True)
+            groups = self.gather([(row, group.all) for row, group in rows if group.index == 0])
+            for memory in self.memories:
+                memory.remember(groups)
+
+    def _rates(self, rows: Sequence[Mapping[str, Any]], groups: Sequence[Rollouts]) -> dict[str, tuple[float, float]]:
+        context = self.teacher_prompt.context
+        return context.rates(rows, groups) if hasattr(context, "rates") else {}
+
+    def _said(
+        self, generation: Generation, groups: Sequence[Rollouts | None], stand_in: list[int], metrics: Metrics
+    ) -> list[Any]:
+        """What the current policy writes, or somebody else says, for a context that asks, if it is read."""
+        context, nothing = self.teacher_prompt.context, [None] * len(generation.rows)
+        if not self.signals.needs_context:
+            return nothing
+        if isinstance(context, AnsweredContext):
+            rows = [
+                None if index in generation.empty else (row, cast(Rollouts, rollouts))
+                for index, (row, rollouts) in enumerate(zip(generation.rows, groups, strict=True))
+            ]
+            return together(lambda: self.teacher_prompt.answers(rows), self.gather)
+        return self._written(generation, groups, stand_in, metrics) if isinstance(context, SampledContext) else nothing
+
+    def _spans(
+        self, generation: Generation, groups: Sequence[Rollouts], said: Sequence[Any], metrics: Metrics
+    ) -> dict[str, torch.Tensor]:
+        """The tokens that a context marks, bool of shape `(B, T)`, by kind."""
+        kinds = cast(MarkingContext, self.teacher_prompt.context).kinds
+        marked = torch.zeros(len(kinds), len(groups), max(map(len, generation.token_ids)), dtype=torch.bool)
+        asked = dropped = given = unreadable = num_tokens = 0
+        for index, (row, rollouts, its) in enumerate(zip(generation.rows, groups, said, strict=True)):
+            if index in generation.empty:
+                continue
+            marks, masks = self.teacher_prompt.marks(row, rollouts, its)
+            for kind, mask in masks.items():
+                marked[kinds.index(kind), index, : len(mask)] = torch.tensor(mask)
+            asked, unreadable = asked + marks.was_asked, unreadable + (not marks.is_readable)
+            dropped, given = dropped + marks.num_dropped, given + marks.num_dropped + len(marks.spans)
+            num_tokens += marks.was_asked * len(rollouts.own.token_ids)
+        for name, *pair in (
+            ("spans/unreadable_rate", unreadable, asked),
+            ("spans/dropped_rate", dropped, given),
+            ("spans/token_rate", int(marked.sum()), num_tokens),
+        ):
+            metrics.add_rate(name, *torch.tensor(pair, device=generation.rewards.device))
+        return {f"spans/{kind}": mask for kind, mask in zip(kinds, marked, strict=True)}
 
     def _written(
         self, generation: Generation, groups: Sequence[Rollouts | None], stand_in: list[int], metrics: Metrics
     ) -> list[str | None]:
         """What the current policy writes for a context that samples."""
-        if not isinstance(self.teacher_prompt.context, SampledContext):
-            return [None] * len(generation.rows)
         questions = [
             None if index in generation.empty else self.teacher_prompt.sample_ids(row, rollouts)
             for index, (row, rollouts) in enumerate(zip(generation.rows, groups, strict=True))
@@ -277,6 +378,32 @@ def make_groups(rollouts: list[Rollout], first: int, num_generations: int, gathe
         start = position - rollout.index
         groups.append(Rollouts(everything[start : start + num_generations], rollout.index))
     return groups
+
+
+def together(function: Callable[[], list[Any]], gather: Gather) -> list[Any]:
+    """
+    Call a function of each process, in which any may fail: then all do, so that none waits for another.
+
+    Args:
+        function (`Callable`):
+            The function.
+        gather (`Callable`):
+            Collects from all processes.
+
+    Raises:
+        Exception: Whatever it raised here, or a [`ServerError`] or `RuntimeError` with what it raised elsewhere.
+    """
+    values, error = [], None
+    try:
+        values = function()
+    except Exception as caught:
+        error = caught
+    failures = gather([None if error is None else (isinstance(error, ServerError), str(error) or repr(error))])
+    if error is not None:
+        raise error
+    for is_server, message in filter(None, failures):
+        raise (ServerError if is_server else RuntimeError)(message)
+    return values
 
 
 def sample_once(

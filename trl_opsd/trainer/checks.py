@@ -1,14 +1,15 @@
 """What cannot work, in the order in which it becomes known: all but the last before the model is loaded."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..context import NoContext, PrivilegedContext, SampledContext, check_embedded
+from ..context import MarkingContext, NoContext, PrivilegedContext, SampledContext, check_embedded
 from ..sampling.sources import CompletionSource
-from ..signal import Signals
+from ..signal import Advantage, Signals, TokenWeighting
 from .config import SelfDistillationConfig
 
 
@@ -189,7 +190,7 @@ def _check_context_of(
     kind = f"`privileged_context={args.privileged_context!r}`"
     if isinstance(context, NoContext):
         raise ValueError(f"{setting} reads the privileged context, and {kind} is none. Choose another one.")
-    if isinstance(context, SampledContext) or getattr(context, "reads_rollouts", False):
+    if isinstance(context, SampledContext) or getattr(context, "reads_rollouts", True):
         raise ValueError(
             f"{setting} reads the privileged context while completions are made, and {kind} is known only after "
             "them. Choose a context that neither reads rollouts nor samples."
@@ -278,6 +279,43 @@ def check_auxiliary_loss(args: SelfDistillationConfig, has_one: bool, coefficien
         )
 
 
+def check_parts_and_context(signals: Signals, context: PrivilegedContext, args: SelfDistillationConfig) -> None:
+    """
+    Refuse parts that need more of a context than it gives: prompts to contrast with, or spans.
+
+    Args:
+        signals ([`Signals`]):
+            The parts.
+        context ([`PrivilegedContext`]):
+            The context.
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+
+    Raises:
+        ValueError: Naming what is missing and the way out.
+    """
+    parts: list[Advantage | TokenWeighting] = [signals.advantage, *signals.weightings]
+    if any(part.needs_spans for part in parts) and not isinstance(context, MarkingContext):
+        raise ValueError(
+            "The method treats some spans of a rollout in another way than the rest, and "
+            f"`privileged_context={args.privileged_context!r}` marks none. Set it to 'diagnosis', or to a class with "
+            "`marks`."
+        )
+    if not any(part.needs_contrast for part in parts):
+        return
+    if not hasattr(context, "contrast_messages"):
+        raise ValueError(
+            "The method contrasts what the teacher says after several prompts, and "
+            f"`privileged_context={args.privileged_context!r}` gives one. Set it to 'peers' with "
+            "`context_kwargs={'contrast': 4}`, or to a class with `contrast_messages`."
+        )
+    if args.teacher_server_base_url is not None:
+        raise ValueError(
+            "The method contrasts what the teacher says after several prompts, and a server is asked for one. Leave "
+            "`teacher_server_base_url` unset."
+        )
+
+
 def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bool) -> None:
     """
     Refuse a loss without a term, and parts of a method that need a reward or a temperature where there is none.
@@ -308,22 +346,7 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
                 f"`policy_loss_coef={args.policy_loss_coef}` needs `reward_funcs`. Pass some, or set it to 0."
             )
     if args.teacher_server_base_url is not None:
-        if signals.has_term("policy_loss_coef") and signals.advantage.needs_teacher_entropy:
-            raise ValueError(
-                f"`advantage` names {type(signals.advantage).__name__}, which reads the teacher's entropy, which a "
-                "teacher on a server does not tell. Leave `teacher_server_base_url` unset."
-            )
-        for part in signals.teacher_weightings:
-            raise ValueError(
-                f"`token_weights` has {type(part).__name__}, which reads the distribution of the teacher, which one "
-                "on a server does not tell. Leave `teacher_server_base_url` unset."
-            )
-        for name, schedule in signals.schedules.items():
-            if schedule.metric in ("teacher_entropy", "entropy_gap"):
-                raise ValueError(
-                    f"`schedules[{name!r}]` follows `{schedule.metric}`, which a teacher on a server does not tell. "
-                    "Set its `metric` to another, or leave `teacher_server_base_url` unset."
-                )
+        _check_signals_of_a_server(signals)
     for weighting in signals.weightings:
         if weighting.needs_reward and not has_reward:
             raise ValueError(
@@ -343,3 +366,46 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
                 f"`distillation_temperature={args.distillation_temperature}` with those it was sampled with, at "
                 f"`temperature={args.temperature}`. Set both to the same, or leave it out."
             )
+
+
+def _check_signals_of_a_server(signals: Signals) -> None:
+    if signals.has_term("policy_loss_coef") and signals.advantage.needs_teacher_entropy:
+        raise ValueError(
+            f"`advantage` names {type(signals.advantage).__name__}, which reads the teacher's entropy, which a "
+            "teacher on a server does not tell. Leave `teacher_server_base_url` unset."
+        )
+    for part in signals.teacher_weightings:
+        raise ValueError(
+            f"`token_weights` has {type(part).__name__}, which reads the distribution of the teacher, which one "
+            "on a server does not tell. Leave `teacher_server_base_url` unset."
+        )
+    for name, schedule in signals.schedules.items():
+        if schedule.metric in ("teacher_entropy", "entropy_gap"):
+            raise ValueError(
+                f"`schedules[{name!r}]` follows `{schedule.metric}`, which a teacher on a server does not tell. "
+                "Set its `metric` to another, or leave `teacher_server_base_url` unset."
+            )
+
+
+def warn_of_unknown_sampler(signals: Signals, args: SelfDistillationConfig) -> None:
+    """
+    Say once that a weight of tokens does not see how vLLM's probabilities differ from the policy's.
+
+    Args:
+        signals ([`Signals`]):
+            The parts.
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+    """
+    corrects = args.vllm_importance_sampling_correction
+    if not args.use_vllm or args.sampler_is_comparable or corrects or not signals.policy_weightings:
+        return
+    names = ", ".join(type(weighting).__name__ for weighting in signals.policy_weightings)
+    warnings.warn(
+        f"`token_weights` has {names}, and vLLM's log-probabilities are those of what it samples from, which is not "
+        f"the policy (`top_p={args.top_p}`, `top_k={args.top_k}`, `min_p={args.min_p}`, "
+        f"`repetition_penalty={args.repetition_penalty}`): how the engine differs from it is not corrected, and as "
+        "long as the policy has not moved since it sampled, each of these weights is 1. Sample from the whole "
+        "distribution for it (`top_p=1.0`, `top_k=0`, `min_p=None`, `repetition_penalty=1.0`).",
+        stacklevel=2,
+    )

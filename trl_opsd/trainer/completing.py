@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..context import as_text
 from ..sampling.sources import Completions, CompletionSource, Prompts
-from .batch import Gather
+from .batch import Gather, Generation
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Completing:
     Args:
         engines ([`Engines`]):
             What samples and grades.
-        rows (`Sequence[Mapping[str, Any]]`):
-            Dataset rows.
+        generation ([`Generation`]):
+            Its rows are completed; which completions are no rollouts, and how many tokens are in none, is noted there.
         prompt_ids (`Sequence[list[int]]`):
             Token ids of their prompts.
         rollouts (`Callable`):
@@ -61,12 +61,13 @@ class Completing:
     def __init__(
         self,
         engines: Engines,
-        rows: Sequence[Mapping[str, Any]],
+        generation: Generation,
         prompt_ids: Sequence[list[int]],
         rollouts: Callable[[], tuple[list[list[int]], Any]],
     ):
         self._engines = engines
-        self._rows = rows
+        self._generation = generation
+        self._rows = generation.rows
         self._prompt_ids = prompt_ids
         self._rollouts = rollouts
         self.num_sampled = 0
@@ -108,6 +109,8 @@ class Completing:
             )
         off_policy = {"completions/off_policy_rate": (len(completions.replaced), len(self._rows))}
         completions.rates = off_policy | completions.rates
+        self._generation.num_discarded_tokens = self.num_sampled - sum(map(len, completions.ids))
+        self._generation.replaced = completions.replaced
         return completions
 
     def _counted(self, ids: list[list[int]], log_probs: Any, number: int) -> Completions:

@@ -74,9 +74,9 @@ class SelfDistillationConfig(GRPOConfig):
 
         privileged_context (`str`, *optional*, defaults to `"solution"`):
             What the teacher reads beyond the student's prompt: `"solution"`, `"answer"`, `"hint"`, `"concise"`,
-            `"peers"`, `"feedback"`, `"reflection"`, `"plan"`, `"template"`, the controls `"none"`, `"other_solution"`,
-            `"partial_solution"` and `"shuffled_solution"`, or the import path of a class that implements
-            [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
+            `"peers"`, `"feedback"`, `"reflection"`, `"plan"`, `"diagnosis"`, `"template"`, the controls `"none"`,
+            `"other_solution"`, `"partial_solution"` and `"shuffled_solution"`, or the import path of a class that
+            implements [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
         context_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of that class, for example `{"column": "reference_solution"}` or `{"template": "..."}`.
         success_threshold (`float`, *optional*, defaults to `1.0`):
@@ -166,8 +166,9 @@ class SelfDistillationConfig(GRPOConfig):
             Tokens of the vocabulary the divergence is summed over. Possible values are:
 
             - `"full"`: all of them.
-            - `"teacher_top_k"`, `"student_top_k"`, `"union_top_k"`: the `divergence_top_k` most probable ones under
-              the teacher, the student, or either.
+            - `"teacher_top_k"`, `"student_top_k"`, `"union_top_k"`, `"intersection_top_k"`: the `divergence_top_k`
+              most probable ones under the teacher, the student, either, or both. The last needs
+              `divergence_tail="renormalize"`.
             - `"sampled_token"`: the sampled token alone, an unbiased estimate for on-policy rollouts. With
               `divergence="reverse_kl"` it is the policy gradient whose advantage is log p_teacher − log p_student.
         divergence_top_k (`int`, *optional*, defaults to `16`):

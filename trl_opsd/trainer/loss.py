@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
@@ -50,11 +51,14 @@ class PassLoss(NamedTuple):
             Of the tokens that the divergence term counts.
         likelihood (`torch.Tensor` of shape `(n,)`):
             −log p_S of those that the likelihood term counts, without a gradient.
+        log_probs (`torch.Tensor` of shape `(n,)`):
+            log p_S of all tokens that are read, without a gradient, NaN where it is not finite.
     """
 
     loss: torch.Tensor
     divergence: FusedDivergence
     likelihood: torch.Tensor
+    log_probs: torch.Tensor
 
 
 class MicroBatchLoss(NamedTuple):
@@ -69,6 +73,8 @@ class MicroBatchLoss(NamedTuple):
             Of all tokens that the divergence term counts, pass by pass. Of none if its coefficient is 0.
         likelihood (`torch.Tensor` of shape `(n,)`):
             −log p_S of those that the likelihood term counts.
+        log_probs (`torch.Tensor` of shape `(n,)`):
+            log p_S of all tokens that a term counts, NaN where it is not finite.
         passes (`list[dict[str, Any]]`):
             The rows of each pass.
     """
@@ -76,6 +82,7 @@ class MicroBatchLoss(NamedTuple):
     loss: torch.Tensor
     divergence: FusedDivergence
     likelihood: torch.Tensor
+    log_probs: torch.Tensor
     passes: list[dict[str, Any]]
 
 
@@ -165,7 +172,10 @@ class SelfDistillationLoss:
             outputs.append(output)
         loss = torch.stack([output.loss for output in outputs]).sum() / num_micro_batches
         divergence = _joined([output.divergence for output in outputs])
-        return MicroBatchLoss(loss, divergence, torch.cat([output.likelihood for output in outputs]), passes)
+        likelihood, log_probs = (
+            torch.cat([getattr(output, name) for output in outputs]) for name in ("likelihood", "log_probs")
+        )
+        return MicroBatchLoss(loss, divergence, likelihood, log_probs, passes)
 
     def add_metrics(self, metrics: Metrics, result: MicroBatchLoss, compares_sampler: bool) -> None:
         """
@@ -181,9 +191,9 @@ class SelfDistillationLoss:
         """
         if self._signals.coefficients["divergence_coef"]:
             self._add_divergence(metrics, result.divergence)
-            if compares_sampler and "sampling_per_token_logps" in result.passes[0]:
-                sampled = [rows["sampling_per_token_logps"][rows["divergence_mask"].bool()] for rows in result.passes]
-                add_sampler_difference(metrics, result.divergence.student_log_prob, torch.cat(sampled))
+        if compares_sampler and "sampling_per_token_logps" in result.passes[0]:
+            sampled = [rows["sampling_per_token_logps"][rows["student_mask"].bool()] for rows in result.passes]
+            add_sampler_difference(metrics, result.log_probs, torch.cat(sampled))
         if self._signals.coefficients["likelihood_coef"]:
             number = result.likelihood.new_tensor(len(result.likelihood))
             metrics.add_rate("likelihood_loss", result.likelihood.sum(), number)
@@ -193,7 +203,14 @@ class SelfDistillationLoss:
         add_divergence(metrics, output, knows_entropy, clips)
 
     @torch.no_grad()
-    def scores(self, model: nn.Module, inputs: dict[str, Any], batch_size: int, metrics: Metrics) -> TokenScores:
+    def scores(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        batch_size: int,
+        metrics: Metrics,
+        contrasts: Sequence[Sequence[list[int]]],
+    ) -> TokenScores:
         """
         What student and teacher say of the tokens with a context, without a gradient. All processes call this, with as
         many rows.
@@ -207,6 +224,8 @@ class SelfDistillationLoss:
                 Rows of a micro-batch.
             metrics ([`Metrics`]):
                 Where it goes if the loss does not say it.
+            contrasts (`Sequence[Sequence[list[int]]]`):
+                Token ids of the prompts that the teacher reads each row after, if a part contrasts.
         """
         if not self.networks.has_checked_logits:
             self.networks.check_logits(model)
@@ -231,7 +250,13 @@ class SelfDistillationLoss:
                     place.index_add_(0, rows["row"], torch.zeros_like(place[: len(mask)]).masked_scatter(mask, values))
         if not self._signals.coefficients["divergence_coef"]:
             self._add_divergence(metrics, _joined(outputs))
-        return TokenScores(found[0].bool(), *found[1:])
+        scores = TokenScores(found[0].bool(), *found[1:])
+        if not self._signals.needs_contrast:
+            return scores
+        prompts = [some if is_read else [] for some, is_read in zip(contrasts, tokens.any(dim=1), strict=True)]
+        counts, log_probs = self.networks.contrasts(model, inputs, prompts, batch_size)
+        contrasted = scores.known & (counts > 0) & log_probs.isfinite()
+        return replace(scores, contrasted=contrasted, contrast_log_prob=log_probs.where(contrasted, 0.0))
 
     def _with_factors(
         self,
@@ -316,16 +341,16 @@ class SelfDistillationLoss:
                     memory_budget=self._args.divergence_memory,
                     kernel=self._args.divergence_kernel,
                 )
-                if factors.likelihood is not None:
-                    log_probs[slice(None) if tokens is None else tokens] = output.student_log_prob.to(log_probs).where(
-                        output.finite.bool(), 0.0
-                    )
+                log_probs[slice(None) if tokens is None else tokens] = output.student_log_prob.to(log_probs).where(
+                    output.finite.bool(), torch.nan
+                )
                 loss = loss + output.loss
                 outputs.append(output)
             if factors.policy is not None:  # its likelihood is there for the gradient
-                loss = loss + (factors.policy * log_probs).sum()
+                loss = loss + (factors.policy * log_probs.nan_to_num(0.0)).sum()
             divergence = _none_of(outputs[0]) if targets[0] is None else outputs[0]
-            return PassLoss(loss, divergence, -log_probs[rows["likelihood_mask"].bool()[selected]])
+            likelihood = -log_probs.nan_to_num(0.0)[rows["likelihood_mask"].bool()[selected]]
+            return PassLoss(loss, divergence, likelihood, log_probs)
 
     @staticmethod
     def _groups(

@@ -1,11 +1,12 @@
 """What is logged: sums and counts, reduced over processes once per optimizer step."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from ..objective import FusedDivergence
+from ..sampling.loops import is_repetitive
 
 
 class Metrics:
@@ -146,6 +147,25 @@ def add_contexts(metrics: Metrics, batch: Mapping[str, torch.Tensor], num_empty:
     metrics.add_rate("empty_completion_rate", empty, num_rows)
     metrics.add_rate("teacher_prompts/mean_length", lengths.sum(), has_context.sum())
     metrics.add_maximum("teacher_prompts/max_length", lengths)
+
+
+def add_degeneration(metrics: Metrics, texts: Sequence[str], truncated: torch.Tensor, counted: torch.Tensor) -> None:
+    """
+    Add how many of the student's rollouts were cut off, and how many end in a loop.
+
+    Args:
+        metrics ([`Metrics`]):
+            Where it goes.
+        texts (`Sequence[str]`):
+            Completions.
+        truncated (`torch.Tensor` of shape `(B,)`, bool):
+            Whether they were cut off before their end.
+        counted (`torch.Tensor` of shape `(B,)`, bool):
+            Whether they are the student's own, and have a token.
+    """
+    loops = torch.tensor([is_repetitive(text) for text in texts], device=truncated.device)
+    metrics.add_rate("rollouts/truncated_rate", (truncated & counted).sum(), counted.sum())
+    metrics.add_rate("rollouts/repetition_rate", (loops & counted).sum(), counted.sum())
 
 
 def add_sampler_difference(metrics: Metrics, log_prob: torch.Tensor, sampled: torch.Tensor) -> None:

@@ -21,10 +21,12 @@ from .checks import (
     check_curriculum,
     check_model,
     check_number_of_rows,
+    check_parts_and_context,
     check_served_live_teacher,
     check_signals,
     check_special_tokens,
     check_text_only,
+    warn_of_unknown_sampler,
 )
 from .config import SelfDistillationConfig
 from .lengths import fit_completions, prompt_budget
@@ -141,8 +143,8 @@ def prepare(
     itself = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
     completions = _make_completions(args, context, bool(reward_funcs), itself)
     check_curriculum(args, train_dataset, has_rewards, environment_factory)
-    signals = make_signals(args)
-    check_signals(signals, args, has_rewards)
+    signals = _make_signals(args, context, has_rewards)
+    warn_of_unknown_sampler(signals, args)
 
     tokenizer, model_config = load_tokenizer_and_config(args, model, tokenizer)
     check_special_tokens(tokenizer, getattr(model_config.get_text_config(), "vocab_size", None))
@@ -172,6 +174,13 @@ def _make_completions(
     source: CompletionSource = make_part("completions", args.completions, kwargs, SOURCES)
     check_completions(args, source, context, has_reward_funcs, itself)
     return source
+
+
+def _make_signals(args: SelfDistillationConfig, context: PrivilegedContext, has_rewards: bool) -> Signals:
+    signals = make_signals(args)
+    check_signals(signals, args, has_rewards)
+    check_parts_and_context(signals, context, args)
+    return signals
 
 
 def load_tokenizer_and_config(

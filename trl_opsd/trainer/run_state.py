@@ -21,6 +21,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..files import locked
+from ..serving import ServerError
 from .checkpoints import begin, finish, is_complete, newest_complete, read_state
 
 
@@ -233,23 +234,28 @@ class RunState:
         """Whether there is a complete checkpoint. All processes are told what the main process finds."""
         return broadcast_object_list([is_complete(directory)])[0]
 
-    def rescue(self, directory: Path, num_steps: int, is_between: bool, save: Callable[[], None]) -> str:
+    @contextmanager
+    def rescuing(self, where: Callable[[], tuple[Path, int, bool]], save: Callable[[], None]) -> Iterator[None]:
         """
-        Make a checkpoint of a run that ends, where one can be made. All processes call this.
+        Ends with a checkpoint, where one can be made, when a server fails: of a sampler or a teacher, wherever it was
+        asked. All processes enter it.
 
         Args:
-            directory (`Path`):
-                The checkpoint.
-            num_steps (`int`):
-                Optimizer steps done.
-            is_between (`bool`):
-                Whether the step in hand has begun with rollouts of a generation that is gone.
+            where (`Callable[[], tuple[Path, int, bool]]`):
+                Gives the folder of the checkpoint, optimizer steps done, and whether the step in hand has begun with
+                rollouts of a generation that is gone.
             save (`Callable[[], None]`):
-                Makes it.
+                Makes the checkpoint.
 
-        Returns:
-            `str`: what became of the run.
+        Raises:
+            ServerError: With what became of the run.
         """
+        try:
+            yield
+        except ServerError as error:
+            raise ServerError(f"{error} {self._rescued(*where(), save)}") from error
+
+    def _rescued(self, directory: Path, num_steps: int, is_between: bool, save: Callable[[], None]) -> str:
         if num_steps == 0:
             return "No step had been trained."
         if is_between:

@@ -90,7 +90,7 @@ def score(
     )
     batch["divergence_mask"] = batch["completion_mask"].bool() & batch["has_context"].unsqueeze(1)
     size = trainer.args.per_device_eval_batch_size
-    scores = trainer.loss.scores(trainer.model_wrapped, batch, size, Metrics())
+    scores = trainer.loss.scores(trainer.model_wrapped, batch, size, Metrics(), generation.contrasts)
     return Scored(student_prompts, teacher_prompts, scores)
 
 

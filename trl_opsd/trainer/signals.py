@@ -136,6 +136,7 @@ def _rollouts(
         advantages=batch["advantages"].unsqueeze(1),
         replaced=batch["replaced"].unsqueeze(1),
         truncated=batch["truncated"].unsqueeze(1),
+        spans={name.partition("/")[2]: mask for name, mask in batch.items() if name.startswith("spans/")},
         prompt_keys=prompt_keys(batch["prompt_ids"], batch["prompt_mask"]),
         max_length=args.max_completion_length,
         first=accelerator.process_index * len(mask),

@@ -1,11 +1,12 @@
 """What happens between the steps."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from transformers import TrainerCallback
 
+from ..help import did_you_mean
 from ..signal import Signals
 from ..teacher import Teacher
 from .metrics import Metrics
@@ -13,7 +14,8 @@ from .metrics import Metrics
 
 class StepCallback(TrainerCallback):
     """
-    Moves the coefficients and the teacher along with the steps, and warns once if the clip eats up the divergence.
+    Moves the coefficients and the teacher along with the steps, and warns once if the clip eats up the divergence, or
+    if a schedule follows what is not measured.
 
     Args:
         teacher ([`Teacher`]):
@@ -32,7 +34,7 @@ class StepCallback(TrainerCallback):
         self, teacher: Teacher, signals: Signals, metrics: Metrics, clip: float | None, mark: Callable[[], None]
     ):
         self._teacher, self._signals, self._metrics, self._mark = teacher, signals, metrics, mark
-        self._clip, self._has_warned = clip, False
+        self._clip, self._has_warned, self._has_measured = clip, False, False
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._mark()
@@ -41,7 +43,21 @@ class StepCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self._teacher.on_step_end(state.global_step)
         self._signals.observe(state.global_step, self._metrics.latest)
+        self._report_unmeasured(self._metrics.latest)
         self._mark()  # where the next one begins
+
+    def _report_unmeasured(self, measured: Mapping[str, float]) -> None:
+        if self._has_measured or not measured:
+            return
+        self._has_measured = True
+        for name, schedule in self._signals.schedules.items():
+            if schedule.metric is not None and schedule.metric not in measured:
+                hint = did_you_mean(schedule.metric, measured)
+                warnings.warn(
+                    f"`schedules[{name!r}]` follows the metric `{schedule.metric}`, which the first step has not "
+                    f"measured. As long as it is not, the schedule sees nothing. {hint}",
+                    stacklevel=2,
+                )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         logged = logs or {}

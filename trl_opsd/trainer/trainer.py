@@ -50,12 +50,11 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from ..context import SampledContext, as_text, check_embedded, without_end
+from ..context import Memory, SampledContext, as_text, check_embedded, without_end
 from ..guard import SkipNonFiniteSteps
 from ..objective import generalized_jsd_loss
 from ..sampling import Sampling
 from ..scoring import announce_head, causal_lm
-from ..serving import ServerError
 from ..signal import TokenScores
 from ..teacher import Teacher, fingerprint
 from .batch import Generation, TeacherInputs, regrouped
@@ -155,8 +154,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.context, self.completion_source, self.signals = run.context, run.completions, run.signals
         self.teacher_prompt, self._data_columns = run.teacher_prompt, run.columns
         self._generation, self._generation_step, self._first_micro_batch = Generation([]), -1, 0
-        self._num_generated_tokens = 0
-        self.statistics = {"train": Metrics(), "eval": Metrics()}
+        self._num_generated_tokens, self.statistics = 0, {"train": Metrics(), "eval": Metrics()}
         super().__init__(
             model=model,
             reward_funcs=reward_funcs or [no_reward],
@@ -240,6 +238,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         args, accelerator, padding = self.args, self.accelerator, self.pad_to_multiple_of
         self.teacher_inputs = TeacherInputs(
             self.teacher_prompt,
+            self.signals,
             self.reward_weights,
             args.success_threshold,
             (*self.eos_token_ids, self._tokenizer.pad_token_id),
@@ -249,6 +248,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             accelerator.num_processes,
             gather_object,
             lambda prompts: self.sample(prompts, Sampling(**cast(SampledContext, self.context).sampling), stream=2),
+            [part for part in (self.context,) if isinstance(part, Memory)],
         )
         initial, given = fingerprint(self.model), (args, accelerator, self.model)
         self.teacher: Teacher = run.served_teacher or load_teacher(*given, adapter_starts_at_zero)
@@ -308,10 +308,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         generation.has_turns = True
         if not self.model.training or not self.completion_source.replaces_rollouts:
             return self._mark_empty_rollouts(*self.sampler.turn(*asked))[:2]
-        completing = Completing(self._engines, generation.rows, prompt_ids, partial(self.sampler.turn, *asked))
+        completing = Completing(self._engines, generation, prompt_ids, partial(self.sampler.turn, *asked))
         completions = completing(self.completion_source, self.args.seed, self.state.global_step)
-        generation.num_discarded_tokens = completing.num_sampled - sum(map(len, completions.ids))
-        generation.replaced = completions.replaced
         for name, pair in completions.rates.items():
             self.statistics["train"].add_rate(name, *torch.tensor(pair, device=self.accelerator.device))
         return self._mark_empty_rollouts(completions.ids, completions.log_probs)[:2]
@@ -341,7 +339,7 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
         if self.signals.curriculum is not None:
-            sampler = DrawnRows(sampler, self.signals, self._token_ids)
+            sampler = DrawnRows(sampler, self.signals, lambda prompts: self._tokenize_prompts(prompts)[0])
         # There is no generator without shuffling
         self.add_callback(OrderOfEpochs(getattr(sampler, "generator", None)))
         return sampler
@@ -355,24 +353,20 @@ class SelfDistillationTrainer(GRPOTrainer):
         return ids, logprobs, empty
 
     def _unlogged_rewards(self, rows, prompts, completions, completion_ids) -> torch.Tensor:
-        logs: Any = defaultdict(list)
-        metrics: Any = defaultdict(list)
-        with changed(self, _generation=Generation(rows), _pending_extra_logs=logs, _pending_metrics=metrics):
+        empty: Any = {name: defaultdict(list) for name in ("_pending_extra_logs", "_pending_metrics")}
+        with changed(self, _generation=Generation(rows), **empty):
             return super()._calculate_rewards(rows, prompts, completions, completion_ids)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        given = inputs, prompts, completions, completion_ids_list
+        rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 0, device=self.accelerator.device)
         if self.reward_funcs:
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        else:
-            num_rollouts = len(prompts) * self.accelerator.num_processes
-            rewards = torch.zeros(num_rollouts, 0, device=self.accelerator.device)
-        generation = self._generation
-        generation.rows = [{**row, "prompt": prompt} for row, prompt in zip(inputs, prompts, strict=True)]
-        generation.completions, generation.token_ids, generation.rewards = completions, completion_ids_list, rewards
-        generation.feedback = all_feedback(self._pending_extra_logs.get("feedback"), self.environments, inputs)
-        generation.tools = [self.tools] * len(inputs)
+            rewards = super()._calculate_rewards(*given)
+        feedback = all_feedback(self._pending_extra_logs.get("feedback"), self.environments, inputs)
+        tools = [self.tools] * len(inputs)
         if self.environment_factories:
-            generation.tools = [self._env_tools[name] for name in self._batch_environments]
+            tools = [self._env_tools[name] for name in self._batch_environments]
+        self._generation.finish(*given, rewards, feedback, tools)
         return rewards
 
     def _log_completion_extra(self, column, values):
@@ -402,6 +396,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[mode].pop(name, None)
         self.teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics)
+        if mode == "train":
+            self.teacher_inputs.remember(self._generation)
         self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
         score = partial(self._score, mode=mode)
         given = self.signals, self.args, batch, self._generation.empty, score, self.accelerator, size, mode == "train"
@@ -409,7 +405,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _score(self, batch: dict[str, Any], mode: str) -> TokenScores:
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-        return self.loss.scores(self.model_wrapped, batch, size, self.statistics[mode])
+        return self.loss.scores(self.model_wrapped, batch, size, self.statistics[mode], self._generation.contrasts)
 
     def _count_tokens(self, model_tokens: torch.Tensor, mode: str) -> None:
         num_sampled = self.accelerator.reduce(self._generation.num_sampled_tokens(model_tokens), "sum")
@@ -456,16 +452,15 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         checkpoint = self.run_state.checkpoint(resume_from_checkpoint)
-        with self.run_state.alone():
-            try:
-                return super().train(checkpoint, *args, **kwargs)
-            except ServerError as error:  # of a sampler or a teacher, wherever it was asked
-                # Sampling may come in the middle of a step, whose first micro-batches a resumed run begins with
-                is_within_step = self._step != self._first_micro_batch
-                is_between = is_within_step and self._first_micro_batch % self._generate_every != 0
-                save = partial(self._save_checkpoint, self.model, trial=None)
-                outcome = self.run_state.rescue(self._folder(), self.state.global_step, is_between, save)
-                raise ServerError(f"{error} {outcome}") from error
+        save = partial(self._save_checkpoint, self.model, trial=None)
+        with self.run_state.alone(), self.run_state.rescuing(self._place, save):
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _place(self) -> tuple[Path, int, bool]:
+        # Sampling may come in the middle of a step, whose first micro-batches a resumed run begins with
+        is_within_step = self._step != self._first_micro_batch
+        is_between = is_within_step and self._first_micro_batch % self._generate_every != 0
+        return self._folder(), self.state.global_step, is_between
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
