@@ -2,13 +2,17 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from trl_opsd.comparison.arms import ARMS
+from trl_opsd.experiment import train
 from trl_opsd.experiment.arms import BASES, TUNING_SEED
 from trl_opsd.experiment.tasks import Split
 from trl_opsd.experiment.train import Run, run
+from trl_opsd.playground.world import make_tokenizer
 
 
 pytestmark = pytest.mark.cpu("so is the comparison")
@@ -55,6 +59,26 @@ def test_every_arm_ends_with_the_tokens_of_the_others(folder, name):
         assert abs(result["generated_tokens"] - TOKENS) <= step
         assert result["learner_tokens"] > 0
     assert set(result["final"]) == set(BASES[arm.bases[0]].family.held_out)
+
+
+def test_a_token_counts_up_to_the_end_of_its_answer(folder):
+    tokenizer, rows = make_tokenizer(), BASES["middling"].family.make(0)
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    prompt, answers = [[8, 9]] * 3, [[5, 6, end, pad], [end, pad, pad, pad], [5, 5, 5, 5]]
+
+    class Sampler:
+        def generate(self, input_ids):
+            return torch.tensor([[*its, *answer] for its, answer in zip(input_ids.tolist(), answers, strict=True)])
+
+    class Model(Sampler):
+        pass
+
+    trainer = SimpleNamespace(model=Model(), processing_class=tokenizer)
+    watch = train.make_watch(trainer, Run(BASES["middling"], 1, short("opsd"), 1e-3), rows)
+    with watch.counting():
+        trainer.model.generate(input_ids=torch.tensor(prompt))
+    trainer.model.generate(input_ids=torch.tensor(prompt))
+    assert watch.budgets()["generated_tokens"] == 3 + 1 + 4
 
 
 def test_what_is_sampled_besides_rollouts_counts(folder):
