@@ -116,7 +116,7 @@ def test_a_method_that_collapses_is_said_to(tmp_path):
     text = report(tmp_path)
     dasd = cells(text, "dasd")
     assert (dasd["held out, %"], dasd["collapsed"], dasd["tokens per answer"]) == ("0.0 ± 0.0", "3 of 3", "72.0 ± 0.0")
-    [sentence] = re.findall(r"^Collapsed: (.*)\.$", text, re.MULTILINE)
+    [sentence] = re.findall(r"^- Collapsed: (.*)\.$", text, re.MULTILINE)
     assert "dasd (3 of 3)" in sentence
     assert "opsd, its teacher reads another problem's solution (3 of 3)" in sentence
     assert "opsd (" not in sentence
@@ -129,7 +129,7 @@ def test_sentences_are_what_the_figures_support(tmp_path):
     assert "another problem's solution: +80.0 ± 4.8 points (above)" in text
     assert "the solution in another order: +0.0 ± 4.8 points (not told apart)" in text
     [middling, verbose] = re.findall(
-        r"^Against GRPO with as many tokens: above: ([\w, ]+); below: (.*)\.$", text, re.MULTILINE
+        r"^- Against GRPO with as many tokens: above: ([\w, ]+); below: (.*)\.$", text, re.MULTILINE
     )
     assert "opsd" in middling[0].split(", ")
     assert middling[1] == "dasd"
@@ -209,7 +209,7 @@ def test_curves_are_drawn_by_family_beside_grpo(tmp_path, drawn):
     assert set(lines["SFT (TRL), at its end"].get_ydata()) == {0.9}
     assert axes.get_xlabel() == "generated tokens"
     assert "opsd, its teacher reads what the student reads" in [
-        line.get_label() for line in panels["middling base: compared with"].lines
+        line.get_label() for line in panels["middling base: controls"].lines
     ]
     for axes in panels.values():
         assert {"GRPO (TRL)", "SFT (TRL), at its end"} <= {line.get_label() for line in axes.lines}

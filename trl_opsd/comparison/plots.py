@@ -23,8 +23,8 @@ _MARKERS = "osD^vP*X<>phd8"
 
 
 def _kind(arm: str) -> str:
-    """What an arm is drawn with: methods of its family, or what methods are compared with."""
-    return str(family_of(ARMS[arm])) if arm in METHODS else "compared with"
+    """What an arm is drawn with: methods of its family, or controls, TRL's trainers among them."""
+    return str(family_of(ARMS[arm])) if arm in METHODS else "controls"
 
 
 def accuracy_over_tokens(bases: Mapping[str, Runs]) -> "Figure | None":
@@ -96,7 +96,8 @@ def accuracy_over_length(bases: Mapping[str, Runs], themselves: Mapping[str, Res
     shown = {base: arms for base, arms in bases.items() if arms}
     if not shown:
         return None
-    figure = Figure(figsize=(14, 6.5), layout="constrained")
+    legend = 0.09 * max(len(arms) for arms in shown.values())
+    figure = Figure(figsize=(14, 5.5 + legend), layout="constrained")
     for axes, (base, arms) in zip(figure.subplots(1, len(shown), squeeze=False).flat, shown.items(), strict=True):
         kinds: dict[str, list[str]] = {}
         for arm in arms:
@@ -112,7 +113,7 @@ def accuracy_over_length(bases: Mapping[str, Runs], themselves: Mapping[str, Res
                     xerr=[[x - min(lengths)], [max(lengths) - x]],
                     yerr=[[y - min(shares)], [max(shares) - y]],
                     fmt=_MARKERS[index % len(_MARKERS)],
-                    color=f"C{color}" if kind != "compared with" else _GREY,
+                    color=f"C{color}" if kind != "controls" else _GREY,
                     markersize=7,
                     label=f"{ARMS[arm].title} ({kind})" if arm in METHODS else ARMS[arm].title,
                 )

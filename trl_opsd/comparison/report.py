@@ -70,19 +70,20 @@ was not run.
 
 {% for part in parts %}
 **{{ part.title | capitalize }}.**
+
 {% if part.controls %}
-Does the reference teach, or just the prompt? {{ part.controls | join("; ") }}.
+- Does the reference teach, or just the prompt? {{ part.controls | join("; ") }}.
 {% endif %}
 {% if part.families %}
-Families of at least two methods, an interval over the methods: {{ part.families | join("; ") }}.
+- Families of at least two methods, an interval over the methods: {{ part.families | join("; ") }}.
 {% endif %}
 {% if part.means %}
-Held out, mean of the methods: {{ part.means | join("; ") }}.
+- Held out, mean of the methods: {{ part.means | join("; ") }}.
 {% endif %}
 {% if part.grpo %}
-Against GRPO with as many tokens: {{ part.grpo | join("; ") }}.
+- Against GRPO with as many tokens: {{ part.grpo | join("; ") }}.
 {% endif %}
-{{ part.collapsed }}
+- {{ part.collapsed }}
 
 {% endfor %}
 ## What cannot be seen at this size
@@ -91,8 +92,8 @@ Against GRPO with as many tokens: {{ part.grpo | join("; ") }}.
   {{ widths }} wide to each side.
 - Anything about text. One token is one character, an answer has 30 to 70 of them, and a solution is right at every
   token, so that methods which filter or weight tokens of a long text have little to choose from.
-- What noise in a teacher does. The bases were trained to read a reference (reading the solution, the middling base
-  is right on {{ told }} of the problems); they cannot write reflections, and read attempts of their own only in the
+- What a teacher does that reads worse. The bases were trained to read a reference (reading the solution, the middling
+  base is right on {{ told }} of the problems); they cannot write reflections, and read attempts of their own only in the
   words that they were trained on. Recipes in [`recipes/playground`](../recipes/playground) say what is left of each
   method.
 - Constants of the papers. Each method runs by its playground recipe. Beside the learning rate, nothing of it was
@@ -120,9 +121,10 @@ Against GRPO with as many tokens: {{ part.grpo | join("; ") }}.
 - **Tests.** One sample per problem at temperature 1 and top-p 0.95: 300 problems held out, 200 longer, 200 in
   words; 200 others for the learning curves (verbose: 150). It is cut off after 72 tokens, from the verbose base
   after 120.
-- **Cost.** Tokens, rates and tests were chosen so that all methods, with {{ seeds | length }} seeds, take less than
-  6 hours on 2 cores. Seconds are the processor time of the training alone, on one thread. The runs that are there
-  took {{ core_hours }} core-hours, tests included.
+- **Cost.** All methods, tuned over {{ full_rates }} rates and with {{ full_seeds }} seeds, are to take less than 6
+  hours on 2 cores; that decided the tokens, the rates and the number of problems. {% if seconds %}A training that is
+  there took {{ seconds }} seconds of processor time on one thread, tests and the start of its process not counted.
+  {% endif %}All runs that are there took {{ core_hours }} core-hours, tests included.
 
 {% if failures %}
 ## Runs that failed
@@ -185,6 +187,7 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[str]:
         for result in lookup(arm, base).values()
         if result["generated_tokens"]
     ]
+    seconds = [result["seconds"] for arm, base in pairs for result in lookup(arm, base).values() if result["curve"]]
     differences = [
         difference
         for base in plan.bases
@@ -221,6 +224,9 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[str]:
         tokens=plan.scale * (ARMS["opsd"].tokens or 0),
         batch=BATCH_SIZE,
         generated=f"{min(generated):,} to {max(generated):,}" if generated else "no",
+        full_rates=len(FULL.learning_rates),
+        full_seeds=len(FULL.seeds),
+        seconds=f"{min(seconds):.0f} to {max(seconds):.0f}" if seconds else "",
         tuned=len(plan.learning_rates) > 1,
         rates=[f"{rate:g}" for rate in plan.learning_rates],
         tuning_seed=TUNING_SEED,
