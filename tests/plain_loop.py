@@ -6,7 +6,7 @@ are summed over the whole vocabulary in float64, and autograd does the rest.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class Row:
     old_log_probs: list[float] | None = None  # None: those of the student
     divergence_weights: list[float] | None = None
     likelihood_weights: list[float] | None = None
+    reads_context: bool = False  # whether the student reads the teacher's prompt
+    objective: dict[str, Any] | None = None  # of its divergence, where that is another than the method's
 
 
 def loss_and_gradient(
@@ -57,14 +59,15 @@ def loss_and_gradient(
     for row in rows:
         token_ids = torch.tensor(row.completion)[:, None]
         by_student = _given(row.by_student, token_ids)
-        p_s = probabilities(student, row.prompt, row.completion, method.temperature)
+        prompt = row.teacher_prompt if row.reads_context else row.prompt
+        p_s = probabilities(student, prompt, row.completion, method.temperature)
         with torch.no_grad():
             p_t = probabilities(teacher, row.teacher_prompt or row.prompt, row.completion, method.temperature)
         log_probs = p_s.gather(1, token_ids)[:, 0].log()
         old = log_probs.detach() if row.old_log_probs is None else torch.tensor(row.old_log_probs)
         ratio, advantage = (log_probs - old).exp(), torch.tensor(row.advantage)
         clipped = ratio.clamp(1 - method.epsilon, 1 + method.epsilon_high)
-        entries = divergence_entries(p_s, p_t, token_ids, method)
+        entries = divergence_entries(p_s, p_t, token_ids, replace(method, **(row.objective or {})))
         divergence = entries.clamp(max=torch.inf if method.clip is None else method.clip).sum(-1)
         terms["divergence"].append(divergence * _given(row.divergence_weights, token_ids))
         terms["policy"].append(-torch.min(ratio * advantage, clipped * advantage))

@@ -196,12 +196,16 @@ PASSES = {
     "opsd": (1, 1),
     "opsdc": (1, 1),
     "pbsd": (1, 2),
+    "brts": (1, 3),  # of 8 completions of the teacher's, two passes choose
+    "vpd": (1, 1),  # and in every fifth batch (1, 2)
+    "atmanrl": (1, 0),  # besides those of its reward, which the benchmark replaces
     "sdft": (1, 1),
     "sdpo": (1, 1),
     "sc_sdpo": (1, 1),
     "ssopd": (1, 1),
     "u_opsd": (1, 1),
     "drift": (1, 1),
+    "cipo": (1, 0),
     "mopd": (1, 1),
     "correct_only": (1, 1),
     "rlsd": (1, 2),

@@ -113,6 +113,7 @@ VARIANTS = [
 ]
 # For want of answers, rollouts agree by their length
 LENGTHS = {"answer_of": "builtins.len", "same_answer": "operator.eq"}
+GREEDY = {"completions_kwargs": {"temperature": 0.0, "num_candidates": 1}}
 # In every step, one process has no row with a context, or nothing to try again
 METHODS = [
     job("rlrt", "full", max_steps=4, rows=8, num_generations=4),
@@ -142,11 +143,21 @@ METHODS = [
     job("sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("sc_sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("ssopd", "full", max_steps=4, rows=8, num_generations=4),
+    job("cipo", "full", max_steps=4, num_generations=2),
     job("drift", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("u_opsd", "full", max_steps=4, num_generations=4, context_kwargs=LENGTHS),
     job("rlsd", "full", max_steps=4, rows=8, num_generations=4),
     job("sdft", "full", max_steps=4),
     job("pbsd", "full", rows=6, max_steps=4, top_k=1),  # with a pair on both processes
+    job(
+        "vpd",
+        "full",
+        rows=8,
+        num_generations=4,
+        token_weights={"trl_opsd.methods.vpd.EStep": {"every": 2}},
+        max_steps=4,
+    ),
+    job("brts", "full", rows=6, max_steps=4, top_k=1, teacher="initial", privileged_context="solution", **GREEDY),
     job("correct_only", "full", max_steps=4, context_kwargs={"max_new_tokens": 8}),
     job("star", "full", max_steps=4, top_k=1),
     job("cl_egrsd", "full", max_steps=4, advantage_kwargs={"lookahead": 3, "warmup_steps": 1}),
@@ -186,6 +197,7 @@ def one_process(tmp_path_factory):
 
 METRICS = ("loss", "distillation_loss", "likelihood_loss", "entropy", "num_generated_tokens", "context_rate")
 METRICS += ("teacher_prompts/max_length", "completions/retry_rate", "completions/off_policy_rate", "preference/loss")
+METRICS += ("replaced_distillation_loss", "completions/tier_2_rate", "e_step/loss")
 
 
 def assert_same(found, expected, metrics=METRICS):

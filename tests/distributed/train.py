@@ -85,7 +85,7 @@ def shard_small_weights(args: TrainingArguments) -> None:
 
 
 def reward_of(method: str, args: TrainingArguments):
-    if args.completions == "hinted_retry":
+    if args.completions == "hinted_retry" or method == "brts":
         return right_at_last()
     if (args.privileged_context == "peers" and method != "opsd") or "." in args.privileged_context:
         return of_odd_problems
@@ -258,6 +258,7 @@ def report(trainer, num_passes: list[int], average: dict[str, torch.Tensor], out
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = ("loss", "distillation_loss", "likelihood_loss", "entropy", "num_generated_tokens", "context_rate")
     names += ("teacher_prompts/max_length", "completions/retry_rate", "completions/off_policy_rate", "preference/loss")
+    names += ("replaced_distillation_loss", "completions/tier_2_rate", "e_step/loss")
     result = {name: [entry[name] for entry in history if name in entry] for name in names}
     result["benchmarks"] = [
         {name: value for name, value in entry.items() if name.startswith(("eval_playground", "step"))}

@@ -77,6 +77,10 @@ def parted(seen: Seen) -> dict[str, Any]:
     return {"advantage": factor * seen.advantage, **at_most_twice(seen)}
 
 
+def around_the_mean(seen: Seen) -> dict[str, Any]:
+    return {"advantage": seen.all.rewards[seen.index] - seen.all.success_rate(seen.index)}
+
+
 def undecided(seen: Seen) -> dict[str, list]:
     """4p(1 − p) in the first three tokens; the mean is one over prompts."""
     rate, number = seen.all.success_rate(seen.index), len(seen.token_ids)
@@ -197,6 +201,38 @@ def better_than_before(seen: Seen) -> dict[str, Any]:
     return {"likelihood_weights": [sign * slope.item()] * len(seen.token_ids)}
 
 
+def ten_times_what_the_teacher_wrote(seen: Seen) -> dict[str, Any]:
+    [position] = [position for position, one in enumerate(seen.batch) if one is seen]
+    if position % 2 == 0:
+        return {}
+    return {
+        "divergence_weights": [10.0] * len(seen.token_ids),
+        "objective": {"divergence": "forward_kl", "support": "teacher_top_k"},
+    }
+
+
+def told_apart_with_the_context(seen: Seen) -> dict[str, Any]:
+    """BCO with β = 0.1 in a first batch, of rows that are counted together."""
+    if seen.teacher is None:
+        return {"selected": [0] * len(seen.token_ids)}
+    both = [
+        [0.1 * one.delta.sum() for one in seen.batch if one.teacher is not None and one.is_right == kind]
+        for kind in (True, False)
+    ]
+    right, wrong = map(torch.stack, both)
+    middle = (right.mean() + wrong.mean()) / 2
+    sign, number = (1.0, len(right)) if seen.is_right else (-1.0, len(wrong))
+    slope = sign * 0.1 / (1 + (sign * (0.1 * seen.delta.sum() - middle)).exp())
+    weight = (slope * (len(right) + len(wrong)) / number).item()
+    return {"likelihood_weights": [weight] * len(seen.token_ids), "reads_context": True}
+
+
+def less_the_mean_of_its_group(seen: Seen) -> dict[str, Any]:
+    [position] = [position for position, one in enumerate(seen.batch) if one is seen]
+    group = seen.batch[position - position % 4 :][:4]
+    return {"advantage": seen.is_right - sum(one.is_right for one in group) / 4}
+
+
 @dataclass(frozen=True)
 class StandIn:
     """
@@ -224,6 +260,28 @@ STAND_INS = {
         plain_loop.Method(divergence_coef=0.0, likelihood_coef=1.0, loss_type="luspo", temperature=1.1),
         better_than_before,
         metrics=("likelihood_row_rate", "preference/loss", "preference/pair_rate", "completions/off_policy_rate"),
+    ),
+    "brts": StandIn(
+        plain_loop.Method("reverse_kl", support="student_top_k", top_k=16, loss_type="dapo"),
+        ten_times_what_the_teacher_wrote,
+        {"teacher": "initial", "privileged_context": "solution", "completions_kwargs": {"num_candidates": 2}},
+        has_reward=True,
+        metrics=("distillation_loss", "replaced_distillation_loss", "completions/tier_1_rate"),
+    ),
+    "vpd": StandIn(
+        plain_loop.Method(divergence_coef=0.0, likelihood_coef=1.0, loss_type="luspo"),
+        told_apart_with_the_context,
+        {**GROUPS, "token_weights": {"trl_opsd.methods.vpd.EStep": {"every": 1}}},
+        has_reward=True,
+        has_live_teacher=True,
+        metrics=("likelihood_row_rate", "e_step/rate", "e_step/skip_rate"),
+    ),
+    "atmanrl": StandIn(
+        plain_loop.Method(divergence_coef=0.0, policy_loss_coef=1.0),
+        less_the_mean_of_its_group,
+        GROUPS,
+        has_reward=True,
+        metrics=("clip_ratio/region_mean",),
     ),
     "sdft": StandIn(plain_loop.Method("forward_kl"), after_three),
     "sdpo": StandIn(
@@ -259,6 +317,13 @@ STAND_INS = {
         {**GROUPS, "advantage_kwargs": {"hard": 0.3, "easy": 0.45}},
         has_reward=True,
         metrics=("distillation_loss", "divergence_row_rate", "difficulty/hard_rate", "buffer/read_rate"),
+    ),
+    "cipo": StandIn(
+        plain_loop.Method(divergence_coef=0.0, policy_loss_coef=1.0),
+        around_the_mean,
+        GROUPS,
+        has_reward=True,
+        metrics=("rewards/risk/mean", "corrections/rate", "corrections/ratio", "clip_ratio/region_mean"),
     ),
     "mopd": StandIn(
         plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),

@@ -2,6 +2,7 @@
 
 import math
 
+import plain_loop
 import pytest
 import torch
 from methods.stand_ins import GROUPS, STAND_INS, Generated, Sampler, Seen, begins_with_r, feedback_on
@@ -26,7 +27,7 @@ WITHOUT_A_CONTEXT |= dict.fromkeys(["teacher_update_steps", "teacher_update_rate
 PLAIN = {"schedules": {}, "advantage": "grpo", "advantage_kwargs": None}
 SGD = {"optim": "sgd", "learning_rate": 0.1}  # Adam would blow up the rounding of gradients that are almost zero
 SHAPES = ["rlsd", "rlrt", "rlcsd", "dasd", "antisd", "sdpg"]  # GRPO's advantages, or adds to its loss
-HAS_ITS_OWN = ["egrsd", "cl_egrsd"]  # advantages, which are there without a teacher
+HAS_ITS_OWN = ["egrsd", "cl_egrsd", "atmanrl"]  # advantages, which are there without a teacher
 ADDS = ["ssopd", "drift"]  # a divergence to GRPO's loss
 REWARDED = [name for name, stand_in in STAND_INS.items() if stand_in.has_reward]
 
@@ -206,6 +207,9 @@ def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
     if name == "pbsd":
         by_teacher = sampler([trainer.teacher_prompt.token_ids(row, None) for row in rows[1::2]])
         completions = [ids for pair in zip(sampler(prompts[::2]), by_teacher, strict=True) for ids in pair]
+    if name == "brts":
+        by_teacher = best_of_two(trainer, sampler, rows[1::2], prompts[1::2], sampled_by)
+        completions = [ids for pair in zip(sampler(prompts[::2]), by_teacher, strict=True) for ids in pair]
     if name == "stable_opd":
         for index, row in list(enumerate(rows))[3::4]:
             completions[index] = [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
@@ -238,6 +242,29 @@ def again(trainer, sampler, row, ids):
         return ids
     [retry] = sampler([trainer.teacher_prompt.token_ids(row, None)])
     return retry if sampler.tokenizer.decode(retry).startswith("R") else ids
+
+
+def best_of_two(trainer, sampler, rows, prompts, student):
+    """What the teacher writes for some rows, by tier."""
+
+    def is_right(ids):
+        return sampler.tokenizer.decode(ids).startswith("R")
+
+    written = sampler([trainer.teacher_prompt.token_ids(row, None) for row in rows for _ in range(2)])
+    chosen = []
+    for prompt, *pair in zip(prompts, written[::2], written[1::2], strict=True):
+        near = []
+        for ids in pair:
+            likely = plain_loop.top_k_mask(probabilities(student, prompt, ids, 1.0), 16)
+            near.append(likely.gather(1, torch.tensor(ids)[:, None]).float().mean().item())
+        one, other = ((is_right(ids), share) for ids, share in zip(pair, near, strict=True))
+        chosen.append(pair[1] if other > one else pair[0])
+    wrong = [index for index, ids in enumerate(chosen) if not is_right(ids)]
+    told = trainer.completion_source.context
+    guided = sampler([trainer.teacher_prompt.before_rollouts(rows[index], told) for index in wrong])
+    for index, ids in zip(wrong, guided, strict=True):
+        chosen[index] = ids if is_right(ids) else chosen[index]
+    return chosen
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -339,10 +366,11 @@ def test_without_an_exponent_sc_sdpo_is_sdpo(make_trainer):
     assert are_equal(weights(trained(off)), weights(trained(parent)))
 
 
-OF_LIKELIHOOD = ["star", "pbsd", "stable_opd"]
+OF_LIKELIHOOD = ["star", "pbsd", "vpd", "stable_opd"]
 STANDARDISES = ["antisd_code"]  # what is left of rounding too
 READS_SPANS = ["trace"]  # whose teacher has to read something, see test_trace.py
-OTHERS = [*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD, *STANDARDISES, *READS_SPANS]
+NO_TEACHER = ["cipo"]
+OTHERS = [*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD, *STANDARDISES, *READS_SPANS, *NO_TEACHER]
 
 
 @pytest.mark.parametrize("name", sorted({*METHODS} - {*OTHERS}))
@@ -353,7 +381,9 @@ def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
 
 
 # The others learn from what is wrong
-@pytest.mark.parametrize("name", [name for name in REWARDED if name not in ("mopd", "dasd", "antisd", *HAS_ITS_OWN)])
+@pytest.mark.parametrize(
+    "name", [name for name in REWARDED if name not in ("mopd", "dasd", "antisd", "brts", *HAS_ITS_OWN)]
+)
 def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
     sampler.patterns = ("WWWW",)
     sampler.num_letters = lambda number: 1  # about which there is no feedback
@@ -363,8 +393,8 @@ def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
         assert all(math.isfinite(value) for value in entry.values())
         assert (entry["loss"], entry["grad_norm"], entry["skipped_steps/total"]) == (0.0, 0.0, 0.0)
         rates = [value for key, value in entry.items() if key.endswith("_row_rate")]
-        of_none = {name: [] for name in ("rlsd", "rlrt", "rlcsd", "antisd_code")}
-        assert rates == {**of_none, "sdpg": [1.0]}.get(name, [0.0])
+        of_none = {name: [] for name in ("rlsd", "rlrt", "rlcsd", "antisd_code", "cipo")}
+        assert rates == {**of_none, "sdpg": [1.0], "vpd": [0.0, 0.0]}.get(name, [0.0])
     assert are_equal(weights(trainer), before)
 
 
@@ -473,7 +503,7 @@ def test_micro_batches_change_nothing(make_trainer, name):
         for more in (
             {},
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
-            {"max_tokens_per_microbatch": 400},
+            {"max_tokens_per_microbatch": 300},
         )
     )
     passes, networks = [], cut.loss.networks

@@ -150,6 +150,8 @@ def prompts_of(number, process_index, without=()):
         sample=None,
         sample_teacher=lambda prompts: sample("teacher", prompts),
         teacher_prompt=teacher_prompt,
+        prompt_with=None,
+        share_in_top_k=None,
         encode=None,
         grade=None,
     )

@@ -36,6 +36,10 @@ class World:
         self.graded.append(len(rows))
         return [tuple(completion) in self.right for _, completion in zip(rows, ids, strict=True)]
 
+    def near(self, prompt_ids, ids, k):
+        self.compared = [(tuple(prompt), tuple(its)) for prompt, its in zip(prompt_ids, ids, strict=True)]
+        return [sum(its) / k for its in ids]
+
     def gather(self, items):
         return [*items, self.others]  # of another process
 
@@ -44,7 +48,8 @@ class World:
         engines = Engines(
             sample=self.sample,
             sample_teacher=lambda asked: [[prompt[0], 2] for prompt in asked],
-            teacher_prompt=lambda row: [row["number"], "hint"] if row["number"] in self.contexts else None,
+            teacher_prompt=lambda row, context: [row["number"], "hint"] if row["number"] in self.contexts else None,
+            share_in_top_k=self.near,
             encode=lambda text: [int(text.split()[-1]), 9],
             grade=self.grade,
             process_index=process_index,
@@ -52,6 +57,23 @@ class World:
         )
         self.completing = Completing(engines, Generation(ROWS), prompts, lambda: self.sample(prompts))
         return self.completing(source, seed=1, step=step)
+
+
+class Compares(CompletionSource):
+    """Keeps how near two of the rows are."""
+
+    def __call__(self, prompts):
+        self.found = prompts.share_in_top_k([5, 3], [[6, 2], [4]], 4)
+        return prompts.rollouts()
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_completions_are_compared_with_the_rows_prompts(others):
+    """As many on all processes, of which what is there besides counts for nothing."""
+    world, source = World(others=others), Compares()
+    world.complete(source)
+    assert source.found == [2.0, 1.0]
+    assert world.compared == [((5,), (6, 2)), ((3,), (4,)), *[((0,), ())] * (max(others, 2) - 2)]
 
 
 def test_on_policy_is_what_was_sampled():

@@ -8,7 +8,7 @@ import torch
 from trl_opsd.signal import Advantage, Signals, TokenScores, TokenWeighting
 from trl_opsd.signal.advantage import GroupAdvantage
 from trl_opsd.signal.schedule import Hysteresis, Linear
-from trl_opsd.signal.weighting import CorrectOnly, ImportanceClip, SkipFirst
+from trl_opsd.signal.weighting import CorrectOnly, ImportanceClip, Replaced, SkipFirst
 
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1]]).bool()  # of the last, a tool wrote the second token
@@ -83,6 +83,14 @@ def test_what_selects_may_weight_too():
     streams = make_signals(likelihood=1.0, mine=Signed()).streams(make_batch(), None)
     assert streams["likelihood_mask"].equal(MASK & torch.tensor([[True], [False], [True]]))
     assert streams["likelihood_weights"].equal(torch.tensor([[-2.0], [0.0], [0.5]]) * streams["likelihood_mask"])
+
+
+def test_what_took_the_place_of_rollouts_is_weighed():
+    batch = three_tokens.make_batch(MASK, replaced=[False, True, False])
+    assert Replaced(10.0)(batch, None).tolist() == [[1.0], [10.0], [1.0]]
+    for weight in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="`weight` must not be negative or infinite"):
+            Replaced(weight)
 
 
 def test_weights_of_a_term_that_is_off_are_not_asked():

@@ -7,6 +7,8 @@ import torch
 from tiny import make_tokenizer
 
 from trl_opsd.context import PeersContext, PlanContext, ReflectionContext, SolutionContext, TeacherPrompt
+from trl_opsd.signal import COEFFICIENTS, Signals
+from trl_opsd.signal.advantage import GroupAdvantage
 from trl_opsd.trainer.batch import (
     Generation,
     TeacherInputs,
@@ -47,6 +49,7 @@ def make_inputs(context, process_index=0, num_processes=1, gather=lambda values:
     prompt = TeacherPrompt(context, tokenizer, {}, "", None, False)
     return TeacherInputs(
         teacher_prompt=prompt,
+        signals=Signals(dict.fromkeys(COEFFICIENTS, 1.0), GroupAdvantage(), {}, {}),
         reward_weights=torch.ones(1),
         success_threshold=1.0,
         end_ids=(END,),

@@ -185,6 +185,8 @@ class Contender:
             Names of others, which return what they have sampled for their first argument.
         replaces_rollouts (`bool`, *optional*, defaults to `False`):
             Whether something else may be trained on than rollouts, of which fewer are then asked for.
+        exchanges_prompts (`bool`, *optional*, defaults to `False`):
+            Whether prompts may be others than those of the rows, and longer.
     """
 
     trainer: Any
@@ -193,6 +195,7 @@ class Contender:
     result: Callable[[list[list[int]], list[list[int]]], Any]
     samples_besides: tuple[str, ...] = ()
     replaces_rollouts: bool = False
+    exchanges_prompts: bool = False
 
 
 def _arguments(case: StepCase) -> dict[str, Any]:
@@ -312,7 +315,12 @@ def method(case: StepCase, name: str) -> Contender:
     """[`SelfDistillationTrainer`] with the defaults of a method, every other rollout being rewarded."""
     from trl_opsd import SelfDistillationTrainer
 
-    args = config_class(name)(**_arguments(case), num_generations=case.num_generations)
+    config, arguments = config_class(name), _arguments(case)
+    if config.teacher == "external":
+        if case.random_weights:
+            raise CannotRun("its teacher is loaded a second time, which random weights are not")
+        arguments["teacher_model_name_or_path"] = case.model
+    args = config(**arguments, num_generations=case.num_generations)
     shared = _shared(case)
     rows = shared["train_dataset"]
     for column in ("solution", "answer", "english"):
@@ -329,6 +337,7 @@ def method(case: StepCase, name: str) -> Contender:
         lambda prompts, rollouts: (rollouts, None),
         samples_besides=("sample", "sampler.sample_teacher"),
         replaces_rollouts=trainer.completion_source.replaces_rollouts,
+        exchanges_prompts=trainer.args.prompts is not None,
     )
 
 
@@ -526,7 +535,8 @@ class _StepByStep(TrainerCallback):
         ):
             lengths = [len(tokens) for tokens in ids]
             is_number = len(ids) == case.num_rollouts or self._contender.replaces_rollouts
-            if not is_number or set(lengths) != {length}:
+            is_length = set(lengths) == {length} or (what == "prompts" and self._contender.exchanges_prompts)
+            if not is_number or not is_length:
                 raise ValueError(f"{case.num_rollouts} {what} of {length} tokens were asked for, got {lengths}.")
         if self._peak is not None:
             self._peak.restart()

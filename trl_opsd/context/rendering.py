@@ -1,7 +1,7 @@
 """From messages to the token ids the teacher reads."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accelerate import PartialState
@@ -70,6 +70,19 @@ class TeacherPrompt:
             self.tokenizer(prefix, add_special_tokens=False)["input_ids"]
             for prefix in (self.generation_prefix, self.chat_prefix + self.generation_prefix)
         )
+
+    def before_rollouts(self, row: Mapping[str, Any], context: PrivilegedContext | None = None) -> list[int] | None:
+        """
+        Token ids of the prompt of a row that has no rollouts yet.
+
+        Args:
+            row (`Mapping[str, Any]`):
+                Dataset row.
+            context ([`PrivilegedContext`], *optional*):
+                What the teacher reads for once. Its prompt is skipped if it is over budget.
+        """
+        reading = self if context is None else replace(self, context=context, skip_overlong=True)
+        return reading.token_ids(row, None)
 
     def token_ids(
         self,

@@ -3,7 +3,7 @@
 from .aggregation import aggregation_weights, share_of_rows
 from .dense import generalized_jsd_loss
 from .divergence import Divergence, pointwise_divergence
-from .fused import FusedDivergence, fused_divergence, teacher_choices, token_log_probs
+from .fused import FusedDivergence, fused_divergence, teacher_choices, token_log_probs, tokens_in_top_k
 from .head import Head
 from .kernels import default_kernel
 from .objective import Objective, Support, Tail
@@ -26,4 +26,5 @@ __all__ = [
     "share_of_rows",
     "teacher_choices",
     "token_log_probs",
+    "tokens_in_top_k",
 ]

@@ -252,6 +252,36 @@ def teacher_choices(
     return outputs[0], outputs[1]
 
 
+def tokens_in_top_k(
+    hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, k: int, memory_budget: float | None = None
+) -> torch.Tensor:
+    """
+    Whether tokens are among the k most probable ones, without a gradient.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`):
+            Hidden states, row n predicting token n.
+        head ([`Head`]):
+            Head, with V rows.
+        token_ids (`torch.Tensor` of shape `(N,)`):
+            Tokens, int64.
+        k (`int`):
+            Fewer than so many tokens are more probable.
+        memory_budget (`float`, *optional*):
+            See [`fused_divergence`].
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, bool.
+    """
+    plan = _Plan.make(hidden, head.weight, 1, memory_budget, "eager", head_gradient_bytes=0)
+    finish = _detached(head, plan.wide)
+    found = torch.empty(hidden.size(0), dtype=torch.bool, device=hidden.device)
+    for place, (products,) in _products(plan, [hidden], [head]):
+        logits = finish.logits(products)
+        found[place] = (logits > logits.gather(1, token_ids[place].unsqueeze(1))).sum(dim=1) < k
+    return found
+
+
 @torch.no_grad()
 def _products(
     plan: "_Plan", states: Sequence[torch.Tensor], heads: Sequence[Head]

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -67,9 +68,15 @@ class Prompts:
         sample (`Callable[[Sequence[list[int]]], list[list[int]]]`):
             Completions of any prompts by the student, sampled as its rollouts are.
         sample_teacher (`Callable[[Sequence[list[int]]], list[list[int]]]`):
-            Completions of any prompts by the teacher.
+            Completions of any prompts by the teacher, sampled as rollouts are or by `teacher_sampling`.
         teacher_prompt (`Callable[[int], list[int] | None]`):
             Token ids of what the teacher reads for a row, `None` if it has no context.
+        prompt_with (`Callable[[int, Any], list[int] | None]`):
+            Token ids of what it would read for a row by another [`~trl_opsd.context.PrivilegedContext`], `None` if
+            there is none, or if it would be too long.
+        share_in_top_k (`Callable[[Sequence[int], Sequence[list[int]], int], list[float]]`):
+            The share of the tokens of completions of some rows, by their indices, that are among the k tokens which
+            the student, reading them, finds most probable.
         encode (`Callable[[str | list[dict[str, Any]]], list[int]]`):
             Token ids of a completion that is text or messages, with the token that ends it.
         grade (`Callable[[Sequence[int], Sequence[list[int]]], list[bool | None]]`):
@@ -86,6 +93,8 @@ class Prompts:
     sample: Callable[[Sequence[TokenIds]], list[TokenIds]]
     sample_teacher: Callable[[Sequence[TokenIds]], list[TokenIds]]
     teacher_prompt: Callable[[int], TokenIds | None]
+    prompt_with: Callable[[int, Any], TokenIds | None]
+    share_in_top_k: Callable[[Sequence[int], Sequence[TokenIds], int], list[float]]
     encode: Callable[[Any], TokenIds]
     grade: Callable[[Sequence[int], Sequence[TokenIds]], list[bool | None]]
 
@@ -107,6 +116,8 @@ class CompletionSource(ABC):
     """Whether it reads the teacher's prompt, which there is no rollout for yet."""
     samples_teacher = False
     """Whether it samples from the teacher's weights."""
+    teacher_sampling: Mapping[str, Any] = MappingProxyType({})
+    """How it does, where that is not how rollouts are sampled: `temperature`, `top_p` and `top_k`."""
     group_size = 1
     """What the rollouts of a prompt are a multiple of."""
 

@@ -11,7 +11,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx, pad
 
-from ..objective import Head, teacher_choices, token_log_probs
+from ..objective import Head, teacher_choices, token_log_probs, tokens_in_top_k
 from ..teacher import Targets, Teacher
 from .heads import causal_lm, head_of, unsharded
 from .logits import check_logits, check_packing
@@ -141,6 +141,59 @@ class Networks:
         ]
         log_probs, entropies = map(torch.cat, zip(*parts, strict=True))
         return log_probs, entropies
+
+    @torch.no_grad()
+    def share_in_top_k(
+        self,
+        model: nn.Module,
+        batch_size: int,
+        prompt_ids: Sequence[list[int]],
+        completion_ids: Sequence[list[int]],
+        k: int,
+    ) -> list[float]:
+        """
+        The share of a completion's tokens that are among the k most probable ones where they stand. All processes call
+        this with as many.
+
+        Args:
+            model (`nn.Module`):
+                Any model, possibly wrapped.
+            batch_size (`int`):
+                Rows that go through the network at once.
+            prompt_ids (`Sequence[list[int]]`):
+                Prompts.
+            completion_ids (`Sequence[list[int]]`):
+                Completions.
+            k (`int`):
+                Number of tokens.
+
+        Returns:
+            `list[float]`: for each completion, 0 for an empty one.
+        """
+        shares: list[float] = []
+        device = self._accelerator.device
+        for start in range(0, len(prompt_ids), batch_size):
+            ids, masks = [], []
+            for some, side in ((prompt_ids, "left"), (completion_ids, "right")):
+                rows = [torch.tensor(one, dtype=torch.int64) for one in some[start : start + batch_size]]
+                ids.append(pad(rows, 0, side).to(device))
+                masks.append(pad([torch.ones_like(one) for one in rows], 0, side).to(device))
+            with evaluation_mode(self._accelerator.unwrap_model(model)):
+                given = torch.cat(ids, dim=1), torch.cat(masks, dim=1), masks[1].bool()
+                found = self.within(model, self._rows_in_top_k, *given, k)
+            shares += (found.sum(dim=1) / masks[1].sum(dim=1).clamp(min=1)).tolist()
+        return shares
+
+    def _rows_in_top_k(
+        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, selected: torch.Tensor, k: int
+    ) -> torch.Tensor:
+        hidden = self.states(model, input_ids, attention_mask, selected)
+        head = head_of(model)
+        with maybe_gather_lm_head_ctx(head.weight, head.bias), self._accelerator.autocast():
+            head = unsharded(head)
+            token_ids = input_ids[:, input_ids.size(1) - selected.size(1) :][selected].to(head.weight.device)
+            found = tokens_in_top_k(hidden.to(head.weight.device), head, token_ids, k, self._memory_budget)
+            return torch.zeros_like(selected).masked_scatter(selected, found.to(selected.device))
 
     def passes(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         """

@@ -202,7 +202,8 @@ class Signals:
         Returns:
             `dict[str, torch.Tensor]`: `advantages` of shape `(B,)` or `(B, T)`; `divergence_mask` and
             `likelihood_mask`, bool, the tokens that a term counts, and `divergence_weights` and `likelihood_weights`,
-            fp32, all of shape `(B, T)`.
+            fp32, all of shape `(B, T)`; and `likelihood_reads_context`, if the likelihood is that of the policy
+            reading the teacher's prompt.
 
         Raises:
             ValueError: If a part returns another shape, or numbers that are not finite.
@@ -212,8 +213,9 @@ class Signals:
         masks = {"divergence": batch.mask & batch.has_context, "likelihood": batch.mask}
         weights = dict.fromkeys(TERMS, torch.ones_like(batch.mask, dtype=torch.float32))
         for part in self._asked:
-            factors = self._checked(part, part(batch, scores), batch)
+            given = part(batch, scores)
             for term in part.terms:
+                factors = self._checked(part, given[term] if isinstance(given, Mapping) else given, batch)
                 weights[term] = weights[term] * factors
                 if part.selects:
                     masks[term] = masks[term] & (factors != 0)
@@ -223,6 +225,8 @@ class Signals:
             shaped = self._checked(self.advantage, shaped, batch)
             advantages = shaped.squeeze(1) if shaped.size(1) == 1 else torch.where(batch.mask, shaped, 0.0)
         streams = {"advantages": advantages}
+        if any(part.reads_context for part in self._asked):
+            streams["likelihood_reads_context"] = torch.tensor(True)
         for term in TERMS:
             streams |= {f"{term}_mask": masks[term], f"{term}_weights": weights[term] * masks[term]}
         return streams

@@ -1,6 +1,8 @@
 """Weights of tokens in the divergence and the likelihood term."""
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +21,9 @@ class TokenWeighting(ABC):
 
     Of one that `selects`, what it gives 0 is not counted in the normaliser either: the term is the mean over what is
     kept. One whose terms are all off is not asked. One that `needs_replaced` compares completions that took the place
-    of rollouts with others. One with a memory has `state_dict` and `load_state_dict`, as a [`Schedule`] does.
+    of rollouts with others. One that `changes_prompt` says with `reads_context`, of the batch that it was last asked
+    about, whether the likelihood is that of the policy reading the teacher's prompt; no other term may count a token
+    of it. One with a memory has `state_dict` and `load_state_dict`, as a [`Schedule`] does.
     """
 
     terms: ClassVar[tuple[str, ...]] = TERMS
@@ -29,9 +33,11 @@ class TokenWeighting(ABC):
     needs_spans: ClassVar[bool] = False
     needs_reward: ClassVar[bool] = False
     needs_replaced: ClassVar[bool] = False
+    changes_prompt: ClassVar[bool] = False
+    reads_context: bool = False
 
     @abstractmethod
-    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor | Mapping[str, torch.Tensor]:
         """
         The factors.
 
@@ -42,7 +48,7 @@ class TokenWeighting(ABC):
                 Scores of their tokens. `None` unless a part of the method `needs_scores`.
 
         Returns:
-            `torch.Tensor` of shape `(B, T)`, or one that broadcasts to it.
+            `torch.Tensor` of shape `(B, T)`, or one that broadcasts to it; or one for each of its `terms`, by name.
         """
 
 
@@ -79,6 +85,27 @@ class SkipFirst(TokenWeighting):
 
     def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         return torch.arange(batch.mask.size(1), device=batch.mask.device) >= self.num_tokens
+
+
+@dataclass(frozen=True)
+class Replaced(TokenWeighting):
+    """
+    Weighs completions that took the place of rollouts, as [BRTS](https://huggingface.co/papers/2605.09725) does.
+
+    Args:
+        weight (`float`):
+            Their factor.
+    """
+
+    weight: float
+    needs_replaced: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.weight < math.inf:
+            raise ValueError(f"`weight` must not be negative or infinite, got {self.weight}.")
+
+    def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+        return torch.where(batch.replaced, self.weight, 1.0)
 
 
 @dataclass(frozen=True)
@@ -177,5 +204,6 @@ TOKEN_WEIGHTS = {
     "correct_only": CorrectOnly,
     "skip_first": SkipFirst,
     "keep_first": KeepFirst,
+    "replaced": Replaced,
     "importance_clip": ImportanceClip,
 }

@@ -209,6 +209,7 @@ class TeacherInputs:
         num_generations: int,
         annotate: Callable[[list[list[int] | None], dict[str, Any]], Mapping[str, Any]],
         metrics: Metrics,
+        is_training: bool,
     ) -> list[list[int] | None]:
         """
         Put them into a generation batch.
@@ -224,6 +225,8 @@ class TeacherInputs:
                 From the teacher's prompts and the batch to what the teacher adds to it.
             metrics ([`Metrics`]):
                 Where rates and lengths go.
+            is_training (`bool`):
+                Whether it is trained on, and so remembered.
 
         Returns:
             `list[list[int] | None]`: the teacher's prompts, `None` for rows without a context.
@@ -238,19 +241,16 @@ class TeacherInputs:
         has_tokens = torch.tensor([position not in generation.empty for position in range(len(masks))])
         counted = has_tokens.to(masks.device) & ~batch["replaced"]
         add_degeneration(metrics, list(map(_text, generation.completions)), batch["truncated"], counted)
+        if is_training and self.memories:
+            rows = zip(generation.rows, cast(Sequence[Rollouts], generation.groups), strict=True)
+            everything = self.gather([(row, group.all) for row, group in rows if group.index == 0])
+            for memory in self.memories:
+                memory.remember(everything)
         return teacher_ids
 
-    def remember(self, generation: Generation) -> None:
-        """Show a generation that is trained on to whoever has a memory. All processes call this at once."""
-        if self.memories:
-            rows = zip(generation.rows, cast(Sequence[Rollouts], generation.groups), strict=True)
-            groups = self.gather([(row, group.all) for row, group in rows if group.index == 0])
-            for memory in self.memories:
-                memory.remember(groups)
-
     def _rates(self, rows: Sequence[Mapping[str, Any]], groups: Sequence[Rollouts]) -> dict[str, tuple[float, float]]:
-        context = self.teacher_prompt.context
-        return context.rates(rows, groups) if hasattr(context, "rates") else {}
+        those = {id(part): part for part in (self.teacher_prompt.context, *self.memories) if hasattr(part, "rates")}
+        return {name: pair for part in those.values() for name, pair in cast(Any, part).rates(rows, groups).items()}
 
     def _said(
         self, generation: Generation, groups: Sequence[Rollouts | None], stand_in: list[int], metrics: Metrics

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..context import MarkingContext, NoContext, PrivilegedContext, SampledContext, check_embedded
+from ..sampling.prompts import PromptSource
 from ..sampling.sources import CompletionSource
 from ..signal import Advantage, Signals, TokenWeighting
 from .config import SelfDistillationConfig
@@ -184,6 +185,34 @@ def check_completions(
             )
 
 
+def check_prompts(args: SelfDistillationConfig, source: Any, has_reward_funcs: bool, environment_factory: Any) -> None:
+    """
+    Refuse a source of prompts that could not work.
+
+    Args:
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+        source ([`~trl_opsd.sampling.prompts.PromptSource`]):
+            What `prompts` names.
+        has_reward_funcs (`bool`):
+            Whether there are reward functions.
+        environment_factory (`Any`):
+            Makes environments, if there are any.
+
+    Raises:
+        ValueError: If it is none, lacks rewards to add to, or environments make the prompts.
+    """
+    setting = f"`prompts={args.prompts!r}`"
+    if not isinstance(source, PromptSource):
+        raise ValueError(f"{setting} is no subclass of `trl_opsd.sampling.prompts.PromptSource`. Make it one.")
+    if source.reward_name is not None and not has_reward_funcs:
+        raise ValueError(f"{setting} adds to rewards. Pass `reward_funcs`, or leave it unset.")
+    if environment_factory is not None:
+        raise ValueError(f"{setting} exchanges prompts, which environments make. Leave one of them unset.")
+    scale = cast(Any, args.scale_rewards)
+    source.check_run({True: "group", False: "none"}.get(scale, scale))
+
+
 def _check_context_of(
     source: CompletionSource, setting: str, args: SelfDistillationConfig, context: PrivilegedContext
 ) -> None:
@@ -279,6 +308,18 @@ def check_auxiliary_loss(args: SelfDistillationConfig, has_one: bool, coefficien
         )
 
 
+def _check_likelihood_alone(name: str, signals: Signals, args: SelfDistillationConfig) -> None:
+    who = f"`token_weights` has {name}, in whose batches the policy reads the teacher's prompt"
+    if args.teacher != "live":
+        raise ValueError(f"{who}, and `teacher='{args.teacher}'` is another. Set `teacher='live'`, or leave it out.")
+    if args.privileged_context == "none":
+        raise ValueError(f"{who}, and `privileged_context='none'` is the student's. Choose another one.")
+    others = [f"`{field}={getattr(args, field)}`" for field in ("policy_loss_coef", "beta") if getattr(args, field)]
+    others += [type(part).__name__ for part in signals.policy_weightings]
+    if others:
+        raise ValueError(f"{who}, and {others[0]} is of the student's. Leave one out.")
+
+
 def check_parts_and_context(signals: Signals, context: PrivilegedContext, args: SelfDistillationConfig) -> None:
     """
     Refuse parts that need more of a context than it gives: prompts to contrast with, or spans.
@@ -353,6 +394,8 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
                 f"`token_weights` has {type(weighting).__name__}, which needs `reward_funcs`. Pass some, or leave it "
                 "out."
             )
+        if weighting.changes_prompt:
+            _check_likelihood_alone(type(weighting).__name__, signals, args)
         if weighting.needs_replaced and args.completions == "on_policy":
             raise ValueError(
                 f"`token_weights` has {type(weighting).__name__}, which compares rollouts with completions that took "

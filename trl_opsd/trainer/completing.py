@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..context import as_text
+from ..context import PrivilegedContext, as_text
 from ..sampling.sources import Completions, CompletionSource, Prompts
 from .batch import Gather, Generation
 
@@ -22,7 +22,9 @@ class Engines:
         sample_teacher (`Callable`):
             From prompts to the teacher's completions: token ids.
         teacher_prompt (`Callable`):
-            From a row to what the teacher reads, `None` without a context.
+            From a row, and another context if it is one, to what the teacher reads, `None` without a context.
+        share_in_top_k (`Callable`):
+            From prompts, completions and k to the share of their tokens that are among the student's k likeliest.
         encode (`Callable`):
             From a completion, text or messages, to token ids.
         grade (`Callable`):
@@ -35,7 +37,8 @@ class Engines:
 
     sample: Callable[[list[list[int]]], tuple[list[list[int]], Any]]
     sample_teacher: Callable[[list[list[int]]], list[list[int]]]
-    teacher_prompt: Callable[[Mapping[str, Any]], list[int] | None]
+    teacher_prompt: Callable[[Mapping[str, Any], PrivilegedContext | None], list[int] | None]
+    share_in_top_k: Callable[[list[list[int]], list[list[int]], int], list[float]]
     encode: Callable[[Any], list[int]]
     grade: Callable[[list[Mapping[str, Any]], list[list[int]], list[list[int]]], list[bool | None]]
     process_index: int
@@ -97,7 +100,9 @@ class Completing:
                 some_rollouts=lambda rows: self._sample([self._prompt_ids[row] for row in rows]),
                 sample=lambda prompts: self._sample(prompts).ids,
                 sample_teacher=lambda prompts: self._sample(prompts, by_teacher=True).ids,
-                teacher_prompt=lambda row: self._engines.teacher_prompt(self._rows[row]),
+                teacher_prompt=lambda row: self._engines.teacher_prompt(self._rows[row], None),
+                prompt_with=lambda row, context: self._engines.teacher_prompt(self._rows[row], context),
+                share_in_top_k=self._share_in_top_k,
                 encode=self._engines.encode,
                 grade=self._grade,
             )
@@ -133,6 +138,13 @@ class Completing:
         indices, ids = zip(*pairs, strict=True)
         asked = [self._rows[index] for index in indices], [self._prompt_ids[index] for index in indices]
         return self._engines.grade(*asked, list(ids))[: len(rows)]
+
+    def _share_in_top_k(self, rows: Sequence[int], completion_ids: Sequence[list[int]], k: int) -> list[float]:
+        pairs = self._even(list(zip(rows, completion_ids, strict=True)), (0, []))
+        if not pairs:
+            return []
+        prompts, ids = [self._prompt_ids[row] for row, _ in pairs], [ids for _, ids in pairs]
+        return self._engines.share_in_top_k(prompts, ids, k)[: len(rows)]
 
     def _even(self, items: Sequence[Any], stand_in: Any) -> list[Any]:
         most = max(self._engines.gather([len(items)]))

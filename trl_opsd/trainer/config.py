@@ -33,7 +33,9 @@ RETIRED: dict[str, str] = {
 _BELONGS_TO = {
     "context_kwargs": "privileged_context",
     "completions_kwargs": "completions",
+    "replaced_divergence": "completions",
     "curriculum_kwargs": "curriculum",
+    "prompts_kwargs": "prompts",
     "advantage_kwargs": "advantage",
     "schedules": "advantage",
     "teacher_update_steps": "teacher",
@@ -117,6 +119,12 @@ class SelfDistillationConfig(GRPOConfig):
             some prompts come more than once and others not at all. Or the import path of a subclass of [`Curriculum`].
         curriculum_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of that class.
+        prompts (`str`, *optional*):
+            Import path of a [`~trl_opsd.sampling.prompts.PromptSource`], which exchanges prompts of a batch before
+            they are sampled from, such as `"trl_opsd.methods.cipo.Corrections"`. `None` exchanges none. Evaluation is
+            always on the prompts of the dataset.
+        prompts_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of that class.
 
         > Parameters that control the teacher
 
@@ -181,6 +189,10 @@ class SelfDistillationConfig(GRPOConfig):
         divergence_clip (`float`, *optional*):
             Upper bound on every vocabulary entry of the divergence, applied before the sum over the vocabulary. `None`
             does not clip.
+        replaced_divergence (`dict[str, Any]` or `str`, *optional*):
+            Divergence for completions that took the place of rollouts, if it is another, as fields of [`Objective`]:
+            `{"divergence": "forward_kl", "support": "teacher_top_k", "top_k": 16}`. What is left out is that class's
+            default, and not the above; the temperature is the same.
         distillation_temperature (`float`, *optional*):
             Temperature both sets of logits are divided by inside the loss. `None` uses the sampling `temperature`.
 
@@ -199,8 +211,9 @@ class SelfDistillationConfig(GRPOConfig):
         token_weights (`dict[str, dict]` or `str`, *optional*):
             Factors of each token in the divergence and the likelihood, multiplied, as name and keyword arguments:
             `"correct_only"` keeps rollouts whose reward reaches `success_threshold`, `"skip_first"` (`num_tokens`)
-            leaves out the first tokens, `"keep_first"` (`num_tokens`) all others, `"importance_clip"` (`most`)
-            corrects for a policy that has moved since it sampled; or the import path of a subclass of
+            leaves out the first tokens, `"keep_first"` (`num_tokens`) all others, `"replaced"` (`weight`) weighs
+            completions that took the place of rollouts, `"importance_clip"` (`most`) corrects for a policy that has
+            moved since it sampled; or the import path of a subclass of
             [`TokenWeighting`], or of [`TeacherWeighting`], such as `"trl_opsd.methods.msd.DualPerspective"`. What the
             first three leave out counts in no mean.
         advantage (`str`, *optional*, defaults to `"grpo"`):
@@ -261,10 +274,12 @@ class SelfDistillationConfig(GRPOConfig):
         "token_weights",
         "advantage_kwargs",
         "schedules",
+        "replaced_divergence",
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
         "completions_kwargs",
         "curriculum_kwargs",
+        "prompts_kwargs",
     ]
 
     max_completion_length: int | None = _DefaultLength(512)
@@ -288,6 +303,8 @@ class SelfDistillationConfig(GRPOConfig):
 
     curriculum: str | None = None
     curriculum_kwargs: dict[str, Any] | str | None = None
+    prompts: str | None = None
+    prompts_kwargs: dict[str, Any] | str | None = None
 
     teacher: str = field(default="initial", metadata={"choices": ["initial", "live", "periodic", "ema", "external"]})
     teacher_update_steps: int | None = None
@@ -304,6 +321,7 @@ class SelfDistillationConfig(GRPOConfig):
     divergence_top_k: int = 16
     divergence_tail: str | None = field(default=None, metadata={"choices": list(get_args(Tail))})
     divergence_clip: float | None = None
+    replaced_divergence: dict[str, Any] | str | None = None
     distillation_temperature: float | None = None
 
     divergence_coef: float = 1.0
@@ -441,3 +459,10 @@ class SelfDistillationConfig(GRPOConfig):
             clip=self.divergence_clip,
             temperature=cast(float, self.distillation_temperature),
         )
+
+    def replaced_objective(self) -> Objective | None:
+        """That of completions that took the place of rollouts, if it is another."""
+        if self.replaced_divergence is None:
+            return None
+        fields = cast(dict[str, Any], self.replaced_divergence)
+        return Objective(**{"temperature": cast(float, self.distillation_temperature), **fields})

@@ -103,6 +103,29 @@ def objective(args: "SelfDistillationConfig") -> None:
         raise ValueError(message) from error
 
 
+def divergence_of_replaced_completions(args: "SelfDistillationConfig") -> None:
+    if args.replaced_divergence is None:
+        return
+    given = f"`replaced_divergence={args.replaced_divergence}`"
+    if args.completions == "on_policy":
+        raise ValueError(
+            f"{given} has no effect with `completions='on_policy'`, which replaces no rollout. Choose other "
+            "completions, or leave it unset."
+        )
+    if args.teacher_server_base_url is not None:
+        raise ValueError(f"{given} cannot be combined with {_server(args)}. Leave one unset.")
+    try:
+        objective = args.replaced_objective()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{given} is no divergence: {error}") from error
+    assert objective is not None
+    if objective.support == "sampled_token" or objective.temperature != args.distillation_temperature:
+        raise ValueError(
+            f"{given} cannot have the support 'sampled_token', for tokens that the student sampled, nor a temperature "
+            "of its own. Leave them out."
+        )
+
+
 def tail_of_no_top_k(args: "SelfDistillationConfig") -> None:
     if args.divergence_tail is not None and not args.divergence_support.endswith("top_k"):
         raise ValueError(
@@ -237,6 +260,7 @@ CHECKS: tuple[Check, ...] = (
     offload_of_nothing,
     timeout_of_a_server,
     objective,
+    divergence_of_replaced_completions,
     tail_of_no_top_k,
     correction_of_truncated_sampling,
     memory_of_a_sleeping_engine,

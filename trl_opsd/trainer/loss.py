@@ -35,6 +35,7 @@ from ..teacher import Teacher
 from .config import SelfDistillationConfig
 from .metrics import Metrics, add_divergence, add_sampler_difference
 from .policy import PolicyTerm, scaled_term
+from .token_groups import in_order, joined, none_of, replaced_tokens, token_groups
 
 
 _SCORES = ("student_log_prob", "teacher_log_prob", "student_entropy", "teacher_entropy", "divergence")
@@ -103,6 +104,8 @@ class SelfDistillationLoss:
             Student and teacher.
         objective ([`Objective`]):
             Which divergence, over which tokens.
+        replaced_objective ([`Objective`], *optional*):
+            That of completions that took the place of rollouts, if it is another.
         signals ([`Signals`]):
             Coefficients of the terms, and weights of tokens that depend on the policy as it is in the loss.
     """
@@ -113,12 +116,13 @@ class SelfDistillationLoss:
         accelerator: Accelerator,
         networks: Networks,
         objective: Objective,
+        replaced_objective: Objective | None,
         signals: Signals,
     ):
         self.networks = networks
         self._args = args
         self._accelerator = accelerator
-        self._objective = objective
+        self._objective, self._replaced_objective = objective, replaced_objective
         self._signals = signals
         self._is_deepspeed = accelerator.state.deepspeed_plugin is not None
 
@@ -152,17 +156,15 @@ class SelfDistillationLoss:
         # pass is left to the caller, who runs the backward pass that synchronises.
         inputs = self._with_factors(inputs, num_generation_batches, policy is not None)
         tokens = inputs["student_mask"]
+        # Alike on all processes, whose passes meet in collective operations
+        has_divergence = self._signals.coefficients["divergence_coef"] and inputs["num_divergence_tokens"]
         passes = self.networks.passes(inputs)
         outputs = []
         for index, rows in enumerate(passes):
             is_last = index == len(passes) - 1
             with nullcontext() if is_last else self._postponed_synchronisation(model):
                 scale = num_micro_batches * share_of_rows(rows["student_mask"], tokens, self._args.loss_type)
-                targets = (
-                    self.networks.targets(model, rows)
-                    if self._signals.coefficients["divergence_coef"]
-                    else (None, None)
-                )
+                targets = self.networks.targets(model, rows) if has_divergence else (None, None)
                 scaled = None if policy is None else scaled_term(policy, scale)
                 output = self.networks.within(model, self._student_loss, rows, targets, scaled)
                 if torch.is_grad_enabled() and not is_last:
@@ -171,7 +173,7 @@ class SelfDistillationLoss:
                     output = output._replace(loss=output.loss.detach())
             outputs.append(output)
         loss = torch.stack([output.loss for output in outputs]).sum() / num_micro_batches
-        divergence = _joined([output.divergence for output in outputs])
+        divergence = joined([output.divergence for output in outputs])
         likelihood, log_probs = (
             torch.cat([getattr(output, name) for output in outputs]) for name in ("likelihood", "log_probs")
         )
@@ -190,16 +192,23 @@ class SelfDistillationLoss:
                 Whether the sampler's log-probabilities, if there are any, are compared with the student's.
         """
         if self._signals.coefficients["divergence_coef"]:
-            self._add_divergence(metrics, result.divergence)
-        if compares_sampler and "sampling_per_token_logps" in result.passes[0]:
+            self._add_divergence(metrics, result.divergence, result.passes)
+        first = result.passes[0]
+        if compares_sampler and "sampling_per_token_logps" in first and "likelihood_reads_context" not in first:
             sampled = [rows["sampling_per_token_logps"][rows["student_mask"].bool()] for rows in result.passes]
             add_sampler_difference(metrics, result.log_probs, torch.cat(sampled))
         if self._signals.coefficients["likelihood_coef"]:
             number = result.likelihood.new_tensor(len(result.likelihood))
             metrics.add_rate("likelihood_loss", result.likelihood.sum(), number)
 
-    def _add_divergence(self, metrics: Metrics, output: FusedDivergence) -> None:
+    def _add_divergence(self, metrics: Metrics, output: FusedDivergence, passes: Sequence[dict[str, Any]]) -> None:
         knows_entropy, clips = self.networks.teacher.knows_entropy, self._args.divergence_clip is not None
+        if self._replaced_objective is not None:
+            # Two divergences have no mean
+            replaced = torch.cat([replaced_tokens(rows)[rows["divergence_mask"].bool()] for rows in passes])
+            finite = output.finite.bool() & replaced
+            metrics.add_rate("replaced_distillation_loss", output.divergence[finite].sum(), finite.sum())
+            output = FusedDivergence(output.loss, *(values[~replaced] for values in output[1:]))
         add_divergence(metrics, output, knows_entropy, clips)
 
     @torch.no_grad()
@@ -237,19 +246,20 @@ class SelfDistillationLoss:
             "student_mask": tokens,
             "row": torch.arange(len(tokens), device=tokens.device),
         }
-        found, outputs = torch.zeros(6, *tokens.shape, device=tokens.device), []
+        found, outputs, passes = torch.zeros(6, *tokens.shape, device=tokens.device), [], []
         for some in torch.arange(len(tokens)).split(batch_size):
             for rows in self.networks.passes(rows_of(inputs, some.tolist())):
                 targets = self.networks.targets(model, rows)
                 with evaluation_mode(self._accelerator.unwrap_model(model)):
                     output = self.networks.within(model, self._student_loss, rows, targets, None).divergence
                 outputs.append(output)
+                passes.append(rows)
                 mask = rows["divergence_mask"].bool()
                 for place, name in zip(found, ("finite", *_SCORES), strict=True):
                     values = getattr(output, name).to(place).where(output.finite.bool(), 0.0)
                     place.index_add_(0, rows["row"], torch.zeros_like(place[: len(mask)]).masked_scatter(mask, values))
         if not self._signals.coefficients["divergence_coef"]:
-            self._add_divergence(metrics, _joined(outputs))
+            self._add_divergence(metrics, joined(outputs), passes)
         scores = TokenScores(found[0].bool(), *found[1:])
         if not self._signals.needs_contrast:
             return scores
@@ -311,7 +321,8 @@ class SelfDistillationLoss:
         policy: PolicyTerm | None,
     ) -> PassLoss:
         selected = rows["student_mask"].bool()
-        hidden = self.networks.states(student, *self.networks.sequences(rows, "prompt", selected))
+        prompt = "teacher_prompt" if "likelihood_reads_context" in rows else "prompt"
+        hidden = self.networks.states(student, *self.networks.sequences(rows, prompt, selected))
         teacher_states, teacher_head = targets
         student_head = head_of(student)
         heads = [student_head] if teacher_head is None else [student_head, teacher_head]
@@ -325,9 +336,13 @@ class SelfDistillationLoss:
             read = partial(self.networks.log_probs_of, hidden, student_head, token_ids, selected)
             choices = partial(self._choices, rows, selected, hidden, student_head, targets)
             factors = self._factors(rows, selected, read, choices, policy)
-            groups = self._groups(rows["divergence_mask"].bool()[selected], targets, factors.likelihood is not None)
+            inside = rows["divergence_mask"].bool()[selected]
+            objectives = self._objective, self._replaced_objective
+            groups = token_groups(
+                inside, replaced_tokens(rows)[selected], targets, factors.likelihood is not None, *objectives
+            )
             loss, log_probs, outputs = factors.policy_value, torch.zeros(len(hidden), device=device), []
-            for tokens, states, head in groups:
+            for tokens, states, head, objective in groups:
                 of_these = partial(_at, tokens)
                 output = fused_divergence(
                     of_these(hidden),
@@ -336,7 +351,7 @@ class SelfDistillationLoss:
                     head,
                     of_these(token_ids),
                     of_these(factors.divergence),
-                    self._objective,
+                    objective,
                     likelihood_weights=None if factors.likelihood is None else of_these(factors.likelihood),
                     memory_budget=self._args.divergence_memory,
                     kernel=self._args.divergence_kernel,
@@ -348,18 +363,9 @@ class SelfDistillationLoss:
                 outputs.append(output)
             if factors.policy is not None:  # its likelihood is there for the gradient
                 loss = loss + (factors.policy * log_probs.nan_to_num(0.0)).sum()
-            divergence = _none_of(outputs[0]) if targets[0] is None else outputs[0]
+            divergence = none_of(outputs[0]) if targets[0] is None else in_order(outputs, groups, inside)
             likelihood = -log_probs.nan_to_num(0.0)[rows["likelihood_mask"].bool()[selected]]
             return PassLoss(loss, divergence, likelihood, log_probs)
-
-    @staticmethod
-    def _groups(
-        inside: torch.Tensor, targets: tuple[torch.Tensor | TopLogProbs | None, Head | None], counts_others: bool
-    ) -> list[tuple[torch.Tensor | None, torch.Tensor | TopLogProbs | None, Head | None]]:
-        """The tokens of each call of the fused loss, `None` for all, and their targets."""
-        if targets[0] is None or not counts_others or inside.all():
-            return [(None, *targets)]
-        return [(inside, *targets), (~inside, None, None)]  # of the others nothing but their likelihood counts
 
     def _choices(
         self,
@@ -437,17 +443,9 @@ def make_loss(
     )
     if accelerator.state.deepspeed_plugin is None and getattr(accelerator.state, "fsdp_plugin", None) is None:
         networks.check_logits(policy)  # sharded models run only wrapped
-    return SelfDistillationLoss(args, accelerator, networks, args.objective(), signals)
+    objectives = args.objective(), args.replaced_objective()
+    return SelfDistillationLoss(args, accelerator, networks, *objectives, signals)
 
 
 def _at(tokens: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
     return values if tokens is None else values[tokens]
-
-
-def _none_of(output: FusedDivergence) -> FusedDivergence:
-    return FusedDivergence(output.loss, *(values[:0] for values in output[1:]))
-
-
-def _joined(outputs: Sequence[FusedDivergence]) -> FusedDivergence:
-    loss = torch.stack([output.loss.detach() for output in outputs]).sum()
-    return FusedDivergence(loss, *map(torch.cat, list(zip(*outputs, strict=True))[1:]))

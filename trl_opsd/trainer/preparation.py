@@ -10,6 +10,7 @@ from trl.trainer.utils import get_config_model_id
 from ..context import PrivilegedContext, SampledContext, TeacherPrompt, TextContext, make_context, thinking_prefix
 from ..data import validate_rows
 from ..parts import make_part
+from ..sampling.prompts import PromptSource
 from ..sampling.sources import SOURCES, CompletionSource
 from ..serving import check_vllm_installed, wait_for_sampler
 from ..signal import Signals
@@ -22,6 +23,7 @@ from .checks import (
     check_model,
     check_number_of_rows,
     check_parts_and_context,
+    check_prompts,
     check_served_live_teacher,
     check_signals,
     check_special_tokens,
@@ -44,6 +46,8 @@ class Prepared:
             What the teacher reads.
         completions ([`CompletionSource`]):
             Which completions are trained on.
+        prompts ([`PromptSource`], *optional*):
+            Exchanges prompts before.
         signals ([`Signals`]):
             Write the streams of the loss.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -62,6 +66,7 @@ class Prepared:
 
     context: PrivilegedContext
     completions: CompletionSource
+    prompts: PromptSource | None
     signals: Signals
     tokenizer: PreTrainedTokenizerBase
     teacher_prompt: TeacherPrompt
@@ -141,7 +146,7 @@ def prepare(
     has_feedback = has_rewards or rollout_func is not None
     check_context(context, cast(int, args.num_generations), train_dataset, has_rewards, has_feedback)
     itself = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
-    completions = _make_completions(args, context, bool(reward_funcs), itself)
+    completions, prompts = _make_sources(args, context, bool(reward_funcs), itself)
     check_curriculum(args, train_dataset, has_rewards, environment_factory)
     signals = _make_signals(args, context, has_rewards)
     warn_of_unknown_sampler(signals, args)
@@ -163,17 +168,21 @@ def prepare(
     check_served_live_teacher(args, rollout_func)
     if args.use_vllm and args.vllm_mode == "server":
         wait_for_sampler(args.sampler_url, args.vllm_server_timeout, is_main_process=args.process_index == 0)
-    parts = context, completions, signals, tokenizer, teacher_prompt, served
+    parts = context, completions, prompts, signals, tokenizer, teacher_prompt, served
     return Prepared(*parts, columns, train_dataset, eval_dataset)
 
 
-def _make_completions(
+def _make_sources(
     args: SelfDistillationConfig, context: PrivilegedContext, has_reward_funcs: bool, itself: dict[str, Any]
-) -> CompletionSource:
+) -> tuple[CompletionSource, PromptSource | None]:
     kwargs = cast(dict[str, Any] | None, args.completions_kwargs)
-    source: CompletionSource = make_part("completions", args.completions, kwargs, SOURCES)
-    check_completions(args, source, context, has_reward_funcs, itself)
-    return source
+    completions: CompletionSource = make_part("completions", args.completions, kwargs, SOURCES)
+    check_completions(args, completions, context, has_reward_funcs, itself)
+    if args.prompts is None:
+        return completions, None
+    prompts = make_part("prompts", args.prompts, cast(dict[str, Any] | None, args.prompts_kwargs), {})
+    check_prompts(args, prompts, has_reward_funcs, itself["environment_factory"])
+    return completions, prompts
 
 
 def _make_signals(args: SelfDistillationConfig, context: PrivilegedContext, has_rewards: bool) -> Signals:

@@ -2,17 +2,56 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
+
+from .config import SelfDistillationConfig
 
 
 def no_reward(completions: list[Any], **kwargs: Any) -> list[float]:
     """Stands in where there is no reward function, since GRPOTrainer insists on one when it is constructed."""
     return [0.0] * len(completions)
+
+
+def hand_policy(
+    reward_funcs: Sequence[Any],
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenize: Callable[[list[Any]], list[list[int]]],
+    args: SelfDistillationConfig,
+) -> None:
+    """
+    Give the policy to reward functions that read it, and print what they will take.
+
+    Args:
+        reward_funcs (`Sequence[Any]`):
+            Reward functions. `read_policy(policy, tokenizer, tokenize, num_tokens)` of those that have it is called
+            once, and returns the seconds that it takes to reward a completion of so many tokens.
+        policy (`nn.Module`):
+            Policy, not wrapped.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        tokenize (`Callable`):
+            From prompts to token ids.
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+    """
+    longest = args.max_completion_length or 128
+    number = args.per_device_train_batch_size * cast(int, args.steps_per_generation)
+    for function in reward_funcs:
+        if not hasattr(function, "read_policy"):
+            continue
+        seconds = function.read_policy(policy, tokenizer, tokenize, longest)
+        if args.process_index == 0:
+            print(
+                f"The reward `{function.__name__}` takes {seconds:.3g} s for a rollout of {longest} tokens: up to "
+                f"{number * seconds:.3g} s for the {number} of a generation on each process."
+            )
 
 
 def graded(

@@ -36,6 +36,8 @@ _FIXED_SETTINGS = (
     "completions",
     "completions_kwargs",
     "curriculum",
+    "prompts",
+    "prompts_kwargs",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "steps_per_generation",

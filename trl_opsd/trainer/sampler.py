@@ -50,6 +50,8 @@ class PolicySampler:
             Tokens that end a completion.
         where (`Callable[[], tuple[int, bool]]`):
             Optimizer steps done, and whether this is training.
+        teacher_settings (`dict[str, Any]`):
+            Attributes of what samples the teacher meanwhile: of the engine, if it holds the teacher, or GRPOTrainer's.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class PolicySampler:
         generation_kwargs: dict[str, Any] | None,
         end_token_ids: list[int],
         where: Callable[[], tuple[int, bool]],
+        teacher_settings: dict[str, Any],
     ):
         self._args = args
         self._accelerator = accelerator
@@ -75,6 +78,7 @@ class PolicySampler:
         self._generation_kwargs = generation_kwargs
         self._end_token_ids = end_token_ids
         self._where = where
+        self._teacher_settings = teacher_settings
         self._draws = Draws(args.seed, sampler_index(args, accelerator.process_index), accelerator.device)
 
     def prepare(
@@ -142,9 +146,11 @@ class PolicySampler:
             return self._generate(prompt_ids, None, {}, 1)[0]
 
     def sample_teacher(self, prompt_ids: list[list[int]], teacher: Teacher) -> list[list[int]]:
-        """Completions of the teacher, sampled as rollouts are."""
+        """Completions of the teacher, sampled as rollouts are unless it has settings of its own."""
         if self._engine is not None and self._args.teacher == "live":
-            return self.turn(prompt_ids, None, {}, 1)[0]
+            with changed(self._engine, **self._teacher_settings):
+                return self.turn(prompt_ids, None, {}, 1)[0]
         # An engine holds the policy
-        with teacher.weights(self._wrapped()) as weights, self._changing(model_wrapped=weights, use_vllm=False):
+        changing = partial(self._changing, use_vllm=False, **self._teacher_settings)
+        with teacher.weights(self._wrapped()) as weights, changing(model_wrapped=weights):
             return self._generate(prompt_ids, None, {}, 1)[0]

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 
 from ..sampling import Sampling
+from ..sampling.sources import CompletionSource
 from .config import SelfDistillationConfig
 
 
@@ -37,9 +38,16 @@ def transformers_settings(sampling: Sampling, generation_kwargs: Mapping[str, An
     return {"generation_config": GenerationConfig(**kwargs, disable_compile=True), "generation_kwargs": kwargs}
 
 
-def teacher_settings(args: SelfDistillationConfig, tokenizer: Any, end_token_ids: list[int]) -> dict[str, Any]:
-    """Attributes of a trainer that samples rollouts with vLLM, and a teacher with transformers."""
-    sampling = Sampling(args.temperature, args.top_p, args.top_k, cast(int, args.max_completion_length))
+def teacher_settings(
+    args: SelfDistillationConfig, source: CompletionSource, tokenizer: Any, end_token_ids: list[int]
+) -> dict[str, Any]:
+    """Attributes of what samples a teacher, an engine or a trainer, where it does so in another way than rollouts."""
+    if not source.samples_teacher or not (args.use_vllm or source.teacher_sampling):
+        return {}
+    given = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, **source.teacher_sampling}
+    sampling = Sampling(**given, max_new_tokens=cast(int, args.max_completion_length))
+    if args.use_vllm and args.teacher == "live":
+        return vllm_settings(sampling, end_token_ids) if source.teacher_sampling else {}
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos")}
     tokens |= {"eos_token_id": end_token_ids, "cache_implementation": args.cache_implementation}
     return transformers_settings(sampling, tokens, min_p=args.min_p, repetition_penalty=args.repetition_penalty)

@@ -86,7 +86,7 @@ def score(
     batch = _padded("prompt", student_prompts, "left", tokenizer.pad_token_id, accelerator.device)
     batch |= _padded("completion", completion_ids, "right", tokenizer.pad_token_id, accelerator.device)
     teacher_prompts = trainer.teacher_inputs.into(
-        batch, generation, num_generations, trainer.teacher.annotate, Metrics()
+        batch, generation, num_generations, trainer.teacher.annotate, Metrics(), is_training=False
     )
     batch["divergence_mask"] = batch["completion_mask"].bool() & batch["has_context"].unsqueeze(1)
     size = trainer.args.per_device_eval_batch_size

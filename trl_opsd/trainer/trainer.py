@@ -68,7 +68,8 @@ from .method import presented
 from .metrics import Metrics
 from .policy import GRPOLoss
 from .preparation import Prepared, checked_arguments, prepare
-from .rewards import added_feedback, all_feedback, graded, no_reward
+from .prompts import PromptExchange, settled
+from .rewards import added_feedback, all_feedback, graded, hand_policy, no_reward
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
 from .sampler import PolicySampler
 from .sampling_settings import changed, teacher_settings
@@ -174,15 +175,15 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._settle_rewards(run, environment_factory)
         self._prepare_policy_term()
         check_world(args, self.accelerator, self.model)
-        self._prepare_sampling()
+        self._prepare_sampling(run)
         starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
         self._prepare_loss(run, starts_at_zero)
+        hand_policy(self.reward_funcs, self.model, self._tokenizer, self.tokenize_prompts, args)
 
     def _settle_rewards(self, run: Prepared, environment_factory: Any) -> None:
-        if self.reward_funcs[0] is no_reward:
-            for values in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
-                values.pop(0)
-            self.reward_weights = self.reward_weights[1:]
+        names = ("reward_funcs", "reward_func_names", "reward_processing_classes", "reward_weights")
+        for name, value in zip(names, settled(run.prompts, *(getattr(self, name) for name in names)), strict=True):
+            setattr(self, name, value)
         if environment_factory is not None and not self.reward_funcs:  # it gives none, which is known only now
             check_signals(self.signals, self.args, has_reward=False)
             check_context(self.context, self.num_generations, run.train_dataset, has_rewards=False, has_feedback=True)
@@ -201,12 +202,9 @@ class SelfDistillationTrainer(GRPOTrainer):
             check_grpo_pass(causal_lm(self.model), self.router_aux_loss_coef)
         check_auxiliary_loss(self.args, self.aux_loss_enabled, self.router_aux_loss_coef)
 
-    def _prepare_sampling(self) -> None:
+    def _prepare_sampling(self, run: Prepared) -> None:
         args, tokenizer = self.args, self._tokenizer
         self.teacher_prompt.chat_template = self.chat_template
-        if self.use_vllm and self.completion_source.samples_teacher:
-            for name, value in teacher_settings(args, tokenizer, self.eos_token_ids).items():
-                setattr(self, name, value)
         self.sampler = PolicySampler(
             args,
             self.accelerator,
@@ -218,21 +216,25 @@ class SelfDistillationTrainer(GRPOTrainer):
             generation_kwargs=None if self.use_vllm else self.generation_kwargs,
             end_token_ids=self.eos_token_ids,
             where=lambda: (self.state.global_step, self.model.training),
+            teacher_settings=teacher_settings(args, self.completion_source, tokenizer, self.eos_token_ids),
         )
+        size = args.per_device_train_batch_size
         known = self._unlogged_rewards, tokenizer, self.reward_weights, args.success_threshold
         self._engines = Engines(
             sample=lambda prompts: self.sampler.turn(prompts, None, {}, 1),  # groups are broken up
             sample_teacher=lambda prompts: self.sampler.sample_teacher(prompts, self.teacher),
-            teacher_prompt=lambda row: self.teacher_prompt.token_ids(row, None),
+            teacher_prompt=self.teacher_prompt.before_rollouts,
+            share_in_top_k=lambda *asked: self.loss.networks.share_in_top_k(self.model_wrapped, size, *asked),
             encode=partial(encoded, tokenizer, self.eos_token_ids[0], self.max_completion_length),
             grade=partial(graded, *known, self.accelerator.process_index),
             process_index=self.accelerator.process_index,
             gather=gather_object,
         )
-        dataset = None if self.environment_factories else self.train_dataset
-        self.context_length = self.sampler.prepare(
-            tokenizer, dataset, self.tokenize_prompts, self.rollout_func is None
-        )
+        asked = tokenizer, None if self.environment_factories else self.train_dataset, self.tokenize_prompts
+        self.context_length = self.sampler.prepare(*asked, reports_failures=self.rollout_func is None)
+        longest = None if self.context_length is None else self.context_length - (self.max_completion_length or 0)
+        given = args.success_threshold, args.seed, self.accelerator.process_index, gather_object, self.tokenize_prompts
+        self._exchange = PromptExchange(run.prompts, self.num_generations, *given, longest)
 
     def _prepare_loss(self, run: Prepared, adapter_starts_at_zero: bool) -> None:
         args, accelerator, padding = self.args, self.accelerator, self.pad_to_multiple_of
@@ -248,7 +250,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             accelerator.num_processes,
             gather_object,
             lambda prompts: self.sample(prompts, Sampling(**cast(SampledContext, self.context).sampling), stream=2),
-            [part for part in (self.context,) if isinstance(part, Memory)],
+            [cast(Memory, part) for part in (self.context, run.prompts) if isinstance(part, Memory)],
         )
         initial, given = fingerprint(self.model), (args, accelerator, self.model)
         self.teacher: Teacher = run.served_teacher or load_teacher(*given, adapter_starts_at_zero)
@@ -264,8 +266,9 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.run_state.add("teacher", self.teacher)
         self.run_state.add("guard", self._guard)
         self.run_state.add("schedules", self.signals)
-        if isinstance(self.context, Stateful):
-            self.run_state.add("context", self.context)
+        for name, part in (("context", self.context), ("prompts", run.prompts)):
+            if isinstance(part, Stateful):
+                self.run_state.add(name, part)
         self.run_state.add("counts", Attributes(self, num_generated_tokens="_num_generated_tokens"))
         position = Attributes(self, step="_step", pending="_buffered_inputs")
         self.run_state.add("rollouts", LeftoverRollouts(position, self._generate_every, accelerator))
@@ -339,7 +342,7 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
         if self.signals.curriculum is not None:
-            sampler = DrawnRows(sampler, self.signals, lambda prompts: self._tokenize_prompts(prompts)[0])
+            sampler = DrawnRows(sampler, self.signals, self.tokenize_prompts)
         # There is no generator without shuffling
         self.add_callback(OrderOfEpochs(getattr(sampler, "generator", None)))
         return sampler
@@ -362,6 +365,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 0, device=self.accelerator.device)
         if self.reward_funcs:
             rewards = super()._calculate_rewards(*given)
+        rewards = self._exchange.rewards(rewards, self.reward_weights) if self.model.training else rewards
         feedback = all_feedback(self._pending_extra_logs.get("feedback"), self.environments, inputs)
         tools = [self.tools] * len(inputs)
         if self.environment_factories:
@@ -390,14 +394,13 @@ class SelfDistillationTrainer(GRPOTrainer):
         metrics, size = self.statistics[mode], self.num_generations if mode == "train" else self.num_generations_eval
         if mode == "train":
             self._generation_step = self.state.global_step
+            inputs = self._exchange.rows(inputs, self.state.global_step)
         self._generation = Generation(inputs)
         batch = super()._generate_and_score_completions(inputs)
         if not self.reward_funcs:
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[mode].pop(name, None)
-        self.teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics)
-        if mode == "train":
-            self.teacher_inputs.remember(self._generation)
+        self.teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics, mode == "train")
         self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
         score = partial(self._score, mode=mode)
         given = self.signals, self.args, batch, self._generation.empty, score, self.accelerator, size, mode == "train"
@@ -409,8 +412,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _count_tokens(self, model_tokens: torch.Tensor, mode: str) -> None:
         num_sampled = self.accelerator.reduce(self._generation.num_sampled_tokens(model_tokens), "sum")
-        if mode == "train":
-            self._num_generated_tokens += int(num_sampled)
+        self._num_generated_tokens += int(num_sampled) * (mode == "train")
         self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
 
     def _compute_loss(self, model, inputs):
