@@ -93,9 +93,9 @@ was not run.
 - Anything about text. One token is one character, an answer has 30 to 70 of them, and a solution is right at every
   token, so that methods which filter or weight tokens of a long text have little to choose from.
 - What a teacher does that reads worse. The bases were trained to read a reference (reading the solution, the middling
-  base is right on {{ told }} of the problems); they cannot write reflections, and read attempts of their own only in the
-  words that they were trained on. Recipes in [`recipes/playground`](../recipes/playground) say what is left of each
-  method.
+  base is right on {{ told }} of the problems); they cannot write reflections, and read attempts of their own only in
+  the words that they were trained on. Recipes in [`recipes/playground`](../recipes/playground) say what is left of
+  each method.
 - Constants of the papers. Each method runs by its playground recipe. Beside the learning rate, nothing of it was
   tuned.
 - Long trainings. What a method does after {{ "{:,.0f}".format(tokens) }} tokens, a constant rate included, was not
