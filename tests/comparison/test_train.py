@@ -18,7 +18,8 @@ from trl_opsd.playground.world import make_tokenizer
 pytestmark = pytest.mark.cpu("so is the comparison")
 
 TRAINED = [name for name, arm in ARMS.items() if arm.trainer != "none"]
-BATCH, LENGTH = 16, 8
+# Room for a gold completion
+BATCH, LENGTH = 16, 30
 TOKENS = 2 * BATCH * LENGTH
 
 
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
     """Few and short problems, and bases that know nothing. Everything else is real."""
     with pytest.MonkeyPatch.context() as patch:
         for base in list(BASES.values()):
-            splits = {name: Split(32, split.kinds) for name, split in base.family.splits.items()}
+            splits = {name: Split(32, ((2, "plain"),)) for name in base.family.splits}
             family = replace(base.family, splits=splits, max_completion_length=LENGTH)
             recipe = replace(base.recipe, steps=1, batch_size=4)
             patch.setitem(BASES, base.name, replace(base, family=family, recipe=recipe))
@@ -84,8 +85,9 @@ def test_a_token_counts_up_to_the_end_of_its_answer(folder):
 def test_what_is_sampled_besides_rollouts_counts(folder):
     """A base that knows nothing is always wrong, so that STaR samples everything twice."""
     star, opsd = (run(Run(BASES["middling"], 1, short(name), 1e-3), folder) for name in ("star", "opsd"))
-    assert opsd["steps"] == 2 * star["steps"]
-    assert star["generated_tokens"] == pytest.approx(opsd["generated_tokens"], rel=0.1)
+    per_step = [result["generated_tokens"] / result["steps"] for result in (star, opsd)]
+    assert per_step[0] == pytest.approx(2 * per_step[1], rel=0.25)
+    assert star["steps"] < opsd["steps"]
 
 
 def test_tests_count_for_nothing_and_tuning_has_no_curve(folder):
@@ -112,7 +114,7 @@ def test_the_rate_follows_the_tokens(folder, monkeypatch):
     assert len(rates) == result["steps"]
     shares = [number * result["generated_tokens"] / result["steps"] / arm.tokens for number in range(len(rates))]
     expected = [s / 0.1 if s < 0.1 else (1 + math.cos(math.pi * (s - 0.1) / 0.9)) / 2 for s in shares]
-    assert rates == pytest.approx([1e-3 * value for value in expected], abs=5e-5)
+    assert rates == pytest.approx([1e-3 * value for value in expected], abs=1e-4)  # answers differ in length
     assert rates[0] == 0.0
     assert max(rates) > 9e-4
     assert rates[-1] < 1e-4
