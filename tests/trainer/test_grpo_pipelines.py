@@ -229,6 +229,22 @@ def test_what_is_left_without_the_divergence_is_grpo(asked, dataset, model_path,
     assert moved == (rewards != [never])
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "1 + 1?"}], "`eval_dataset` has no column 'solution'"),
+        ([{"prompt": "1 + 1?", "solution": "2."}, {"prompt": "2 + 2?", "solution": " "}], "row 1 .*solution"),
+    ],
+)
+def test_rows_handed_to_an_evaluation_are_checked(rows, message, is_stream, dataset, model, tokenizer, training_args):
+    args = OPSDConfig(**training_args)
+    trainer = OPSDTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    data = Dataset.from_list(rows)
+    with pytest.raises(ValueError, match=message):
+        trainer.evaluate(data.to_iterable_dataset() if is_stream else data)
+
+
 @pytest.mark.parametrize("given_to", ["trainer", "evaluate"])
 @pytest.mark.parametrize("shape", ["rows", "stream", "DatasetDict", "IterableDatasetDict", "dict", "dict of streams"])
 def test_evaluates_on_every_shape_of_data(shape, given_to, dataset, model, tokenizer, training_args):

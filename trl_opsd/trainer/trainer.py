@@ -67,7 +67,7 @@ from .loss import make_loss
 from .method import presented
 from .metrics import Metrics
 from .policy import GRPOLoss
-from .preparation import Prepared, checked_arguments, prepare
+from .preparation import Prepared, checked_arguments, checked_rows, prepare
 from .prompts import PromptExchange, settled
 from .rewards import added_feedback, all_feedback, graded, hand_policy, no_reward
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
@@ -176,8 +176,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._prepare_policy_term()
         check_world(args, self.accelerator, self.model)
         self._prepare_sampling(run)
-        starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
-        self._prepare_loss(run, starts_at_zero)
+        self._prepare_loss(run, getattr(peft_config, "init_lora_weights", False) in (True, "gaussian"))
         hand_policy(self.reward_funcs, self.model, self._tokenizer, self.tokenize_prompts, args)
 
     def _settle_rewards(self, run: Prepared, environment_factory: Any) -> None:
@@ -283,8 +282,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         The prompts of the first training row, as the model will read them.
 
         Returns:
-            `tuple[list[int], list[int] | None]`: token ids of the student's and of the teacher's prompt; `None` for
-            the teacher's if it needs the rollouts first, or if the row is left out.
+            `tuple[list[int], list[int] | None]`: token ids; no teacher's if it needs rollouts or the row is left out.
         """
         row = next(iter(self.train_dataset))
         return list(self.tokenize_prompts([row["prompt"]])[0]), self.teacher_prompt.token_ids(row, None, self.tools)
@@ -329,8 +327,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             sampling ([`~trl_opsd.sampling.Sampling`]):
                 How to draw tokens. Nothing else applies, whatever the rollouts are sampled by.
             stream (`int`, *optional*, defaults to `0`):
-                Stream of random numbers to draw from: one of its own for each purpose. Those of evaluations are 1,
-                those of contexts 2.
+                Stream of random numbers to draw from, one for each purpose: evaluations have 1, contexts 2.
 
         Returns:
             `list[list[int]]`: token ids of each completion, the end-of-turn token included.
@@ -432,15 +429,13 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
     ):
+        given = model, input_ids, attention_mask, logits_to_keep
         if self.grpo_loss.given is not None:
             return self.grpo_loss.given
         if not self.grpo_loss.shares_pass:
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs
-            )
+            return super()._get_per_token_logps_and_entropies(*given, batch_size, *args, **kwargs)
         # Ratios are to what is computed in the same way, or rounding would take part in them
-        batch_size = batch_size or len(input_ids)
-        return *self.loss.networks.log_probs(model, input_ids, attention_mask, logits_to_keep, batch_size), None
+        return *self.loss.networks.log_probs(*given, batch_size or len(input_ids)), None
 
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
@@ -449,6 +444,13 @@ class SelfDistillationTrainer(GRPOTrainer):
             values["skipped_steps/total"] = self._guard.skipped_steps
         self._metrics[mode].update({name: [value] for name, value in values.items()})
         super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if isinstance(eval_dataset, Dataset | IterableDataset) and not self.environment_factories:
+            eval_dataset = checked_rows(
+                eval_dataset, "eval_dataset", self.teacher_prompt, self._data_columns, self.tools
+            )
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         checkpoint = self.run_state.checkpoint(resume_from_checkpoint)
