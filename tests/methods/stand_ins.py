@@ -147,6 +147,15 @@ def routed(seen: Seen) -> dict[str, Any]:
     }
 
 
+def by_success(seen: Seen) -> dict[str, Any]:
+    """1 − s where it is right, s where it is wrong, with a mean of 1 over all."""
+    right = [reward == 1.0 for reward in seen.all.rewards]
+    rate = min(max(sum(right) / len(right), 1 / len(right)), 1 - 1 / len(right))
+    weights = [1 - rate if is_right else rate for is_right in right]
+    weight = weights[seen.index] / (sum(weights) / len(weights))
+    return {"divergence_weights": [weight] * len(seen.token_ids)}
+
+
 def entropies(p: torch.Tensor) -> torch.Tensor:
     return -(p * p.log()).sum(dim=1)
 
@@ -386,6 +395,15 @@ STAND_INS = {
         {**GROUPS, "context_kwargs": {"annotator": "methods.stand_ins.decisive", "most_of_it": 0.5}},
         has_reward=True,
         metrics=("distillation_loss", "spans/token_rate", "spans/dropped_rate", "clip_ratio/region_mean"),
+    ),
+    "resd": StandIn(
+        plain_loop.Method(
+            "reverse_kl", support="student_top_k", top_k=100, ratio_low=0.2, ratio_high=5.0, loss_type="luspo"
+        ),
+        by_success,
+        {"context_kwargs": {"max_new_tokens": 8}},
+        has_reward=True,
+        metrics=("distillation_loss", "divergence_row_rate", "playbook/lessons"),
     ),
     "dasd": StandIn(
         plain_loop.Method(**GRPO), by_entropy, GROUPS, has_reward=True, has_live_teacher=True, metrics=SHAPED

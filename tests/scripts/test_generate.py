@@ -1,5 +1,6 @@
 """`trl-opsd generate`, with a tiny model."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -12,19 +13,44 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from trl_opsd import cli
 from trl_opsd.files import locked
+from trl_opsd.generate import MAKERS as ALL_MAKERS
 from trl_opsd.sampling import loading
 from trl_opsd.sampling.transformers import TransformersBackend
 from trl_opsd.scripts.generate import make_parser
 
 
+# What makers of the tests are told beyond their name
+MAKERS = {
+    "star": {"privileged_context": "answer"},
+    "mixsd": {"privileged_context": "answer"},
+    "pbsd": {"privileged_context": "answer", "reward_funcs": None},
+    "tessy": {
+        "privileged_context": "answer",
+        "reward_funcs": None,
+        "maker_kwargs": {
+            "boundary": "rewards_of_test_generate.vowels",
+            "end_of_thinking": "e",
+            "answer_tokens": 150,
+            "max_tries": 9,
+        },
+    },
+}
 ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "playground" / "generate-star.yaml"
+RECIPES = sorted(ROOT.glob("recipes/playground/generate-*.yaml"))
 
 
 def even(completions, number, **kwargs):
     """Of plain text and of messages: right where the sum of an even row's number and the length is even."""
     texts = [its if isinstance(its, str) else its[-1]["content"] for its in completions]
     return [float((len(text) + int(n)) % 2 == 0) for text, n in zip(texts, number, strict=True)]
+
+
+def vowels(before, written, by):
+    """The student's part ends with a vowel, the teacher's with another character."""
+    assert by in ("student", "teacher")
+    assert all(written)
+    places = [[(c in "aeiou") == (by == "student") for c in text] for text in written]
+    return [its.index(True) + 1 if True in its else None for its in places]
 
 
 def write_rows(path, plain=False, count=8):
@@ -38,7 +64,7 @@ def write_rows(path, plain=False, count=8):
 @pytest.fixture
 def generate(model_path, tmp_path, monkeypatch):
     """Runs the command into tmp_path/run, and returns its exit status."""
-    (tmp_path / "rewards_of_test_generate.py").write_text(Path(__file__).read_text().split("\n\n\n")[2])
+    (tmp_path / "rewards_of_test_generate.py").write_text("\n\n\n".join(map(inspect.getsource, (even, vowels))))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     write_rows(tmp_path / "rows.jsonl")
@@ -52,7 +78,7 @@ def generate(model_path, tmp_path, monkeypatch):
             "reward_funcs": "rewards_of_test_generate.even",
             "max_new_tokens": 200,
             "output_dir": output_dir,
-            **({"privileged_context": "answer"} if maker == "star" else {}),
+            **MAKERS.get(maker, {}),
             **fields,
         }
         Path("recipe.yaml").write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not None}))
@@ -83,10 +109,12 @@ def test_star_end_to_end(generate, capsys):
     assert f"{len(records)} records of 8 rows" in capsys.readouterr().out
 
 
-def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_not(generate, monkeypatch, capsys):
-    assert generate("star", output_dir="whole") == 0
+@pytest.mark.parametrize("maker", list(MAKERS))
+def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_not(generate, monkeypatch, capsys, maker):
+    assert generate(maker, output_dir="whole") == 0
     whole = lines("whole/completions.jsonl")
-    own = TransformersBackend.generate
+    method = "generate_mixed" if maker == "mixsd" else "generate"
+    own = getattr(TransformersBackend, method)
     made = []
 
     def interrupted(self, requests, sampling):
@@ -97,8 +125,8 @@ def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_not(generate, mon
             yield item
 
     with monkeypatch.context() as patch:
-        patch.setattr(TransformersBackend, "generate", interrupted)
-        assert generate("star") == 130
+        patch.setattr(TransformersBackend, method, interrupted)
+        assert generate(maker) == 130
     assert "interrupted. All finished completions are kept" in capsys.readouterr().err
     assert lines("run/completions.jsonl") == whole[:4]
     assert not Path("run/data").exists()
@@ -107,8 +135,8 @@ def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_not(generate, mon
 
     asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(TransformersBackend, "generate", lambda *args: asked.append(len(args[1])) or own(*args))
-        assert generate("star", batch_size=2) == 0
+        patch.setattr(TransformersBackend, method, lambda *args: asked.append(len(args[1])) or own(*args))
+        assert generate(maker, batch_size=2) == 0
     assert sum(asked) == len(whole) - 4
     assert lines("run/completions.jsonl") == whole
     assert Path("run/data/train.jsonl").read_bytes() == Path("whole/data/train.jsonl").read_bytes()
@@ -141,11 +169,12 @@ def test_rows_with_the_same_prompt_get_completions_of_their_own(generate, tmp_pa
     assert len({record["seed"] for record in lines("run/data/train.jsonl")}) == 3
 
 
+@pytest.mark.parametrize("maker", ["star", "mixsd", "tessy"])
 @pytest.mark.parametrize("plain", [False, True], ids=["conversational", "plain"])
-def test_trl_trains_on_it_as_it_is(generate, plain, tmp_path, model_path, training_args):
+def test_trl_trains_on_it_as_it_is(generate, plain, maker, tmp_path, model_path, training_args):
     write_rows(tmp_path / "rows.jsonl", plain)
     kwargs = None if plain else {"enable_thinking": False}
-    assert generate("star", chat_template_kwargs=kwargs) == 0
+    assert generate(maker, chat_template_kwargs=kwargs) == 0
 
     dataset = load_dataset("run/data")["train"]  # as `trl sft --dataset_name run/data` does
     assert len(dataset) > 2
@@ -171,17 +200,13 @@ def test_trl_trains_on_it_as_it_is(generate, plain, tmp_path, model_path, traini
             assert record["chat_template_kwargs"] == {"enable_thinking": False}
         assert row["input_ids"][: len(prompt)] == prompt
         text = tokenizer.decode(sampled[record["seed"]], skip_special_tokens=True)
+        if maker == "tessy":
+            text = "".join(span["text"] for span in record["spans"])
         assert text in tokenizer.decode(row["input_ids"][len(prompt) :])
 
 
-def test_dpo_trains_on_what_the_maker_of_the_docs_makes(generate, tmp_path, model_path, training_args, monkeypatch):
-    page = (ROOT / "docs" / "generate.md").read_text()
-    (tmp_path / "makers_of_test_generate.py").write_text(page.split("```python\n")[1].split("```")[0])
-    assert generate("makers_of_test_generate.Pairs", reward_funcs=None, privileged_context="answer") == 0
-
-    dataset = load_dataset("run/data")["train"]
-    assert len(dataset) == 8
-    assert all(row["chosen"] != row["rejected"] for row in dataset)
+def trained_by_dpo(model_path, training_args):
+    dataset = load_dataset("run/data")["train"]  # as `trl dpo --dataset_name run/data` does
     for name in ("max_completion_length", "per_device_train_batch_size"):
         training_args.pop(name)
     trainer = DPOTrainer(
@@ -189,6 +214,79 @@ def test_dpo_trains_on_what_the_maker_of_the_docs_makes(generate, tmp_path, mode
     )
     trainer.train()
     assert trainer.state.global_step == 2
+    return dataset
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["conversational", "plain"])
+def test_dpo_trains_on_pairs(generate, plain, tmp_path, model_path, training_args):
+    write_rows(tmp_path / "rows.jsonl", plain)
+    assert generate("pbsd", chat_template_kwargs=None if plain else {"enable_thinking": False}) == 0
+
+    dataset = trained_by_dpo(model_path, training_args)
+    rows, tokenizer = lines("rows.jsonl"), AutoTokenizer.from_pretrained(model_path)
+    sampled = {entry["seed"]: entry["completion"] for entry in lines("run/completions.jsonl")}
+    for record in dataset:
+        assert record["prompt"] == rows[record["row"]]["prompt"]
+        assert [record["chosen"], record["rejected"]] == [sampled[record[f"{n}_seed"]] for n in ("chosen", "rejected")]
+    # The teacher's prompt is the one with the answer
+    made = {entry["seed"]: entry["prompt"] for entry in lines("run/completions.jsonl")}
+    assert not {made[record["chosen_seed"]] for record in dataset} & {
+        made[record["rejected_seed"]] for record in dataset
+    }
+    assert len(tokenizer) > 0
+
+
+def test_changing_the_context_changes_the_teacher_alone(generate):
+    texts = []
+    for output_dir, template in (("one", "{prompt} {answer}"), ("two", "{prompt} It is {answer}.")):
+        fields = {"context_kwargs": {"template": template}, "maker_kwargs": {"keep": "all"}}
+        assert generate("pbsd", output_dir=output_dir, **fields) == 0
+        texts.append(lines(f"{output_dir}/data/train.jsonl"))
+    assert [record["rejected"] for record in texts[0]] == [record["rejected"] for record in texts[1]]
+    assert [record["chosen"] for record in texts[0]] != [record["chosen"] for record in texts[1]]
+    assert [record["prompt"] for record in texts[0]] == [record["prompt"] for record in texts[1]]
+
+
+def test_mixed_tokens_say_where_they_come_from(generate):
+    assert generate("mixsd", temperature=0.0, success_threshold=0.0, maker_kwargs={"share": 0.5}) == 0
+    by_seed = {entry["seed"]: entry for entry in lines("run/completions.jsonl")}
+    records = lines("run/data/train.jsonl")
+    for record in records:
+        assert len(record["sides"]) == len(by_seed[record["seed"]]["token_ids"])
+    assert {side for record in records for side in record["sides"]} == {True, False}
+    # Another share is another completion, and those of the first stay
+    assert generate("mixsd", temperature=0.0, success_threshold=0.0, maker_kwargs={"share": 1, "max_tries": 1}) == 0
+    assert all(all(record["sides"]) for record in lines("run/data/train.jsonl"))
+    assert lines("run/completions.jsonl")[: len(by_seed)] == list(by_seed.values())
+
+
+def test_a_second_model_writes_as_the_teacher(generate, model_path, tmp_path, capsys):
+    shutil.copytree(model_path, tmp_path / "teacher")
+    teacher = {"model_name_or_path": "teacher", "backend": "transformers", "batch_size": 2}
+    fields = {"privileged_context": None, "teacher": teacher}
+    assert generate("tessy", **fields) == 0
+    records = lines("run/data/train.jsonl")
+    assert {record["source"] for record in records} == {"teacher_and_student"}
+    assert {record["teacher_model"] for record in records} == {"teacher"}
+    assert {span["by"] for record in records for span in record["spans"]} == {"student", "teacher"}
+    assert lines("run/teacher_completions.jsonl")
+
+    before = [Path(f"run/{name}completions.jsonl").read_bytes() for name in ("", "teacher_")]
+    assert generate("tessy", **fields) == 0
+    assert [Path(f"run/{name}completions.jsonl").read_bytes() for name in ("", "teacher_")] == before
+    (tmp_path / "teacher" / "model.safetensors").touch()
+    assert generate("tessy", **fields) == 2
+    assert "`teacher` was" in capsys.readouterr().err
+
+
+def test_dpo_trains_on_what_the_maker_of_the_docs_makes(generate, tmp_path, model_path, training_args, monkeypatch):
+    page = (ROOT / "docs" / "generate.md").read_text()
+    (tmp_path / "makers_of_test_generate.py").write_text(page.split("```python\n")[-1].split("```")[0])
+    assert generate("makers_of_test_generate.Pairs", reward_funcs=None, privileged_context="answer") == 0
+
+    dataset = trained_by_dpo(model_path, training_args)
+    assert len(dataset) == 8
+    assert all(row["chosen"] != row["rejected"] for row in dataset)
 
 
 def test_completions_that_do_not_fit_the_model_are_refused(generate, capsys):
@@ -227,6 +325,17 @@ def test_completions_that_do_not_fit_the_model_are_refused(generate, capsys):
         ("star", {"limit": 0}, "`limit` must be at least 1"),
         ("star", {"temperature": -1.0}, "`temperature` must be at least 0"),
         ("star", {"num_sample": 3}, "Unknown field: `num_sample`"),
+        ("mixsd", {"reward_funcs": None}, "The maker mixsd has to tell right from wrong. Set `reward_funcs`."),
+        ("mixsd", {"privileged_context": None}, "The maker mixsd shows the model a hint"),
+        ("mixsd", {"maker_kwargs": {"share": 2}}, "`share` of the mixsd maker must be in [0, 1], got 2"),
+        ("pbsd", {"privileged_context": None}, "The maker pbsd shows the model a hint"),
+        ("pbsd", {"teacher": {"model_name_or_path": "m"}}, "`teacher` has no effect with the maker pbsd"),
+        ("tessy", {"privileged_context": None}, "has two writers. Set `teacher` to a second model"),
+        ("tessy", {"maker_kwargs": None}, "do not fit `maker='tessy'`"),
+        ("tessy", {"maker_kwargs": {"boundary": "nowhere.f"}}, "Cannot load `boundary='nowhere.f'`"),
+        ("tessy", {"teacher": {"model_name": "m"}}, "has no field `model_name`. Did you mean `model_name_or_path`?"),
+        ("tessy", {"teacher": {"backend": "transformers"}}, "Of `teacher`: No model: set `model_name_or_path`"),
+        ("tessy", {"teacher": "m"}, "Expected `teacher` to be a mapping"),
     ],
 )
 def test_bad_input_is_told_before_the_model_is_loaded(generate, monkeypatch, capsys, maker, fields, message):
@@ -254,6 +363,7 @@ def test_a_row_without_the_column_of_the_context(generate, tmp_path, monkeypatch
         ("star", {"seed": 1}, "seed` was 0 and is 1"),
         ("star", {"context_kwargs": {"template": "{prompt} {answer}"}}, "context_kwargs` was None and is"),
         ("rollouts", {}, "maker` was 'star' and is 'rollouts'"),
+        ("mixsd", {}, "maker` was 'star' and is 'mixsd'"),
     ],
 )
 def test_a_folder_of_other_settings_is_refused(generate, capsys, maker, fields, name):
@@ -318,14 +428,27 @@ def test_a_maker_has_to_be_named(args, capsys):
 def test_help(args, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["generate", *args])
-    assert "The maker is one of rollouts, star" in " ".join(capsys.readouterr().out.split())
+    assert "The maker is one of rollouts, star, mixsd, pbsd, tessy" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_shipped_recipe_makes_data(generate, model_path, tmp_path):
-    values = yaml.safe_load(RECIPE.read_text())
-    (arguments,) = make_parser().parse_args_and_config(["--config", str(RECIPE)])
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_shipped_recipe_makes_data(generate, model_path, tmp_path, recipe):
+    values, maker = yaml.safe_load(recipe.read_text()), recipe.stem.removeprefix("generate-")
+    assert f"generate {maker} --config recipes/playground/{recipe.name}" in recipe.read_text()
+    (arguments,) = make_parser().parse_args_and_config(["--config", str(recipe)])
     assert all(getattr(arguments, name) == value for name, value in values.items() if name != "reward_funcs")
     rows = [{**row, "solution": row["answer"]} for row in lines("rows.jsonl")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = {"model_name_or_path": model_path, "dataset_name": "rows.jsonl", "output_dir": "run", "limit": 2}
-    assert generate("star", **{**values, **small, "success_threshold": 0.0, "max_new_tokens": 200}) == 0
+    if maker == "tessy":  # what the tiny model says ends early, in no box
+        small["maker_kwargs"] = {
+            **values["maker_kwargs"],
+            "end_of_thinking": "e",
+            "answer_tokens": 150,
+            "max_tries": 9,
+        }
+    assert generate(maker, **{**values, **small, "success_threshold": 0.0, "max_new_tokens": 200}) == 0
+
+
+def test_there_is_a_recipe_of_every_maker_with_a_paper():
+    assert {path.stem.removeprefix("generate-") for path in RECIPES} == set(ALL_MAKERS) - {"rollouts"}

@@ -4,14 +4,36 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from ..parts import make_part
-from .base import Attempt, Made, Maker, Problems
+from .base import Attempt, Made, Maker, Problems, Writer
+from .mixsd import MixSDMaker
+from .pbsd import PBSDMaker
 from .rollouts import RolloutsMaker
 from .star import STaRMaker
+from .tessy import TESSYMaker
 
 
-__all__ = ["MAKERS", "Attempt", "Made", "Maker", "Problems", "RolloutsMaker", "STaRMaker", "make_maker"]
+__all__ = [
+    "MAKERS",
+    "Attempt",
+    "Made",
+    "Maker",
+    "MixSDMaker",
+    "PBSDMaker",
+    "Problems",
+    "RolloutsMaker",
+    "STaRMaker",
+    "TESSYMaker",
+    "Writer",
+    "make_maker",
+]
 
-MAKERS: dict[str, type | str] = {"rollouts": RolloutsMaker, "star": STaRMaker}
+MAKERS: dict[str, type | str] = {
+    "rollouts": RolloutsMaker,
+    "star": STaRMaker,
+    "mixsd": MixSDMaker,
+    "pbsd": PBSDMaker,
+    "tessy": TESSYMaker,
+}
 
 
 def make_maker(name: str, kwargs: Mapping[str, Any] | None = None) -> Maker:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ..sampling import Sampling
 from ..sampling.sources import TokenIds
 
 
@@ -28,6 +29,8 @@ class Attempt:
             Sum of its rewards. `None` before it is graded, or where no reward function applies.
         correct (`bool`, *optional*):
             Whether the reward reaches `success_threshold`. `None` where there is no reward.
+        sides (`list[bool]`, *optional*):
+            Of a mixed completion: for each token, whether it was drawn after the first of its prompts.
     """
 
     row: int
@@ -37,6 +40,7 @@ class Attempt:
     truncated: bool
     reward: float | None = None
     correct: bool | None = None
+    sides: list[bool] | None = None
 
     def shortcoming(self, needs_correct: bool) -> str | None:
         """
@@ -62,6 +66,26 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class Writer:
+    """
+    One of two models, or of two readings of one, that write a text together.
+
+    Args:
+        prompt_ids (`Sequence[list[int] | None]`):
+            Token ids of the prompts that it reads, `None` for a row without one.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        sample (`Callable[[Sequence[int], Sequence[list[int]], str | None, int], list[Attempt]]`):
+            As `sample` of [`Problems`], with the most tokens of a completion; without a text, there is no progress
+            bar.
+    """
+
+    prompt_ids: Sequence[TokenIds | None]
+    tokenizer: Any
+    sample: Callable[[Sequence[int], Sequence[TokenIds], str | None, int], list[Attempt]]
+
+
+@dataclass(frozen=True)
 class Problems:
     """
     The rows of a data set, and what a maker can do with them.
@@ -80,6 +104,18 @@ class Problems:
             ones in the same order, those that are there already without sampling.
         grade (`Callable[[Sequence[Attempt]], list[Attempt]]`):
             The same completions with their rewards. Without reward functions, they have none.
+        mix (`Callable[[Sequence[int], Sequence[list[int]], Sequence[list[int]], float, str], list[Attempt]]`):
+            As `sample`, of two prompts for each: a token is drawn after the first with the probability that is given,
+            else after the second, and both go on with it.
+        sampling ([`~trl_opsd.sampling.Sampling`]):
+            How tokens are drawn.
+        decode (`Callable[[int, list[int]], Any]`):
+            From the index of a row and the token ids of a completion to the completion as the row's prompt is.
+        writers (`Mapping[str, Writer]`):
+            `"student"`, which reads the bare prompts, and for a maker that takes one `"teacher"`: a second model, or
+            this one with the privileged context.
+        has_second_model (`bool`):
+            Whether the teacher is a second model.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -87,6 +123,11 @@ class Problems:
     hinted_prompt_ids: Sequence[TokenIds | None]
     sample: Callable[[Sequence[int], Sequence[TokenIds], str], list[Attempt]]
     grade: Callable[[Sequence[Attempt]], list[Attempt]]
+    mix: Callable[[Sequence[int], Sequence[TokenIds], Sequence[TokenIds], float, str], list[Attempt]]
+    sampling: Sampling
+    decode: Callable[[int, TokenIds], Any]
+    writers: Mapping[str, Writer]
+    has_second_model: bool
 
 
 @dataclass
@@ -104,7 +145,7 @@ class Made:
     records: list[dict[str, Any]] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
 
-    def add(self, row: Mapping[str, Any], attempt: Attempt, source: str) -> None:
+    def add(self, row: Mapping[str, Any], attempt: Attempt, source: str, **others: Any) -> None:
         """
         Add a row for TRL's SFT trainer, with where it comes from.
 
@@ -115,10 +156,12 @@ class Made:
                 The completion.
             source (`str`):
                 How it came about.
+            **others (`Any`):
+                Further columns.
         """
         record = {"prompt": row["prompt"], "completion": attempt.completion, "source": source}
         record |= {"row": attempt.row, "seed": attempt.seed, "truncated": attempt.truncated}
-        record |= {"reward": attempt.reward, "correct": attempt.correct}
+        record |= {"reward": attempt.reward, "correct": attempt.correct} | others
         self.records.append(record)
 
 
@@ -133,6 +176,9 @@ class Maker(Protocol):
     """Whether it has to tell right from wrong."""
     needs_context: bool
     """Whether it reads the prompts with the privileged context."""
+    takes_teacher: bool
+    """Whether it has two writers, of which the second is another model or this one with the privileged context. A
+    class without this attribute does not."""
 
     def __call__(self, problems: Problems) -> Made:
         """

@@ -8,7 +8,7 @@ from typing import Any
 from ..files import whole_folder, write_whole
 
 
-COMPLETIONS = "completions.jsonl"
+COMPLETIONS, TEACHER_COMPLETIONS = "completions.jsonl", "teacher_completions.jsonl"
 _MISSING = object()
 
 

@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..files import LineFile
-from ..sampling import Backend, Request, Sampling
+from ..sampling import Backend, Completion, MixedCompletion, MixedRequest, Request, Sampling, generate_mixed
 from ..sampling.sources import TokenIds
 from .base import Attempt
 
@@ -57,7 +58,13 @@ class Sampler:
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}, line {number}, is no completion ({error!r}). Remove that line.") from error
 
-    def __call__(self, rows: Sequence[int], prompt_ids: Sequence[TokenIds], what: str) -> list[Attempt]:
+    def __call__(
+        self,
+        rows: Sequence[int],
+        prompt_ids: Sequence[TokenIds],
+        what: str | None,
+        max_new_tokens: int | None = None,
+    ) -> list[Attempt]:
         """
         Completions of prompts, each for a row.
 
@@ -66,44 +73,109 @@ class Sampler:
                 Index of the row of each.
             prompt_ids (`Sequence[list[int]]`):
                 Token ids of the prompts.
+            what (`str`, *optional*):
+                What they are, for the progress bar. `None` shows none.
+            max_new_tokens (`int`, *optional*):
+                Longest completion, if it is another one than that of the run.
+        """
+        limited = "" if max_new_tokens is None else f" {max_new_tokens}"
+        sampling = self._sampling if max_new_tokens is None else replace(self._sampling, max_new_tokens=max_new_tokens)
+        keys = self._keys(f"{ids}{limited}" for ids in prompt_ids)
+        requests = [Request(ids, self._seed_of(*key)) for ids, key in zip(prompt_ids, keys, strict=True)]
+        return self._completed(rows, keys, requests, what, lambda backend, asked: backend.generate(asked, sampling))
+
+    def mix(
+        self,
+        rows: Sequence[int],
+        prompt_ids: Sequence[TokenIds],
+        other_prompt_ids: Sequence[TokenIds],
+        share: float,
+        what: str,
+    ) -> list[Attempt]:
+        """
+        Completions of two prompts each, whose tokens are drawn after the one or the other.
+
+        Args:
+            rows (`Sequence[int]`):
+                Index of the row of each.
+            prompt_ids (`Sequence[list[int]]`):
+                Token ids of the prompts.
+            other_prompt_ids (`Sequence[list[int]]`):
+                Token ids of the other prompts.
+            share (`float`):
+                Probability with which a token is drawn after the first.
             what (`str`):
                 What they are, for the progress bar.
         """
+        pairs = list(zip(prompt_ids, other_prompt_ids, strict=True))
+        keys = self._keys(f"{ids} {other_ids} {share}" for ids, other_ids in pairs)
+        requests = [
+            MixedRequest(ids, self._seed_of(*key), other_ids, share)
+            for (ids, other_ids), key in zip(pairs, keys, strict=True)
+        ]
+        return self._completed(
+            rows, keys, requests, what, lambda backend, asked: generate_mixed(backend, asked, self._sampling)
+        )
+
+    def _keys(self, texts: Iterable[str]) -> list[tuple[str, int]]:
         keys = []
-        for ids in prompt_ids:
-            digest = hashlib.sha256(str(ids).encode()).hexdigest()[:32]
+        for text in texts:
+            digest = hashlib.sha256(text.encode()).hexdigest()[:32]
             keys.append((digest, self._asked[digest]))
             self._asked[digest] += 1
+        return keys
+
+    def _completed(
+        self,
+        rows: Sequence[int],
+        keys: Sequence[tuple[str, int]],
+        requests: Sequence[Any],
+        what: str | None,
+        generate: Callable[[Backend, list[Any]], Iterator[tuple[int, Completion]]],
+    ) -> list[Attempt]:
         missing = [index for index, key in enumerate(keys) if key not in self._known]
         if missing:
-            backend = self._load()
-            requests = [Request(prompt_ids[index], self._seed_of(*keys[index])) for index in missing]
+            asked = [requests[index] for index in missing]
             # Not smoothed: completions come in batches, and the pace within one says nothing
-            bar = tqdm(total=len(keys), initial=len(keys) - len(missing), desc=what, unit="completion", smoothing=0)
+            bar = tqdm(
+                total=len(keys),
+                initial=len(keys) - len(missing),
+                desc=what,
+                unit="completion",
+                smoothing=0,
+                disable=what is None,
+            )
             with bar:
-                for position, completion in backend.generate(requests, self._sampling):
-                    index, request = missing[position], requests[position]
-                    digest, number = keys[index]
-                    entry = {
-                        "row": rows[index],
-                        "prompt": digest,
-                        "number": number,
-                        "seed": request.seed,
-                        "truncated": not completion.terminated,
-                        "completion": self._decode(rows[index], request.prompt_ids, completion.token_ids),
-                        "token_ids": completion.token_ids,
-                    }
+                for position, completion in generate(self._load(), asked):
+                    index, request = missing[position], asked[position]
+                    entry = self._entry(rows[index], keys[index], request, completion)
                     self._file.append(json.dumps(entry, ensure_ascii=False))
                     self._known[keys[index]] = entry
                     bar.update()
         return [self._attempt(row, self._known[key]) for row, key in zip(rows, keys, strict=True)]
+
+    def _entry(self, row: int, key: tuple[str, int], request: Request, completion: Completion) -> dict[str, Any]:
+        digest, number = key
+        entry = {
+            "row": row,
+            "prompt": digest,
+            "number": number,
+            "seed": request.seed,
+            "truncated": not completion.terminated,
+            "completion": self._decode(row, request.prompt_ids, completion.token_ids),
+            "token_ids": completion.token_ids,
+        }
+        if isinstance(completion, MixedCompletion):
+            entry["sides"] = completion.sides
+        return entry
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
     def _attempt(self, row: int, entry: dict[str, Any]) -> Attempt:
-        return Attempt(row, entry["completion"], entry["token_ids"], entry["seed"], entry["truncated"])
+        made = {name: entry[name] for name in ("completion", "token_ids", "seed", "truncated")}
+        return Attempt(row, **made, sides=entry.get("sides"))
 
     def _seed_of(self, digest: str, number: int) -> int:
         return int.from_bytes(hashlib.sha256(f"{self._seed} {number} {digest}".encode()).digest()[:4], "big")

@@ -34,6 +34,7 @@ METHODS = {
     "rlrt": "rlrt.RLRTConfig",
     "rlcsd": "rlcsd.RLCSDConfig",
     "trace": "trace.TRACEConfig",
+    "resd": "resd.RESDConfig",
     "dasd": "dasd.DASDConfig",
     "antisd": "antisd.AntiSDConfig",
     "antisd_code": "antisd_code.AntiSDCodeConfig",

@@ -160,6 +160,27 @@ def accuracy_reward(completions: list[list[dict[str, str]]], answer: list[str], 
     return [float(correct(turns[-1]["content"], a)) for turns, a in zip(completions, answer, strict=True)]
 
 
+def sums_by_the_teacher(before: list[str], written: list[str], by: str) -> list[int | None]:
+    """
+    Boundary of [`~trl_opsd.generate.TESSYMaker`]: what follows an equals sign takes capability, what follows a line
+    end is style.
+
+    Args:
+        before (`list[str]`):
+            Texts so far.
+        written (`list[str]`):
+            What has been written since.
+        by (`str`):
+            `"student"` or `"teacher"`.
+
+    Returns:
+        `list[int | None]`:
+            Number of characters up to the end of the writer's part, `None` if it has not ended.
+    """
+    places = [text.find("=" if by == "student" else "\n") for text in written]
+    return [place + 1 if place >= 0 else None for place in places]
+
+
 def decisive_steps(row: Mapping[str, Any], rollout: Any) -> list[dict[str, Any]]:
     """
     Annotates a rollout, as the `annotator` of the diagnosis context: the result of every column of one that is right,

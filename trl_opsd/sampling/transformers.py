@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from .base import Completion, Request, Sampling
+from .mixed import MixedCompletion, MixedRequest, sides_of
 
 
 class SeededSampling(LogitsProcessor):
@@ -47,6 +48,31 @@ class SeededSampling(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
 
 
+class MixedSampling(LogitsProcessor):
+    """
+    Draws the next token of pairs of rows, of which one in each says how, and gives it to both.
+
+    Args:
+        sides (`torch.Tensor` of shape `(N, max_new_tokens)`, bool):
+            For each pair and position, whether the row of the first half says how.
+        prompt_length (`int`):
+            Tokens of the padded prompts.
+        draw ([`SeededSampling`], *optional*):
+            Draws a token for each pair. `None` takes the likeliest.
+    """
+
+    def __init__(self, sides: torch.Tensor, prompt_length: int, draw: SeededSampling | None):
+        self._sides, self._prompt_length, self._draw = sides, prompt_length, draw
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        first, second = scores.chunk(2)
+        sides = self._sides[:, input_ids.shape[1] - self._prompt_length].to(scores.device)
+        chosen = torch.where(sides[:, None], first, second)
+        if self._draw is not None:
+            chosen = self._draw(input_ids[: len(chosen)], chosen)
+        return chosen.repeat(2, 1)
+
+
 class TransformersBackend:
     """
     Generates batch by batch.
@@ -67,29 +93,44 @@ class TransformersBackend:
         self._batch_size = batch_size
         self.max_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-    @torch.inference_mode()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
-        was_training = self._model.training
-        own_config = self._model.generation_config
         for start in range(0, len(requests), self._batch_size):
             batch = requests[start : start + self._batch_size]
-            self._model.eval()
-            # `generate` fills what a configuration leaves open from the model's own, say with a repetition penalty
-            self._model.generation_config = GenerationConfig()
-            try:
-                rows = self._batch(batch, sampling)
-            finally:
-                self._model.generation_config = own_config
-                self._model.train(was_training)
+            prompts = [request.prompt_ids for request in batch]
+            width = max(map(len, prompts))
+            drawn = SeededSampling([request.seed for request in batch], width, sampling.max_new_tokens)
+            rows = self._completed(prompts, sampling, [drawn] if sampling.temperature > 0 else [])
             for index, tokens in enumerate(rows, start):
-                end = next((place for place, token in enumerate(tokens, 1) if token in self._end_token_ids), None)
-                yield index, Completion(tokens[:end], terminated=end is not None)
+                yield index, Completion(*self._cut(tokens))
 
-    def _batch(self, batch: Sequence[Request], sampling: Sampling) -> list[list[int]]:
+    def generate_mixed(
+        self, requests: Sequence[MixedRequest], sampling: Sampling
+    ) -> Iterator[tuple[int, MixedCompletion]]:
+        for start in range(0, len(requests), self._batch_size):
+            batch = requests[start : start + self._batch_size]
+            prompts = [request.prompt_ids for request in batch] + [request.other_prompt_ids for request in batch]
+            width, longest = max(map(len, prompts)), sampling.max_new_tokens
+            sides = [sides_of(request, longest) for request in batch]
+            drawn = SeededSampling([request.seed for request in batch], width, longest)
+            mixed = MixedSampling(torch.tensor(sides), width, drawn if sampling.temperature > 0 else None)
+            rows = self._completed(prompts, sampling, [mixed])
+            for index, (tokens, its) in enumerate(zip(rows[: len(batch)], sides, strict=True), start):
+                ids, is_terminated = self._cut(tokens)
+                yield index, MixedCompletion(ids, is_terminated, its[: len(ids)])
+
+    def _cut(self, tokens: list[int]) -> tuple[list[int], bool]:
+        end = next((place for place, token in enumerate(tokens, 1) if token in self._end_token_ids), None)
+        return tokens[:end], end is not None
+
+    @torch.inference_mode()
+    def _completed(
+        self, prompts: Sequence[list[int]], sampling: Sampling, draw: Sequence[LogitsProcessor]
+    ) -> list[list[int]]:
+        """Completions of prompts that go through the model together, and what may stand after their ends."""
         pad = self._end_token_ids[0]
-        width = max(len(request.prompt_ids) for request in batch)
-        rows = [[pad] * (width - len(request.prompt_ids)) + request.prompt_ids for request in batch]
-        masks = [[0] * (width - len(request.prompt_ids)) + [1] * len(request.prompt_ids) for request in batch]
+        width = max(map(len, prompts))
+        rows = [[pad] * (width - len(ids)) + ids for ids in prompts]
+        masks = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
         processors = LogitsProcessorList()
         if sampling.temperature > 0:
             if sampling.temperature != 1:
@@ -98,17 +139,25 @@ class TransformersBackend:
                 processors.append(TopKLogitsWarper(sampling.top_k))
             if sampling.top_p < 1:
                 processors.append(TopPLogitsWarper(sampling.top_p))
-            processors.append(SeededSampling([request.seed for request in batch], width, sampling.max_new_tokens))
-        output = self._model.generate(
-            input_ids=torch.tensor(rows, device=self._model.device),
-            attention_mask=torch.tensor(masks, device=self._model.device),
-            logits_processor=processors,
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=self._end_token_ids,
-                pad_token_id=pad,
-            ),
-        )
+        processors.extend(draw)
+        was_training, own_config = self._model.training, self._model.generation_config
+        self._model.eval()
+        # `generate` fills what a configuration leaves open from the model's own, say with a repetition penalty
+        self._model.generation_config = GenerationConfig()
+        try:
+            output = self._model.generate(
+                input_ids=torch.tensor(rows, device=self._model.device),
+                attention_mask=torch.tensor(masks, device=self._model.device),
+                logits_processor=processors,
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=sampling.max_new_tokens,
+                    eos_token_id=self._end_token_ids,
+                    pad_token_id=pad,
+                ),
+            )
+        finally:
+            self._model.generation_config = own_config
+            self._model.train(was_training)
         completions: list[list[int]] = output[:, width:].tolist()
         return completions

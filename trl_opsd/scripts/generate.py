@@ -4,14 +4,14 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, cast
 
-from trl_opsd.help import help_from_docstring
+from trl_opsd.help import did_you_mean, help_from_docstring
 from trl_opsd.sampling import Sampling
 from trl_opsd.sampling.arguments import EngineArguments, as_mapping
 from trl_opsd.scripts.inputs import PromptArguments, find_reward_funcs
@@ -20,11 +20,13 @@ from trl_opsd.scripts.recipe import RecipeParser
 
 if TYPE_CHECKING:
     from trl_opsd.context import PrivilegedContext
-    from trl_opsd.generate import Maker
+    from trl_opsd.generate import Maker, Writer
+    from trl_opsd.generate.sampler import Sampler
     from trl_opsd.sampling import Backend
 
 # Fields that completions do not depend on: the data set is what the last command asks for
-_NOT_SETTINGS = {"maker_kwargs", "reward_funcs", "success_threshold", "limit", "output_dir"}
+_NOT_SETTINGS = {"maker_kwargs", "reward_funcs", "success_threshold", "limit", "output_dir", "teacher"}
+_TEMPLATE = "chat_template_kwargs"
 
 
 @help_from_docstring
@@ -36,6 +38,9 @@ class GenerateArguments(EngineArguments, PromptArguments):
     Args:
         maker_kwargs (`dict[str, Any]` or `str`, *optional*):
             Arguments of the maker, e.g. `{num_samples: 8, keep: correct}` of `rollouts`.
+        teacher (`dict[str, Any]` or `str`, *optional*):
+            A second model, for a maker that takes one: fields of the model and the backend, of those of this command,
+            and its own `chat_template_kwargs`, e.g. `{model_name_or_path: openai/gpt-oss-120b, backend: vllm_server}`.
         dataset_name (`str`, *optional*):
             Dataset id on the Hub, or a local json, jsonl, csv or parquet file, a folder of such files, or a folder
             written by `save_to_disk`.
@@ -73,6 +78,7 @@ class GenerateArguments(EngineArguments, PromptArguments):
     """
 
     maker_kwargs: dict[str, Any] | str | None = None
+    teacher: dict[str, Any] | str | None = None
     dataset_name: str | None = None
     dataset_config: str | None = None
     dataset_train_split: str = "train"
@@ -92,7 +98,7 @@ class GenerateArguments(EngineArguments, PromptArguments):
     def __post_init__(self) -> None:
         EngineArguments.__post_init__(self)
         PromptArguments.__post_init__(self)
-        for name in ("maker_kwargs", "context_kwargs", "chat_template_kwargs"):
+        for name in ("maker_kwargs", "teacher", "context_kwargs", "chat_template_kwargs"):
             setattr(self, name, as_mapping(name, getattr(self, name)))
         for name, what in (("dataset_name", "rows to complete"), ("output_dir", "folder to write to")):
             if getattr(self, name) is None:
@@ -102,10 +108,31 @@ class GenerateArguments(EngineArguments, PromptArguments):
         if self.context_kwargs is not None and self.privileged_context is None:
             raise ValueError(f"`context_kwargs={self.context_kwargs!r}` has no effect without `privileged_context`.")
         self.sampling()
+        self.second_model()
 
     def sampling(self) -> Sampling:
         """How to draw tokens."""
         return Sampling(self.temperature, self.top_p, self.top_k, self.max_new_tokens)
+
+    def second_model(self) -> EngineArguments | None:
+        """
+        Fields of the second model, if there is one.
+
+        Raises:
+            ValueError: If there is no such field, or a value is wrong.
+        """
+        if self.teacher is None:
+            return None
+        given = {name: value for name, value in cast("dict[str, Any]", self.teacher).items() if name != _TEMPLATE}
+        known = [field.name for field in fields(EngineArguments)]
+        for name in given:
+            if name not in known:
+                raise ValueError(f"`teacher` has no field `{name}`. {did_you_mean(name, [*known, _TEMPLATE])}")
+        try:
+            as_mapping(_TEMPLATE, cast("dict[str, Any]", self.teacher).get(_TEMPLATE))
+            return EngineArguments(**given)
+        except ValueError as error:
+            raise ValueError(f"Of `teacher`: {error}") from error
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
@@ -189,9 +216,8 @@ def run(name: str, arguments: GenerateArguments) -> dict[str, Any]:
     """
     from trl_opsd.files import locked
     from trl_opsd.generate import Problems, make_maker
-    from trl_opsd.generate.folder import COMPLETIONS, open_folder
+    from trl_opsd.generate.folder import COMPLETIONS, TEACHER_COMPLETIONS, open_folder
     from trl_opsd.generate.rewards import Rewards
-    from trl_opsd.generate.sampler import Sampler
     from trl_opsd.trainer.rewards import decoded
 
     maker = make_maker(name, cast("dict[str, Any] | None", arguments.maker_kwargs))
@@ -201,38 +227,107 @@ def run(name: str, arguments: GenerateArguments) -> dict[str, Any]:
     context = _make_context(name, maker, arguments)
     rows = _load_rows(arguments, context)
     grade = Rewards(functions, rows, arguments.success_threshold, arguments.batch_size)
-    tokenizer = arguments.load_tokenizer()
-    prompt_ids, hinted_prompt_ids = _rendered(rows, tokenizer, context, arguments)
-    served = arguments.load_backend(tokenizer) if arguments.backend == "vllm_server" else None
-
-    def load() -> "Backend":
-        backend = served or arguments.load_backend(tokenizer)
-        for kind, prompts in (("prompt", prompt_ids), ("prompt with the privileged context", hinted_prompt_ids)):
-            _check_lengths(kind, prompts, backend.max_length, arguments.max_new_tokens)
-        return backend
+    template_kwargs = cast("dict[str, Any] | None", arguments.chat_template_kwargs)
+    student = _Model(arguments, template_kwargs, rows, context, arguments)
+    second = arguments.second_model()
+    teacher_kwargs = cast("dict[str, Any]", arguments.teacher or {}).get(_TEMPLATE, template_kwargs)
+    teacher = (
+        None if second is None else _Model(second, as_mapping(_TEMPLATE, teacher_kwargs), rows, context, arguments)
+    )
 
     def decode(row: int, prompt: list[int], completion: list[int]) -> Any:
-        return decoded(tokenizer, rows[row]["prompt"], [prompt], [completion])[0]
+        return decoded(student.tokenizer, rows[row]["prompt"], [prompt], [completion])[0]
 
     folder = Path(str(arguments.output_dir))
     own = {field.name for field in fields(GenerateArguments)} - {field.name for field in fields(EngineArguments)}
     values = asdict(arguments)
     settings = {"maker": name} | {field: values[field] for field in values if field in own - _NOT_SETTINGS}
-    settings |= arguments.engine_settings(getattr(served, "root", None))
+    settings |= student.settings()
+    if teacher is not None:
+        settings["teacher"] = teacher.settings() | {_TEMPLATE: teacher_kwargs}
     others = {field: values[field] for field in values if field not in settings or field == "model_init_kwargs"}
-    with locked(folder):
+    with locked(folder), ExitStack() as stack:
         open_folder(folder, settings, others)
-        sampler = Sampler(folder / COMPLETIONS, load, decode, arguments.sampling(), arguments.seed)
-        with closing(sampler):
-            made = maker(Problems(rows, prompt_ids, hinted_prompt_ids, sampler, grade))
+        sampler = student.sampler(folder / COMPLETIONS, decode, stack)
+        writers = {"student": student.writer(student.prompt_ids, sampler)}
+        if teacher is not None:
+            asked = teacher.prompt_ids if context is None else teacher.hinted_prompt_ids
+            theirs = teacher.sampler(folder / TEACHER_COMPLETIONS, lambda row, prompt, completion: None, stack)
+            writers["teacher"] = teacher.writer(asked, theirs)
+        elif context is not None:
+            writers["teacher"] = student.writer(student.hinted_prompt_ids, sampler)
+        made = maker(
+            Problems(
+                rows=rows,
+                prompt_ids=student.prompt_ids,
+                hinted_prompt_ids=student.hinted_prompt_ids,
+                sample=sampler,
+                grade=grade,
+                mix=sampler.mix,
+                sampling=arguments.sampling(),
+                decode=lambda row, ids: decode(row, student.prompt_ids[row], ids),
+                writers=writers,
+                has_second_model=teacher is not None,
+            )
+        )
         return _finish(folder, len(rows), made.records, made.dropped, arguments)
+
+
+class _Model:
+    """A model of the run: its tokenizer, what it reads of the rows, and what samples from it."""
+
+    def __init__(
+        self,
+        engine: EngineArguments,
+        template_kwargs: dict[str, Any] | None,
+        rows: Sequence[Mapping[str, Any]],
+        context: "PrivilegedContext | None",
+        arguments: GenerateArguments,
+    ):
+        self._engine, self._arguments = engine, arguments
+        self.tokenizer = engine.load_tokenizer()
+        name = str(arguments.dataset_name)
+        self.prompt_ids, self.hinted_prompt_ids = _rendered(rows, self.tokenizer, context, name, template_kwargs or {})
+        self._served = engine.load_backend(self.tokenizer) if engine.backend == "vllm_server" else None
+
+    def settings(self) -> dict[str, Any]:
+        return self._engine.engine_settings(getattr(self._served, "root", None))
+
+    def sampler(self, file: Path, decode: Callable[[int, list[int], list[int]], Any], stack: ExitStack) -> "Sampler":
+        from trl_opsd.generate.sampler import Sampler
+
+        sampling, seed = self._arguments.sampling(), self._arguments.seed
+        return stack.enter_context(closing(Sampler(file, self._load, decode, sampling, seed)))
+
+    def writer(self, prompt_ids: Sequence[list[int] | None], sampler: "Sampler") -> "Writer":
+        from trl_opsd.generate import Writer
+
+        return Writer(prompt_ids, self.tokenizer, sampler)
+
+    def _load(self) -> "Backend":
+        backend = self._served or self._engine.load_backend(self.tokenizer)
+        for kind, prompts in (
+            ("prompt", self.prompt_ids),
+            ("prompt with the privileged context", self.hinted_prompt_ids),
+        ):
+            _check_lengths(kind, prompts, backend.max_length, self._arguments.max_new_tokens)
+        return backend
 
 
 def _make_context(name: str, maker: "Maker", arguments: GenerateArguments) -> "PrivilegedContext | None":
     from trl_opsd.context import NoContext, SampledContext, make_context
 
-    given = arguments.privileged_context
-    if not maker.needs_context:
+    given, takes_teacher = arguments.privileged_context, getattr(maker, "takes_teacher", False)
+    if arguments.teacher is not None and not takes_teacher:
+        raise ValueError(f"`teacher` has no effect with the maker {name}, which has one model. Leave it out.")
+    if takes_teacher and given is None:
+        if arguments.teacher is None:
+            raise ValueError(
+                f"The maker {name} has two writers. Set `teacher` to a second model, such as {{model_name_or_path: "
+                "...}, or `privileged_context` for the same model reading more."
+            )
+        return None
+    if not maker.needs_context and not takes_teacher:
         if given is not None:
             raise ValueError(f"`privileged_context={given!r}` has no effect with the maker {name}. Leave it out.")
         return None
@@ -268,7 +363,8 @@ def _rendered(
     rows: Sequence[Mapping[str, Any]],
     tokenizer: Any,
     context: "PrivilegedContext | None",
-    arguments: GenerateArguments,
+    name: str,
+    kwargs: dict[str, Any],
 ) -> tuple[list[list[int]], list[list[int] | None]]:
     """Token ids of the bare prompts, and of those with the context."""
     from tqdm.auto import tqdm
@@ -277,10 +373,9 @@ def _rendered(
 
     if not isinstance(rows[0]["prompt"], str) and tokenizer.chat_template is None:
         raise ValueError(
-            f"{arguments.dataset_name} has conversational prompts, but the tokenizer has no chat template. Take "
+            f"{name} has conversational prompts, but the tokenizer has no chat template. Take "
             "another `tokenizer`, or rows with plain prompts."
         )
-    kwargs = cast("dict[str, Any]", arguments.chat_template_kwargs or {})
     prompts = [
         None if one is None else TeacherPrompt(one, tokenizer, kwargs, "", max_length=None, skip_overlong=False)
         for one in (NoContext(), context)
@@ -291,7 +386,7 @@ def _rendered(
         try:
             ids, hinted_ids = (None if prompt is None else prompt.token_ids(row, None) for prompt in prompts)
         except ValueError as error:
-            raise ValueError(f"Row {index} of {arguments.dataset_name}: {error}") from error
+            raise ValueError(f"Row {index} of {name}: {error}") from error
         bare.append(cast("list[int]", ids))
         hinted.append(hinted_ids)
     return bare, hinted
@@ -323,8 +418,9 @@ def _finish(
     if not records:
         shutil.rmtree(folder / "data", ignore_errors=True)
         raise ValueError(f"Nothing of {num_rows:,} rows is worth keeping ({told}), so that there is no data set.")
-    model = str(arguments.model_name_or_path) + (f" with {arguments.adapter}" if arguments.adapter else "")
-    same: dict[str, Any] = {"model": model}
+    same: dict[str, Any] = {"model": _name_of(arguments)}
+    if (second := arguments.second_model()) is not None:
+        same["teacher_model"] = _name_of(second)
     for record in records:
         if arguments.chat_template_kwargs and not isinstance(record["prompt"], str):
             same["chat_template_kwargs"] = arguments.chat_template_kwargs
@@ -334,3 +430,7 @@ def _finish(
     print(f"{len(records):,} records of {num_rows:,} rows ({kept}; left out: {told}).")
     print(f"They are in {where}, for the field `dataset_name` of TRL's commands.")
     return summary
+
+
+def _name_of(engine: EngineArguments) -> str:
+    return str(engine.model_name_or_path) + (f" with {engine.adapter}" if engine.adapter else "")

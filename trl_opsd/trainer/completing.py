@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..context import PrivilegedContext, as_text
 from ..sampling.sources import Completions, CompletionSource, Prompts
-from .batch import Gather, Generation
+from .asking import Gather
+from .batch import Generation
 
 
 @dataclass(frozen=True)
