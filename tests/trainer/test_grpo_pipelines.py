@@ -233,8 +233,8 @@ def test_what_is_left_without_the_divergence_is_grpo(asked, dataset, model_path,
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "1 + 1?"}], "`eval_dataset` has no column 'solution'"),
-        ([{"prompt": "1 + 1?", "solution": "2."}, {"prompt": "2 + 2?", "solution": " "}], "row 1 .*solution"),
+        ([{"prompt": "1 + 1?"}], "eval_dataset has no column `solution`"),
+        ([{"prompt": "1 + 1?", "solution": "2."}, {"prompt": "2 + 2?", "solution": " "}], "eval_dataset.*1.*solution"),
     ],
 )
 def test_rows_handed_to_an_evaluation_are_checked(rows, message, is_stream, dataset, model, tokenizer, training_args):
