@@ -8,7 +8,7 @@ DEVICE := cpu
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-vllm lint format demo demo-opsdc demo-smollm2 study study-quick clean
+.PHONY: help test test-vllm lint format demo demo-opsdc demo-smollm2 methods study study-quick clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -38,6 +38,9 @@ demo-opsdc: $(VENV)/.demo ## watch a model learn to be brief: OPSDC on the embed
 
 demo-smollm2: $(VENV)/.smollm2 ## OPSD on SmolLM2-135M, a real pretrained model
 	$(PY) -m trl_opsd.playground.smollm2 $(ARGS)
+
+methods: $(VENV)/.demo ## compare all methods on the same work, at most 6 hours, into docs/methods_compared.md (ARGS=--quick: a few of them, 20 minutes)
+	$(PY) -m trl_opsd.comparison $(ARGS)
 
 study: $(VENV)/.demo ## the study of the published claims, at most 4 hours, into docs/study.md (stopped, it goes on where it was)
 	$(PY) -m trl_opsd.study $(ARGS)

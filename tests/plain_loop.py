@@ -22,6 +22,8 @@ class Method:
     top_k: int = 16
     tail: str = "bucket"
     clip: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
     temperature: float = 1.0
     loss_type: str = "grpo"
     max_completion_length: int = 0
@@ -128,9 +130,10 @@ def aggregate(values: list[torch.Tensor], masks: list[torch.Tensor], method: Met
 def divergence_entries(p_s: torch.Tensor, p_t: torch.Tensor, token_ids: torch.Tensor, method: Any) -> torch.Tensor:
     """What a divergence sums of each token, before the clip: of shape (T, entries)."""
     if method.support == "full":
-        return entries_of(p_s, p_t, method)
+        return entries_of(p_s, bounded(p_s, p_t, method), method)
     if method.support == "sampled_token":
         q_s, q_t = p_s.gather(1, token_ids), p_t.gather(1, token_ids)
+        q_t = bounded(q_s, q_t, method)
         values = (entries_of(q_s, q_t, method) / q_s).detach()
         pull = sampled_token_coefficients(q_s, q_t, method).detach() * q_s.log()
         return values + pull - pull.detach()
@@ -144,7 +147,14 @@ def divergence_entries(p_s: torch.Tensor, p_t: torch.Tensor, token_ids: torch.Te
         "union_top_k": teacher | student,
         "intersection_top_k": both,
     }[method.support]
-    return entries_of(reduced(p_s, inside, method.tail), reduced(p_t, inside, method.tail), method)
+    q_s, q_t = (reduced(p, inside, method.tail) for p in (p_s, p_t))
+    return entries_of(q_s, bounded(q_s, q_t, method), method)
+
+
+def bounded(p_s: torch.Tensor, p_t: torch.Tensor, method: Any) -> torch.Tensor:
+    """The teacher's probabilities, within a range of multiples of the student's, as data."""
+    low, high = method.ratio_low or 0.0, torch.inf if method.ratio_high is None else method.ratio_high
+    return torch.minimum(torch.maximum(p_t, low * p_s), torch.where(p_s > 0, high * p_s, torch.inf)).detach()
 
 
 def entries_of(p_s: torch.Tensor, p_t: torch.Tensor, method: Any) -> torch.Tensor:

@@ -206,11 +206,13 @@ PASSES = {
     "u_opsd": (1, 1),
     "drift": (1, 1),
     "cipo": (1, 0),
+    "sort": (1, 2),
     "mopd": (1, 1),
     "correct_only": (1, 1),
     "rlsd": (1, 2),
     "rlrt": (1, 2),
-    "trace": (1, 1),
+    "trace": (1, 0),  # random weights mark no spans, and without any the teacher is not asked
+    "resd": (1, 1),
     "rlcsd": (1, 2),  # without peers of both kinds, no more
     "dasd": (1, 2),
     "antisd": (1, 2),

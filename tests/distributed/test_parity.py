@@ -111,6 +111,7 @@ VARIANTS = [
     ),
     job("opsd", "full", name="iterations", max_steps=4, num_iterations=2, teacher="ema", teacher_update_rate=0.2),
 ]
+GREEDY = {"max_new_tokens": 8, "temperature": 0.0}
 # For want of answers, rollouts agree by their length
 LENGTHS = {"answer_of": "builtins.len", "same_answer": "operator.eq"}
 GREEDY = {"completions_kwargs": {"temperature": 0.0, "num_candidates": 1}}
@@ -140,9 +141,18 @@ METHODS = [
             "advantage.share": {"start": 0.0, "end": 1.0, "num_steps": 3},
         },
     ),
+    job(
+        "resd",
+        "full",
+        max_steps=4,
+        warmup_steps=0,
+        teacher_update_rate=0.2,
+        context_kwargs={"max_new_tokens": 8, "temperature": 0.0},
+    ),
     job("sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("sc_sdpo", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("ssopd", "full", max_steps=4, rows=8, num_generations=4),
+    job("sort", "full", max_steps=4, num_generations=4, max_completion_length=24, top_k=1, context_kwargs=GREEDY),
     job("cipo", "full", max_steps=4, num_generations=2),
     job("drift", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("u_opsd", "full", max_steps=4, num_generations=4, context_kwargs=LENGTHS),
@@ -163,7 +173,7 @@ METHODS = [
     job("cl_egrsd", "full", max_steps=4, advantage_kwargs={"lookahead": 3, "warmup_steps": 1}),
     job("msd", "full", max_steps=4, context_kwargs={"template": "{prompt} {solution}"}),
     job("sdpg", "lora", max_steps=4, rows=8, num_generations=4, divergence_coef=0.5, beta=0.1, warmup_steps=0),
-    job("stable_opd", "lora", max_steps=4, rows=8, completions_kwargs={"column": "answer"}, beta=0.1),
+    job("stable_opd", "lora", max_steps=4, rows=8, completions_kwargs={"column": "answer"}, beta=0.1, top_k=1),
     job("vopd", "full", max_steps=4),
 ]
 OFFLOADED = job("opsd", "full", name="offloaded", max_steps=4, teacher_offload=True)

@@ -89,7 +89,7 @@ def reward_of(method: str, args: TrainingArguments):
         return right_at_last()
     if (args.privileged_context == "peers" and method != "opsd") or "." in args.privileged_context:
         return of_odd_problems
-    if "correct_only" in (args.token_weights or {}):
+    if "correct_only" in (args.token_weights or {}) or args.privileged_context == "playbook":
         return of_odd_problems
     return every_other if args.policy_loss_coef else None
 

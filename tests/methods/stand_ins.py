@@ -81,6 +81,14 @@ def around_the_mean(seen: Seen) -> dict[str, Any]:
     return {"advantage": seen.all.rewards[seen.index] - seen.all.success_rate(seen.index)}
 
 
+def guided_by_a_plan(seen: Seen) -> dict[str, Any]:
+    """The teacher reads nothing but references, which are in groups of which nothing is right."""
+    if seen.teacher is None:
+        return {"selected": [0] * len(seen.token_ids)}
+    p_s, p_t = (p.gather(1, seen.token_ids)[:, 0] for p in (seen.student, seen.teacher))
+    return {"likelihood_weights": (p_s * p_t).sqrt().tolist(), "advantage": 0.0}
+
+
 def undecided(seen: Seen) -> dict[str, list]:
     """4p(1 − p) in the first three tokens; the mean is one over prompts."""
     rate, number = seen.all.success_rate(seen.index), len(seen.token_ids)
@@ -137,6 +145,15 @@ def routed(seen: Seen) -> dict[str, Any]:
         "selected": key,
         "divergence_weights": [num_marked / size * 0.25] * size,
     }
+
+
+def by_success(seen: Seen) -> dict[str, Any]:
+    """1 − s where it is right, s where it is wrong, with a mean of 1 over all."""
+    right = [reward == 1.0 for reward in seen.all.rewards]
+    rate = min(max(sum(right) / len(right), 1 / len(right)), 1 - 1 / len(right))
+    weights = [1 - rate if is_right else rate for is_right in right]
+    weight = weights[seen.index] / (sum(weights) / len(weights))
+    return {"divergence_weights": [weight] * len(seen.token_ids)}
 
 
 def entropies(p: torch.Tensor) -> torch.Tensor:
@@ -325,6 +342,14 @@ STAND_INS = {
         has_reward=True,
         metrics=("rewards/risk/mean", "corrections/rate", "corrections/ratio", "clip_ratio/region_mean"),
     ),
+    "sort": StandIn(
+        plain_loop.Method(**GRPO, epsilon_high=0.28, likelihood_coef=1.0),
+        guided_by_a_plan,
+        {**GROUPS, "max_completion_length": 40, "context_kwargs": {"max_new_tokens": 8}},
+        has_reward=True,
+        has_live_teacher=True,
+        metrics=("likelihood_row_rate", "completions/failed_group_rate", "context_rate"),
+    ),
     "mopd": StandIn(
         plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo"),
         at_most_twice,
@@ -370,6 +395,15 @@ STAND_INS = {
         {**GROUPS, "context_kwargs": {"annotator": "methods.stand_ins.decisive", "most_of_it": 0.5}},
         has_reward=True,
         metrics=("distillation_loss", "spans/token_rate", "spans/dropped_rate", "clip_ratio/region_mean"),
+    ),
+    "resd": StandIn(
+        plain_loop.Method(
+            "reverse_kl", support="student_top_k", top_k=100, ratio_low=0.2, ratio_high=5.0, loss_type="luspo"
+        ),
+        by_success,
+        {"context_kwargs": {"max_new_tokens": 8}},
+        has_reward=True,
+        metrics=("distillation_loss", "divergence_row_rate", "playbook/lessons"),
     ),
     "dasd": StandIn(
         plain_loop.Method(**GRPO), by_entropy, GROUPS, has_reward=True, has_live_teacher=True, metrics=SHAPED

@@ -12,7 +12,7 @@ from tiny import make_model
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_opsd import SelfDistillationTrainer, cli
-from trl_opsd.context import AnsweredContext, Rollouts
+from trl_opsd.context import AnsweredContext, Memory, Rollouts
 from trl_opsd.methods import METHODS, config_class
 
 
@@ -171,13 +171,16 @@ def grpo_advantages(rewards, num_generations):
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten().tolist()
 
 
-def read_by_the_teacher(trainer, sampler, rows, completions, texts, rewards):
+def read_by_the_teacher(trainer, sampler, rows, completions, texts, rewards, replaced):
     """Prompts that are made from rollouts that this file knows, and those that are there for contrast."""
     size, feedback = trainer.args.num_generations, list(map(feedback_on, texts))
     prompts, contrasts = [], []
     for index, row in enumerate(rows):
         start = index - index % size
-        group = make_rollouts(*(values[start : start + size] for values in (rewards, texts, feedback, completions)))
+        group = make_rollouts(
+            *(values[start : start + size] for values in (rewards, texts, feedback, completions)),
+            {at - start for at in replaced},
+        )
         rollouts = Rollouts(group, index % size)
         asked = trainer.teacher_prompt.sample_ids(row, rollouts)
         told = (
@@ -213,10 +216,15 @@ def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
     if name == "stable_opd":
         for index, row in list(enumerate(rows))[3::4]:
             completions[index] = [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
+    replaced = {}
+    if name == "sort":
+        solutions = [[*tokenizer(row["solution"])["input_ids"], tokenizer.eos_token_id] for row in rows]
+        replaced = {at: solutions[at] for at in range(3, len(rows), 4) if sampler.pattern(prompts[at]) == "WWWW"}
+        completions = [replaced.get(at, ids) for at, ids in enumerate(completions)]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
     rewards = [float(text.startswith("R")) for text in texts]
     advantages = grpo_advantages(rewards, trainer.args.num_generations)
-    read, contrasted = read_by_the_teacher(trainer, sampler, rows, completions, texts, rewards)
+    read, contrasted = read_by_the_teacher(trainer, sampler, rows, completions, texts, rewards, replaced)
     generated = Generated(trainer.args.num_generations, rewards, [prompt is not None for prompt in read])
     batch: list[Seen] = []
     for index, (prompt, teacher_prompt, contrasts, ids, reward, advantage) in enumerate(
@@ -275,7 +283,10 @@ def test_loss_and_gradient_are_those_of_the_formula(make_trainer, sampler, name)
     shifted(trainer.model, 1)
     sampled_by = plain(trainer.model)
     read_by = sampled_by if STAND_INS[name].has_live_teacher else initial
+    remembered = trainer.context.state_dict() if isinstance(trainer.context, Memory) else None
     batch = batch_of(trainer, rows)
+    if remembered is not None:
+        trainer.context.load_state_dict(remembered)  # what the teacher had read
     shifted(trainer.model, 2)
     with torch.no_grad():
         made = plain_rows(trainer, name, rows, sampler, sampled_by, read_by)
@@ -366,7 +377,7 @@ def test_without_an_exponent_sc_sdpo_is_sdpo(make_trainer):
     assert are_equal(weights(trained(off)), weights(trained(parent)))
 
 
-OF_LIKELIHOOD = ["star", "pbsd", "vpd", "stable_opd"]
+OF_LIKELIHOOD = ["star", "pbsd", "sort", "vpd", "stable_opd"]
 STANDARDISES = ["antisd_code"]  # what is left of rounding too
 READS_SPANS = ["trace"]  # whose teacher has to read something, see test_trace.py
 NO_TEACHER = ["cipo"]
@@ -380,10 +391,11 @@ def test_a_teacher_that_is_the_student_teaches_nothing(make_trainer, name):
     assert size(gradient) < 1e-6
 
 
-# The others learn from what is wrong
-@pytest.mark.parametrize(
-    "name", [name for name in REWARDED if name not in ("mopd", "dasd", "antisd", "brts", *HAS_ITS_OWN)]
-)
+# They learn from what is wrong
+LEARN_FROM_WRONG = ["mopd", "resd", "dasd", "antisd", "sort", "brts", *HAS_ITS_OWN]
+
+
+@pytest.mark.parametrize("name", [name for name in REWARDED if name not in LEARN_FROM_WRONG])
 def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
     sampler.patterns = ("WWWW",)
     sampler.num_letters = lambda number: 1  # about which there is no feedback

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trl_opsd.objective import pointwise_divergence
-from trl_opsd.objective.divergence import sampled_divergence
+from trl_opsd.objective.divergence import bounded, sampled_divergence
 
 
 # Two tokens. Teacher (3/4, 1/4), student (1/2, 1/2).
@@ -142,3 +142,32 @@ def test_an_improbable_sampled_token_is_as_exact_as_any(divergence, log_s):
         "jsd": (0.3 * ratio * (3.0 - math.log(mixture)) - 0.7 * math.log(mixture), -0.7 * math.log(mixture)),
     }[divergence]
     assert (value, slope) == pytest.approx(expected, rel=1e-4)
+
+
+# The teacher within a range of multiples of the student, in the vectors of RESD
+
+FAR_S, FAR_T = (torch.tensor(p, dtype=torch.float64).log() for p in ((0.9, 0.05, 0.05), (0.05, 0.9, 0.05)))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"), [((None, None), 2.456816), ((0.2, 5.0), 1.368022), ((0.2, None), 1.303976)]
+)
+def test_bounded_teacher(bounds, expected):
+    entries, _ = pointwise_divergence(FAR_S, bounded(FAR_S, FAR_T, *bounds), "reverse_kl")
+    assert entries.sum().item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_teacher_within_the_bounds_stays():
+    """All ratios are a third, 1 and 5."""
+    log_s, log_t = (torch.tensor(p, dtype=torch.float64).log() for p in ((0.6, 0.3, 0.1), (0.2, 0.3, 0.5)))
+    torch.testing.assert_close(bounded(log_s, log_t, 0.2, 5.000001), log_t, rtol=0, atol=0)
+    assert bounded(log_s, log_t, None, None) is log_t
+
+
+def test_what_nobody_expects_stays_nothing():
+    impossible = torch.tensor([0.0, -torch.inf])
+    for log_s, log_t in ((impossible, impossible), (impossible, torch.tensor([0.5, 0.5]).log())):
+        for divergence in ("forward_kl", "reverse_kl", "jsd"):
+            entries, slopes = pointwise_divergence(log_s, bounded(log_s, log_t, 0.2, 5.0), divergence)
+            assert entries.isfinite().all()
+            assert slopes.isfinite().all()

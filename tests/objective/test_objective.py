@@ -46,6 +46,26 @@ def test_every_cell_equals_the_plain_formula(cell, clip):
         assert output.clipped.any().item() == (clip is not None) or cell not in NEVER_EMPTY
 
 
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize(("low", "high"), [(0.8, 1.2), (0.8, None), (None, 1.2)])
+@pytest.mark.parametrize("clip", [None, 0.03])
+def test_ratios_within_bounds_equal_the_plain_formula(cell, low, high, clip):
+    objective = make_objective(cell, clip=clip, ratio_low=low, ratio_high=high, temperature=0.9)
+    found = assert_equals_plain(make_case(rows=3, bias=True), objective)
+    if clip is None and cell[2] not in ("intersection_top_k", "sampled_token"):
+        free = make_case(rows=3, bias=True).fused(dataclasses.replace(objective, ratio_low=None, ratio_high=None))
+        assert not torch.allclose(found.divergence, free.divergence)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "name"),
+    [({"ratio_low": 0.0}, "ratio_low"), ({"ratio_low": 1.1}, "ratio_low"), ({"ratio_high": 0.9}, "ratio_high")],
+)
+def test_bounds_of_ratios_that_exclude_agreement(bounds, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        Objective(**bounds)
+
+
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell[2] != "sampled_token"], ids=str)
 def test_gradcheck(cell):
     case = make_case(rows=2, vocabulary=5, size=2, bias=True, softcap=3.0)

@@ -84,6 +84,14 @@ def test_every_cell_equals_the_plain_formula(cell, clip, likelihood):
         assert output.clipped.any().item() == (clip is not None) or cell not in NEVER_EMPTY
 
 
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize(("low", "high"), [(0.8, 1.2), (0.8, None), (None, 1.2)])
+@pytest.mark.parametrize("clip", [None, 0.03])
+def test_ratios_within_bounds_equal_the_plain_formula(cell, low, high, clip):
+    case = make_case(rows=3, bias=True, vocabulary=70, seed=3)
+    assert_equals_plain(case, make_objective(cell, clip=clip, ratio_low=low, ratio_high=high, temperature=0.9))
+
+
 @settings(max_examples=60)
 @given(
     data=st.data(),

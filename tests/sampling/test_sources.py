@@ -22,6 +22,8 @@ ROWS = [{"number": number, "completion": f"given {number}"} for number in range(
 class World:
     """Rollouts are [row, 0], retries [row, 1] and the teacher's samples [row, 2]; `right` says which are right."""
 
+    num_generations = 1
+
     def __init__(self, right=(), contexts=range(8), log_probs=False, others=0):
         self.right, self.contexts, self.log_probs, self.others = set(right), set(contexts), log_probs, others
         self.sampled, self.graded = [], []
@@ -53,6 +55,7 @@ class World:
             encode=lambda text: [int(text.split()[-1]), 9],
             grade=self.grade,
             process_index=process_index,
+            num_generations=self.num_generations,
             gather=self.gather,
         )
         self.completing = Completing(engines, Generation(ROWS), prompts, lambda: self.sample(prompts))
@@ -78,6 +81,23 @@ def test_completions_are_compared_with_the_rows_prompts(others):
 
 def test_on_policy_is_what_was_sampled():
     assert World().complete(OnPolicy()).ids == [[row, 0] for row in range(8)]
+
+
+class Groups(CompletionSource):
+    """Keeps the values of each row's group."""
+
+    def __call__(self, prompts):
+        self.found = prompts.group([None for _ in prompts.rows])
+        return prompts.rollouts()
+
+
+@pytest.mark.parametrize(("process_index", "expected"), [(0, [*"aaabbbcc"]), (1, [*"cdddeeef"])])
+def test_values_of_a_group_come_from_both_processes(process_index, expected):
+    """Eight rows each, in groups of three, named by letters. The third lies on both."""
+    source, world = Groups(), World()
+    world.num_generations, world.gather = 3, lambda items: [*"aaabbbcc", *"cdddeeef", *"ff"]
+    world.complete(source, process_index=process_index)
+    assert source.found == [[letter] * 3 for letter in expected]
 
 
 @pytest.mark.parametrize(("source", "mark"), [(FromDataset, 9), (FromTeacher, 2)])

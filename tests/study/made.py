@@ -1,5 +1,10 @@
 """Synthetic results of a study, in which the published claims are true, false, or drowned in noise."""
 
+from trl_opsd.experiment.arms import BASES
+from trl_opsd.experiment.train import Run
+from trl_opsd.study.arms import ARMS
+
+
 SEEDS = (1, 2, 3)
 
 
@@ -29,11 +34,18 @@ def result(
         for split, value in splits.items()
     }
     points = [
-        {"step": 10 * index, "generated_tokens": 1000 * index, "accuracy": value, "mean_tokens": tokens}
+        {
+            "step": 10 * index,
+            "generated_tokens": 1000 * index,
+            "seconds": 10.0 * index,
+            "accuracy": value,
+            "mean_tokens": tokens,
+        }
         for index, value in enumerate(curve)
     ]
     return {
         "settings": {"run": {"learning_rate": rate}},
+        "steps": 10 * max(len(curve) - 1, 0),
         "generated_tokens": 1000 * max(len(curve) - 1, 0),
         "learner_tokens": 5000,
         "seconds": 50.0,
@@ -43,6 +55,11 @@ def result(
         "final": figures,
         "told": {"solution": figures},
     }
+
+
+def run_of(base, seed=None, arm=None, learning_rate=None, scale=1.0):
+    """A run of the study by the names of its base and arm."""
+    return Run(BASES[base], seed, ARMS.get(arm), learning_rate, scale)
 
 
 _PEAK = (0.1, 0.8, 0.8, 0.8)

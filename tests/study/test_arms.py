@@ -3,11 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+from study.made import run_of
 
-from trl_opsd.study import train
-from trl_opsd.study.arms import ARMS
-from trl_opsd.study.runner import FULL
-from trl_opsd.study.train import Run
+from trl_opsd.experiment import train
+from trl_opsd.study.arms import ARMS, FULL
 
 
 # Arm: the one it is read against, and the settings in which the two differ
@@ -49,7 +48,7 @@ def settings_of(monkeypatch):
         monkeypatch.setattr(train, "_PEERS", dict.fromkeys(train._PEERS, make))
         monkeypatch.setattr(train, "_self_distillation", make)
         [run, *_] = FULL.reported_runs(name, ARMS[name].bases[-1], 1e-4)
-        assert run == Run(run.base, FULL.seeds[0], ARMS[name].trained_as or name, 1e-4)
+        assert run == run_of(run.base.name, FULL.seeds[0], ARMS[name].trained_as or name, 1e-4)
         train.make_trainer(run, "model", None, "out")
         return given
 

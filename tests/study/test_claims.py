@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from study.made import SEEDS, false, noisy, result, true
 
-from trl_opsd.study.arms import ARMS, BASES, LEARNING_RATES
+from trl_opsd.experiment.arms import BASES
+from trl_opsd.experiment.figures import best_accuracy, drop, reduction, tokens_to_reach
+from trl_opsd.study.arms import ARMS, LEARNING_RATES
 from trl_opsd.study.claims import (
     CLAIMS,
     FAILS,
@@ -13,11 +15,7 @@ from trl_opsd.study.claims import (
     NOT_RUN,
     UNSEEN,
     Condition,
-    best_accuracy,
-    drop,
     judge,
-    reduction,
-    tokens_to_reach,
     verdicts,
 )
 

@@ -3,13 +3,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from study.made import FALSE, TRUE, result
+from study.made import FALSE, TRUE, result, run_of
 
-from trl_opsd.study import __main__ as command
-from trl_opsd.study.arms import ARMS
+from trl_opsd.experiment.runner import Results
+from trl_opsd.experiment.train import write_result
+from trl_opsd.study.__main__ import COMMAND
+from trl_opsd.study.arms import ARMS, FULL, QUICK
 from trl_opsd.study.report import write_report
-from trl_opsd.study.runner import FULL, QUICK, Results
-from trl_opsd.study.train import Run, write_result
 
 
 pytestmark = pytest.mark.needs("matplotlib")
@@ -26,7 +26,7 @@ def fill(folder, plan, arms=None, values=TRUE):
             rate = None if ARMS[arm].trainer == "none" else plan.learning_rates[0]
             runs += [*plan.tuning_runs(arm, base), *plan.reported_runs(arm, base, rate)]
     for run in runs:
-        made = result(**values.get(run.arm or "base", {}))
+        made = result(**values.get(run.arm.name if run.arm else "base", {}))
         write_result(results.path(run), {**made, "settings": run.settings()})
     return results
 
@@ -131,9 +131,9 @@ def test_nothing_at_all_still_gives_a_page(tmp_path):
 
 def test_failures_are_listed(tmp_path):
     results = fill(tmp_path, PLAN)
-    for run in (Run("weak", 0, "grpo", 1e-3), Run("weak", 2, "grpo", 3e-5)):
+    for run in (run_of("weak", 0, "grpo", 1e-3), run_of("weak", 2, "grpo", 3e-5)):
         write_result(results.path(run), {"settings": run.settings(), "error": "RuntimeError: out of luck"})
-    stale = Run("weak", 1, "sft", 3e-5)
+    stale = run_of("weak", 1, "sft", 3e-5)
     write_result(results.path(stale), {"settings": {}, "error": "RuntimeError: of another study"})
     write_report(results, PLAN, tmp_path / "study.md")
     text = (tmp_path / "study.md").read_text()
@@ -151,7 +151,7 @@ def test_a_quick_study_says_so(tmp_path):
 
 @pytest.mark.parametrize("flags", [["--plan"], ["--plan", "--quick"], ["--plan", "--only", "opsd"]])
 def test_the_plan_runs_nothing(tmp_path, capsys, flags):
-    command.main([*flags, "--output_dir", str(tmp_path), "--page", str(tmp_path / "page.md")])
+    COMMAND.main([*flags, "--output_dir", str(tmp_path), "--page", str(tmp_path / "page.md")])
     assert "core-hours" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
@@ -163,15 +163,15 @@ def test_the_command_runs_what_it_is_told_and_reports_all(tmp_path, monkeypatch,
         ran.append(run)
         write_result(path, {**result(), "settings": run.settings()})
 
-    monkeypatch.setattr("trl_opsd.study.runner.execute_in_process", execute)
+    monkeypatch.setattr("trl_opsd.experiment.runner.execute_in_process", execute)
     page = tmp_path / "docs" / "page.md"
-    command.main(["--quick", "--only", "opsd", "--output_dir", str(tmp_path), "--page", str(page)])
-    assert {run.arm for run in ran} == {None, "opsd"}
+    COMMAND.main(["--quick", "--only", "opsd", "--output_dir", str(tmp_path), "--page", str(page)])
+    assert {run.arm and run.arm.name for run in ran} == {None, "opsd"}
     assert "| SFT on the solutions | 0 of 2 |" in page.read_text()
     assert "not run" in capsys.readouterr().out
 
     ran.clear()
-    command.main(["--quick", "--report", "--output_dir", str(tmp_path), "--page", str(page)])
+    COMMAND.main(["--quick", "--report", "--output_dir", str(tmp_path), "--page", str(page)])
     assert ran == []
 
 

@@ -7,15 +7,16 @@ import torch
 from tiny import make_tokenizer
 
 from trl_opsd.context import PeersContext, PlanContext, ReflectionContext, SolutionContext, TeacherPrompt
+from trl_opsd.serving import ServerError
 from trl_opsd.signal import COEFFICIENTS, Signals
 from trl_opsd.signal.advantage import GroupAdvantage
+from trl_opsd.trainer.asking import sample_once, together
 from trl_opsd.trainer.batch import (
     Generation,
     TeacherInputs,
     collate,
     make_groups,
     make_rollouts,
-    sample_once,
 )
 from trl_opsd.trainer.metrics import Metrics
 from trl_opsd.trainer.rewards import all_feedback, check_feedback, reward_streams, total_rewards
@@ -338,3 +339,21 @@ def test_feedback_that_is_no_text():
         all_feedback(None, None, [{"feedback": ["x"]}])
     with pytest.raises(ValueError, match="It gives feedback on 1 completions of 2"):
         check_feedback(["x"], 2, "It")
+
+
+def test_if_one_process_fails_all_do():
+    """Here, this one, another one, or none."""
+
+    def fails():
+        raise KeyError("spans")
+
+    def elsewhere(failure):
+        return lambda own: [*own, failure]
+
+    assert together(lambda: [1, 2], elsewhere(None)) == [1, 2]
+    with pytest.raises(KeyError, match="spans"):
+        together(fails, elsewhere(None))
+    with pytest.raises(RuntimeError, match="No spans"):
+        together(lambda: [1], elsewhere((False, "No spans")))
+    with pytest.raises(ServerError, match="No answer"):
+        together(lambda: [1], elsewhere((True, "No answer")))

@@ -74,6 +74,8 @@ def test_settings_of_one_kind_of_teacher(settings, name, default, tmp_path):
         ({"jsd_weight": 1.5}, "`jsd_weight` must be in"),
         ({"jsd_weight": float("nan")}, "`jsd_weight` must be in"),
         ({"divergence_clip": -0.1}, "`divergence_clip` must be positive"),
+        ({"divergence_ratio_low": 2.0}, "`divergence_ratio_low` must be in"),
+        ({"divergence_ratio_high": 0.5}, "`divergence_ratio_high` must be at least 1"),
         ({"divergence": "kl"}, "`divergence` must be one of"),
         ({"teacher": "frozen"}, "`teacher` must be one of"),
         ({"overlong_teacher_prompt": "cut"}, "`overlong_teacher_prompt` must be one of"),
@@ -198,8 +200,9 @@ def test_what_the_objective_refuses_is_told_by_the_names_of_the_fields(values, t
 def test_the_objective_is_that_of_the_fields(tmp_path):
     values = {"divergence": "jsd", "jsd_weight": 0.3, "divergence_top_k": 7, "divergence_clip": 0.2}
     values |= {"divergence_support": "student_top_k", "divergence_tail": "renormalize"}
+    values |= {"divergence_ratio_low": 0.5, "divergence_ratio_high": 3.0}
     config = SelfDistillationConfig(str(tmp_path), use_cpu=True, distillation_temperature=2.0, **values)
-    assert config.objective() == Objective("jsd", 0.3, "student_top_k", 7, "renormalize", 0.2, 2.0)
+    assert config.objective() == Objective("jsd", 0.3, "student_top_k", 7, "renormalize", 0.2, 2.0, 0.5, 3.0)
 
 
 def test_every_refusal_is_in_order():

@@ -4,9 +4,11 @@ import re
 from dataclasses import fields
 
 import pytest
-from datasets import Dataset
+import torch
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from peft import LoraConfig
 from tiny import make_model, make_tokenizer
+from transformers import Qwen3ForSequenceClassification
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_opsd import (
@@ -119,3 +121,150 @@ def test_defaults_train_seventeen_rows_for_their_epochs(method, dataset, tmp_pat
     assert trainer.state.epoch == 3
     assert trainer.state.global_step == 3 * (17 // 8)
     assert [len(batch) for batch in seen] == [8] * 6
+
+
+def length(completions, **kwargs):
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+
+async def letters(completions, **kwargs):
+    return [float(len(set(completion[0]["content"]))) for completion in completions]
+
+
+def seldom(prompts, **kwargs):
+    """Applies to every other prompt."""
+    return [None if len(prompt[0]["content"]) % 2 else 1.0 for prompt in prompts]
+
+
+def never(completions, **kwargs):
+    return [None] * len(completions)
+
+
+# Arguments of the configuration, and reward functions
+ASKED = {
+    "one reward": ({}, [length]),
+    "weighted": ({"reward_weights": [0.7, 0.3]}, [length, letters]),
+    "some apply": ({}, [length, seldom, never]),
+    "none applies": ({}, [never]),
+    "a reward model": ({}, [length, "model"]),
+    "normalised each": ({"multi_objective_aggregation": "normalize_then_sum"}, [length, letters]),
+    "scaled by the batch": ({"scale_rewards": "batch"}, [length]),
+    "not scaled": ({"scale_rewards": "none"}, [length]),
+    "moving reference": ({"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1}, [length]),
+    "unbiased penalty": ({"beta": 0.1, "use_bias_correction_kl": True, "num_iterations": 2}, [length]),
+    "adaptive entropy": ({"entropy_coef": 0.01, "use_adaptive_entropy": True, "entropy_target": 9.0}, [length]),
+    "sequence ratios": ({"num_iterations": 2, "importance_sampling_level": "sequence", "loss_type": "grpo"}, [length]),
+    "truncated": ({"mask_truncated_completions": True}, [length]),
+    "sampling": ({"top_p": 0.9, "top_k": 10, "min_p": 0.01, "repetition_penalty": 1.1}, [length]),
+    "beams": ({"generation_kwargs": {"num_beams": 2, "length_penalty": -0.1}}, [length]),
+    "fp32 head": ({"cast_lm_head_to_fp32": True}, [length]),
+}
+
+
+def optimise(config_class, trainer_class, settings, rewards, model_path, rows, output_dir):
+    """Trains for three steps, and tells the steps' logs and the trained weights."""
+    tokenizer = make_tokenizer()
+    judge = Qwen3ForSequenceClassification(make_model(tokenizer, seed=1).config).to(make_model(tokenizer).device)
+    given = [judge if reward == "model" else reward for reward in rewards]
+    args = config_class(
+        output_dir=output_dir,
+        max_completion_length=6,
+        num_generations=4,
+        max_steps=3,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        bf16=False,
+        use_cpu=judge.device.type == "cpu",
+        disable_tqdm=True,
+        **settings,
+    )
+    processors = [tokenizer if reward == "model" else None for reward in rewards]
+    trainer = trainer_class(
+        model=model_path,  # the reference model of GRPO is loaded by its name
+        reward_funcs=given,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        reward_processing_classes=processors,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_what_is_left_without_the_divergence_is_grpo(asked, dataset, model_path, tmp_path):
+    settings, rewards = ASKED[asked]
+    alone = {"privileged_context": "none", "divergence_coef": 0.0, "policy_loss_coef": 1.0}
+    torch.manual_seed(1)
+    theirs = optimise(GRPOConfig, GRPOTrainer, settings, rewards, model_path, dataset, str(tmp_path / "grpo"))
+    torch.manual_seed(1)
+    ours = optimise(
+        SelfDistillationConfig,
+        SelfDistillationTrainer,
+        {"loss_type": "dapo", **alone, **settings},
+        rewards,
+        model_path,
+        dataset,
+        str(tmp_path / "ours"),
+    )
+
+    logs = zip(ours.state.log_history[:-1], theirs.state.log_history[:-1], strict=True)
+    for ours_logged, logged in logs:
+        names = [name for name in logged if name.startswith(("reward", "completions/", "loss", "kl", "entropy_coef"))]
+        assert len(names) > (5 if "num_tokens" in logged else 0)  # fewer where rollouts are taken up again
+        for name in names:
+            if logged[name] is None:  # no number
+                assert ours_logged[name] is None, name
+            else:
+                assert ours_logged[name] == pytest.approx(logged[name], rel=1e-4, abs=1e-5), name
+    start = dict(make_model(make_tokenizer()).named_parameters())
+    trained = dict(ours.model.named_parameters())
+    for name, weight in theirs.model.named_parameters():
+        torch.testing.assert_close(
+            trained[name], weight, rtol=1e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    moved = any(not torch.equal(start[name], weight) for name, weight in trained.items())
+    assert moved == (rewards != [never])
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "1 + 1?"}], "`eval_dataset` has no column 'solution'"),
+        ([{"prompt": "1 + 1?", "solution": "2."}, {"prompt": "2 + 2?", "solution": " "}], "row 1 .*solution"),
+    ],
+)
+def test_rows_handed_to_an_evaluation_are_checked(rows, message, is_stream, dataset, model, tokenizer, training_args):
+    args = OPSDConfig(**training_args)
+    trainer = OPSDTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    data = Dataset.from_list(rows)
+    with pytest.raises(ValueError, match=message):
+        trainer.evaluate(data.to_iterable_dataset() if is_stream else data)
+
+
+@pytest.mark.parametrize("given_to", ["trainer", "evaluate"])
+@pytest.mark.parametrize("shape", ["rows", "stream", "DatasetDict", "IterableDatasetDict", "dict", "dict of streams"])
+def test_evaluates_on_every_shape_of_data(shape, given_to, dataset, model, tokenizer, training_args):
+    data = dataset.select(range(4))
+    if shape in ("stream", "IterableDatasetDict", "dict of streams"):
+        data = data.to_iterable_dataset()
+    kind = {"DatasetDict": DatasetDict, "IterableDatasetDict": IterableDatasetDict, "rows": None, "stream": None}
+    kind = kind.get(shape, dict)
+    data = data if kind is None else kind({"first": data, "second": data})
+    trainer = OPSDTrainer(
+        model=model,
+        args=OPSDConfig(**{**training_args, "max_steps": 1, "eval_strategy": "steps", "eval_on_start": True}),
+        train_dataset=dataset,
+        eval_dataset=data if given_to == "trainer" else dataset.select(range(1)),
+        processing_class=tokenizer,
+    )
+    if given_to == "trainer":
+        trainer.train()
+        metrics = {name for entry in trainer.state.log_history for name in entry}
+    else:
+        metrics = trainer.evaluate(eval_dataset=data)
+    names = ["eval_loss"] if kind is None else ["eval_first_loss", "eval_second_loss"]
+    assert set(names) <= set(metrics)

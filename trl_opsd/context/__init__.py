@@ -11,6 +11,7 @@ from .feedback import FeedbackContext
 from .hint import HintContext
 from .peers import PeersContext
 from .plan import PlanContext
+from .playbook import PlaybookContext
 from .reflection import ReflectionContext
 from .rendering import TeacherPrompt, check_embedded, thinking_prefix, without_end
 from .rollouts import Rollout, Rollouts
@@ -34,6 +35,7 @@ __all__ = [
     "PartialSolutionContext",
     "PeersContext",
     "PlanContext",
+    "PlaybookContext",
     "PrivilegedContext",
     "ReflectionContext",
     "Rollout",
@@ -62,6 +64,7 @@ CONTEXTS: dict[str, Any] = {
     "reflection": ReflectionContext,
     "plan": PlanContext,
     "diagnosis": diagnosis,
+    "playbook": PlaybookContext,
     "template": TemplateContext,
     "none": NoContext,
     "other_solution": OtherSolutionContext,

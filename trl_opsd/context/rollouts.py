@@ -1,6 +1,7 @@
 """The rollouts of a prompt, as contexts read them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Rollout:
             Whether it was cut off before its end.
         index (`int`):
             Position among the rollouts of its prompt.
+        said (`Any`, *optional*):
+            What was sampled, or said, about it for the context. Known to a [`Memory`] alone.
+        replaced (`bool`, *optional*, defaults to `False`):
+            Whether the completion is another than the student's own rollout of its prompt.
     """
 
     text: str
@@ -32,6 +37,8 @@ class Rollout:
     feedback: str | None
     truncated: bool
     index: int
+    said: Any = None
+    replaced: bool = False
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,13 @@ class SampledTextContext(TextContext):
         self.reads_rollouts = reads_attempt
         self.sampling = {"temperature": temperature, "top_p": 1.0, "top_k": 0, "max_new_tokens": max_new_tokens}
 
+    def question(self, row: Mapping[str, Any]) -> list[Message]:
+        """What the policy answers for a row, where that does not depend on the rollout being scored."""
+        return self._question.rewritten(row)
+
     def sample_messages(self, row: Mapping[str, Any], rollouts: Rollouts | None) -> list[Message] | None:
         if not self.reads_rollouts:
-            return self._question.rewritten(row)
+            return self.question(row)
         return None if rollouts is None else self._question.rewritten(row, attempt=rollouts.own.text)
 
     def teacher_messages(

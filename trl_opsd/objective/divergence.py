@@ -5,6 +5,7 @@ log-probabilities log p_S and log p_T of the student and the teacher over the vo
 over the vocabulary of its entries ℓ_v.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -92,6 +93,28 @@ def sampled_divergence(
     log_mixture = (jsd_weight * ratio + (1 - jsd_weight)).log()  # relative to the student's probability
     slopes = (jsd_weight - 1) * log_mixture
     return jsd_weight * expectation(ratio, log_ratio - log_mixture) + slopes, slopes
+
+
+def bounded(log_s: torch.Tensor, log_t: torch.Tensor, low: float | None, high: float | None) -> torch.Tensor:
+    """
+    The teacher's log-probabilities, with its probabilities kept between `low` and `high` times the student's.
+
+    What comes of it is data, through which no gradient goes to the student, and no distribution: the divergence from
+    it may be negative.
+
+    Args:
+        log_s (`torch.Tensor`):
+            Student log-probabilities.
+        log_t (`torch.Tensor` of the same shape):
+            Teacher log-probabilities.
+        low (`float`, *optional*):
+            Least ratio of the teacher's probability to the student's.
+        high (`float`, *optional*):
+            Largest ratio.
+    """
+    if low is not None:
+        log_t = torch.maximum(log_t, log_s + math.log(low))
+    return log_t if high is None else torch.minimum(log_t, log_s + math.log(high))
 
 
 def canonical(divergence: Divergence, jsd_weight: float) -> Divergence:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from .divergence import expectation, pointwise_divergence, sampled_divergence
+from .divergence import bounded, expectation, pointwise_divergence, sampled_divergence
 from .head import Finish
 from .objective import Objective
 from .support import restrict, spread, support_tokens
@@ -70,17 +70,25 @@ def divergence_kernel(
     teacher_logits = teacher_finish.logits(teacher_products)
     log_s, p_s, entropy_s = softmax(student_logits, objective.temperature)
     log_t, p_t, entropy_t = softmax(teacher_logits, objective.temperature)
-    target = token_ids.unsqueeze(1)
+    target, bounds = token_ids.unsqueeze(1), (objective.ratio_low, objective.ratio_high)
     if objective.support == "sampled_token":
         support_s, support_t = log_s.gather(1, target), log_t.gather(1, target)
+        support_t = bounded(support_s, support_t, *bounds)
         entries, slopes = sampled_divergence(support_s, support_t, objective.divergence, objective.jsd_weight)
     elif objective.support == "full":
+        support_t = bounded(log_s, log_t, *bounds)
         entries, slopes = pointwise_divergence(
-            log_s, log_t, objective.divergence, objective.jsd_weight, p_s=p_s, p_t=p_t
+            log_s,
+            support_t,
+            objective.divergence,
+            objective.jsd_weight,
+            p_s=p_s,
+            p_t=p_t if support_t is log_t else None,
         )
     else:
         tokens, kept = support_tokens(objective, student_logits, teacher_logits)
         support_s, support_t = (restrict(log_p, tokens, kept, objective) for log_p in (log_s, log_t))
+        support_t = bounded(support_s, support_t, *bounds)
         entries, slopes = pointwise_divergence(support_s, support_t, objective.divergence, objective.jsd_weight)
     value, slopes, slope_sum, clipped, clipped_mass = clip_and_sum(entries, slopes, objective.clip)
     log_prob = log_s.gather(1, target).squeeze(1)

@@ -1,5 +1,6 @@
 """Which divergence, over which part of the vocabulary: the choices that make an objective."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -42,6 +43,11 @@ class Objective:
             [Self-Distilled Reasoner](https://huggingface.co/papers/2601.18734).
         temperature (`float`, *optional*, defaults to `1.0`):
             Both sets of logits are divided by it. The loss is not multiplied by its square.
+        ratio_low (`float`, *optional*):
+            The teacher's probability of each entry is raised to this share of the student's, as in
+            [RESD](https://huggingface.co/papers/2605.12741), see [`bounded`].
+        ratio_high (`float`, *optional*):
+            It is lowered to this multiple of the student's.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -54,6 +60,8 @@ class Objective:
     tail: Tail = "bucket"
     clip: float | None = None
     temperature: float = 1.0
+    ratio_low: float | None = None
+    ratio_high: float | None = None
 
     @property
     def description(self) -> str:
@@ -62,7 +70,13 @@ class Objective:
             "forward_kl": "forward KL(teacher ‖ student)",
             "reverse_kl": "reverse KL(student ‖ teacher)",
             "jsd": f"JSD, weight {self.jsd_weight:g}",
-        }[self.divergence] + f", temperature {self.temperature:g}"
+        }[self.divergence] + f", temperature {self.temperature:g}{self._bounds}"
+
+    @property
+    def _bounds(self) -> str:
+        bounds = {"at least": self.ratio_low, "at most": self.ratio_high}
+        said = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+        return f", teacher/student {' and '.join(said)}" if said else ""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -89,6 +103,15 @@ class Objective:
             )
         if self.clip is not None and not self.clip > 0.0:
             raise ValueError(f"`clip` must be positive, got {self.clip}. Use `None` for no clipping.")
+        for name, is_inside in (
+            ("ratio_low", self.ratio_low is None or 0.0 < self.ratio_low <= 1.0),
+            ("ratio_high", self.ratio_high is None or 1.0 <= self.ratio_high < math.inf),
+        ):
+            if not is_inside:
+                raise ValueError(
+                    f"`{name}` must be {'in (0, 1]' if name == 'ratio_low' else 'at least 1, and finite'}, got "
+                    f"{getattr(self, name)}. Use `None` for no bound."
+                )
         if not self.temperature > 0.0:
             raise ValueError(
                 f"`temperature` must be positive, got {self.temperature}. Set one, also where sampling is greedy."

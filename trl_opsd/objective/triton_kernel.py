@@ -6,12 +6,13 @@ the maxima the search starts from); once the support's logits are put aside and 
 and the gradient, a multiple of the softmax everywhere but in the support.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 
-from .divergence import canonical, pointwise_divergence, sampled_divergence
+from .divergence import bounded, canonical, pointwise_divergence, sampled_divergence
 from .head import Finish
 from .kernel import STATISTICS, clip_and_sum
 from .objective import Objective
@@ -100,10 +101,13 @@ def _full(
         statistics, num_rows,
         student_products.stride(0), teacher_products.stride(0), grad.stride(0), vocabulary,
         student.scale, student.softcap, teacher.scale, teacher.softcap,
-        1 / objective.temperature, objective.jsd_weight, 0.0 if objective.clip is None else objective.clip,
+        1 / objective.temperature, objective.jsd_weight, objective.clip or 0.0,
+        math.log(objective.ratio_low or 1.0), math.log(objective.ratio_high or 1.0),
         **{f"STUDENT_{name}": value for name, value in student.constants.items()},
         **{f"TEACHER_{name}": value for name, value in teacher.constants.items()},
         MODE=_MODES[canonical(objective.divergence, objective.jsd_weight)], CLIP=objective.clip is not None,
+        RATIO_LOW=objective.ratio_low is not None, RATIO_HIGH=objective.ratio_high is not None,
+        POINTWISE=any(its is not None for its in (objective.clip, objective.ratio_low, objective.ratio_high)),
         LIKELIHOOD=likelihood_factors is not None, NEEDS_GRAD=needs_grad, **_launch(vocabulary),
     )  # fmt: skip
     return statistics
@@ -122,6 +126,7 @@ def _restricted(
     needs_grad: bool,
     grad: torch.Tensor,
 ) -> torch.Tensor:
+    bounds = objective.ratio_low, objective.ratio_high
     on_sample = objective.support == "sampled_token"
     student = _Side(student_products, student_finish, token_ids, objective, "student")
     teacher = _Side(teacher_products, teacher_finish, token_ids, objective, "teacher")
@@ -129,6 +134,7 @@ def _restricted(
     if on_sample:
         tokens = target
         support_s, support_t = (side.log_prob.unsqueeze(1) for side in (student, teacher))
+        support_t = bounded(support_s, support_t, *bounds)
         entries, slopes = sampled_divergence(support_s, support_t, objective.divergence, objective.jsd_weight)
         logits = student.logits(tokens)
     else:
@@ -139,6 +145,7 @@ def _restricted(
         log_p = student.log_p(logits)
         support_s = student.put_aside(tokens, kept, log_p)
         support_t = teacher.put_aside(tokens, kept, teacher.log_p(teacher.logits(tokens)))
+        support_t = bounded(support_s, support_t, *bounds)
         entries, slopes = pointwise_divergence(support_s, support_t, objective.divergence, objective.jsd_weight)
     summed = clip_and_sum(entries, slopes, objective.clip)
     finite = valid & summed.value.isfinite() & summed.slope_sum.isfinite()

@@ -63,6 +63,16 @@ def _merge(maximum):
 
 
 @triton.jit
+def _bounded(log_s, log_t, log_low, log_high, RATIO_LOW: tl.constexpr, RATIO_HIGH: tl.constexpr):
+    # See `bounded`. A comparison with NaN is false, so that one stays
+    if RATIO_LOW:
+        log_t = tl.where(log_t < log_s + log_low, log_s + log_low, log_t)
+    if RATIO_HIGH:
+        log_t = tl.where(log_t > log_s + log_high, log_s + log_high, log_t)
+    return log_t
+
+
+@triton.jit
 def _entries(log_s, log_t, p_s, p_t, beta, MODE: tl.constexpr):
     # Entries of the divergence and their slopes, see `pointwise_divergence`
     if MODE == 0:
@@ -84,9 +94,11 @@ def full_kernel(
     token_ptr, factor_ptr, likelihood_ptr, valid_ptr, out_ptr, out_stride,
     student_stride, teacher_stride, grad_stride, n_cols,
     student_scale, student_softcap, teacher_scale, teacher_softcap, inverse_temperature, beta, clip,
+    log_low, log_high,
     STUDENT_BIAS: tl.constexpr, STUDENT_SOFTCAP: tl.constexpr,
     TEACHER_BIAS: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr,
-    MODE: tl.constexpr, CLIP: tl.constexpr, LIKELIHOOD: tl.constexpr, NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    MODE: tl.constexpr, CLIP: tl.constexpr, RATIO_LOW: tl.constexpr, RATIO_HIGH: tl.constexpr, POINTWISE: tl.constexpr,
+    LIKELIHOOD: tl.constexpr, NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Python's floats would be fp64 under the interpreter
     student_scale, student_softcap = tl.cast(student_scale, tl.float32), tl.cast(student_softcap, tl.float32)
@@ -96,6 +108,7 @@ def full_kernel(
         tl.cast(beta, tl.float32),
         tl.cast(clip, tl.float32),
     )
+    log_low, log_high = tl.cast(log_low, tl.float32), tl.cast(log_high, tl.float32)
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
@@ -130,7 +143,7 @@ def full_kernel(
         sum_t = sum_t * keep_t + add_t
         mean_s = mean_s * keep_s + _product(add_s, z_s)
         mean_t = mean_t * keep_t + _product(add_t, z_t)
-        if not CLIP:
+        if not POINTWISE:
             if MODE == 0:
                 gap = _product(keep_t, gap) + _product(add_t, z_t - z_s)
             if MODE == 1:
@@ -145,10 +158,10 @@ def full_kernel(
     entropy_t = lse_t - tl.sum(mean_t * share_t, axis=0) / total_t
 
     clipped, clipped_mass = 0.0, 0.0
-    if MODE == 0 and not CLIP:
+    if MODE == 0 and not POINTWISE:
         value = tl.sum(_product(share_t, gap), axis=0) / total_t - lse_t + lse_s
         slope_sum = value * 0.0 - 1.0
-    elif MODE == 1 and not CLIP:
+    elif MODE == 1 and not POINTWISE:
         value = tl.sum(_product(share_s, gap), axis=0) / total_s - lse_s + lse_t
         slope_sum = value + 1.0
     else:
@@ -166,7 +179,9 @@ def full_kernel(
                 TEACHER_SOFTCAP,
             )  # fmt: skip
             log_s = (z_s - ref_s) * inverse_temperature - lse_s
-            log_t = (z_t - ref_t) * inverse_temperature - lse_t
+            log_t = _bounded(
+                log_s, (z_t - ref_t) * inverse_temperature - lse_t, log_low, log_high, RATIO_LOW, RATIO_HIGH
+            )
             entries, slopes = _entries(log_s, log_t, tl.exp(log_s), tl.exp(log_t), beta, MODE)
             if CLIP:
                 above = inside & (entries > clip)
@@ -219,7 +234,9 @@ def full_kernel(
                 TEACHER_SOFTCAP,
             )  # fmt: skip
             log_s = (z_s - ref_s) * inverse_temperature - lse_s
-            log_t = (z_t - ref_t) * inverse_temperature - lse_t
+            log_t = _bounded(
+                log_s, (z_t - ref_t) * inverse_temperature - lse_t, log_low, log_high, RATIO_LOW, RATIO_HIGH
+            )
             p_s = tl.exp(log_s)
             entries, slopes = _entries(log_s, log_t, p_s, tl.exp(log_t), beta, MODE)
             if CLIP:

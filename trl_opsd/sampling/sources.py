@@ -82,6 +82,8 @@ class Prompts:
         grade (`Callable[[Sequence[int], Sequence[list[int]]], list[bool | None]]`):
             Whether completions of some rows, by their indices, are right by the reward functions. `None` where none
             applies.
+        group (`Callable[[Sequence[Any]], list[list[Any]]]`):
+            From a value of each row to those of all rollouts of the same prompt, on all processes.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -97,6 +99,7 @@ class Prompts:
     share_in_top_k: Callable[[Sequence[int], Sequence[TokenIds], int], list[float]]
     encode: Callable[[Any], TokenIds]
     grade: Callable[[Sequence[int], Sequence[TokenIds]], list[bool | None]]
+    group: Callable[[Sequence[Any]], list[list[Any]]]
 
 
 class CompletionSource(ABC):

@@ -1,111 +1,16 @@
-"""What is compared: base models, and the arms that start from them."""
+"""What the study compares."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from ..playground.base import BaseRecipe
-from .tasks import ADDING, BREVITY, BRIEF_TEMPLATE, REFERENCE_TEMPLATE, Family
+from ..experiment.arms import BASES, STEPS, Arm
+from ..experiment.runner import Plan
+from ..experiment.tasks import BRIEF_TEMPLATE, REFERENCE_TEMPLATE
 
 
-# Every arm is tuned over these, with a seed and on problems that the report leaves out. At 3e-4, GRPO took a base from
-# 52 % to 11 % within 20 steps in a trial, hence the low end.
+# Every arm is tuned over these. At 3e-4, GRPO took a base from 52 % to 11 % within 20 steps in a trial, hence the low
+# end.
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
-TUNING_SEED = 0
-# Of the problems, and of the training of the bases
-BASE_SEED = 0
 SEEDS = (1, 2, 3)
-
-# Optimizer steps of an arm
-STEPS = 80
-
-Trainer = Literal["none", "sft", "grpo", "sdft", "opsd", "opsdc"]
-
-
-@dataclass(frozen=True)
-class Base:
-    """
-    A base model. All runs of all seeds start from the same one.
-
-    Args:
-        name (`str`):
-            Name.
-        title (`str`):
-            What the report calls it.
-        family ([`~trl_opsd.study.tasks.Family`]):
-            Tasks it knows.
-        recipe ([`~trl_opsd.playground.base.BaseRecipe`]):
-            Its training.
-        seconds (`float`):
-            Core-seconds that training and testing it took where that was measured.
-    """
-
-    name: str
-    title: str
-    family: Family
-    recipe: BaseRecipe
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Arm:
-    """
-    One way to train a base model.
-
-    Args:
-        name (`str`):
-            Name.
-        title (`str`):
-            What the report calls it.
-        trainer (`str`):
-            `"sft"`, `"grpo"`, `"sdft"`, `"opsd"`, `"opsdc"`, or `"none"` for the base itself, told to be brief.
-        bases (`tuple[str, ...]`):
-            Names of the bases it starts from.
-        settings (`dict[str, Any]`):
-            Fields of the trainer's configuration beside those that all arms share.
-        steps (`int`):
-            Optimizer steps.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Sequences per step.
-        constant_rate (`bool`, *optional*, defaults to `False`):
-            Whether the learning rate stays what it is after the warm-up, instead of falling to zero.
-        column (`str`, *optional*, defaults to `"solution"`):
-            Column that SFT learns and that SDFT's teacher reads.
-        tuned_as (`str`, *optional*):
-            Arm whose learning rate it takes over instead of being tuned itself.
-        trained_as (`str`, *optional*):
-            Arm that it is at another rate. Where the rates are equal, so are the runs, which are then made once.
-        evaluate_every (`int`, *optional*, defaults to `10`):
-            Steps between two points of the learning curve.
-        seconds_per_step (`float`, *optional*, defaults to `1.0`):
-            Core-seconds of a step where that was measured, for the plan.
-        quick (`bool`, *optional*, defaults to `False`):
-            Whether the quick study has it.
-    """
-
-    name: str
-    title: str
-    trainer: Trainer
-    bases: tuple[str, ...]
-    settings: dict[str, Any] = field(default_factory=dict)
-    steps: int = STEPS
-    batch_size: int = 32
-    constant_rate: bool = False
-    column: str = "solution"
-    tuned_as: str | None = None
-    trained_as: str | None = None
-    evaluate_every: int = 10
-    seconds_per_step: float = 1.0
-    quick: bool = False
-
-
-BASES: dict[str, Base] = {
-    base.name: base
-    for base in (
-        Base("weak", "weak base", ADDING, BaseRecipe(steps=600, context_share=0.9875), seconds=400.0),
-        Base("middling", "middling base", ADDING, BaseRecipe(steps=600, context_share=0.98), seconds=400.0),
-        Base("verbose", "verbose base", BREVITY, BaseRecipe(steps=420, context_share=0.5), seconds=280.0),
-    )
-}
 
 _SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
@@ -128,11 +33,12 @@ def _opsdc(**settings: Any) -> dict[str, Any]:
 _ADDING = ("weak", "middling")
 _MIDDLING = ("middling",)
 # As published, with a constant rate, so that a collapse is not mended by the rate's decay
-_VERBOSE: dict[str, Any] = {"bases": ("verbose",), "steps": 100, "constant_rate": True, "seconds_per_step": 1.8}
+_VERBOSE: dict[str, Any] = {"bases": ("verbose",), "steps": 100, "constant_rate": True, "seconds": 180.0}
 # At the rate of OPSD, so that they differ in nothing else, and constant: what happens if the training just goes on?
 _LONG: dict[str, Any] = {
     "bases": _MIDDLING,
     "steps": 5 * STEPS,
+    "seconds": 400.0,
     "evaluate_every": 20,
     "constant_rate": True,
     "tuned_as": "opsd",
@@ -146,13 +52,13 @@ ARMS: dict[str, Arm] = {
         Arm(
             "grpo",
             "GRPO, 8 rollouts, 4 times the tokens",
-            "grpo",
+            "trl_grpo",
             _ADDING,
             {**_SAMPLING, "num_generations": 8},
             steps=2 * STEPS,
             batch_size=64,
             evaluate_every=10,
-            seconds_per_step=1.5,
+            seconds=240.0,
             quick=True,
         ),
         Arm(
@@ -163,10 +69,11 @@ ARMS: dict[str, Arm] = {
             _opsd(),
             steps=STEPS // 2,
             evaluate_every=5,
+            seconds=40.0,
             tuned_as="opsd",
         ),
-        Arm("sft", "SFT on the solutions", "sft", _ADDING, seconds_per_step=0.45, quick=True),
-        Arm("sft_terse", "SFT on terse solutions", "sft", _ADDING, column="terse", seconds_per_step=0.4),
+        Arm("sft", "SFT on the solutions", "trl_sft", _ADDING, seconds=36.0, quick=True),
+        Arm("sft_terse", "SFT on terse solutions", "trl_sft", _ADDING, column="terse", seconds=32.0),
         Arm("opsd_terse", "OPSD, terse solutions", "opsd", _ADDING, _opsd("terse")),
         Arm(
             "off_policy",
@@ -174,7 +81,7 @@ ARMS: dict[str, Arm] = {
             "opsd",
             _ADDING,
             _opsd(completions="teacher"),
-            seconds_per_step=1.3,
+            seconds=104.0,
             quick=True,
         ),
         Arm(
@@ -183,10 +90,10 @@ ARMS: dict[str, Arm] = {
             "opsd",
             _ADDING,
             _opsd("terse", completions="teacher"),
-            seconds_per_step=1.3,
+            seconds=104.0,
         ),
-        Arm("sdft", "TRL's SDFT", "sdft", _ADDING, {**_SAMPLING, "num_generations": 1}, seconds_per_step=1.2),
-        Arm("told", "no training, told to be brief", "none", ("verbose",), steps=0, quick=True),
+        Arm("sdft", "TRL's SDFT", "trl_sdft", _ADDING, {**_SAMPLING, "num_generations": 1}, seconds=96.0),
+        Arm("told", "no training, told to be brief", "none", ("verbose",), steps=0, seconds=0.0, quick=True),
         *(
             Arm(
                 f"opsdc_{steps}",
@@ -254,3 +161,14 @@ ARMS: dict[str, Arm] = {
         ),
     )
 }
+
+FULL = Plan(ARMS, SEEDS, LEARNING_RATES, tuple(ARMS), tuple(BASES))
+# The middle of the grid and half the steps: a look at the machinery, not a result.
+QUICK = Plan(
+    ARMS,
+    seeds=(1, 2),
+    learning_rates=(1e-4,),
+    arms=tuple(arm.name for arm in ARMS.values() if arm.quick),
+    bases=("middling", "verbose"),
+    scale=0.5,
+)

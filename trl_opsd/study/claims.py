@@ -16,18 +16,18 @@ otherwise. With a run missing that would be needed for two seeds, it was not run
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean, stdev
-from typing import Any, TypeVar
+from statistics import fmean
+from typing import TypeVar
 
 import numpy as np
 
-from ..eval.statistics import student_t
-from .arms import ARMS, BASES, LEARNING_RATES
+from ..experiment.arms import BASES
+from ..experiment.figures import Result, best_accuracy, drop, interval, reduction, tokens_to_reach
+from .arms import ARMS, LEARNING_RATES
 
 
 HOLDS, FAILS, UNSEEN, NOT_RUN = "holds here", "does not hold here", "cannot be seen here", "not run"
 
-Result = dict[str, Any]
 Metric = Callable[[Result], float]
 # The complete results of an arm on a base, by seed; the base itself is the arm "base".
 Lookup = Callable[[str, str], dict[int, Result]]
@@ -78,10 +78,7 @@ class Condition:
 
     def interval(self) -> tuple[float, float, float]:
         """Mean over the seeds, and the ends of its 95 % interval."""
-        mean = fmean(self.values)
-        of_seeds = student_t(len(self.values) - 1) * stdev(self.values) / math.sqrt(len(self.values))
-        half = math.hypot(of_seeds, 1.96 * self.error)
-        return mean, mean - half, mean + half
+        return interval(self.values, self.error)
 
     def state(self) -> str:
         """`"missing"`, `"open"`, `"met"` or `"refuted"`."""
@@ -155,73 +152,9 @@ def _markers(result: Result) -> float:
     return result["final"]["test"]["markers_per_1k"]
 
 
-def tokens_to_reach(result: Result, target: float) -> float | None:
-    """
-    Generated tokens at the first point of a learning curve that reaches an accuracy.
-
-    Args:
-        result (`dict[str, Any]`):
-            Result of a run.
-        target (`float`):
-            Accuracy.
-
-    Returns:
-        `float` or `None`:
-            Tokens, `None` if the curve never gets there.
-    """
-    return next((point["generated_tokens"] for point in result["curve"] if point["accuracy"] >= target), None)
-
-
-def best_accuracy(result: Result) -> float:
-    """Highest accuracy on a learning curve."""
-    return max(point["accuracy"] for point in result["curve"])
-
-
-def drop(result: Result) -> float:
-    """
-    Accuracy lost since the best of the learning curve, both taken as means of three neighbouring points, or of all if
-    there are fewer.
-
-    Args:
-        result (`dict[str, Any]`):
-            Result of a run.
-
-    Returns:
-        `float`:
-            Accuracy that was lost.
-    """
-    curve = [point["accuracy"] for point in result["curve"]]
-    width = min(3, len(curve))
-    means = [fmean(curve[end - width : end]) for end in range(width, len(curve) + 1)]
-    return max(means) - means[-1]
-
-
 def fifths(series: Sequence[float]) -> list[float]:
     """Means of the five parts, as equal as can be, of a series with one value per step."""
     return [fmean(part.tolist()) for part in np.array_split(np.asarray(series), 5)]
-
-
-def reduction(result: Result, base: Result, digits: str | None = None) -> float:
-    """
-    Share of the base's length that is gone.
-
-    Args:
-        result (`dict[str, Any]`):
-            Result of a run.
-        base (`dict[str, Any]`):
-            Result of its base.
-        digits (`str`, *optional*):
-            Number of digits of the problems. `None` takes all.
-
-    Returns:
-        `float`:
-            Share of the tokens, negative if responses became longer.
-    """
-    lengths = [
-        (value["final"]["test"] if digits is None else value["final"]["test"]["by_digits"][digits])["mean_tokens"]
-        for value in (result, base)
-    ]
-    return 1 - lengths[0] / lengths[1]
 
 
 # Conditions

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import jinja2
 
-from .arms import ARMS, BASES, TUNING_SEED
-from .claims import NOT_RUN, Result, Verdict, verdicts
+from ..experiment.arms import BASES, TUNING_SEED
+from ..experiment.figures import Result
+from ..experiment.runner import Plan, Results
+from .arms import ARMS, FULL
+from .claims import NOT_RUN, Verdict, verdicts
 from .plots import PLOTS
-from .runner import FULL, Plan, Results
 from .tables import arm_table, base_row, best_rows, gain_rows, group_rows, spacing, tuning_rows, within_opsds_tokens
-from .train import Run
 
 
 _PAGE = """\
@@ -205,9 +206,9 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[Verdict]:
     Writes the page, and its plots into a folder of the page's name beside it.
 
     Args:
-        results ([`~trl_opsd.study.runner.Results`]):
+        results ([`~trl_opsd.experiment.runner.Results`]):
             Results, complete or not.
-        plan ([`~trl_opsd.study.runner.Plan`]):
+        plan ([`~trl_opsd.experiment.runner.Plan`]):
             What was to be run.
         page (`Path`):
             The page.
@@ -220,7 +221,7 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[Verdict]:
 
     def lookup(arm: str, base: str) -> dict[int, Result]:
         if (arm, base) not in found:
-            result = results.complete(Run(base))
+            result = results.complete(plan.base_run(base))
             if arm == "base":
                 found[arm, base] = {} if result is None else dict.fromkeys(plan.seeds, result)
             else:
@@ -278,7 +279,7 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[Verdict]:
         spacing={arm: spacing(arm, adding, lookup) for arm in ("grpo", "opsd", "opsd_short")},
         bests=[row for base in adding for row in best_rows(base, lookup)],
         within=[f"{share} % ({base} base)" for base in adding if (share := within_opsds_tokens(base, lookup))],
-        bases=[base_row(base, results.complete(Run(base))) for base in plan.bases],
+        bases=[base_row(base, results.complete(plan.base_run(base))) for base in plan.bases],
         tables=[arm_table(base, plan, results, lookup) for base in plan.bases],
         groups=[row for base in adding for row in group_rows(base, lookup)],
         tuning=tuning_rows(plan, results),

@@ -1,23 +1,15 @@
 """The tables of the study's report, as rows of cells."""
 
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from .arms import ARMS, BASES
-from .claims import Lookup, Result, best_accuracy, drop, fifths, reduction, tokens_to_reach
-from .runner import Plan, Results
-from .train import Run
-
-
-def spread(values: Sequence[float | None], form: str = "{:.1f}", scale: float = 1.0) -> str:
-    """Mean ± standard deviation, and how many of the seeds it is about if not all have a value."""
-    known = [scale * value for value in values if value is not None]
-    if not known:
-        return "–" if not values else "never"
-    deviation = f" ± {form.replace('+', '').format(stdev(known))}" if len(known) > 1 else ""
-    shown = form.format(fmean(known)) + deviation
-    return shown if len(known) == len(values) else f"{shown} ({len(known)} of {len(values)})"
+from ..experiment.arms import BASES
+from ..experiment.figures import Result, best_accuracy, drop, reduction, spread, tokens_to_reach
+from ..experiment.runner import Plan, Results
+from ..experiment.train import Run
+from .arms import ARMS
+from .claims import Lookup, fifths
 
 
 def base_row(base: str, result: Result | None) -> list[str]:
@@ -231,6 +223,8 @@ def tuning_rows(plan: Plan, results: Results) -> list[list[str]]:
         arms = [arm for arm, its in plan.pairs() if its == base and ARMS[arm].tuned_as is None]
         tuned = [(ARMS[arm].title, runs) for arm in arms if (runs := plan.tuning_runs(arm, base))]
         if tuned:
-            rows.append([f"the {BASES[base].title} itself", shown(Run(base)), *["" for _ in plan.learning_rates[1:]]])
+            rows.append(
+                [f"the {BASES[base].title} itself", shown(plan.base_run(base)), *["" for _ in plan.learning_rates[1:]]]
+            )
         rows += [[title, *map(shown, runs)] for title, runs in tuned]
     return rows

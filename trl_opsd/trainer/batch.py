@@ -5,7 +5,7 @@ functions and knows no trainer.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -21,14 +21,10 @@ from ..context import (
     TeacherPrompt,
 )
 from ..scoring import keep_groups_together
-from ..serving import ServerError
 from ..signal import Signals
+from .asking import Gather, sample_once, together
 from .metrics import Metrics, add_contexts, add_degeneration
 from .rewards import reward_streams, total_rewards
-
-
-Gather = Callable[[list[Any]], list[Any]]
-"""From a list of each process to the list of all."""
 
 
 @dataclass
@@ -61,6 +57,8 @@ class Generation:
             Whether a turn has been sampled.
         groups (`list[Rollouts]`, *optional*):
             For each row the rollouts of its prompt, if anybody reads them.
+        said (`list[Any]`, *optional*):
+            What was sampled, or said, about each for a context that asks.
     """
 
     rows: list[Mapping[str, Any]]
@@ -75,6 +73,7 @@ class Generation:
     num_discarded_tokens: int = 0
     has_turns: bool = False
     groups: Sequence[Rollouts | None] = ()
+    said: Sequence[Any] = ()
 
     def finish(
         self,
@@ -146,7 +145,11 @@ class TeacherInputs:
     memories: Sequence[Memory] = ()
 
     def __call__(
-        self, generation: Generation, student_ids: Sequence[list[int]], num_generations: int, metrics: Metrics
+        self,
+        generation: Generation,
+        student_ids: Sequence[list[int]],
+        num_generations: int,
+        metrics: Metrics,
     ) -> tuple[list[list[int] | None], dict[str, torch.Tensor]]:
         """
         Make them for the rows of this process.
@@ -179,7 +182,7 @@ class TeacherInputs:
             for name, pair in self._rates(generation.rows, groups).items():
                 metrics.add_rate(name, *generation.rewards.new_tensor(pair))
         groups = groups if is_read else [None] * len(generation.rows)
-        said = self._said(generation, groups, student_ids[0], metrics)
+        generation.said = said = self._said(generation, groups, student_ids[0], metrics)
         prompts = [
             None if index in generation.empty else self.teacher_prompt.token_ids(row, rollouts, tools, text)
             for index, (row, rollouts, tools, text) in enumerate(
@@ -243,7 +246,9 @@ class TeacherInputs:
         add_degeneration(metrics, list(map(_text, generation.completions)), batch["truncated"], counted)
         if is_training and self.memories:
             rows = zip(generation.rows, cast(Sequence[Rollouts], generation.groups), strict=True)
-            everything = self.gather([(row, group.all) for row, group in rows if group.index == 0])
+            everyone = self.gather([(row, group.all) for row, group in rows if group.index == 0])
+            said = iter(self.gather(list(generation.said)))
+            everything = [(row, [replace(rollout, said=next(said)) for rollout in group]) for row, group in everyone]
             for memory in self.memories:
                 memory.remember(everything)
         return teacher_ids
@@ -347,6 +352,7 @@ def make_rollouts(
                 feedback=generation.feedback[position],
                 truncated=generation.is_truncated(position, end_ids),
                 index=(first + position) % num_generations,
+                replaced=position in generation.replaced,
             )
         )
     return rollouts
@@ -378,63 +384,6 @@ def make_groups(rollouts: list[Rollout], first: int, num_generations: int, gathe
         start = position - rollout.index
         groups.append(Rollouts(everything[start : start + num_generations], rollout.index))
     return groups
-
-
-def together(function: Callable[[], list[Any]], gather: Gather) -> list[Any]:
-    """
-    Call a function of each process, in which any may fail: then all do, so that none waits for another.
-
-    Args:
-        function (`Callable`):
-            The function.
-        gather (`Callable`):
-            Collects from all processes.
-
-    Raises:
-        Exception: Whatever it raised here, or a [`ServerError`] or `RuntimeError` with what it raised elsewhere.
-    """
-    values, error = [], None
-    try:
-        values = function()
-    except Exception as caught:
-        error = caught
-    failures = gather([None if error is None else (isinstance(error, ServerError), str(error) or repr(error))])
-    if error is not None:
-        raise error
-    for is_server, message in filter(None, failures):
-        raise (ServerError if is_server else RuntimeError)(message)
-    return values
-
-
-def sample_once(
-    prompts: Sequence[list[int] | None],
-    sample: Callable[[list[list[int]]], list[list[int]]],
-    gather: Gather,
-    stand_in: list[int],
-) -> list[list[int] | None]:
-    """
-    Sample from prompts of all processes in one call, in which each has as many. Equal prompts share what was sampled.
-
-    Args:
-        prompts (`Sequence[list[int] | None]`):
-            Token ids of a prompt for each row of this process, `None` for rows without one.
-        sample (`Callable`):
-            Gives the completions of some prompts, and is called by all processes or by none.
-        gather (`Callable`):
-            Collects from all processes.
-        stand_in (`list[int]`):
-            Prompt for a process that has fewer than others.
-
-    Returns:
-        `list[list[int] | None]`: token ids for each row, `None` for rows without a prompt.
-    """
-    distinct = list(dict.fromkeys(tuple(ids) for ids in prompts if ids is not None))
-    most = max(gather([len(distinct)]))
-    if most == 0:
-        return [None] * len(prompts)
-    asked = [*map(list, distinct), *[stand_in] * (most - len(distinct))]
-    answers = dict(zip(distinct, sample(asked)[: len(distinct)], strict=True))
-    return [None if ids is None else answers[tuple(ids)] for ids in prompts]
 
 
 def collate(

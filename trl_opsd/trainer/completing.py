@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..context import PrivilegedContext, as_text
 from ..sampling.sources import Completions, CompletionSource, Prompts
-from .batch import Gather, Generation
+from .asking import Gather
+from .batch import Generation
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Engines:
             From rows, token ids of their prompts and of their completions to whether these are right.
         process_index (`int`):
             Number of the process.
+        num_generations (`int`):
+            Rollouts of a prompt.
         gather (`Callable`):
             From a list of each process to the list of all.
     """
@@ -42,6 +45,7 @@ class Engines:
     encode: Callable[[Any], list[int]]
     grade: Callable[[list[Mapping[str, Any]], list[list[int]], list[list[int]]], list[bool | None]]
     process_index: int
+    num_generations: int
     gather: Gather
 
 
@@ -105,6 +109,7 @@ class Completing:
                 share_in_top_k=self._share_in_top_k,
                 encode=self._engines.encode,
                 grade=self._grade,
+                group=self._group,
             )
         )
         if len(completions.ids) != len(self._rows):
@@ -138,6 +143,12 @@ class Completing:
         indices, ids = zip(*pairs, strict=True)
         asked = [self._rows[index] for index in indices], [self._prompt_ids[index] for index in indices]
         return self._engines.grade(*asked, list(ids))[: len(rows)]
+
+    def _group(self, values: Sequence[Any]) -> list[list[Any]]:
+        everything, size = self._engines.gather(list(values)), self._engines.num_generations
+        first = self._engines.process_index * len(values)
+        starts = (first + index - (first + index) % size for index in range(len(values)))
+        return [everything[start : start + size] for start in starts]
 
     def _share_in_top_k(self, rows: Sequence[int], completion_ids: Sequence[list[int]], k: int) -> list[float]:
         pairs = self._even(list(zip(rows, completion_ids, strict=True)), (0, []))

@@ -76,9 +76,9 @@ class SelfDistillationConfig(GRPOConfig):
 
         privileged_context (`str`, *optional*, defaults to `"solution"`):
             What the teacher reads beyond the student's prompt: `"solution"`, `"answer"`, `"hint"`, `"concise"`,
-            `"peers"`, `"feedback"`, `"reflection"`, `"plan"`, `"diagnosis"`, `"template"`, the controls `"none"`,
-            `"other_solution"`, `"partial_solution"` and `"shuffled_solution"`, or the import path of a class that
-            implements [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
+            `"peers"`, `"feedback"`, `"reflection"`, `"plan"`, `"diagnosis"`, `"playbook"`, `"template"`, the
+            controls `"none"`, `"other_solution"`, `"partial_solution"` and `"shuffled_solution"`, or the import path
+            of a class that implements [`PrivilegedContext`], such as `"my_project.contexts.Hint"`.
         context_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of that class, for example `{"column": "reference_solution"}` or `{"template": "..."}`.
         success_threshold (`float`, *optional*, defaults to `1.0`):
@@ -189,6 +189,11 @@ class SelfDistillationConfig(GRPOConfig):
         divergence_clip (`float`, *optional*):
             Upper bound on every vocabulary entry of the divergence, applied before the sum over the vocabulary. `None`
             does not clip.
+        divergence_ratio_low (`float`, *optional*):
+            Least ratio of the teacher's probability to the student's: where it is smaller, the divergence is that from
+            a teacher whose probability is this share of the student's. `None` does not bound it.
+        divergence_ratio_high (`float`, *optional*):
+            Largest ratio, likewise.
         replaced_divergence (`dict[str, Any]` or `str`, *optional*):
             Divergence for completions that took the place of rollouts, if it is another, as fields of [`Objective`]:
             `{"divergence": "forward_kl", "support": "teacher_top_k", "top_k": 16}`. What is left out is that class's
@@ -321,6 +326,8 @@ class SelfDistillationConfig(GRPOConfig):
     divergence_top_k: int = 16
     divergence_tail: str | None = field(default=None, metadata={"choices": list(get_args(Tail))})
     divergence_clip: float | None = None
+    divergence_ratio_low: float | None = None
+    divergence_ratio_high: float | None = None
     replaced_divergence: dict[str, Any] | str | None = None
     distillation_temperature: float | None = None
 
@@ -457,6 +464,8 @@ class SelfDistillationConfig(GRPOConfig):
             top_k=self.divergence_top_k,
             tail=cast(Tail, self.divergence_tail or "bucket"),
             clip=self.divergence_clip,
+            ratio_low=self.divergence_ratio_low,
+            ratio_high=self.divergence_ratio_high,
             temperature=cast(float, self.distillation_temperature),
         )
 

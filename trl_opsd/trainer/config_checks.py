@@ -17,6 +17,8 @@ _OBJECTIVE_FIELDS = {
     "top_k": "divergence_top_k",
     "tail": "divergence_tail",
     "clip": "divergence_clip",
+    "ratio_low": "divergence_ratio_low",
+    "ratio_high": "divergence_ratio_high",
     "temperature": "distillation_temperature",
 }
 _AT_LEAST_ONE = {

@@ -160,7 +160,7 @@ def prepare(
     columns = (*context.columns, *completions.columns)
     if environment_factory is None:  # otherwise the prompt comes from the environment
         train_dataset, eval_dataset = (
-            _checked(data, name, teacher_prompt, columns, tools)
+            checked_rows(data, name, teacher_prompt, columns, tools)
             for data, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset"))
         )
         check_number_of_rows(args, train_dataset)
@@ -263,14 +263,35 @@ def make_teacher_prompt(
     )
 
 
-def _checked(
+def checked_rows(
     dataset: Any, name: str, teacher_prompt: TeacherPrompt, columns: tuple[str, ...], tools: list[Callable] | None
 ) -> Any:
+    """
+    A data set whose rows have what they are asked for, those of a stream as they arrive.
+
+    Args:
+        dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
+            Data.
+        name (`str`):
+            What it is called.
+        teacher_prompt ([`TeacherPrompt`]):
+            Renders the context.
+        columns (`tuple[str, ...]`):
+            What is read beside the prompt.
+        tools (`list[Callable]`, *optional*):
+            Tools that prompts show.
+
+    Raises:
+        ValueError: Naming the column or the row, and the way out.
+    """
     if dataset is None:
         return None
     if isinstance(dataset, dict):
         return type(dataset)(
-            {key: _checked(data, f"{name}[{key!r}]", teacher_prompt, columns, tools) for key, data in dataset.items()}
+            {
+                key: checked_rows(data, f"{name}[{key!r}]", teacher_prompt, columns, tools)
+                for key, data in dataset.items()
+            }
         )
     if images := {"image", "images"} & set(dataset.column_names or []):
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..sampling.prompts import PromptSource
-from .batch import Gather
+from .asking import Gather
 from .rewards import no_reward, total_rewards
 
 

@@ -67,7 +67,7 @@ from .loss import make_loss
 from .method import presented
 from .metrics import Metrics
 from .policy import GRPOLoss
-from .preparation import Prepared, checked_arguments, prepare
+from .preparation import Prepared, checked_arguments, checked_rows, prepare
 from .prompts import PromptExchange, settled
 from .rewards import added_feedback, all_feedback, graded, hand_policy, no_reward
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
@@ -176,8 +176,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._prepare_policy_term()
         check_world(args, self.accelerator, self.model)
         self._prepare_sampling(run)
-        starts_at_zero = getattr(peft_config, "init_lora_weights", False) in (True, "gaussian")
-        self._prepare_loss(run, starts_at_zero)
+        self._prepare_loss(run, getattr(peft_config, "init_lora_weights", False) in (True, "gaussian"))
         hand_policy(self.reward_funcs, self.model, self._tokenizer, self.tokenize_prompts, args)
 
     def _settle_rewards(self, run: Prepared, environment_factory: Any) -> None:
@@ -228,6 +227,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             encode=partial(encoded, tokenizer, self.eos_token_ids[0], self.max_completion_length),
             grade=partial(graded, *known, self.accelerator.process_index),
             process_index=self.accelerator.process_index,
+            num_generations=self.num_generations,
             gather=gather_object,
         )
         asked = tokenizer, None if self.environment_factories else self.train_dataset, self.tokenize_prompts
@@ -282,8 +282,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         The prompts of the first training row, as the model will read them.
 
         Returns:
-            `tuple[list[int], list[int] | None]`: token ids of the student's and of the teacher's prompt; `None` for
-            the teacher's if it needs the rollouts first, or if the row is left out.
+            `tuple[list[int], list[int] | None]`: token ids; no teacher's if it needs rollouts or the row is left out.
         """
         row = next(iter(self.train_dataset))
         return list(self.tokenize_prompts([row["prompt"]])[0]), self.teacher_prompt.token_ids(row, None, self.tools)
@@ -328,8 +327,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             sampling ([`~trl_opsd.sampling.Sampling`]):
                 How to draw tokens. Nothing else applies, whatever the rollouts are sampled by.
             stream (`int`, *optional*, defaults to `0`):
-                Stream of random numbers to draw from: one of its own for each purpose. Those of evaluations are 1,
-                those of contexts 2.
+                Stream of random numbers to draw from, one for each purpose: evaluations have 1, contexts 2.
 
         Returns:
             `list[list[int]]`: token ids of each completion, the end-of-turn token included.
@@ -401,7 +399,9 @@ class SelfDistillationTrainer(GRPOTrainer):
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[mode].pop(name, None)
         self.teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics, mode == "train")
-        self._count_tokens(batch.get("tool_mask", 1) * batch["completion_mask"], mode)
+        num_sampled = self._generation.num_sampled_tokens(batch.get("tool_mask", 1) * batch["completion_mask"])
+        self._num_generated_tokens += int(self.accelerator.reduce(num_sampled, "sum")) * (mode == "train")
+        self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
         score = partial(self._score, mode=mode)
         given = self.signals, self.args, batch, self._generation.empty, score, self.accelerator, size, mode == "train"
         return batch | make_streams(*given, metrics)
@@ -409,11 +409,6 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _score(self, batch: dict[str, Any], mode: str) -> TokenScores:
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
         return self.loss.scores(self.model_wrapped, batch, size, self.statistics[mode], self._generation.contrasts)
-
-    def _count_tokens(self, model_tokens: torch.Tensor, mode: str) -> None:
-        num_sampled = self.accelerator.reduce(self._generation.num_sampled_tokens(model_tokens), "sum")
-        self._num_generated_tokens += int(num_sampled) * (mode == "train")
-        self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
 
     def _compute_loss(self, model, inputs):
         mode = "train" if self.model.training else "eval"
@@ -434,15 +429,13 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
     ):
+        given = model, input_ids, attention_mask, logits_to_keep
         if self.grpo_loss.given is not None:
             return self.grpo_loss.given
         if not self.grpo_loss.shares_pass:
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs
-            )
+            return super()._get_per_token_logps_and_entropies(*given, batch_size, *args, **kwargs)
         # Ratios are to what is computed in the same way, or rounding would take part in them
-        batch_size = batch_size or len(input_ids)
-        return *self.loss.networks.log_probs(model, input_ids, attention_mask, logits_to_keep, batch_size), None
+        return *self.loss.networks.log_probs(*given, batch_size or len(input_ids)), None
 
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
@@ -451,6 +444,13 @@ class SelfDistillationTrainer(GRPOTrainer):
             values["skipped_steps/total"] = self._guard.skipped_steps
         self._metrics[mode].update({name: [value] for name, value in values.items()})
         super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if isinstance(eval_dataset, Dataset | IterableDataset) and not self.environment_factories:
+            eval_dataset = checked_rows(
+                eval_dataset, "eval_dataset", self.teacher_prompt, self._data_columns, self.tools
+            )
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         checkpoint = self.run_state.checkpoint(resume_from_checkpoint)

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
+from trl_opsd.experiment.tasks import ADDING, BREVITY, FAMILIES, count_markers, own_reasoning, terse_solution
 from trl_opsd.playground.world import correct, make_tokenizer
-from trl_opsd.study.tasks import ADDING, BREVITY, FAMILIES, count_markers, own_reasoning, terse_solution
 
 
 def make_lists(family, seed):

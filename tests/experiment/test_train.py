@@ -1,15 +1,19 @@
 import io
 import json
+import pickle
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from study.made import run_of
 
-from trl_opsd.study import train
-from trl_opsd.study.arms import ARMS, BASE_SEED, BASES, TUNING_SEED
-from trl_opsd.study.tasks import Split
-from trl_opsd.study.train import Run, run
+from trl_opsd.experiment import train
+from trl_opsd.experiment.arms import BASE_SEED, BASES, TUNING_SEED
+from trl_opsd.experiment.tasks import Split
+from trl_opsd.experiment.train import run
+from trl_opsd.study.arms import ARMS
 
 
 pytestmark = pytest.mark.cpu("so is the study")
@@ -29,7 +33,7 @@ def folder(tmp_path_factory):
         for arm in list(ARMS.values()):
             patch.setitem(ARMS, arm.name, replace(arm, steps=1, batch_size=8, evaluate_every=1))
         folder = tmp_path_factory.mktemp("study")
-        results = {base: run(Run(base), folder) for base in ("middling", "verbose")}
+        results = {base: run(run_of(base), folder) for base in ("middling", "verbose")}
         assert set(results["middling"]["told"]) == {"solution", "terse", "answer"}
         assert set(results["verbose"]["final"]) == {"test", "tune"}
         yield folder
@@ -38,10 +42,10 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", [arm.name for arm in TRAINED])
 def test_every_arm_trains_and_counts(folder, name):
     arm = ARMS[name]
-    result = run(Run(arm.bases[-1], 1, name, 1e-3), folder)
+    result = run(run_of(arm.bases[-1], 1, name, 1e-3), folder)
     family = BASES[arm.bases[-1]].family
     assert [point["step"] for point in result["curve"]] == [0, 1]
-    if arm.trainer == "sft":
+    if arm.trainer == "trl_sft":
         assert result["generated_tokens"] == 0
         assert result["learner_tokens"] > 8 * 20
     else:
@@ -49,7 +53,7 @@ def test_every_arm_trains_and_counts(folder, name):
         assert 8 <= result["generated_tokens"] <= 8 * 8
         assert result["learner_tokens"] > result["generated_tokens"]
     assert result["curve"][-1]["generated_tokens"] == result["generated_tokens"]
-    assert len(result["series"].get("frac_reward_zero_std", [])) == (1 if arm.trainer == "grpo" else 0)
+    assert len(result["series"].get("frac_reward_zero_std", [])) == (1 if arm.trainer == "trl_grpo" else 0)
     assert set(result["final"]) == set(family.held_out)
     assert result["seconds"] > 0
     json.dumps(result)
@@ -64,16 +68,16 @@ def test_the_told_arm_reads_the_instruction(folder, monkeypatch):
 
     monkeypatch.setattr("trl_opsd.playground.evaluate.evaluate", evaluate)
     with pytest.raises(KeyboardInterrupt):
-        run(Run("verbose", 1, "told"), folder)
+        run(run_of("verbose", 1, "told"), folder)
     assert all(prompt[-1]["content"].startswith("Be brief: ") for prompt in prompts)
 
 
 def test_arms_differ_by_what_they_say(folder):
     def trainer(name):
         arm = ARMS[name]
-        spec = Run(arm.bases[-1], 1, name, 1e-3)
-        rows = BASES[spec.base].family.make(BASE_SEED)["train"]
-        model = str(folder / "bases" / spec.base)
+        spec = run_of(arm.bases[-1], 1, name, 1e-3)
+        rows = spec.base.family.make(BASE_SEED)["train"]
+        model = str(folder / "bases" / spec.base.name)
         return train.make_trainer(spec, model, rows, str(folder / "out"))
 
     opsd = trainer("opsd").args
@@ -101,24 +105,27 @@ def test_arms_differ_by_what_they_say(folder):
 
 
 def test_a_run_that_fails_leaves_its_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"base": "weak", "seed": 1, "arm": "sft"})))
+    stdin = SimpleNamespace(buffer=io.BytesIO(pickle.dumps(run_of("weak", 1, "sft"))))
+    monkeypatch.setattr(sys, "stdin", stdin)
     path = tmp_path / "runs" / "sft.json"  # there is no base
     train.main([str(path)])
     result = json.loads(path.read_text())
     assert result["error"]
-    assert result["settings"] == Run("weak", 1, "sft").settings()
+    assert result["settings"] == run_of("weak", 1, "sft").settings()
 
 
 def test_tuning_sees_its_own_problems_only(folder):
-    assert set(run(Run("middling", TUNING_SEED, "sft", 1e-3), folder)["final"]) == {"tune"}
+    assert set(run(run_of("middling", TUNING_SEED, "sft", 1e-3), folder)["final"]) == {"tune"}
 
 
 def test_a_run_is_a_function_of_its_seed(folder):
-    spec = Run("middling", 1, "opsd", 1e-3)
+    spec = run_of("middling", 1, "opsd", 1e-3)
     torch.manual_seed(7)
     first = run(spec, folder)
     torch.manual_seed(8)
     again = run(spec, folder)
+    for left in (first, again):
+        assert all(point.pop("seconds") >= 0 for point in left["curve"])
     for name in ("curve", "final", "generated_tokens", "learner_tokens"):
         assert first[name] == again[name]
-    assert run(Run("middling", 2, "opsd", 1e-3), folder)["generated_tokens"] != first["generated_tokens"]
+    assert run(run_of("middling", 2, "opsd", 1e-3), folder)["generated_tokens"] != first["generated_tokens"]

@@ -1,13 +1,14 @@
-"""Which runs there are, and running what is left of them: two at a time, each in a process with one thread."""
+"""Which runs there are, and running what is left of them: a few at a time, each in a process with one thread."""
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..files import locked
-from .arms import ARMS, BASES, LEARNING_RATES, SEEDS, TUNING_SEED
+from .arms import BASES, TUNING_SEED, Arm
 from .train import Run, write_result
 
 
+# For the plan's hours, and run at once unless told otherwise
 PROCESSES = 2
 
 
 @dataclass(frozen=True)
 class Plan:
     """
-    Which runs a study has.
+    Which runs there are.
 
     Args:
+        known (`Mapping[str, Arm]`):
+            Arms by their names, at least those that are run and those they are tuned or trained as.
         seeds (`tuple[int, ...]`):
             Seeds that are reported.
         learning_rates (`tuple[float, ...]`):
@@ -37,9 +41,10 @@ class Plan:
         bases (`tuple[str, ...]`):
             Names of the bases.
         scale (`float`, *optional*, defaults to `1.0`):
-            Share of the arms' steps that are taken.
+            Share of the arms' steps and tokens that are taken.
     """
 
+    known: Mapping[str, Arm]
     seeds: tuple[int, ...]
     learning_rates: tuple[float, ...]
     arms: tuple[str, ...]
@@ -48,45 +53,42 @@ class Plan:
 
     def pairs(self) -> list[tuple[str, str]]:
         """Arms with each of their bases."""
-        return [(arm, base) for arm in self.arms for base in ARMS[arm].bases if base in self.bases]
+        return [(arm, base) for arm in self.arms for base in self.known[arm].bases if base in self.bases]
+
+    def is_trained(self, arm: str) -> bool:
+        """Whether an arm is more than the base itself."""
+        return self.known[arm].trainer != "none"
+
+    def base_run(self, base: str) -> Run:
+        """The training of a base."""
+        return Run(BASES[base])
 
     def base_runs(self) -> list[Run]:
         """The trainings of the bases."""
         used = {base for _, base in self.pairs()}
-        return [Run(base) for base in self.bases if base in used]
+        return [self.base_run(base) for base in self.bases if base in used]
 
     def tuning_runs(self, arm: str, base: str) -> list[Run]:
         """The runs that an arm is tuned by."""
-        if len(self.learning_rates) == 1 or ARMS[arm].trainer == "none":
+        if len(self.learning_rates) == 1 or not self.is_trained(arm):
             return []
-        tuned = ARMS[arm].tuned_as or arm
-        return [Run(base, TUNING_SEED, tuned, rate, self.scale) for rate in self.learning_rates]
+        tuned = self.known[self.known[arm].tuned_as or arm]
+        return [Run(BASES[base], TUNING_SEED, tuned, rate, self.scale) for rate in self.learning_rates]
 
     def reported_runs(self, arm: str, base: str, learning_rate: float | None) -> list[Run]:
         """The runs that are reported: one per seed, or a single one where nothing is trained."""
-        trained = ARMS[arm].trained_as or arm
-        seeds = self.seeds[:1] if ARMS[arm].trainer == "none" else self.seeds
-        return [Run(base, seed, trained, learning_rate, self.scale) for seed in seeds]
-
-
-FULL = Plan(SEEDS, LEARNING_RATES, tuple(ARMS), tuple(BASES))
-# The middle of the grid and half the steps: a look at the machinery, not a result.
-QUICK = Plan(
-    seeds=(1, 2),
-    learning_rates=(1e-4,),
-    arms=tuple(arm.name for arm in ARMS.values() if arm.quick),
-    bases=("middling", "verbose"),
-    scale=0.5,
-)
+        trained = self.known[self.known[arm].trained_as or arm]
+        seeds = self.seeds if self.is_trained(arm) else self.seeds[:1]
+        return [Run(BASES[base], seed, trained, learning_rate, self.scale) for seed in seeds]
 
 
 class Results:
     """
-    The result files of a study.
+    The result files.
 
     Args:
         folder (`Path`):
-            Folder of the study.
+            Folder of all runs.
     """
 
     def __init__(self, folder: Path):
@@ -126,14 +128,15 @@ class Results:
 
         Returns:
             `float` or `None`:
-                Accuracy on problems that are kept for this. Of an OPSDC run, less its length as a share of the base's:
-                a point of accuracy is worth a percent of length. `None` without a complete result.
+                Accuracy on problems that are kept for this. Where answers are to become shorter, less their length as
+                a share of the base's: a point of accuracy is worth a percent of length. `None` without a complete
+                result.
         """
         result, base = self.complete(run), self.complete(Run(run.base))
         if result is None or base is None:
             return None
         final = result["final"]["tune"]
-        if BASES[run.base].family.name == "adding":
+        if run.base.family.name == "adding":
             return final["accuracy"]
         return final["accuracy"] - final["mean_tokens"] / base["final"]["tune"]["mean_tokens"]
 
@@ -145,7 +148,7 @@ class Results:
             `float` or `None`:
                 The rate. `None` for an arm without training, or if no run of its tuning is complete.
         """
-        if ARMS[arm].trainer == "none":
+        if not plan.is_trained(arm):
             return None
         if len(plan.learning_rates) == 1:
             return plan.learning_rates[0]
@@ -162,7 +165,7 @@ class Results:
         if not self.is_tuned(plan, arm, base):
             return {}
         rate = self.learning_rate(plan, arm, base)
-        if rate is None and ARMS[arm].trainer != "none":
+        if rate is None and plan.is_trained(arm):
             return {}
         runs = plan.reported_runs(arm, base, rate)
         return {
@@ -170,7 +173,7 @@ class Results:
         }
 
     def all(self, plan: Plan) -> dict[Run, dict[str, Any]]:
-        """What all runs of a study left that were made, also those that failed."""
+        """What all runs left that were made, also those that failed."""
         runs = plan.base_runs()
         for arm, base in plan.pairs():
             runs += plan.tuning_runs(arm, base)
@@ -187,11 +190,11 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def planned_seconds(plan: Plan) -> dict[str, tuple[int, float]]:
     """
-    What a study costs at most by the costs that were measured: as if no two arms were tuned to the same rate.
+    What a plan costs at most by the costs that were measured: as if no two arms were tuned to the same rate.
 
     Args:
         plan ([`Plan`]):
-            The study.
+            The plan.
 
     Returns:
         `dict[str, tuple[int, float]]`:
@@ -203,22 +206,23 @@ def planned_seconds(plan: Plan) -> dict[str, tuple[int, float]]:
     return {name: (len(list(runs)), sum(run.planned_seconds for run in runs)) for name, runs in phases.items()}
 
 
-def run_study(
+def run_plan(
     plan: Plan,
     folder: Path,
     max_hours: float | None = None,
     console: Console | None = None,
     execute: Callable[[Run, Path], None] | None = None,
+    processes: int = PROCESSES,
 ) -> Results:
     """
-    Runs what is left of a study.
+    Runs what is left of a plan.
 
     A run that is complete is not run again, one that failed is. A run whose base or tuning failed is left out; the
     report says so.
 
     Args:
         plan ([`Plan`]):
-            The study.
+            The plan.
         folder (`Path`):
             Where results go.
         max_hours (`float`, *optional*):
@@ -227,28 +231,33 @@ def run_study(
             Console to write to.
         execute (`Callable[[Run, Path], None]`, *optional*):
             Makes a run and leaves its result file. By default in a process of its own.
+        processes (`int`, *optional*, defaults to `2`):
+            Runs at a time.
 
     Returns:
         [`Results`]:
             The results.
 
     Raises:
-        ValueError: If another study runs in the folder, or the weights of a base are gone.
+        ValueError: If others run in the folder, or the weights of a base are gone.
     """
     with locked(folder):
-        return _run_study(plan, Results(folder), max_hours, console or Console(), execute or execute_in_process)
+        return _run_plan(
+            plan, Results(folder), max_hours, console or Console(), execute or execute_in_process, processes
+        )
 
 
-def _run_study(
+def _run_plan(
     plan: Plan,
     results: Results,
     max_hours: float | None,
     console: Console,
     execute: Callable[[Run, Path], None],
+    processes: int,
 ) -> Results:
     deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
     for base in plan.base_runs():
-        weights = results.folder / "bases" / base.base
+        weights = results.folder / "bases" / base.base.name
         if results.complete(base) is not None and not weights.is_dir():
             raise ValueError(
                 f"{results.path(base)} is there, and the weights it is about are not ({weights}). Put them back, or "
@@ -256,7 +265,11 @@ def _run_study(
             )
     arms = {
         None,
-        *(run.arm for pair in plan.pairs() for run in plan.tuning_runs(*pair) + plan.reported_runs(*pair, None)),
+        *(
+            run.arm and run.arm.name
+            for pair in plan.pairs()
+            for run in plan.tuning_runs(*pair) + plan.reported_runs(*pair, None)
+        ),
     }
     for path in (results.folder / "runs").glob("*.json"):
         left = _read(path)
@@ -265,18 +278,18 @@ def _run_study(
 
     def runnable() -> Iterator[Run]:
         yield from plan.base_runs()
-        # Arm by arm, so that a study cut short has whole arms
+        # Arm by arm, so that what is cut short has whole arms
         for arm, base in plan.pairs():
-            if results.complete(Run(base)) is None:
+            if results.complete(plan.base_run(base)) is None:
                 continue
             yield from plan.tuning_runs(arm, base)
             rate = results.learning_rate(plan, arm, base)
-            if results.is_tuned(plan, arm, base) and (rate is not None or ARMS[arm].trainer == "none"):
+            if results.is_tuned(plan, arm, base) and (rate is not None or not plan.is_trained(arm)):
                 yield from plan.reported_runs(arm, base, rate)
 
-    with _progress(console) as progress, ThreadPoolExecutor(PROCESSES) as pool:
+    with _progress(console) as progress, ThreadPoolExecutor(processes) as pool:
         total = sum(seconds for _, seconds in planned_seconds(plan).values())
-        task = progress.add_task("Study", total=total, status="")
+        task = progress.add_task("Runs", total=total, status="")
         running: dict[Future[None], Run] = {}
         seen: set[Run] = set()
         while True:
@@ -287,7 +300,7 @@ def _run_study(
                     progress.advance(task, run.planned_seconds)
                 elif deadline is not None and time.monotonic() > deadline:
                     break
-                elif len(running) < PROCESSES:
+                elif len(running) < processes:
                     progress.update(task, status=run.name)
                     running[pool.submit(execute, run, results.path(run))] = run
                 else:
@@ -336,9 +349,8 @@ def execute_in_process(run: Run, path: Path) -> None:
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     with path.with_suffix(".log").open("w") as log:
         done = subprocess.run(
-            [sys.executable, "-m", "trl_opsd.study.train", str(path)],
-            input=json.dumps(asdict(run)),
-            text=True,
+            [sys.executable, "-m", "trl_opsd.experiment.train", str(path)],
+            input=pickle.dumps(run),
             stdout=log,
             stderr=log,
             env={**os.environ, **threads},

@@ -1,17 +1,17 @@
 r"""
-The embedded tasks of the study: addition, built so that the published claims can come out either way.
+The embedded tasks: addition, built so that published claims can come out either way.
 
-`ADDING` serves the questions about OPSD. The model's own reasoning doubts where a carry comes in, takes that column in
-two steps and marks it (`8+4=12 hm 13`), while reference solutions take it in one (`8+4+1=13`) and never doubt. So the
-markers stand for a way of computing that can be lost. `BREVITY` serves the questions about OPSDC: the model elaborates
-unless it is told to be brief, on problems of three sizes, and by about the same share on each. Told to be brief, it
-still elaborates at times: what can be shortened is not gone once the instruction has been taken over.
+`ADDING` is for methods that raise accuracy. The model's own reasoning doubts where a carry comes in, takes that column
+in two steps and marks it (`8+4=12 hm 13`), while reference solutions take it in one (`8+4+1=13`) and never doubt. So
+the markers stand for a way of computing that can be lost. `BREVITY` is for methods that shorten answers: the model
+elaborates unless it is told to be brief, on problems of three sizes, and by about the same share on each. Told to be
+brief, it still elaborates at times: what can be shortened is not gone once the instruction has been taken over.
 """
 
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
@@ -27,7 +27,7 @@ REFERENCE_TEMPLATE = "{prompt}\nReference:\n{%s}"
 BRIEF_TEMPLATE = "Be brief: {prompt}"
 
 # How often a carry raises doubt, by what the model reads besides the question. That a reference leaves less to doubt
-# is built in; whether a student takes this over, and what it costs, is what the study measures.
+# is built in; whether a student takes this over, and what it costs, is what is measured.
 _DOUBT = {None: 0.8, "answer": 0.5, "terse": 0.1, "solution": 0.1}
 
 _PHRASINGS: dict[str, Callable[[int, int], str]] = {
@@ -75,7 +75,7 @@ class Family:
     base_template: str
     max_completion_length: int
     held_out: tuple[str, ...]
-    splits: dict[str, Split]
+    splits: dict[str, Split] = field(hash=False)
 
     @property
     def base_context(self) -> TemplateContext:

@@ -4,14 +4,26 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
+from study.made import run_of
 
-from trl_opsd.study import runner
-from trl_opsd.study.arms import ARMS, BASES, LEARNING_RATES, SEEDS, TUNING_SEED
-from trl_opsd.study.runner import FULL, QUICK, Plan, Results, execute_in_process, planned_seconds, run_study
-from trl_opsd.study.train import Run, write_result
+from trl_opsd.experiment import runner
+from trl_opsd.experiment.arms import BASES, TUNING_SEED
+from trl_opsd.experiment.runner import Plan, Results, execute_in_process, planned_seconds, run_plan
+from trl_opsd.experiment.train import write_result
+from trl_opsd.study.arms import ARMS, FULL, LEARNING_RATES, QUICK, SEEDS
 
 
-PLAN = Plan(seeds=(1, 2), learning_rates=(1e-4, 1e-3), arms=("sft", "opsd", "opsd_long"), bases=("weak", "middling"))
+PLAN = Plan(
+    ARMS,
+    seeds=(1, 2),
+    learning_rates=(1e-4, 1e-3),
+    arms=("sft", "opsd", "opsd_long"),
+    bases=("weak", "middling"),
+)
+
+
+def name_of(run):
+    return run.arm and run.arm.name
 
 
 def result_of(run, accuracy=0.5):
@@ -30,14 +42,14 @@ class Execute:
             raise KeyboardInterrupt
         self.ran.append(run)
         if run.arm is None:
-            (path.parents[1] / "bases" / run.base).mkdir(parents=True, exist_ok=True)
+            (path.parents[1] / "bases" / run.base.name).mkdir(parents=True, exist_ok=True)
         failed = {"settings": run.settings(), "error": "ValueError: no"}
         write_result(path, failed if run.name in self.fails else result_of(run, self.accuracy(run)))
 
 
 def study(folder, execute, plan=PLAN, **kwargs):
     console = Console(record=True, width=200, force_terminal=False)
-    return run_study(plan, folder, console=console, execute=execute, **kwargs), console.export_text()
+    return run_plan(plan, folder, console=console, execute=execute, **kwargs), console.export_text()
 
 
 def test_a_study_runs_bases_tuning_and_seeds_and_nothing_twice(tmp_path):
@@ -45,20 +57,20 @@ def test_a_study_runs_bases_tuning_and_seeds_and_nothing_twice(tmp_path):
     study(tmp_path, execute)
     ran = execute.ran
     rates = PLAN.learning_rates
-    expected = [Run("weak"), Run("middling")]
+    expected = [run_of("weak"), run_of("middling")]
     for arm in ("sft", "opsd"):
         for base in ("weak", "middling"):
-            expected += [Run(base, TUNING_SEED, arm, rate) for rate in rates]
-            expected += [Run(base, seed, arm, 1e-4) for seed in (1, 2)]
-    expected += [Run("middling", seed, "opsd_long", 1e-4) for seed in (1, 2)]
+            expected += [run_of(base, TUNING_SEED, arm, rate) for rate in rates]
+            expected += [run_of(base, seed, arm, 1e-4) for seed in (1, 2)]
+    expected += [run_of("middling", seed, "opsd_long", 1e-4) for seed in (1, 2)]
     assert set(ran) == set(expected)
     assert len(ran) == len(expected)
     for arm in ("sft", "opsd"):  # no reported run before all of its tuning
         for base in ("weak", "middling"):
-            order = [run.seed for run in ran if (run.arm, run.base) == (arm, base)]
+            order = [run.seed for run in ran if (name_of(run), run.base.name) == (arm, base)]
             assert order[:2] == [TUNING_SEED, TUNING_SEED]
-    assert {run.arm for run in ran[2:10]} >= {"sft"}
-    assert {run.arm for run in ran[-2:]} == {"opsd_long"}
+    assert {name_of(run) for run in ran[2:10]} >= {"sft"}
+    assert {name_of(run) for run in ran[-2:]} == {"opsd_long"}
 
     again = Execute()
     study(tmp_path, again)
@@ -80,7 +92,7 @@ def failures(results):
 
 
 def test_failed_runs_are_reported_and_run_again(tmp_path):
-    name = Run("weak", 1, "sft", 1e-4).name
+    name = run_of("weak", 1, "sft", 1e-4).name
     results, output = study(tmp_path, Execute(fails=(name,)))
     assert f"{name} failed: ValueError: no" in output
     assert failures(results) == {name: "ValueError: no"}
@@ -94,7 +106,7 @@ def test_failed_runs_are_reported_and_run_again(tmp_path):
 
 
 def test_what_failed_in_arms_that_are_not_run_stays(tmp_path):
-    name = Run("weak", 1, "sft", 1e-4).name
+    name = run_of("weak", 1, "sft", 1e-4).name
     study(tmp_path, Execute(fails=(name,)))
     results, _ = study(tmp_path, Execute(), replace(PLAN, arms=("opsd",)))
     assert failures(results) == {name: "ValueError: no"}
@@ -102,7 +114,7 @@ def test_what_failed_in_arms_that_are_not_run_stays(tmp_path):
 
 def test_a_file_that_was_cut_off_is_made_again(tmp_path):
     results, _ = study(tmp_path, Execute())
-    run = Run("weak", 1, "sft", 1e-4)
+    run = run_of("weak", 1, "sft", 1e-4)
     results.path(run).write_text(results.path(run).read_text()[:20])
     again = Execute()
     study(tmp_path, again)
@@ -130,18 +142,18 @@ def test_one_study_at_a_time(tmp_path):
 
 def test_arms_at_the_same_rate_share_their_runs(tmp_path):
     plan = Plan(
-        seeds=(1,), learning_rates=(1e-4, 1e-3), arms=("opsdc_50", "opsdc_1", "opsdc_1_same"), bases=("verbose",)
+        ARMS, seeds=(1,), learning_rates=(1e-4, 1e-3), arms=("opsdc_50", "opsdc_1", "opsdc_1_same"), bases=("verbose",)
     )
     execute = Execute()
     results, _ = study(tmp_path / "equal", execute, plan)
-    names = [run.arm for run in execute.ran if run.seed == 1]
+    names = [name_of(run) for run in execute.ran if run.seed == 1]
     assert sorted(names) == ["opsdc_1", "opsdc_50"]
     (run,) = results.reported(plan, "opsdc_1_same", "verbose").values()
     assert run["settings"]["run"]["arm"] == "opsdc_1"
 
-    execute = Execute(accuracy=lambda run: 0.9 if (run.arm, run.learning_rate) == ("opsdc_50", 1e-3) else 0.5)
+    execute = Execute(accuracy=lambda run: 0.9 if (name_of(run), run.learning_rate) == ("opsdc_50", 1e-3) else 0.5)
     results, _ = study(tmp_path / "other", execute, plan)
-    rates = sorted(run.learning_rate for run in execute.ran if run.seed == 1 and run.arm == "opsdc_1")
+    rates = sorted(run.learning_rate for run in execute.ran if run.seed == 1 and name_of(run) == "opsdc_1")
     assert rates == [1e-4, 1e-3]
     (run,) = results.reported(plan, "opsdc_1_same", "verbose").values()
     assert run["settings"]["run"]["learning_rate"] == 1e-3
@@ -150,7 +162,7 @@ def test_arms_at_the_same_rate_share_their_runs(tmp_path):
 def test_what_rests_on_a_failed_base_is_left_out(tmp_path):
     execute = Execute(fails=("weak",))
     results, _ = study(tmp_path, execute)
-    assert not any(run.base == "weak" and run.arm for run in execute.ran)
+    assert not any(run.base.name == "weak" and run.arm for run in execute.ran)
     assert set(results.reported(PLAN, "opsd", "middling")) == {1, 2}
     assert results.reported(PLAN, "opsd", "weak") == {}
 
@@ -160,9 +172,9 @@ def test_a_result_of_other_settings_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setitem(ARMS, "sft", replace(ARMS["sft"], steps=99, title="Another title"))
     again = Execute()
     study(tmp_path, again)
-    assert {run.arm for run in again.ran} == {"sft"}
+    assert {name_of(run) for run in again.ran} == {"sft"}
     assert len(again.ran) == 8
-    monkeypatch.setitem(ARMS, "sft", replace(ARMS["sft"], title="Yet another", seconds_per_step=9.0))
+    monkeypatch.setitem(ARMS, "sft", replace(ARMS["sft"], title="Yet another", seconds=9.0))
     again = Execute()
     study(tmp_path, again)
     assert again.ran == []
@@ -173,7 +185,7 @@ def test_the_best_rate_is_taken_and_the_tuning_seed_is_not_reported(tmp_path):
     assert results.learning_rate(PLAN, "opsd", "middling") == 1e-3
     assert results.learning_rate(PLAN, "opsd_long", "middling") == 1e-3
     # Tuning does not look at what is reported
-    assert results.score(Run("middling", TUNING_SEED, "opsd", 1e-3)) == 0.9
+    assert results.score(run_of("middling", TUNING_SEED, "opsd", 1e-3)) == 0.9
     assert set(results.reported(PLAN, "opsd_long", "middling")) == {1, 2}
     assert TUNING_SEED not in SEEDS
 
@@ -184,16 +196,16 @@ def test_of_equal_rates_the_lower_one_is_taken(tmp_path):
 
 
 def test_an_arm_whose_tuning_failed_altogether_is_not_run(tmp_path):
-    fails = [Run("weak", 0, "sft", rate).name for rate in PLAN.learning_rates]
+    fails = [run_of("weak", 0, "sft", rate).name for rate in PLAN.learning_rates]
     execute = Execute(fails=fails)
     results, _ = study(tmp_path, execute)
     assert results.learning_rate(PLAN, "sft", "weak") is None
-    assert not any(run.arm == "sft" and run.base == "weak" and run.seed for run in execute.ran)
+    assert not any(name_of(run) == "sft" and run.base.name == "weak" and run.seed for run in execute.ran)
 
 
 def test_opsdc_is_tuned_for_accuracy_less_length(tmp_path):
     results = Results(tmp_path)
-    base, run = Run("verbose"), Run("verbose", 0, "opsdc_50", 1e-4)
+    base, run = run_of("verbose"), run_of("verbose", 0, "opsdc_50", 1e-4)
     write_result(results.path(base), result_of(base))
     shorter = result_of(run, 0.4)
     shorter["final"]["tune"] = {"accuracy": 0.4, "mean_tokens": 15.0}
@@ -211,7 +223,7 @@ def test_no_run_is_started_after_the_hours_are_over(tmp_path, monkeypatch):
 
 def test_a_process_that_dies_leaves_its_status(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    run = Run("weak")
+    run = run_of("weak")
     path = Results(tmp_path).path(run)
     execute_in_process(run, path)
     assert "ended with status 1" in json.loads(path.read_text())["error"]
@@ -241,5 +253,5 @@ def test_the_studies_are_within_their_budgets():
 def test_names_tell_runs_apart():
     runs = [*FULL.base_runs()]
     for arm, base in FULL.pairs():
-        runs += [*FULL.tuning_runs(arm, base), *FULL.reported_runs(arm, base, 3e-4), Run(base, 1, arm, 3e-4, 0.5)]
+        runs += [*FULL.tuning_runs(arm, base), *FULL.reported_runs(arm, base, 3e-4), run_of(base, 1, arm, 3e-4, 0.5)]
     assert len({run.name for run in set(runs)}) == len(set(runs))

@@ -1,22 +1,24 @@
-"""One run of the study, in a process of its own: `python -m trl_opsd.study.train RESULT_FILE`, settings on stdin."""
+"""One run, in a process of its own: `python -m trl_opsd.experiment.train RESULT_FILE`, the run pickled on stdin."""
 
 import json
 import math
+import pickle
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from ..files import write_whole
-from .arms import ARMS, BASE_SEED, BASES, TUNING_SEED, Arm
+from .arms import BASE_SEED, TUNING_SEED, Arm, Base
 
 
-# To be raised by every change that alters what a run does, so that no older result passes for one of the changed study
+# To be raised by every change that alters what a run does, so that no older result passes for one of the changed one
 VERSION = 1
 
 
@@ -26,53 +28,60 @@ class Run:
     One training with one seed.
 
     Args:
-        base (`str`):
-            Name of the base.
+        base ([`~trl_opsd.experiment.arms.Base`]):
+            The base.
         seed (`int`, *optional*):
             Seed of the order of the rows and of sampling. `None` for the training of the base itself.
-        arm (`str`, *optional*):
-            Name of the arm. `None` trains the base itself.
+        arm ([`~trl_opsd.experiment.arms.Arm`], *optional*):
+            The arm. `None` trains the base itself.
         learning_rate (`float`, *optional*):
             Peak learning rate.
         scale (`float`, *optional*, defaults to `1.0`):
-            Share of the arm's steps that are taken.
+            Share of the arm's steps and tokens that are taken.
     """
 
-    base: str
+    base: Base
     seed: int | None = None
-    arm: str | None = None
+    arm: Arm | None = None
     learning_rate: float | None = None
     scale: float = 1.0
 
     @property
     def name(self) -> str:
         """Name of its result file."""
-        parts = [self.base] if self.arm is None else [self.arm, self.base]
+        parts = [self.base.name] if self.arm is None else [self.arm.name, self.base.name]
         parts += [] if self.learning_rate is None else [f"lr{self.learning_rate:g}"]
         parts += [] if self.seed is None else [f"seed{self.seed}"]
         return "-".join(parts if self.scale == 1.0 else [*parts, f"x{self.scale:g}"])
 
     @property
     def steps(self) -> int:
-        """Optimizer steps."""
-        if self.arm is None:
-            return BASES[self.base].recipe.steps
-        return math.ceil(self.scale * ARMS[self.arm].steps)
+        """Optimizer steps, the most of them where tokens end the training."""
+        return self.base.recipe.steps if self.arm is None else math.ceil(self.scale * self.arm.steps)
+
+    @property
+    def tokens(self) -> float | None:
+        """Generated tokens that end the training."""
+        return None if self.arm is None or self.arm.tokens is None else self.scale * self.arm.tokens
 
     @property
     def planned_seconds(self) -> float:
         """Core-seconds it takes where the arms were measured. Ten are for starting and testing."""
-        if self.arm is None:
-            return BASES[self.base].seconds
-        return 10.0 + self.steps * ARMS[self.arm].seconds_per_step
+        return self.base.seconds if self.arm is None else 10.0 + self.scale * self.arm.seconds
 
     def settings(self) -> dict[str, Any]:
         """Everything the result depends on, of JSON types. A result with other settings is not this run's."""
-        base = BASES[self.base]
-        arm = {} if self.arm is None else asdict(ARMS[self.arm])
-        for name in ("title", "bases", "trained_as", "seconds_per_step", "quick"):
+        arm = {} if self.arm is None else asdict(self.arm)
+        for name in ("title", "bases", "trained_as", "seconds", "quick"):
             arm.pop(name, None)
-        settings = {"run": asdict(self), "recipe": asdict(base.recipe), "family": asdict(base.family), "arm": arm}
+        run = {
+            "base": self.base.name,
+            "seed": self.seed,
+            "arm": None if self.arm is None else self.arm.name,
+            "learning_rate": self.learning_rate,
+            "scale": self.scale,
+        }
+        settings = {"run": run, "recipe": asdict(self.base.recipe), "family": asdict(self.base.family), "arm": arm}
         return json.loads(json.dumps({"version": VERSION, **settings}))
 
 
@@ -97,12 +106,13 @@ def run(spec: Run, folder: Path) -> dict[str, Any]:
         spec ([`Run`]):
             What to run.
         folder (`Path`):
-            Folder of the study.
+            Folder of all runs.
 
     Returns:
         `dict[str, Any]`:
-            Budgets (`"generated_tokens"`, `"learner_tokens"`, `"seconds"` of training without evaluation, as processor
-            time, which other programs do not lengthen), the learning `"curve"`, and the `"final"` figures by split.
+            Budgets (`"steps"`, `"generated_tokens"`, `"learner_tokens"`, `"seconds"` of training without evaluation,
+            as processor time, which other programs do not lengthen), the learning `"curve"`, unless it is tuning, and
+            the `"final"` figures by split.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -111,13 +121,12 @@ def run(spec: Run, folder: Path) -> dict[str, Any]:
     from ..playground.base import train_base
     from .tasks import BRIEF_TEMPLATE, REFERENCE_TEMPLATE
 
-    base = BASES[spec.base]
-    family = base.family
+    family = spec.base.family
     rows = family.make(BASE_SEED)
-    model_folder = folder / "bases" / spec.base
+    model_folder = folder / "bases" / spec.base.name
     cpu_started = time.process_time()
     if spec.arm is None:
-        train_base(model_folder, family, base.recipe, family.base_context, rows["base"], BASE_SEED)
+        train_base(model_folder, family, spec.base.recipe, family.base_context, rows["base"], BASE_SEED)
         model, tokenizer = (kind.from_pretrained(model_folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
         result = {
             "generated_tokens": 0,
@@ -130,7 +139,7 @@ def run(spec: Run, folder: Path) -> dict[str, Any]:
                 for column in (("solution", "terse", "answer") if family.name == "adding" else ())
             },
         }
-    elif ARMS[spec.arm].trainer == "none":
+    elif spec.arm.trainer == "none":
         model, tokenizer = (kind.from_pretrained(model_folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
         context = TemplateContext(BRIEF_TEMPLATE)
         result = {
@@ -145,7 +154,10 @@ def run(spec: Run, folder: Path) -> dict[str, Any]:
             trainer = make_trainer(spec, str(model_folder), rows["train"], output_dir)
             watch = make_watch(trainer, spec, rows)
             trainer.add_callback(watch)
-            trainer.train()
+            if spec.tokens is not None:
+                follow_tokens(trainer, spec.arm, watch)
+            with watch.counting():
+                trainer.train()
         splits = ["tune"] if spec.seed == TUNING_SEED else family.held_out
         result = {
             **watch.budgets(),
@@ -178,7 +190,7 @@ def make_trainer(spec: Run, model: str, rows: Any, output_dir: str) -> Any:
     from transformers import PrinterCallback, ProgressCallback
 
     assert spec.arm is not None
-    arm = ARMS[spec.arm]
+    arm = spec.arm
     shared: dict[str, Any] = {
         "output_dir": output_dir,
         "learning_rate": spec.learning_rate,
@@ -198,8 +210,8 @@ def make_trainer(spec: Run, model: str, rows: Any, output_dir: str) -> Any:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    if arm.trainer != "sft":
-        shared["max_completion_length"] = BASES[spec.base].family.max_completion_length
+    if arm.trainer != "trl_sft":
+        shared["max_completion_length"] = spec.base.family.max_completion_length
     trainer = _PEERS.get(arm.trainer, _self_distillation)(arm, model, rows, {**shared, **arm.settings})
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -239,12 +251,43 @@ def _self_distillation(arm: Arm, model: str, rows: Any, settings: dict[str, Any]
     from trl_opsd import SelfDistillationTrainer
 
     from ..methods import config_class
+    from ..scripts.inputs import find_reward_funcs
 
-    return SelfDistillationTrainer(model, args=config_class(arm.trainer)(**settings), train_dataset=rows)
+    rewards = find_reward_funcs(settings.pop("reward_funcs", None))
+    args = config_class(arm.trainer)(**settings)
+    return SelfDistillationTrainer(model, reward_funcs=rewards, args=args, train_dataset=rows)
 
 
 # TRL's own trainers; all others are methods of this library
-_PEERS = {"sft": _sft, "grpo": _grpo, "sdft": _sdft}
+_PEERS = {"trl_sft": _sft, "trl_grpo": _grpo, "trl_sdft": _sdft}
+
+
+def follow_tokens(trainer: Any, arm: Arm, watch: Any) -> None:
+    """
+    Has the learning rate of a trainer follow the share of its tokens that is spent: a tenth of them warms up, then it
+    falls to zero by a cosine.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer.
+        arm ([`~trl_opsd.experiment.arms.Arm`]):
+            The arm.
+        watch ([`~transformers.TrainerCallback`]):
+            Knows the share.
+    """
+    from torch.optim.lr_scheduler import LambdaLR
+
+    def factor(_: int) -> float:
+        share = min(watch.share_spent, 1.0)
+        if share < _WARM_UP:
+            return share / _WARM_UP
+        return 1.0 if arm.constant_rate else (1 + math.cos(math.pi * (share - _WARM_UP) / (1 - _WARM_UP))) / 2
+
+    trainer.create_optimizer()
+    trainer.lr_scheduler = LambdaLR(trainer.optimizer, factor)
+
+
+_WARM_UP = 0.1
 
 
 def examine(
@@ -260,7 +303,7 @@ def examine(
             Its tokenizer.
         rows (`dict[str, Dataset]`):
             Rows by split.
-        family ([`~trl_opsd.study.tasks.Family`]):
+        family ([`~trl_opsd.experiment.tasks.Family`]):
             Their family.
         splits (`Sequence[str]`):
             Splits to test on.
@@ -313,12 +356,12 @@ def make_watch(trainer: Any, spec: Run, rows: dict[str, Any]) -> Any:
 
     Returns:
         [`~transformers.TrainerCallback`]:
-            The callback, with `curve`, `series` and `budgets()`.
+            The callback, with `curve`, `series`, `share_spent`, `counting()`, within which to train, and `budgets()`.
     """
     from transformers import TrainerCallback
 
     assert spec.arm is not None
-    arm, family = ARMS[spec.arm], BASES[spec.base].family
+    arm, family = spec.arm, spec.base.family
     tokenizer = trainer.processing_class
     prompt_tokens = fmean(
         len(ids)
@@ -331,37 +374,81 @@ def make_watch(trainer: Any, spec: Run, rows: dict[str, Any]) -> Any:
         def __init__(self) -> None:
             self.curve: list[dict[str, float]] = []
             self.series: dict[str, list[float]] = {}
-            self._generated = self._learnt = self._evaluation_seconds = 0.0
-            self._started = self._seconds = 0.0
+            self._steps = 0
+            self._generated = self._learnt = self._spent = self._before = 0.0
+            self._started = self._seconds = self._evaluation_seconds = 0.0
+
+        @contextmanager
+        def counting(self) -> Iterator[None]:
+            """Counts what any model samples, for whatever it is sampled."""
+            kind = type(trainer.model)
+            generate = kind.generate
+
+            def counted(model: Any, *args: Any, **kwargs: Any) -> Any:
+                output = generate(model, *args, **kwargs)
+                sampled = output[:, kwargs["input_ids"].shape[1] :]
+                ended = (sampled == tokenizer.eos_token_id).cumsum(1) - (sampled == tokenizer.eos_token_id).long()
+                self._generated += int((ended == 0).sum())
+                return output
+
+            kind.generate = counted
+            try:
+                yield
+            finally:
+                del kind.generate
+
+        @property
+        def share_spent(self) -> float:
+            """Share of the tokens that end the training."""
+            assert spec.tokens is not None
+            return self._spent / spec.tokens
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self._started = time.process_time()
             self._evaluate(0)
 
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            # Known before the next learning rate is set, but for SFT, which is told with the log
+            if arm.trainer != "trl_sft":
+                self._spent = self._generated
+
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if "train_runtime" in logs:
                 return
-            if arm.trainer == "sft":
+            spent, self._steps = self._before, state.global_step
+            if arm.trainer == "trl_sft":
                 self._learnt = logs["num_tokens"]
+                self._spent = self._learnt - arm.batch_size * state.global_step * prompt_tokens
             else:
-                generated = arm.batch_size * logs["completions/mean_length"]
-                self._generated += generated
-                self._learnt += generated + arm.batch_size * prompt_tokens
+                self._learnt += arm.batch_size * (logs["completions/mean_length"] + prompt_tokens)
             for name in ("frac_reward_zero_std", "reward"):
                 if name in logs:
                     self.series.setdefault(name, []).append(logs[name])
-            if state.global_step % arm.evaluate_every == 0 or state.global_step == spec.steps:
+            every, ended = arm.evaluate_every, state.global_step == spec.steps
+            if spec.tokens is None:
+                due = state.global_step % every == 0
+            else:
+                # With the step that comes closest
+                ended = ended or 2 * self._spent + (self._spent - spent) >= 2 * spec.tokens
+                due = self._spent // every > spent // every
+                control.should_training_stop = control.should_training_stop or ended
+            self._before = self._spent
+            if due or ended:
                 self._evaluate(state.global_step)
 
         def _evaluate(self, step: int) -> None:
-            started = time.process_time()
+            started, generated = time.process_time(), self._generated
             self._seconds = started - self._started - self._evaluation_seconds
+            if spec.seed == TUNING_SEED:
+                return
             figures = examine(trainer.model, tokenizer, rows, family, ["curve"])["curve"]
+            self._generated = generated
             self._evaluation_seconds += time.process_time() - started
             self.curve.append(
                 {
                     "step": step,
                     "generated_tokens": round(self._generated),
+                    "seconds": self._seconds,
                     "accuracy": figures["accuracy"],
                     "mean_tokens": figures["mean_tokens"],
                 }
@@ -369,6 +456,7 @@ def make_watch(trainer: Any, spec: Run, rows: dict[str, Any]) -> Any:
 
         def budgets(self) -> dict[str, float]:
             return {
+                "steps": self._steps,
                 "generated_tokens": round(self._generated),
                 "learner_tokens": round(self._learnt),
                 "seconds": self._seconds,
@@ -382,7 +470,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..playground.present import quiet
 
     (path,) = map(Path, sys.argv[1:] if argv is None else argv)
-    spec = Run(**json.load(sys.stdin))
+    spec: Run = pickle.load(sys.stdin.buffer)
     quiet()
     try:
         result = run(spec, path.parent.parent)
