@@ -297,7 +297,11 @@ def test_what_makes_up_for_uneven_processes_is_not_counted():
         return [list(ids) for ids in prompts], None
 
     engines = Engines(
-        sample, lambda prompts: sample(prompts)[0], None, None, None, process_index=0, gather=lambda own: [*own, 3]
+        sample=sample,
+        sample_teacher=lambda prompts: sample(prompts)[0],
+        **dict.fromkeys(("teacher_prompt", "share_in_top_k", "encode", "grade")),
+        process_index=0,
+        gather=lambda own: [*own, 3],
     )
     completing = Completing(engines, [ROW, ROW], [[5, 6, 7], [8]], lambda: sample([[5, 6, 7], [8]]))
     assert completing(Twice(), seed=0, step=0).ids == [[5, 6, 7], [8]]
