@@ -1,6 +1,7 @@
 """Completions that are trained on in place of rollouts."""
 
 import math
+from dataclasses import fields
 from typing import ClassVar
 
 import pytest
@@ -11,6 +12,7 @@ from trl import GRPOTrainer
 from trl_opsd import OPSDConfig, OPSDTrainer
 from trl_opsd.sampling.sources import CompletionSource
 from trl_opsd.signal import Advantage, Batch
+from trl_opsd.trainer.batch import Generation
 from trl_opsd.trainer.completing import Completing, Engines
 
 
@@ -296,14 +298,16 @@ def test_what_makes_up_for_uneven_processes_is_not_counted():
         asked.append(prompts)
         return [list(ids) for ids in prompts], None
 
-    engines = Engines(
-        sample=sample,
-        sample_teacher=lambda prompts: sample(prompts)[0],
-        **dict.fromkeys(("teacher_prompt", "share_in_top_k", "encode", "grade")),
-        process_index=0,
-        gather=lambda own: [*own, 3],
-    )
-    completing = Completing(engines, [ROW, ROW], [[5, 6, 7], [8]], lambda: sample([[5, 6, 7], [8]]))
+    used = {
+        "sample": sample,
+        "sample_teacher": lambda prompts: sample(prompts)[0],
+        "process_index": 0,
+        "num_generations": 1,
+        "gather": lambda own: [*own, 3],
+    }
+    engines, generation = Engines(**dict.fromkeys(its.name for its in fields(Engines)) | used), Generation([ROW, ROW])
+    completing = Completing(engines, generation, [[5, 6, 7], [8]], lambda: sample([[5, 6, 7], [8]]))
     assert completing(Twice(), seed=0, step=0).ids == [[5, 6, 7], [8]]
     assert asked[:2] == [[[1, 1], [5, 6, 7], [5, 6, 7]], [[5, 6, 7]] * 3]
     assert completing.num_sampled == 2 + 0 + 4
+    assert generation.num_discarded_tokens == 2
