@@ -151,7 +151,7 @@ def test_nothing_is_sampled_from_given_rollouts(settings, monkeypatch):
 
     monkeypatch.setattr("transformers.generation.utils.GenerationMixin.generate", generate)
     for name in CONTENDERS:
-        serve(name, {**settings, "num_steps": 1}, Commands("time"))
+        serve(name, {**settings, "num_steps": 1, "num_generations": 4}, Commands("time"))
 
 
 def test_all_compute_the_same_loss_on_the_same_tokens(settings, seen):

@@ -114,7 +114,7 @@ VARIANTS = [
 GREEDY = {"max_new_tokens": 8, "temperature": 0.0}
 # For want of answers, rollouts agree by their length
 LENGTHS = {"answer_of": "builtins.len", "same_answer": "operator.eq"}
-GREEDY = {"completions_kwargs": {"temperature": 0.0, "num_candidates": 1}}
+NEAREST = {"completions_kwargs": {"temperature": 0.0, "num_candidates": 1}}
 # In every step, one process has no row with a context, or nothing to try again
 METHODS = [
     job("rlrt", "full", max_steps=4, rows=8, num_generations=4),
@@ -167,7 +167,7 @@ METHODS = [
         token_weights={"trl_opsd.methods.vpd.EStep": {"every": 2}},
         max_steps=4,
     ),
-    job("brts", "full", rows=6, max_steps=4, top_k=1, teacher="initial", privileged_context="solution", **GREEDY),
+    job("brts", "full", rows=6, max_steps=4, top_k=1, teacher="initial", privileged_context="solution", **NEAREST),
     job("correct_only", "full", max_steps=4, context_kwargs={"max_new_tokens": 8}),
     job("star", "full", max_steps=4, top_k=1),
     job("cl_egrsd", "full", max_steps=4, advantage_kwargs={"lookahead": 3, "warmup_steps": 1}),

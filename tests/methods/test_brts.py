@@ -31,6 +31,7 @@ class World:
             share_in_top_k=lambda rows, completions, k: [ids[-1] for ids in completions],
             encode=None,
             grade=self.grade,
+            group=None,
         )
 
     def sample(self, prompts):

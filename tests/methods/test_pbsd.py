@@ -154,6 +154,7 @@ def prompts_of(number, process_index, without=()):
         share_in_top_k=None,
         encode=None,
         grade=None,
+        group=None,
     )
     return prompts, asked
 

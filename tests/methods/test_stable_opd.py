@@ -29,8 +29,11 @@ def complete(source, num_rows, process_index=0):
         sample=None,
         sample_teacher=None,
         teacher_prompt=None,
+        prompt_with=None,
+        share_in_top_k=None,
         encode=lambda text: [int(text), 0],
         grade=None,
+        group=None,
     )
     return source(prompts), asked
 
