@@ -5,7 +5,7 @@ import math
 import plain_loop
 import pytest
 import torch
-from methods.stand_ins import GROUPS, STAND_INS, Generated, Sampler, Seen, begins_with_r, feedback_on
+from methods.stand_ins import GROUPS, STAND_INS, Generated, Seen, begins_with_r, feedback_on
 from plain_loop import Row, loss_and_gradient, plain, probabilities
 from rollouts import make_rollouts
 from tiny import make_model
@@ -30,16 +30,6 @@ SHAPES = ["rlsd", "rlrt", "rlcsd", "dasd", "antisd", "sdpg"]  # GRPO's advantage
 HAS_ITS_OWN = ["egrsd", "cl_egrsd", "atmanrl"]  # advantages, which are there without a teacher
 ADDS = ["ssopd", "drift"]  # a divergence to GRPO's loss
 REWARDED = [name for name, stand_in in STAND_INS.items() if stand_in.has_reward]
-
-
-@pytest.fixture
-def sampler(tokenizer, monkeypatch):
-    """Completes all prompts, also those of TRL's trainer."""
-    sampler = Sampler(tokenizer)
-    monkeypatch.setattr(
-        GRPOTrainer, "_generate_single_turn", lambda trainer, prompt_ids, *args, **kwargs: (sampler(prompt_ids), None)
-    )
-    return sampler
 
 
 @pytest.fixture

@@ -2,10 +2,9 @@ import math
 
 import pytest
 import torch
-from methods.stand_ins import Sampler, begins_with_r, decisive
+from methods.stand_ins import begins_with_r, decisive
 from three_tokens import make_batch
 from tiny import make_model
-from trl import GRPOTrainer
 
 from trl_opsd import SelfDistillationTrainer, TRACEConfig
 from trl_opsd.methods.trace import InSpans, OffSpans
@@ -67,15 +66,6 @@ class FailsLater:
         if self.calls > 1:
             raise ServerError("The annotator does not answer.")
         return [decisive(row, rollout) for row, rollout, _ in asked]
-
-
-@pytest.fixture
-def sampler(tokenizer, monkeypatch):
-    sampler = Sampler(tokenizer)
-    monkeypatch.setattr(
-        GRPOTrainer, "_generate_single_turn", lambda trainer, prompt_ids, *args, **kwargs: (sampler(prompt_ids), None)
-    )
-    return sampler
 
 
 @pytest.fixture

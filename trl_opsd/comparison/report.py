@@ -1,5 +1,6 @@
 """The page of the comparison and its plots, from whatever results there are."""
 
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 
@@ -7,7 +8,7 @@ import jinja2
 
 from ..experiment.arms import BASES, TUNING_SEED
 from ..experiment.figures import Result
-from ..experiment.runner import Plan, Results
+from ..experiment.runner import Plan, Results, missing
 from .arms import ARMS, BATCH_SIZE, FULL
 from .plots import accuracy_over_length, accuracy_over_tokens
 from .tables import (
@@ -157,27 +158,14 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[str]:
         `list[str]`:
             Lines for the console.
     """
-    found: dict[tuple[str, str], Runs] = {}
-
-    def lookup(arm: str, base: str) -> Runs:
-        if (arm, base) not in found:
-            result = results.complete(plan.base_run(base))
-            if arm == "base":
-                found[arm, base] = {} if result is None else dict.fromkeys(plan.seeds, result)
-            else:
-                found[arm, base] = results.reported(plan, arm, base) if (arm, base) in plan.pairs() else {}
-        return found[arm, base]
-
-    pairs = plan.pairs()
-    finished = sum(len(lookup(arm, base)) for arm, base in pairs)
-    total = sum(len(plan.reported_runs(arm, base, None)) for arm, base in pairs)
-    missing = "" if finished == total else f"Not complete: {finished} of the {total} reported runs are there."
+    lookup, pairs = cache(partial(results.of_arm, plan)), plan.pairs()
+    finished, total = results.num_reported(plan)
     left = results.all(plan)
     is_quick = plan.scale != FULL.scale
     themselves: dict[str, Result] = {
         base: result for base in plan.bases if (result := results.complete(plan.base_run(base))) is not None
     }
-    shown = {
+    shown: dict[str, dict[str, Runs]] = {
         base: {arm: lookup(arm, base) for arm, its in pairs if its == base and lookup(arm, base)}
         for base in plan.bases
     }
@@ -196,7 +184,7 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[str]:
     ]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     text = environment.from_string(_PAGE).render(
-        missing=missing,
+        missing=missing(finished, total),
         is_quick=is_quick,
         command="make methods ARGS=--quick" if is_quick else "make methods",
         scale=plan.scale,

@@ -172,6 +172,19 @@ class Results:
             run.seed: result for run in runs if run.seed is not None and (result := self.complete(run)) is not None
         }
 
+    def of_arm(self, plan: Plan, arm: str, base: str) -> dict[int, dict[str, Any]]:
+        """The same for any arm: nothing for one that is not planned, and the base itself with every seed."""
+        if arm == "base":
+            result = self.complete(plan.base_run(base))
+            return {} if result is None else dict.fromkeys(plan.seeds, result)
+        return self.reported(plan, arm, base) if (arm, base) in plan.pairs() else {}
+
+    def num_reported(self, plan: Plan) -> tuple[int, int]:
+        """How many of the runs that are reported are there, and how many there will be."""
+        pairs = plan.pairs()
+        finished = sum(len(self.of_arm(plan, arm, base)) for arm, base in pairs)
+        return finished, sum(len(plan.reported_runs(arm, base, None)) for arm, base in pairs)
+
     def all(self, plan: Plan) -> dict[Run, dict[str, Any]]:
         """What all runs left that were made, also those that failed."""
         runs = plan.base_runs()
@@ -179,6 +192,11 @@ class Results:
             runs += plan.tuning_runs(arm, base)
             runs += plan.reported_runs(arm, base, self.learning_rate(plan, arm, base))
         return {run: result for run in runs if (result := self.get(run)) is not None}
+
+
+def missing(finished: int, total: int) -> str:
+    """What a page says of runs that are not there, nothing if all are."""
+    return "" if finished == total else f"Not complete: {finished} of the {total} reported runs are there."
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..context import Rollout, Rollouts, TextContext
-from ..sampling.prompts import PromptSource, Row
+from ..sampling.prompts import RewardingPromptSource, Row
 from ..trainer.config import SelfDistillationConfig
 from ..trainer.method import Method
 
@@ -115,7 +115,7 @@ class Ratio:
         self.value, self.before = min(max(self.value * factor, 0.2), 0.8), reward
 
 
-class Corrections(PromptSource):
+class Corrections(RewardingPromptSource):
     """
     Replaces prompts by others that show an attempt of the batch before and do not say whether it is right. Attempts at
     prompts of which 3/8 to 6/8 of the rollouts are right come first, in random order, then all others. Of N, the

@@ -98,12 +98,15 @@ class Preference(TokenWeighting):
     beta: float = 0.1
     terms: ClassVar[tuple[str, ...]] = ("likelihood",)
     selects: ClassVar[bool] = True
-    needs_scores: ClassVar[bool] = True
     needs_replaced: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
             raise ValueError(f"`beta` must be positive, got {self.beta}.")
+
+    @property
+    def needs_scores(self) -> bool:
+        return True
 
     def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         assert scores is not None

@@ -187,13 +187,16 @@ class PlanGuided(TokenWeighting):
     plan_weight: float = 0.5
     terms: ClassVar[tuple[str, ...]] = ("likelihood",)
     selects: ClassVar[bool] = True
-    needs_scores: ClassVar[bool] = True
     needs_reward: ClassVar[bool] = True
     needs_replaced: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.plan_weight <= 1.0:
             raise ValueError(f"`plan_weight` must be in [0, 1], got {self.plan_weight}.")
+
+    @property
+    def needs_scores(self) -> bool:
+        return True
 
     def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         assert scores is not None

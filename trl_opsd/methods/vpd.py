@@ -111,7 +111,7 @@ class EStep(TokenWeighting):
             raise ValueError(f"`decay` must be in [0, 1), got {self.decay}.")
 
     @property
-    def needs_scores(self) -> bool:  # type: ignore[override]
+    def needs_scores(self) -> bool:
         """Whether the next batch is an n-th one."""
         return self._num_batches % self.every == self.every - 1
 

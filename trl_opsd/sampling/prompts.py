@@ -20,9 +20,6 @@ class PromptSource(ABC):
     rollouts)` says what to log of a batch, as that of a [`~trl_opsd.context.PrivilegedContext`] does.
     """
 
-    reward_name: str | None = None
-    """Name of the reward that it adds, if it does."""
-
     @abstractmethod
     def __call__(self, rows: Sequence[Row], fits: Callable[[Any], bool], step: int, seed: int) -> list[Row]:
         """
@@ -45,6 +42,14 @@ class PromptSource(ABC):
     def check_run(self, scale_rewards: str) -> None:
         """See how GRPO scales rewards, before the model is loaded."""
 
+
+class RewardingPromptSource(PromptSource):
+    """One that adds a reward to those of the reward functions."""
+
+    reward_name: str
+    """Name of that reward."""
+
+    @abstractmethod
     def reward(self, correct: torch.Tensor) -> torch.Tensor:
         """
         A reward besides those of the reward functions, of weight 1.
@@ -56,4 +61,3 @@ class PromptSource(ABC):
         Returns:
             `torch.Tensor` of the same shape.
         """
-        raise NotImplementedError

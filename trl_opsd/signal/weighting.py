@@ -28,13 +28,17 @@ class TokenWeighting(ABC):
 
     terms: ClassVar[tuple[str, ...]] = TERMS
     selects: ClassVar[bool] = False
-    needs_scores: ClassVar[bool] = False
     needs_contrast: ClassVar[bool] = False
     needs_spans: ClassVar[bool] = False
     needs_reward: ClassVar[bool] = False
     needs_replaced: ClassVar[bool] = False
     changes_prompt: ClassVar[bool] = False
     reads_context: bool = False
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether it reads the scores of the next batch."""
+        return False
 
     @abstractmethod
     def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor | Mapping[str, torch.Tensor]:

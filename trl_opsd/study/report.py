@@ -1,12 +1,12 @@
 """The report of the study: `study.md` and its plots, from whatever results there are."""
 
+from functools import cache, partial
 from pathlib import Path
 
 import jinja2
 
 from ..experiment.arms import BASES, TUNING_SEED
-from ..experiment.figures import Result
-from ..experiment.runner import Plan, Results
+from ..experiment.runner import Plan, Results, missing
 from .arms import ARMS, FULL
 from .claims import NOT_RUN, Verdict, verdicts
 from .plots import PLOTS
@@ -217,21 +217,7 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[Verdict]:
         `list[Verdict]`:
             What it says about the claims.
     """
-    found: dict[tuple[str, str], dict[int, Result]] = {}
-
-    def lookup(arm: str, base: str) -> dict[int, Result]:
-        if (arm, base) not in found:
-            result = results.complete(plan.base_run(base))
-            if arm == "base":
-                found[arm, base] = {} if result is None else dict.fromkeys(plan.seeds, result)
-            else:
-                found[arm, base] = results.reported(plan, arm, base) if (arm, base) in plan.pairs() else {}
-        return found[arm, base]
-
-    pairs = plan.pairs()
-    finished = sum(len(lookup(arm, base)) for arm, base in pairs)
-    total = sum(len(plan.reported_runs(arm, base, None)) for arm, base in pairs)
-    missing = "" if finished == total else f"Not complete: {finished} of the {total} reported runs are there."
+    lookup, pairs = cache(partial(results.of_arm, plan)), plan.pairs()
     adding = [base for base in plan.bases if BASES[base].family.name == "adding"]
     left = results.all(plan)
     is_quick = plan.scale != FULL.scale
@@ -254,7 +240,7 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[Verdict]:
         f"[{number}](https://huggingface.co/papers/{number})" if number[0].isdigit() else number
     )
     text = environment.from_string(_PAGE).render(
-        missing=missing,
+        missing=missing(*results.num_reported(plan)),
         is_quick=is_quick,
         command="make study-quick" if is_quick else "make study",
         scale=plan.scale,

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..context import MarkingContext, NoContext, PrivilegedContext, SampledContext, check_embedded
-from ..sampling.prompts import PromptSource
+from ..sampling.prompts import PromptSource, RewardingPromptSource
 from ..sampling.sources import CompletionSource
 from ..signal import Advantage, Signals, TokenWeighting
 from .config import SelfDistillationConfig
@@ -205,7 +205,7 @@ def check_prompts(args: SelfDistillationConfig, source: Any, has_reward_funcs: b
     setting = f"`prompts={args.prompts!r}`"
     if not isinstance(source, PromptSource):
         raise ValueError(f"{setting} is no subclass of `trl_opsd.sampling.prompts.PromptSource`. Make it one.")
-    if source.reward_name is not None and not has_reward_funcs:
+    if isinstance(source, RewardingPromptSource) and not has_reward_funcs:
         raise ValueError(f"{setting} adds to rewards. Pass `reward_funcs`, or leave it unset.")
     if environment_factory is not None:
         raise ValueError(f"{setting} exchanges prompts, which environments make. Leave one of them unset.")

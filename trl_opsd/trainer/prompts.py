@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..sampling.prompts import PromptSource
+from ..sampling.prompts import PromptSource, RewardingPromptSource
 from .asking import Gather
 from .rewards import no_reward, total_rewards
 
@@ -80,7 +80,7 @@ class PromptExchange:
         Rewards of all processes, of shape `(num_rollouts, num_reward_funcs)`, with that of the source in the last
         column, where [`without_reward`] stands in for it.
         """
-        if self._source is None or self._source.reward_name is None:
+        if not isinstance(self._source, RewardingPromptSource):
             return rewards
         totals = total_rewards(rewards[:, :-1], weights[:-1]).view(-1, self._num_generations)
         correct = (totals >= self._success_threshold).float().masked_fill(totals.isnan(), torch.nan)
@@ -102,7 +102,7 @@ def settled(
     """
     if funcs[0] is no_reward:
         funcs, names, classes, weights = funcs[1:], names[1:], classes[1:], weights[1:]
-    if source is not None and source.reward_name is not None:
+    if isinstance(source, RewardingPromptSource):
         funcs, names, classes = [*funcs, without_reward], [*names, source.reward_name], [*classes, None]
         weights = torch.cat([weights, torch.ones(1)])
     return funcs, names, classes, weights
