@@ -10,7 +10,7 @@ from tiny import make_model, make_tokenizer
 from trl import GRPOConfig
 
 from trl_opsd import OPSDConfig, OPSDTrainer
-from trl_opsd.trainer.world import check_world
+from trl_opsd.trainer.checks.world import check_world
 
 
 MESSAGE = {"role": "user", "content": "What is 3 + 4?"}

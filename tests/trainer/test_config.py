@@ -9,7 +9,7 @@ from trl import GRPOConfig
 
 from trl_opsd import OPSDCConfig, OPSDConfig, SelfDistillationConfig
 from trl_opsd.objective import Objective
-from trl_opsd.trainer import config_checks
+from trl_opsd.trainer.checks import settings
 from trl_opsd.trainer.config import RETIRED
 
 
@@ -209,10 +209,10 @@ def test_every_refusal_is_in_order():
     """A function of the file that is in none of the tuples would never be called."""
     refusals = {
         name
-        for name, value in vars(config_checks).items()
-        if inspect.isfunction(value) and value.__module__ == config_checks.__name__ and not name.startswith("_")
+        for name, value in vars(settings).items()
+        if inspect.isfunction(value) and value.__module__ == settings.__name__ and not name.startswith("_")
     }
-    listed = config_checks.CHECKS + config_checks.SERVED_TEACHER_CHECKS + config_checks.SERVED_LIVE_TEACHER_CHECKS
+    listed = settings.CHECKS + settings.SERVED_TEACHER_CHECKS + settings.SERVED_LIVE_TEACHER_CHECKS
     assert sorted(check.__name__ for check in listed) == sorted(refusals - {"check_config"})
 
 

@@ -10,7 +10,7 @@ from trl import GRPOConfig
 from ..help import did_you_mean, help_from_docstring
 from ..objective import Divergence, Objective, Support, Tail
 from ..objective.kernels import KERNELS
-from .config_checks import check_config
+from .checks.settings import check_config
 from .method import Method
 
 
