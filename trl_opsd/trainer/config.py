@@ -459,7 +459,8 @@ class SelfDistillationConfig(GRPOConfig):
         """What experiment trackers are told. See [`~transformers.TrainingArguments.to_dict`]."""
         values: dict[str, Any] = super().to_dict()
         kwargs = cast(dict[str, Any], values["teacher_model_init_kwargs"] or {})
-        if hasattr(config := kwargs.get("quantization_config"), "to_dict"):
+        config: Any = kwargs.get("quantization_config")
+        if hasattr(config, "to_dict"):
             values["teacher_model_init_kwargs"] = {**kwargs, "quantization_config": config.to_dict()}
         return values
 
