@@ -49,6 +49,7 @@ class Row:
     likelihood_weights: list[float] | None = None
     reads_context: bool = False  # whether the student reads the teacher's prompt
     objective: dict[str, Any] | None = None  # of its divergence, where that is another than the method's
+    target: torch.Tensor | None = None  # in the teacher's place, of shape (T, V)
 
 
 def loss_and_gradient(
@@ -65,6 +66,7 @@ def loss_and_gradient(
         p_s = probabilities(student, prompt, row.completion, method.temperature)
         with torch.no_grad():
             p_t = probabilities(teacher, row.teacher_prompt or row.prompt, row.completion, method.temperature)
+        p_t = p_t if row.target is None else row.target
         log_probs = p_s.gather(1, token_ids)[:, 0].log()
         old = log_probs.detach() if row.old_log_probs is None else torch.tensor(row.old_log_probs)
         ratio, advantage = (log_probs - old).exp(), torch.tensor(row.advantage)

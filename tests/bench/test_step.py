@@ -194,6 +194,7 @@ def test_grpo_takes_part_and_needs_groups(settings, seen):
 # Of a step: how often a backbone is read with a gradient, and without one
 PASSES = {
     "opsd": (1, 1),
+    "purified_opsd": (1, 3),
     "opsdc": (1, 1),
     "pbsd": (1, 2),
     "brts": (1, 3),  # of 8 completions of the teacher's, two passes choose

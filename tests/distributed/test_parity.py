@@ -157,6 +157,7 @@ METHODS = [
     job("drift", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("u_opsd", "full", max_steps=4, num_generations=4, context_kwargs=LENGTHS),
     job("rlsd", "full", max_steps=4, rows=8, num_generations=4),
+    job("purified_opsd", "full", max_steps=4),
     job("sdft", "full", max_steps=4),
     job("pbsd", "full", rows=6, max_steps=4, top_k=1),  # with a pair on both processes
     job(

@@ -35,6 +35,7 @@ class Seen:
     student: torch.Tensor  # when it was sampled
     teacher: torch.Tensor | None  # at that time too; none without a context
     contrasts: list[torch.Tensor]  # the teacher's, after other prompts
+    without: torch.Tensor  # the teacher's, after the student's prompt
     student_now: torch.Tensor  # in the loss
     batch: "list[Seen]"  # all rollouts that are trained on together, this one among them
     index: int  # among all rollouts
@@ -125,6 +126,14 @@ def contrasted(seen: Seen) -> dict[str, Any]:
     # Of each set the mean, which the loss takes over all tokens
     share = len(pull) * torch.where(marked, 1 / marked.sum(), 1 / (~marked).sum())
     return {"advantage": (share * torch.where(marked, pulled, seen.advantage)).tolist()}
+
+
+def purified(seen: Seen) -> dict[str, Any]:
+    [alone] = seen.contrasts
+    gain = (seen.teacher / alone).log()
+    gain = gain - gain.mean(dim=1, keepdim=True)
+    target = seen.without * (10 * torch.tanh(gain / 10)).exp()
+    return {"target": target / target.sum(dim=1, keepdim=True)}
 
 
 def decisive(row, rollout):
@@ -272,6 +281,7 @@ GRPO = {"divergence_coef": 0.0, "policy_loss_coef": 1.0, "loss_type": "dapo"}
 
 STAND_INS = {
     "opsd": StandIn(plain_loop.Method("forward_kl", clip=0.05, temperature=1.1)),
+    "purified_opsd": StandIn(plain_loop.Method("jsd", temperature=1.1), purified),
     "opsdc": StandIn(plain_loop.Method("reverse_kl")),
     "pbsd": StandIn(
         plain_loop.Method(divergence_coef=0.0, likelihood_coef=1.0, loss_type="luspo", temperature=1.1),

@@ -60,6 +60,7 @@ PAPERS = {
     "opsd/qwen3-1.7b": (32, 1, 100, 0.0),
     "opsd/qwen3-4b": (32, 1, 100, 0.0),
     "opsd/qwen3-8b": (32, 1, 100, 0.0),
+    "purified_opsd/qwen3-8b": (32, 1, 100, 0.0),
     "opsdc/qwen3-8b": (32, 1, 100, 0.01),
     "opsdc/qwen3-14b": (32, 1, 100, 0.01),
     "pbsd/qwen3-1.7b": (32 * 2, 1, 500, 0.0),

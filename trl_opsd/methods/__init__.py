@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # By the name of the command: the module below this one, and the configuration in it
 METHODS = {
     "opsd": "opsd.OPSDConfig",
+    "purified_opsd": "purified_opsd.PurifiedOPSDConfig",
     "opsdc": "opsdc.OPSDCConfig",
     "pbsd": "pbsd.PBSDConfig",
     "brts": "brts.BRTSConfig",
