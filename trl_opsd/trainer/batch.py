@@ -191,16 +191,9 @@ class TeacherInputs:
         ]
         has_target = self.signals.target is not None
         if self.signals.needs_contrast or has_target:
-            generation.contrasts = [
-                [] if prompt is None else self.teacher_prompt.contrast_ids(row, rollouts, tools)
-                for prompt, row, rollouts, tools in zip(
-                    prompts, generation.rows, groups, generation.tools, strict=True
-                )
-            ]
+            generation.contrasts = self._contrasts(generation, groups, prompts)
         if has_target:  # which is made of both
-            prompts = [
-                prompt if contrasts else None for prompt, contrasts in zip(prompts, generation.contrasts, strict=True)
-            ]
+            prompts = [its if some else None for its, some in zip(prompts, generation.contrasts, strict=True)]
         tensors = collate(prompts, student_ids, self.pad_token_id, self.pad_to_multiple_of)
         if has_target:
             tensors |= self._other_prompts(generation.contrasts, student_ids)
@@ -211,6 +204,15 @@ class TeacherInputs:
         tensors["replaced"] = torch.tensor([position in generation.replaced for position in positions])
         tensors["truncated"] = torch.tensor([generation.is_truncated(it, self.end_ids) for it in positions])
         return prompts, tensors
+
+    def _contrasts(
+        self, generation: Generation, groups: Sequence[Rollouts | None], prompts: Sequence[list[int] | None]
+    ) -> list[list[list[int]]]:
+        rows = zip(prompts, generation.rows, groups, generation.tools, strict=True)
+        return [
+            [] if prompt is None else self.teacher_prompt.contrast_ids(row, rollouts, tools)
+            for prompt, row, rollouts, tools in rows
+        ]
 
     def _other_prompts(
         self, contrasts: Sequence[Sequence[list[int]]], student_ids: Sequence[list[int]]
