@@ -141,6 +141,9 @@ def divergence_entries(p_s: torch.Tensor, p_t: torch.Tensor, token_ids: torch.Te
         return values + pull - pull.detach()
     teacher, student = top_k_mask(p_t, method.top_k), top_k_mask(p_s, method.top_k)
     both = student & teacher
+    if method.divergence.endswith("_rewards"):
+        supports = {"student_top_k": student, "teacher_top_k": teacher, "union_top_k": student | teacher}
+        return rewarded(p_s, p_t, supports[method.support], method)
     none = ~both.any(-1, keepdim=True)  # one token of probability 1 on both sides
     both = both | (none & top_k_mask(p_s, 1))
     inside = {
@@ -151,6 +154,16 @@ def divergence_entries(p_s: torch.Tensor, p_t: torch.Tensor, token_ids: torch.Te
     }[method.support]
     q_s, q_t = (reduced(p, inside, method.tail) for p in (p_s, p_t))
     return entries_of(q_s, bounded(q_s, q_t, method), method)
+
+
+def rewarded(p_s: torch.Tensor, p_t: torch.Tensor, inside: torch.Tensor, method: Any) -> torch.Tensor:
+    """Of each token of a support minus its reward, as data, times the ratio of its probability to what it is."""
+    p_t = bounded(p_s, p_t, method)
+    weights = {"student_rewards": p_s, "teacher_rewards": p_t}.get(method.divergence, torch.ones_like(p_s)) * inside
+    if method.divergence != "even_rewards":
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
+    costs = (weights * log_ratio(p_s, p_t)).detach()
+    return costs * p_s / p_s.detach()
 
 
 def bounded(p_s: torch.Tensor, p_t: torch.Tensor, method: Any) -> torch.Tensor:

@@ -223,6 +223,7 @@ PASSES = {
     "msd": (1, 1),
     "sdpg": (1, 2),  # teacher and reference
     "rethinking_opd": (1, 1),
+    "rethinking_opd_code": (1, 1),
     "stable_opd": (1, 3),  # reference too
     "vopd": (1, 2),
     "star": (1, 0),

@@ -174,6 +174,7 @@ METHODS = [
     job("cl_egrsd", "full", max_steps=4, advantage_kwargs={"lookahead": 3, "warmup_steps": 1}),
     job("msd", "full", max_steps=4, context_kwargs={"template": "{prompt} {solution}"}),
     job("sdpg", "lora", max_steps=4, rows=8, num_generations=4, divergence_coef=0.5, beta=0.1, warmup_steps=0),
+    job("rethinking_opd_code", "full", max_steps=4, num_generations=1),
     job("stable_opd", "lora", max_steps=4, rows=8, completions_kwargs={"column": "answer"}, beta=0.1, top_k=1),
     job("vopd", "full", max_steps=4),
 ]

@@ -466,6 +466,9 @@ STAND_INS = {
         plain_loop.Method("reverse_kl", support="student_top_k", top_k=16, tail="renormalize", loss_type="dapo"),
         settings=GROUPS,
     ),
+    "rethinking_opd_code": StandIn(
+        plain_loop.Method("student_rewards", support="student_top_k", top_k=16, loss_type="dapo"), settings=GROUPS
+    ),
     "stable_opd": StandIn(
         plain_loop.Method(divergence_coef=0.0, policy_loss_coef=1.0, likelihood_coef=0.1),
         held_by_gold,

@@ -93,6 +93,7 @@ PAPERS = {
     "msd/qwen3-8b": (32, 1, "1 epochs", 0.0),
     "sdpg/qwen3-1.7b": (32 * 8, 8, 3200, 0.1),
     "rethinking_opd/deepseek-1.5b": (64 * 4, 1, "1 epochs", 0.0),
+    "rethinking_opd_code/deepseek-1.5b": (64 * 4, 1, "1 epochs", 0.0),
     "stable_opd/qwen2.5-math-1.5b": (64 * 4, 1, "1 epochs", 0.0),
     "correct_only/qwen3-8b": (32, 1, 100, 0.0),
     "correct_only/acereason-nemotron-7b": (32, 1, 100, 0.0),

@@ -44,6 +44,7 @@ METHODS = {
     "msd": "msd.MSDConfig",
     "sdpg": "sdpg.SDPGConfig",
     "rethinking_opd": "rethinking_opd.RethinkingOPDConfig",
+    "rethinking_opd_code": "rethinking_opd_code.RethinkingOPDCodeConfig",
     "stable_opd": "stable_opd.StableOPDConfig",
     "vopd": "vopd.VOPDConfig",
     "star": "star.STaRConfig",

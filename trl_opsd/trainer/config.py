@@ -168,6 +168,8 @@ class SelfDistillationConfig(GRPOConfig):
             Divergence between the teacher and the student at each completion token, over the whole vocabulary:
             `"forward_kl"` is KL(teacher ‖ student), `"reverse_kl"` is KL(student ‖ teacher), `"jsd"` is the
             generalized Jensen-Shannon divergence of [GKD](https://huggingface.co/papers/2306.13649).
+            `"student_rewards"`, `"teacher_rewards"` and `"even_rewards"` are policy gradients over a top-k support,
+            see [`~trl_opsd.objective.divergence.rewards`].
         jsd_weight (`float`, *optional*, defaults to `0.5`):
             Weight β in [0, 1] of `divergence="jsd"`, β·KL(teacher ‖ m) + (1−β)·KL(student ‖ m) with m = β·teacher +
             (1−β)·student. As in GKD, 0 stands for the forward and 1 for the reverse KL.
