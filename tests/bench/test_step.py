@@ -206,6 +206,7 @@ PASSES = {
     "ssopd": (1, 1),
     "u_opsd": (1, 1),
     "drift": (1, 1),
+    "drift_code": (1, 3),  # the teacher for the advantages too
     "cipo": (1, 0),
     "sort": (1, 2),
     "mopd": (1, 1),

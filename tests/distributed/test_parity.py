@@ -155,6 +155,7 @@ METHODS = [
     job("sort", "full", max_steps=4, num_generations=4, max_completion_length=24, top_k=1, context_kwargs=GREEDY),
     job("cipo", "full", max_steps=4, num_generations=2),
     job("drift", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
+    job("drift_code", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("u_opsd", "full", max_steps=4, num_generations=4, context_kwargs=LENGTHS),
     job("rlsd", "full", max_steps=4, rows=8, num_generations=4),
     job("purified_opsd", "full", max_steps=4),

@@ -372,8 +372,9 @@ OF_LIKELIHOOD = ["star", "pbsd", "sort", "vpd", "stable_opd"]
 STANDARDISES = ["antisd_code"]  # what is left of rounding too
 READS_SPANS = ["trace"]  # whose teacher has to read something, see test_trace.py
 CONTRASTS = ["purified_opsd"]  # what its teacher reads, see test_purified_opsd.py
+ROUTES = ["drift_code"]  # by whether there is a teacher
 NO_TEACHER = ["cipo"]
-OTHERS = [*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD, *STANDARDISES, *READS_SPANS, *CONTRASTS, *NO_TEACHER]
+OTHERS = [*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD, *STANDARDISES, *READS_SPANS, *CONTRASTS, *ROUTES, *NO_TEACHER]
 
 
 @pytest.mark.parametrize("name", sorted({*METHODS} - {*OTHERS}))

@@ -27,6 +27,7 @@ METHODS = {
     "ssopd": "ssopd.SSOPDConfig",
     "u_opsd": "u_opsd.UOPSDConfig",
     "drift": "drift.DRIFTConfig",
+    "drift_code": "drift_code.DRIFTCodeConfig",
     "cipo": "cipo.CIPOConfig",
     "sort": "sort.SORTConfig",
     "mopd": "mopd.MOPDConfig",
