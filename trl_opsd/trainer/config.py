@@ -232,6 +232,15 @@ class SelfDistillationConfig(GRPOConfig):
             "num_steps": 50}` is linear (`"delay"`: steps before it begins); `{"kind": "hysteresis", "value": 0.5}` is
             a gate (see [`Hysteresis`]); `"kind"` may be the import path of a subclass of [`Schedule`].
 
+        > Parameters that control what ends a run
+
+        guards (`dict[str, dict]` or `str`, *optional*):
+            What watches the run, by name and keyword arguments: `"non_finite"`, `"entropy"`, `"length"`,
+            `"truncation"`, `"repetition"`, `"divergence"`, `"teacher_gap"`, `"clipped"`, `"masked"`, `"benchmark"`, or
+            the import path of a subclass of [`Guard`]. `{"entropy": {"action": "stop"}}` changes one of them: its
+            `action` is `"warn"` by default, or `"off"`, `"stop"`, or `"rollback"`, which ends the run with the best
+            checkpoint from before the trouble. All that ship are on, those that are not named with their defaults.
+
         > Parameters that control the cost of a step
 
         divergence_memory (`int`, *optional*):
@@ -279,6 +288,7 @@ class SelfDistillationConfig(GRPOConfig):
         "token_weights",
         "advantage_kwargs",
         "schedules",
+        "guards",
         "replaced_divergence",
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
@@ -338,6 +348,7 @@ class SelfDistillationConfig(GRPOConfig):
     advantage: str = "grpo"
     advantage_kwargs: dict[str, Any] | str | None = None
     schedules: dict[str, Any] | str | None = None
+    guards: dict[str, Any] | str | None = None
 
     divergence_memory: int | None = None
     divergence_kernel: str | None = field(default=None, metadata={"choices": list(KERNELS)})
