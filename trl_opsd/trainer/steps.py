@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from ..help import did_you_mean
 from ..signal import Signals
 from ..teacher import Teacher
-from .metrics import Metrics
+from .metrics import Metrics, add_peak_memory
 
 
 class StepCallback(TrainerCallback):
@@ -23,7 +23,7 @@ class StepCallback(TrainerCallback):
         signals ([`Signals`]):
             Have schedules.
         metrics ([`Metrics`]):
-            What the schedules see of a step.
+            What the schedules see of a step, and where the memory goes that it took.
         clip (`float`, *optional*):
             Clip of the divergence.
         mark (`Callable[[], None]`):
@@ -44,6 +44,7 @@ class StepCallback(TrainerCallback):
         self._teacher.on_step_end(state.global_step)
         self._signals.observe(state.global_step, self._metrics.latest)
         self._report_unmeasured(self._metrics.latest)
+        add_peak_memory(self._metrics, args.device)
         self._mark()  # where the next one begins
 
     def _report_unmeasured(self, measured: Mapping[str, float]) -> None:

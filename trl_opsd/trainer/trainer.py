@@ -71,6 +71,7 @@ from .metrics import Metrics
 from .policy import GRPOLoss
 from .preparation import Prepared, checked_arguments, checked_rows, prepare
 from .prompts import PromptExchange, settled
+from .record import RunRecord
 from .rewards import added_feedback, all_feedback, graded, hand_policy, no_reward
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
 from .sampler import PolicySampler
@@ -256,10 +257,10 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.teacher: Teacher = run.served_teacher or load_teacher(*given, adapter_starts_at_zero)
         self.loss = make_loss(*given, self.teacher, self.signals, padding)
         announce_head(self.model)
-        self._guard = SkipNonFiniteSteps()
-        self.add_callback(self._guard)
+        self._guard, self.record = SkipNonFiniteSteps(), RunRecord(self)
         seen = self.teacher, self.signals, self.statistics["train"], args.divergence_clip
-        self.add_callback(StepCallback(*seen, self._begin_step))
+        for callback in (self._guard, StepCallback(*seen, self._begin_step), self.record):
+            self.add_callback(callback)
 
         data = dataset_summary(self.train_dataset, ("prompt", *self._data_columns))
         self.run_state = RunState(accelerator, args, data, {"model": initial, "teacher": self.teacher.fingerprint})
@@ -414,8 +415,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         num_micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
         num_generation_batches = self.args.steps_per_generation if mode == "train" else 1
-        policy = self.grpo_loss.term(model, mode)
-        result = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
+        result = self.loss(model, inputs, num_micro_batches, num_generation_batches, self.grpo_loss.term(model, mode))
         # Weights that have moved since the rollouts were sampled are not the sampler's
         is_fresh = mode == "eval" or self.state.global_step == self._generation_step
         self.loss.add_metrics(self.statistics[mode], result, self.args.sampler_is_comparable and is_fresh)
