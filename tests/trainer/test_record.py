@@ -7,6 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from trl_opsd import OPSDConfig, OPSDTrainer, SelfDistillationConfig, SelfDistillationTrainer
+from trl_opsd.files import TRAINING_RECORD
 from trl_opsd.trainer import record
 from trl_opsd.trainer.metrics import Metrics, add_peak_memory
 
@@ -20,7 +21,7 @@ def make(model_path, dataset, training_args):
     return make
 
 
-def read(trainer, name=record.RECORD):
+def read(trainer, name=TRAINING_RECORD):
     with open(f"{trainer.args.output_dir}/{name}", encoding="utf-8") as file:
         return json.load(file)
 
@@ -69,6 +70,15 @@ def test_the_log_is_kept_while_a_run_goes_on(make, monkeypatch):
     log = read(again, "trainer_state.json")["log_history"]
     assert log == again.state.log_history
     assert "train_runtime" in log[-1]
+
+
+def test_an_evaluation_is_kept_and_replaces_no_log(make, dataset):
+    trainer = make()
+    trainer.train()
+    trainer.evaluate(dataset)
+    assert "eval_loss" in read(trainer, "trainer_state.json")["log_history"][-1]
+    make().evaluate(dataset)  # of another trainer with the same folder
+    assert len(read(trainer, "trainer_state.json")["log_history"]) == len(trainer.state.log_history)
 
 
 def test_a_resumed_run_keeps_what_it_was_begun_with(make):

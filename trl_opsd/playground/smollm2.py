@@ -643,50 +643,41 @@ def plot(results: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-_PAGE = """\
-<p>{{ lead }} The divergence is measured on {{ results.problems }} held-out problems, of kinds that were not trained
-on. <b>Same rollouts</b>: student and teacher read what the student wrote before the training, so that only the
-student's weights differ between the two columns; it fell on {{ "%.0f" | format(100 * fixed.lowered) }} % of the
-rollouts. <b>Own rollouts</b>: they read what the student writes at that time, which is what the method minimises, with
-the noise of sampling.</p>
-<table>
-  <tr><th></th><th>before</th><th>after</th></tr>
-  <tr><td>divergence, same rollouts (nats per token)</td>
-    <td>{{ "%.3f" | format(fixed.divergence[0]) }}</td>
-    <td>{{ "%.3f" | format(fixed.divergence[-1]) }}
-    ({{ "%+.3f" | format(fixed.change) }} ± {{ "%.3f" | format(fixed.standard_error) }})</td></tr>
-  <tr><td>divergence, own rollouts</td>
-    {% for c in columns %}<td>{{ "%.3f" | format(c.divergence) }}</td>{% endfor %}</tr>
-  <tr><td>accuracy</td>
-    {% for c in columns %}<td>{{ "%.1f" | format(100 * c.accuracy) }} %</td>{% endfor %}</tr>
-  <tr><td>response tokens</td>
-    {% for c in columns %}<td>{{ "%.1f" | format(c.tokens) }}</td>{% endfor %}</tr>
-  <tr><td>cut at the limit</td>
-    {% for c in columns %}<td>{{ "%.1f" | format(100 * c.truncated) }} %</td>{% endfor %}</tr>
-</table>
-<p>The teacher is the same model {{ teacher }}. {{ results.steps }} optimizer steps,
-{{ "{:,}".format(results.num_generated_tokens) }} generated tokens,
-{{ "%.1f" | format(results.seconds / 60) }} minutes, seed {{ results.seed }}.</p>
-"""
-
-
 def write_results_page(results: Mapping[str, Any], folder: Path) -> None:
-    """Writes `plot.png` and the self-contained `index.html` of a run."""
-    method = results["method"]
+    """Writes the self-contained `index.html` of a run."""
+    from ..report.page import table
+    from ..report.run_report import paragraph
+
+    method, fixed = results["method"], results["fixed_rollouts"]
+    columns = [results["before"], results["after"]]
+    change = f"{fixed['change']:+.3f} ± {fixed['standard_error']:.3f}"
+    rows = [
+        ["divergence, same rollouts", f"{fixed['divergence'][0]:.3f}", f"{fixed['divergence'][-1]:.3f} ({change})"],
+        ["divergence, own rollouts", *(f"{column['divergence']:.3f}" for column in columns)],
+        ["accuracy", *(f"{100 * column['accuracy']:.1f} %" for column in columns)],
+        ["response tokens", *(f"{column['tokens']:.1f}" for column in columns)],
+        ["cut at the limit", *(f"{100 * column['truncated']:.1f} %" for column in columns)],
+    ]
+    lead = (
+        f"{METHODS[method]} The teacher is the same model {TEACHERS[method]}. The divergence, in nats per token, is "
+        f"measured on {results['problems']} held-out problems, of kinds that were not trained on. Same rollouts: "
+        "student and teacher read what the student wrote before the training, so that only the student's weights "
+        f"differ between the two columns; it fell on {100 * fixed['lowered']:.0f} % of the rollouts. Own rollouts: "
+        "they read what the student writes at that time, which is what the method minimises, with the noise of "
+        "sampling."
+    )
+    cost = (
+        f"{results['steps']} optimizer steps, {results['num_generated_tokens']:,} generated tokens, "
+        f"{results['seconds'] / 60:.1f} minutes, seed {results['seed']}."
+    )
     write_page(
+        folder / "index.html",
         folder,
-        title=f"{method.upper()} on SmolLM2-135M",
-        body=_PAGE,
-        values={
-            "results": results,
-            "lead": METHODS[method],
-            "teacher": TEACHERS[method],
-            "fixed": results["fixed_rollouts"],
-            "columns": [results["before"], results["after"]],
-        },
-        figure=plot(results),
-        caption="The divergence over the training",
-        examples=results["examples"],
+        f"{method.upper()} on SmolLM2-135M",
+        [paragraph(lead), table(["", "before", "after"], rows), paragraph(cost)],
+        plot(results),
+        "The divergence over the training",
+        results["examples"],
     )
 
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_model_param_count
 
-from ..files import write_whole
+from ..files import TRAINING_RECORD, write_whole
 from ..help import versions_of
 
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .trainer import SelfDistillationTrainer
 
 
-RECORD = "training_run.json"
 _PACKAGES = ("trl-opsd", "trl", "transformers", "torch", "accelerate", "peft", "datasets", "vllm", "deepspeed")
 # Seconds between two writings of the log, which grows with the run
 _PAUSE = 30.0
@@ -45,13 +44,14 @@ class RunRecord(TrainerCallback):
 
     def __init__(self, trainer: "SelfDistillationTrainer"):
         self._trainer = trainer
-        self._written = -_PAUSE
+        self._written: float | None = None  # before training, the log is of another run
         self.inputs: list[Any] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        file = Path(args.output_dir) / RECORD
+        self._written = -_PAUSE
+        file = Path(args.output_dir) / TRAINING_RECORD
         method = args.method
         record = {
             "method": None if method is None else dataclasses.asdict(method),
@@ -62,14 +62,18 @@ class RunRecord(TrainerCallback):
         write_whole(file, json.dumps(record, indent=2, default=str) + "\n")
 
     def on_log(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and time.monotonic() - self._written >= _PAUSE:
+        if self._written is not None and time.monotonic() - self._written >= _PAUSE:
             self._write_log(args, state)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._write_log(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self._write_log(args, state)
+        self._write_log(args, state)
 
     def _write_log(self, args: Any, state: TrainerState) -> None:
+        if self._written is None or not state.is_world_process_zero:
+            return
         self._written = time.monotonic()
         text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True)
         write_whole(Path(args.output_dir) / TRAINER_STATE_NAME, text + "\n")
