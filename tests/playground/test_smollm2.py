@@ -2,7 +2,6 @@ import json
 import math
 import subprocess
 import sys
-from base64 import b64encode
 
 import pytest
 import torch
@@ -227,7 +226,8 @@ def test_demo_leaves_a_model_results_and_a_page(tmp_path, small_run, console, me
     AutoModelForCausalLM.from_pretrained(out / "model")
     assert AutoTokenizer.from_pretrained(out / "model").chat_template is not None
     page = (out / "index.html").read_text()
-    assert b64encode((out / "plot.png").read_bytes()).decode() in page
+    assert "divergence from the teacher (nats per token)</text>" in page
+    assert "<figcaption>Length of rollouts: " in page
     assert f"{fixed['divergence'][-1]:.3f}" in page
     assert results["examples"][0]["problem"] in page
     assert "4 held-out problems" in console.export_text()
@@ -281,10 +281,11 @@ def test_the_demos_own_grader_is_not_replaced(small_run):
 def test_page_shows_model_output_as_text(tmp_path):
     example = {"problem": "2 < 3?", "answer": "1", "before": "yes", "after": "<script>alert(1)</script>"}
     results = made_results(examples=[example])
+    (tmp_path / "trainer_state.json").write_text('{"log_history": []}')
     smollm2.write_results_page(results, tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert "<script>" not in page
+    assert "<script>alert" not in page
     assert "-0.100 ± 0.020" in page
     assert "it fell on 75 %" in " ".join(page.split())
 

@@ -97,7 +97,7 @@ def write_page(
     from ..report.runs import read_runs
 
     shown = [
-        Answers(one["problem"], one["answer"], [(when, "", one[when]) for when in ("before", "after")])
+        Answers(one["problem"], "", one["answer"], [(when, "", one[when]) for when in ("before", "after")])
         for one in examples
     ]
     lead = [*lead, figure(drawn, caption)]

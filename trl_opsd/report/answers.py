@@ -15,14 +15,17 @@ class Answers(NamedTuple):
     What was written for one prompt, by what wrote it.
 
     Args:
+        title (`str`):
+            What to call it: the problem, where it is short.
         prompt (`str`):
-            The prompt.
+            The prompt, empty if the title says it.
         answer (`str`):
             The right answer, empty if it is not known.
         written (`list[tuple[str, str, str]]`):
             Of each: what wrote it, what is said of it, such as its reward, and the text.
     """
 
+    title: str
     prompt: str
     answer: str
     written: list[tuple[str, str, str]]
@@ -65,7 +68,9 @@ def answers(evaluations: Sequence[tuple[str, Evaluation]], problem_ids: Iterable
                 said = f"{verdict}, {sample.num_tokens:,} tokens{cut}"
                 found.setdefault(sample.problem_id, []).append((name, said, sample.completion))
                 references[sample.problem_id] = sample.reference
-    return [Answers(prompts.get(it, it), references[it], found[it]) for it in problem_ids if it in found]
+    return [
+        Answers(f"Problem {it}", prompts.get(it, ""), references[it], found[it]) for it in problem_ids if it in found
+    ]
 
 
 def sampled(run: Run, number: int = 3) -> list[Answers]:
@@ -87,27 +92,27 @@ def sampled(run: Run, number: int = 3) -> list[Answers]:
     """
     files = sorted(run.folder.glob("completions/completions_*.parquet"))
     ends = dict.fromkeys([*files[:1], *files[-1:]])
-    return [answer for file in ends for answer in _rollouts(file, number)]
+    return [answer for file in ends for answer in _rollouts(run, file, number)]
 
 
-def _rollouts(file: Path, number: int) -> list[Answers]:
+def _rollouts(run: Run, file: Path, number: int) -> list[Answers]:
     import pyarrow.parquet
 
     try:
         rows = pyarrow.parquet.read_table(file).slice(0, number).to_pylist()
-        return [_rollout(row) for row in rows]
+        return [_rollout(f"{run.name}, rollout {index}", row) for index, row in enumerate(rows, 1)]
     except (OSError, KeyError, pyarrow.ArrowInvalid) as error:
         raise ValueError(f"{file} holds no completions that can be read: {error!r}.") from error
 
 
-def _rollout(row: dict[str, Any]) -> Answers:
+def _rollout(title: str, row: dict[str, Any]) -> Answers:
     rewards = [
         f"{name} {value:g}"
         for name, value in row.items()
         if name not in ("step", "advantage") and isinstance(value, int | float)
     ]
     said = ", ".join([*rewards, f"advantage {row['advantage']:+.3g}"] if rewards else [])
-    return Answers(_text(row["prompt"]), "", [(f"step {row['step']}", said, _text(row["completion"]))])
+    return Answers(title, _text(row["prompt"]), "", [(f"step {row['step']}", said, _text(row["completion"]))])
 
 
 def _text(messages: Any) -> str:

@@ -145,7 +145,7 @@ def draw(panel: Panel, runs: Sequence[Run]) -> "Figure":
         [`~matplotlib.figure.Figure`]:
             The panel.
     """
-    figure, axes = new_figure(4.6, 2.9)
+    figure, axes = new_figure(3.8, 2.5)
     scale = 100 if panel.unit == "%" else 1
     for run, of_run in zip(runs, cycle(COLORS), strict=False):
         for (name, label), of_metric, style in zip(panel.curves.items(), cycle(COLORS), cycle(_STYLES), strict=False):

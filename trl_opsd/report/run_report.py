@@ -22,10 +22,10 @@ STYLE = """\
 .grid figure { margin: .6rem 0; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 1rem; }
 .columns > div { min-width: 0; }
-.columns pre { max-height: 24rem; overflow-y: auto; margin: .2rem 0 .8rem; }
+main pre { max-height: 24rem; overflow-y: auto; margin: .2rem 0 .8rem; }
+.text td { text-align: left; overflow-wrap: anywhere; }
 details { margin: 1rem 0; }
 summary { cursor: pointer; }
-td { overflow-wrap: anywhere; max-width: 30rem; }
 """
 # Characters of a text that are shown from its beginning and from its end
 _SHOWN = 1500
@@ -125,7 +125,7 @@ def _settings(runs: Sequence[Run]) -> list[Markup]:
     parts = [heading("Settings")]
     for run in runs:
         if run.method:
-            text = "{}: <cite>{}</cite>, <a href='https://huggingface.co/papers/{}'>{}</a>."
+            text = '{}: <cite>{}</cite>, <a href="https://huggingface.co/papers/{}">{}</a>.'
             name = run.name if len(runs) > 1 else run.method["name"]
             cited = Markup(text).format(name, *(run.method[key] for key in ("title", "paper", "paper")))
             parts.append(Markup("<p>{}</p>").format(cited))
@@ -140,11 +140,15 @@ def _settings(runs: Sequence[Run]) -> list[Markup]:
 
 
 def _own_settings(run: Run) -> list[Markup]:
-    parts = [table(["who trains whom", ""], run.summary)] if run.summary else []
+    parts = [_of_text(["who trains whom", ""], run.summary)] if run.summary else []
     session = run.sessions[-1]
-    rows = [[name, _shown(session.settings[name]), _shown(value)] for name, value in session.defaults.items()]
+    rows = [
+        [name, _shown(session.settings[name]), _shown(value)]
+        for name, value in session.defaults.items()
+        if value not in ("", None) or session.settings[name] not in ([], {})
+    ]
     if rows:
-        parts.append(table(["setting", "value", f"default of {run.config}"], rows))
+        parts.append(_of_text(["setting", "value", f"default of {run.config}"], rows))
     else:
         parts.append(paragraph(f"Every setting has the default of {run.config}."))
     for before, after in zip(run.sessions, run.sessions[1:], strict=False):
@@ -158,9 +162,15 @@ def _own_settings(run: Run) -> list[Markup]:
     every = [[name, _shown(value)] for name, value in sorted(session.settings.items())]
     versions = [[name, version or "not installed"] for name, version in session.versions.items()]
     begun = [["begun" if not one.step else f"resumed at {one.step:,}", one.time] for one in run.sessions]
-    parts.append(folded("All settings", [table(["setting", "value"], every)]))
-    parts.append(folded("Versions and devices", [table(["", ""], [*versions, ["devices", session.devices], *begun])]))
+    parts.append(folded("All settings", [_of_text(["setting", "value"], every)]))
+    parts.append(
+        folded("Versions and devices", [_of_text(["", ""], [*versions, ["devices", session.devices], *begun])])
+    )
     return parts
+
+
+def _of_text(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> Markup:
+    return Markup('<div class="text">{}</div>').format(table(header, rows, caption))
 
 
 def _compared_settings(runs: Sequence[Run]) -> list[Markup]:
@@ -171,7 +181,7 @@ def _compared_settings(runs: Sequence[Run]) -> list[Markup]:
     parts = []
     for title, found in (("Who trains whom", rows[0]), ("Settings", rows[1]), ("Versions and devices", versions)):
         if found:
-            parts.append(table(header, found, caption=f"{title}: what differs"))
+            parts.append(_of_text(header, found, caption=f"{title}: what differs"))
         else:
             parts.append(paragraph(f"{title}: no difference."))
     return parts
@@ -207,7 +217,8 @@ def _curves(runs: Sequence[Run]) -> list[Markup]:
 def _grid(panels: Sequence[Panel], runs: Sequence[Run]) -> Markup:
     figures = []
     for panel in panels:
-        names = ", ".join(name for name in panel.curves if name not in (panel.title, panel.title.lower()))
+        names = ", ".join(panel.curves)
+        names = "" if names in (panel.title, panel.title.lower()) else names
         said = [panel.title, names and f": {names}", panel.over and f", over {panel.over}"]
         figures.append(figure(draw(panel, runs), "".join(said)))
     return Markup('<div class="grid">\n{}\n</div>').format(Markup("\n").join(figures))
@@ -317,8 +328,9 @@ def _answers(shown: Answers) -> Markup:
     column = Markup("<div>{} <small>{}</small><pre>{}</pre></div>")
     columns = [column.format(name, said, _clipped(text)) for name, said, text in shown.written]
     right = Markup(" <small>right: {}</small>").format(shown.answer) if shown.answer else Markup("")
-    return Markup('<h3>{}{}</h3>\n<div class="columns">\n{}\n</div>').format(
-        _clipped(shown.prompt), right, Markup("\n").join(columns)
+    prompt = Markup("<pre>{}</pre>\n").format(_clipped(shown.prompt)) if shown.prompt else Markup("")
+    return Markup('<h3>{}{}</h3>\n{}<div class="columns">\n{}\n</div>').format(
+        _clipped(shown.title), right, prompt, Markup("\n").join(columns)
     )
 
 
