@@ -157,7 +157,7 @@ def draw(panel: Panel, runs: Sequence[Run]) -> "Figure":
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     if panel.unit in ("%", "tokens"):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1)
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
         legend = axes.legend(handles, labels, frameon=False, fontsize=8, loc="best")

@@ -1,5 +1,6 @@
 """Evaluations of training runs: what is left of them, and what changed."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +129,7 @@ def _scorer(folder: Path | None) -> str | None:
     return ((record or {}).get("settings") or {}).get("scorer_version")
 
 
+@cache  # a page asks more than once
 def difference(base: Evaluation, new: Evaluation) -> Comparison | str:
     """
     Compares two evaluations of a benchmark, problem by problem, on the problems that both have.

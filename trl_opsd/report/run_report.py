@@ -23,7 +23,7 @@ STYLE = """\
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 1rem; }
 .columns > div { min-width: 0; }
 main pre { max-height: 24rem; overflow-y: auto; margin: .2rem 0 .8rem; }
-.text td { text-align: left; overflow-wrap: anywhere; }
+.text td, .text th { text-align: left; overflow-wrap: anywhere; }
 details { margin: 1rem 0; }
 summary { cursor: pointer; }
 """
@@ -100,7 +100,9 @@ def folded(title: str, parts: Iterable[Markup]) -> Markup:
 
 
 def _state(runs: Sequence[Run]) -> Markup:
-    lines = [f"{run.name + ': ' if len(runs) > 1 else ''}{_progress(run)}" for run in runs]
+    lines = [
+        f"{run.name + ': ' if len(runs) > 1 else ''}{' '.join([_progress(run), *_came_of_it(run)])}" for run in runs
+    ]
     if missing := missing_metrics(runs):
         lines.append(
             f"Not in the log: {', '.join(missing)}. It was written by another trainer, or by another version of this "
@@ -119,6 +121,14 @@ def _progress(run: Run) -> str:
         return f"{text}."
     assert run.written is not None
     return f"{text}: not finished, last heard of at {run.written:%Y-%m-%d %H:%M:%S}."
+
+
+def _came_of_it(run: Run) -> list[str]:
+    pairs = {name: ends for name, ends in in_training(run).items() if len(ends) == 2}
+    return [
+        f"{name}: {percent(base.accuracy)} right at {base.name}, {percent(last.accuracy)} at {last.name}."
+        for name, (base, last) in pairs.items()
+    ]
 
 
 def _settings(runs: Sequence[Run]) -> list[Markup]:
