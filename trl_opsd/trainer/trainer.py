@@ -180,6 +180,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._prepare_sampling(run)
         self._prepare_loss(run, getattr(peft_config, "init_lora_weights", False) in (True, "gaussian"))
         hand_policy(self.reward_funcs, self.model, self._tokenizer, self.tokenize_prompts, args)
+        self.record = RunRecord(self)
+        self.add_callback(self.record)
 
     def _settle_rewards(self, run: Prepared, environment_factory: Any) -> None:
         names = ("reward_funcs", "reward_func_names", "reward_processing_classes", "reward_weights")
@@ -257,10 +259,10 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.teacher: Teacher = run.served_teacher or load_teacher(*given, adapter_starts_at_zero)
         self.loss = make_loss(*given, self.teacher, self.signals, padding)
         announce_head(self.model)
-        self._guard, self.record = SkipNonFiniteSteps(), RunRecord(self)
+        self._guard = SkipNonFiniteSteps()
+        self.add_callback(self._guard)
         seen = self.teacher, self.signals, self.statistics["train"], args.divergence_clip
-        for callback in (self._guard, StepCallback(*seen, self._begin_step), self.record):
-            self.add_callback(callback)
+        self.add_callback(StepCallback(*seen, self._begin_step))
 
         data = dataset_summary(self.train_dataset, ("prompt", *self._data_columns))
         self.run_state = RunState(accelerator, args, data, {"model": initial, "teacher": self.teacher.fingerprint})
@@ -342,8 +344,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         sampler = super()._get_train_sampler(dataset)
         if self.signals.curriculum is not None:
             sampler = DrawnRows(sampler, self.signals, self.tokenize_prompts)
-        # There is no generator without shuffling
-        self.add_callback(OrderOfEpochs(getattr(sampler, "generator", None)))
+        self.add_callback(OrderOfEpochs(getattr(sampler, "generator", None)))  # there is none without shuffling
         return sampler
 
     def _begin_step(self) -> None:
@@ -447,9 +448,8 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if isinstance(eval_dataset, Dataset | IterableDataset) and not self.environment_factories:
-            eval_dataset = checked_rows(
-                eval_dataset, "eval_dataset", self.teacher_prompt, self._data_columns, self.tools
-            )
+            given = self.teacher_prompt, self._data_columns, self.tools
+            eval_dataset = checked_rows(eval_dataset, "eval_dataset", *given)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
