@@ -458,6 +458,15 @@ class SelfDistillationConfig(GRPOConfig):
             and self.repetition_penalty == 1.0
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """What experiment trackers are told. See [`~transformers.TrainingArguments.to_dict`]."""
+        values: dict[str, Any] = super().to_dict()
+        kwargs = cast(dict[str, Any], values["teacher_model_init_kwargs"] or {})
+        config: Any = kwargs.get("quantization_config")
+        if hasattr(config, "to_dict"):
+            values["teacher_model_init_kwargs"] = {**kwargs, "quantization_config": config.to_dict()}
+        return values
+
     def objective(self) -> Objective:
         """The divergence that the fields describe."""
         return Objective(
