@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_opsd.data import load_rows
-from trl_opsd.playground import smollm2
+from trl_opsd.playground import smollm2, smollm2_problems
 
 
 needs_reasoning_gym = pytest.mark.needs("reasoning_gym")
@@ -17,7 +17,7 @@ needs_reasoning_gym = pytest.mark.needs("reasoning_gym")
 
 @pytest.fixture(scope="module")
 def splits():
-    return smollm2.make_problems(60, 12, seed=1)
+    return smollm2_problems.make_problems(60, 12, seed=1)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_problems_have_what_the_trainer_reads(splits):
         assert row["answer"] not in ("", None)
         assert "####" not in row["solution"]
         # The solution ends with the answer, by the same reading that grades the model.
-        assert smollm2.is_right(row["solution"], row["answer"])
+        assert smollm2_problems.is_right(row["solution"], row["answer"])
 
 
 @needs_reasoning_gym
@@ -59,14 +59,14 @@ def test_held_out_problems_are_of_other_kinds(splits):
 
 @needs_reasoning_gym
 def test_problems_depend_on_the_seed_alone(splits):
-    assert smollm2.make_problems(60, 12, seed=1) == splits
-    assert smollm2.make_problems(60, 12, seed=2) != splits
+    assert smollm2_problems.make_problems(60, 12, seed=1) == splits
+    assert smollm2_problems.make_problems(60, 12, seed=2) != splits
 
 
 def test_sound_solution_is_kept():
     worked = "She has 2 bags of 3, 2 * 3 = 6.\nWith £1,002 - £1,000 = 2 more that is 6+2=8.\n#### 8"
     expected = worked.replace("#### 8", "The answer is 8.")
-    assert smollm2.worked_solution(problem(worked), Scorer()) == expected
+    assert smollm2_problems.worked_solution(problem(worked), Scorer()) == expected
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,13 @@ def test_sound_solution_is_kept():
     ],
 )
 def test_flawed_solution_is_dropped(worked):
-    assert smollm2.worked_solution(problem(worked), Scorer()) is None
+    assert smollm2_problems.worked_solution(problem(worked), Scorer()) is None
 
 
 def test_later_step_of_a_longer_calculation_is_no_flaw():
     # Out of its place, 2 - 2 = 8 would be wrong.
     worked = "5 * 2 - 2 = 8\n#### 8"
-    assert smollm2.worked_solution(problem(worked), Scorer()) is not None
+    assert smollm2_problems.worked_solution(problem(worked), Scorer()) is not None
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_later_step_of_a_longer_calculation_is_no_flaw():
     ],
 )
 def test_last_number_is_the_answer(text, answer, right):
-    assert smollm2.is_right(text, answer) is right
+    assert smollm2_problems.is_right(text, answer) is right
 
 
 def test_reward_keeps_the_rollouts_it_grades():
@@ -128,11 +128,11 @@ def test_reward_keeps_the_rollouts_it_grades():
 @needs_reasoning_gym
 def test_data_are_written_once(tmp_path, console):
     folder = tmp_path / "data"
-    smollm2.prepare_data(folder, console, num_train=20, num_test=4)
+    smollm2_problems.prepare_data(folder, console, num_train=20, num_test=4)
     assert len(load_rows(str(folder), split="train")) == 20
     assert len(load_rows(str(folder), split="test")) == 4
     (folder / "test.jsonl").write_text("mine")
-    smollm2.prepare_data(folder, console, num_train=20, num_test=4)
+    smollm2_problems.prepare_data(folder, console, num_train=20, num_test=4)
     assert (folder / "test.jsonl").read_text() == "mine"
     assert "used again" in console.export_text()
 
@@ -140,12 +140,12 @@ def test_data_are_written_once(tmp_path, console):
 def test_interrupted_preparation_leaves_nothing_that_looks_finished(tmp_path, console, monkeypatch):
     folder = tmp_path / "data"
     rows = {"train": [{"prompt": "p"}], "test": [{"prompt": object()}]}
-    monkeypatch.setattr(smollm2, "make_problems", lambda *_: rows)
+    monkeypatch.setattr(smollm2_problems, "make_problems", lambda *_: rows)
     with pytest.raises(TypeError):
-        smollm2.prepare_data(folder, console)
+        smollm2_problems.prepare_data(folder, console)
     assert not folder.exists()
     rows["test"] = [{"prompt": "q"}]
-    smollm2.prepare_data(folder, console)
+    smollm2_problems.prepare_data(folder, console)
     assert (folder / "test.jsonl").read_text() == '{"prompt": "q"}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 

@@ -1,8 +1,10 @@
 """The report of training runs: what its tables hold and its curves draw."""
 
+import math
 import re
 from html import unescape
 from pathlib import Path
+from statistics import stdev
 
 import pyarrow
 import pyarrow.parquet
@@ -117,6 +119,18 @@ def test_curves_of_one_run(folder):
     assert shares == {"truncated": [[1, 2, 3], [12.5] * 3]}  # in percent, and no loops were logged
     assert lines(panel("Reward", runs), runs) == {"right": [[1, 2, 3], [0.5] * 3]}
     assert [one.title for one in curves.other_panels(runs)] == ["away/gate"]
+
+
+def test_where_curves_begin_and_end(tmp_path):
+    losses = [1.0] * 10 + [0.5] * 17 + [0.1, 0.2, 0.6]
+    folder = make_run(tmp_path / "run", steps(*losses))
+    half = 4.3027 * stdev([0.1, 0.2, 0.6]) / math.sqrt(3)
+    shown = f"1 [1, 1] → 0.3 [{0.3 - half:.3g}, {0.3 + half:.3g}]"
+    page = report(folder)
+    assert row(page, "Loss, optimized") == ["Loss, optimized", shown]
+    other = make_run(tmp_path / "other", [entry(1, loss=3.0)])
+    assert row(report(folder, other), "Loss, optimized") == ["Loss, optimized", shown, "3 → 3"]
+    assert row(report(folder, other), "Entropy, student")[2] == "–"
 
 
 def test_every_metric_is_on_the_page_once(folder):

@@ -1,14 +1,17 @@
 """The report of training runs: one page with what they were, how they went, what came of it and what it cost."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from markupsafe import Markup
 
 from ..eval.compare import Comparison
+from ..eval.statistics import Estimate, student_t
 from .answers import Answers, answers, choose, sampled
 from .curves import Panel, benchmark_panels, draw, main_panels, missing_metrics, other_panels
 from .evaluated import Evaluation, afterwards, difference, in_training
@@ -218,10 +221,50 @@ def _curves(runs: Sequence[Run]) -> list[Markup]:
     if not panels:
         return []
     others = other_panels(runs)
-    parts = [heading("Curves"), _grid(panels, runs)]
+    parts = [heading("Curves"), _ends(panels, runs), _grid(panels, runs)]
     if others:
         parts.append(folded(f"Everything else that was logged ({len(others)})", [_grid(others, runs)]))
     return parts
+
+
+def _ends(panels: Sequence[Panel], runs: Sequence[Run]) -> Markup:
+    """Where the curves begin and where they end: means of the first and of the last tenth of the entries."""
+    names = {name: f"{panel.title}, {label}" for panel in panels for name, label in panel.curves.items()}
+    rows = [
+        [label, *(" → ".join(map(_mean, tenths(run.series(name)[1]))) or "–" for run in runs)]
+        for name, label in names.items()
+    ]
+    header = ["", *(run.name for run in runs)] if len(runs) > 1 else ["", ""]
+    caption = (
+        "Means of the first and of the last tenth of the entries. In brackets: 95 % interval from how the entries of "
+        "that tenth differ."
+    )
+    return table(header, rows, caption)
+
+
+def _mean(estimate: Estimate) -> str:
+    shown = f"{estimate.value:.3g}"
+    return shown if estimate.low is None else f"{shown} [{estimate.low:.3g}, {estimate.high:.3g}]"
+
+
+def tenths(values: Sequence[float]) -> list[Estimate]:
+    """
+    Means of the first and of the last tenth of a curve.
+
+    Args:
+        values (`Sequence[float]`):
+            The curve.
+
+    Returns:
+        `list[Estimate]`: both, with their 95 % intervals where a tenth has three values or more; none of no values.
+    """
+    number_of = max(1, len(values) // 10)
+    found = []
+    for part in (values[:number_of], values[-number_of:]) if values else ():
+        half = student_t(len(part) - 1) * stdev(part) / math.sqrt(len(part)) if len(part) > 2 else None
+        mean = fmean(part)
+        found.append(Estimate(mean, None if half is None else mean - half, None if half is None else mean + half))
+    return found
 
 
 def _grid(panels: Sequence[Panel], runs: Sequence[Run]) -> Markup:
@@ -282,7 +325,7 @@ def _change(base: Evaluation, new: Evaluation) -> list[str]:
 def _between(benchmark: str, ends: Sequence[tuple[Run, Evaluation]]) -> Markup:
     (first, base), *others = ends
     rows = [[run.name, *_change(base, new)] for run, new in others]
-    caption = f"{benchmark}, at the end, paired by problem: against {first.name}"
+    caption = f"{benchmark}, the last evaluation of each, paired by problem: against {first.name}"
     return table(["", "difference of what is right", "tokens saved"], rows, caption=caption)
 
 
