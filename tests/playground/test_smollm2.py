@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_opsd.data import load_rows
-from trl_opsd.playground import smollm2, smollm2_problems
+from trl_opsd.playground import smollm2, smollm2_page, smollm2_problems
 
 
 needs_reasoning_gym = pytest.mark.needs("reasoning_gym")
@@ -259,7 +259,7 @@ def made_results(**overrides):
 
 @pytest.mark.needs("matplotlib")
 def test_plot_shows_three_divergences():
-    [axes] = smollm2.plot(made_results()).axes
+    [axes] = smollm2_page.plot(made_results()).axes
     curves = {line.get_label(): [list(values) for values in line.get_data()] for line in axes.lines}
     assert curves == {
         "training batches": [[1, 2], [0.6, 0.55]],
@@ -282,7 +282,7 @@ def test_page_shows_model_output_as_text(tmp_path):
     example = {"problem": "2 < 3?", "answer": "1", "before": "yes", "after": "<script>alert(1)</script>"}
     results = made_results(examples=[example])
     (tmp_path / "trainer_state.json").write_text('{"log_history": []}')
-    smollm2.write_results_page(results, tmp_path)
+    smollm2_page.write_results_page(results, tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "<script>alert" not in page
