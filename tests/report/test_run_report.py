@@ -55,9 +55,10 @@ def panel(title, runs):
 
 @pytest.fixture
 def folder(tmp_path):
+    values = {"rewards/right/mean": 0.5, "reward": 0.5, "away/gate": 1.0, "sampling/step_time": 0.5}
     return make_run(
         tmp_path / "run",
-        steps(1.0, 0.5, 0.25, **{"rewards/right/mean": 0.5, "reward": 0.5, "away/gate": 1.0}),
+        steps(1.0, 0.5, 0.25, **values),
         sessions=[session(defaults={"learning_rate": 5e-6})],
     )
 
@@ -89,7 +90,7 @@ def test_a_resumed_run_says_so(tmp_path):
 def test_a_run_in_progress(tmp_path):
     page = report(make_run(tmp_path / "run", steps(1.0), max_steps=8))
     assert re.search(r"1 of 8 steps: not finished, last heard of at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.", page)
-    assert "What run was set to is not known" in page
+    assert "The settings of run are not known" in page
 
 
 def test_a_run_that_has_logged_nothing(tmp_path):
@@ -127,10 +128,11 @@ def test_where_curves_begin_and_end(tmp_path):
     half = 4.3027 * stdev([0.1, 0.2, 0.6]) / math.sqrt(3)
     shown = f"1 [1, 1] → 0.3 [{0.3 - half:.3g}, {0.3 + half:.3g}]"
     page = report(folder)
-    assert row(page, "Loss, optimized") == ["Loss, optimized", shown]
+    assert row(page, "Loss, optimized (nats)") == ["Loss, optimized (nats)", shown]
     other = make_run(tmp_path / "other", [entry(1, loss=3.0)])
-    assert row(report(folder, other), "Loss, optimized") == ["Loss, optimized", shown, "3 → 3"]
-    assert row(report(folder, other), "Entropy, student")[2] == "–"
+    assert row(report(folder, other), "Loss, optimized (nats)") == ["Loss, optimized (nats)", shown, "3 → 3"]
+    assert row(report(folder, other), "Entropy, student (nats)")[2] == "–"
+    assert row(page, "Rollouts that went wrong, truncated (%)")[1] == "12.5 [12.5, 12.5] → 12.5 [12.5, 12.5]"
 
 
 def test_every_metric_is_on_the_page_once(folder):
@@ -354,6 +356,7 @@ def test_cost(folder):
     assert row(page, "generated tokens") == ["generated tokens", "120"]
     assert row(page, "tokens read and generated") == ["tokens read and generated", "300"]
     assert row(page, "time in optimizer steps, rollouts included")[1] == "6.0 s"
+    assert row(page, "of which rollouts were sampled")[1] == "25%"
     assert row(page, "peak memory of a process")[1] == "1.50 GiB"
     assert "time of the last session" not in page  # it has no end
 

@@ -1,6 +1,7 @@
 """What a run leaves for whoever looks at it: its settings, and its log."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -92,6 +93,23 @@ def test_a_resumed_run_keeps_what_it_was_begun_with(make):
 
     make().train()  # from the beginning
     assert [session["step"] for session in read(trainer)["sessions"]] == [0]
+
+
+def test_time_of_sampling(make, monkeypatch):
+    trainer = make(max_steps=3, gradient_accumulation_steps=2)
+    generate = trainer.sampler._generate
+
+    def slow(*asked):
+        time.sleep(0.5)
+        return generate(*asked)
+
+    monkeypatch.setattr(trainer.sampler, "_generate", slow)
+    trainer.evaluate(trainer.train_dataset.select(range(4)))  # which counts for nothing
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert "sampling/step_time" not in logged[0]  # of the steps before
+    for row in logged[1:]:
+        assert 0.5 <= row["sampling/step_time"] < min(1.0, row["step_time"] + 0.2)
 
 
 def test_peak_memory(make, monkeypatch):

@@ -69,7 +69,10 @@ PANELS = (
 _REWARD = re.compile(r"rewards/(.+)/mean")
 _ACCURACY = re.compile(r"eval_(.+)/(avg@\d+)")
 # Not a measurement of the run, or in the table of what it cost
-_NOT_DRAWN = {"step", "epoch", "total_flos", "num_tokens", "num_generated_tokens", "step_time", "memory/peak"}
+_NOT_DRAWN = {"step", "epoch", "total_flos", "num_tokens", "num_generated_tokens", "step_time"} | {
+    "sampling/step_time",
+    "memory/peak",
+}
 
 
 def names_of(runs: Iterable[Run]) -> list[str]:

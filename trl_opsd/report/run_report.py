@@ -145,7 +145,7 @@ def _settings(runs: Sequence[Run]) -> list[Markup]:
             parts.append(folded("BibTeX", [Markup("<pre>{}</pre>").format(run.method["citation"])]))
     silent = [run.name for run in runs if not run.sessions]
     if silent:
-        parts.append(paragraph(f"What {', '.join(silent)} was set to is not known: the run left no record of it."))
+        parts.append(paragraph(f"The settings of {', '.join(silent)} are not known: the run left no record of them."))
     known = [run for run in runs if run.sessions]
     if known:
         parts += _own_settings(known[0]) if len(runs) == 1 else _compared_settings(known)
@@ -229,11 +229,14 @@ def _curves(runs: Sequence[Run]) -> list[Markup]:
 
 def _ends(panels: Sequence[Panel], runs: Sequence[Run]) -> Markup:
     """Where the curves begin and where they end: means of the first and of the last tenth of the entries."""
-    names = {name: f"{panel.title}, {label}" for panel in panels for name, label in panel.curves.items()}
-    rows = [
-        [label, *(" → ".join(map(_mean, tenths(run.series(name)[1]))) or "–" for run in runs)]
-        for name, label in names.items()
-    ]
+    rows = []
+    for panel in panels:
+        unit, scale = (f" ({panel.unit})" if panel.unit else ""), 100 if panel.unit == "%" else 1
+        for name, label in panel.curves.items():
+            series = [[scale * value for value in run.series(name)[1]] for run in runs]
+            rows.append(
+                [f"{panel.title}, {label}{unit}", *(" → ".join(map(_mean, tenths(its))) or "–" for its in series)]
+            )
     header = ["", *(run.name for run in runs)] if len(runs) > 1 else ["", ""]
     caption = (
         "Means of the first and of the last tenth of the entries. In brackets: 95 % interval from how the entries of "
@@ -402,6 +405,7 @@ def _cost(runs: Sequence[Run]) -> list[Markup]:
         ("generated tokens", [_count(run.last("num_generated_tokens")) for run in runs]),
         ("tokens read and generated", [_count(run.last("num_tokens")) for run in runs]),
         ("time in optimizer steps, rollouts included", [_duration(step_seconds(run)) for run in runs]),
+        ("of which rollouts were sampled", [_share(_sampling_share(run)) for run in runs]),
         ("time of the last session, evaluations included", [_duration(run.last("train_runtime")) for run in runs]),
         ("peak memory of a process", [_gib(run.last("memory/peak")) for run in runs]),
     ):
@@ -419,6 +423,16 @@ def step_seconds(run: Run) -> float | None:
     if not steps:
         return None
     return sum(mean * (step - before) for mean, step, before in zip(means, steps, [0, *steps], strict=False))
+
+
+def _sampling_share(run: Run) -> float | None:
+    sampling, steps = (dict(zip(*run.series(name), strict=True)) for name in ("sampling/step_time", "step_time"))
+    known = [step for step in sampling if step in steps]
+    return sum(sampling[step] for step in known) / sum(steps[step] for step in known) if known else None
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
 
 
 def _count(value: float | None) -> str:

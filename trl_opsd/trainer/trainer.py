@@ -262,7 +262,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._guard = SkipNonFiniteSteps()
         self.add_callback(self._guard)
         seen = self.teacher, self.signals, self.statistics["train"], args.divergence_clip
-        self.add_callback(StepCallback(*seen, self._begin_step))
+        self.add_callback(StepCallback(*seen, self._begin_step, self.sampler.take_seconds))
 
         data = dataset_summary(self.train_dataset, ("prompt", *self._data_columns))
         self.run_state = RunState(accelerator, args, data, {"model": initial, "teacher": self.teacher.fingerprint})
