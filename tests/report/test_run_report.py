@@ -69,7 +69,7 @@ def folder(tmp_path):
 def test_method_and_settings(folder):
     page = report(folder)
     assert "<title>OPSD: run</title>" in page
-    assert '<cite>A title</cite>, <a href="https://huggingface.co/papers/2601.18734">2601.18734</a>' in page
+    assert 'OPSD, <cite>A title</cite>, <a href="https://huggingface.co/papers/2601.18734">2601.18734</a>' in page
     assert "<pre>@misc{opsd}</pre>" in page
     assert row(page, "student") == ["student", "tiny"]
     differing, every = (its for its in tables(page) if its[0][0] == "setting")
@@ -169,7 +169,23 @@ def test_runs_lie_over_each_other(tmp_path):
     assert set(drawn) == {"a, student", "a, teacher", "$b$, student", "$b$, teacher"}
     assert drawn["a, student"][0] == drawn["a, teacher"][0] != drawn["$b$, student"][0]
     assert drawn["a, student"][1] == drawn["$b$, student"][1] != drawn["a, teacher"][1]
-    assert "$b$, student</text>" in report(a, b)  # not as mathematics
+    assert [one.get_text() for one in axes.get_legend().get_texts()] == ["student", "teacher"]
+    page = report(a, b)
+    for name, color in (("a", drawn["a, student"][0]), ("$b$", drawn["$b$, student"][0])):
+        assert f'<span style="color: {color}">━━</span> {name}' in page
+    assert page.count("<cite>") == 0
+
+
+def test_a_method_is_cited_once(tmp_path):
+    a, b = (make_run(tmp_path / name, steps(1.0), sessions=[session()]) for name in "ab")
+    page = report(a, b)
+    assert "<p>a, b: OPSD, <cite>A title</cite>" in page
+    assert page.count("<pre>@misc{opsd}</pre>") == 1
+
+
+def test_names_are_no_mathematics(tmp_path):
+    log = steps(1.0, 0.5, **{"rewards/$a$/mean": 1.0, "rewards/$b$/mean": 0.5})
+    assert "$a$</text>" in report(make_run(tmp_path / "run", log))
 
 
 def test_evaluations_of_the_loss_are_points(tmp_path):

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .plots import COLORS, new_figure
+from .plots import COLORS, GREY, new_figure
 from .runs import Run
 
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# As many runs are told apart
+RUN_COLORS = (*COLORS, "#56b4e9", "#e69f00", "#8c6d5b")
 _STYLES = ("-", "--", ":", "-.")
 # Points that a curve of a panel has at most: means of neighbouring entries, if there are more
 _MOST_POINTS = 400
@@ -135,8 +137,9 @@ def other_panels(runs: Sequence[Run]) -> list[Panel]:
 
 def draw(panel: Panel, runs: Sequence[Run]) -> "Figure":
     """
-    Draws a panel. One run has a colour for each metric; several have a colour each and a line style for each metric.
-    What was measured in evaluations, whose names start with `eval_`, is drawn as points.
+    Draws a panel. One run has a colour for each metric; several have a colour of `RUN_COLORS` each, which the legend
+    leaves to the page, and a line style for each metric. What was measured in evaluations, whose names start with
+    `eval_`, is drawn as points.
 
     Args:
         panel ([`Panel`]):
@@ -148,9 +151,11 @@ def draw(panel: Panel, runs: Sequence[Run]) -> "Figure":
         [`~matplotlib.figure.Figure`]:
             The panel.
     """
+    from matplotlib.lines import Line2D
+
     figure, axes = new_figure(3.8, 2.5)
     scale = 100 if panel.unit == "%" else 1
-    for run, of_run in zip(runs, cycle(COLORS), strict=False):
+    for run, of_run in zip(runs, cycle(RUN_COLORS), strict=False):
         for (name, label), of_metric, style in zip(panel.curves.items(), cycle(COLORS), cycle(_STYLES), strict=False):
             color, line = (of_metric, "-") if len(runs) == 1 else (of_run, style)
             parts = [run.name] * (len(runs) > 1) + [label] * (len(runs) == 1 or len(panel.curves) > 1)
@@ -161,11 +166,15 @@ def draw(panel: Panel, runs: Sequence[Run]) -> "Figure":
     axes.grid(alpha=0.25)
     if panel.unit in ("%", "tokens"):
         axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1)
-    handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 1:
-        legend = axes.legend(handles, labels, frameon=False, fontsize=8, loc="best")
+    if len(runs) > 1:
+        styles = zip(panel.curves.values(), cycle(_STYLES), strict=False)
+        handles: list[Any] = [Line2D([], [], color=GREY, linestyle=style, label=label) for label, style in styles]
+    else:
+        handles = axes.get_legend_handles_labels()[0]
+    if len(handles) > 1:
+        legend = axes.legend(handles=handles, frameon=False, fontsize=8, loc="best")
         for text in legend.get_texts():
-            text.set_parse_math(False)  # a run's name may have dollars
+            text.set_parse_math(False)  # a metric's name may have dollars
     return figure
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -13,7 +14,7 @@ from markupsafe import Markup
 from ..eval.compare import Comparison
 from ..eval.statistics import Estimate, student_t
 from .answers import Answers, answers, choose, sampled
-from .curves import Panel, benchmark_panels, draw, main_panels, missing_metrics, other_panels
+from .curves import RUN_COLORS, Panel, benchmark_panels, draw, main_panels, missing_metrics, other_panels
 from .evaluated import Evaluation, afterwards, difference, in_training
 from .evaluation import number, percent, points
 from .page import figure, page, table
@@ -136,13 +137,13 @@ def _came_of_it(run: Run) -> list[str]:
 
 def _settings(runs: Sequence[Run]) -> list[Markup]:
     parts = [heading("Settings")]
-    for run in runs:
-        if run.method:
-            text = '{}: <cite>{}</cite>, <a href="https://huggingface.co/papers/{}">{}</a>.'
-            name = run.name if len(runs) > 1 else run.method["name"]
-            cited = Markup(text).format(name, *(run.method[key] for key in ("title", "paper", "paper")))
-            parts.append(Markup("<p>{}</p>").format(cited))
-            parts.append(folded("BibTeX", [Markup("<pre>{}</pre>").format(run.method["citation"])]))
+    cited = {run.method["paper"]: run.method for run in runs if run.method}
+    for paper, method in cited.items():
+        of_it = [run.name for run in runs if run.method and run.method["paper"] == paper]
+        by = f"{', '.join(of_it)}: " if len(runs) > 1 else ""
+        text = '<p>{}{}, <cite>{}</cite>, <a href="https://huggingface.co/papers/{}">{}</a>.</p>'
+        parts.append(Markup(text).format(by, method["name"], method["title"], paper, paper))
+        parts.append(folded("BibTeX", [Markup("<pre>{}</pre>").format(method["citation"])]))
     silent = [run.name for run in runs if not run.sessions]
     if silent:
         parts.append(paragraph(f"The settings of {', '.join(silent)} are not known: the run left no record of them."))
@@ -221,10 +222,19 @@ def _curves(runs: Sequence[Run]) -> list[Markup]:
     if not panels:
         return []
     others = other_panels(runs)
-    parts = [heading("Curves"), _ends(panels, runs), _grid(panels, runs)]
+    parts = [heading("Curves"), _ends(panels, runs), *_key(runs), _grid(panels, runs)]
     if others:
         parts.append(folded(f"Everything else that was logged ({len(others)})", [_grid(others, runs)]))
     return parts
+
+
+def _key(runs: Sequence[Run]) -> list[Markup]:
+    """Which run has which colour."""
+    names = [
+        Markup('<span style="color: {}">━━</span> {}').format(color, run.name)
+        for run, color in zip(runs, cycle(RUN_COLORS), strict=False)
+    ]
+    return [Markup("<p>{}</p>").format(Markup("&emsp;").join(names))] if len(runs) > 1 else []
 
 
 def _ends(panels: Sequence[Panel], runs: Sequence[Run]) -> Markup:
@@ -290,7 +300,7 @@ def _evaluations(runs: Sequence[Run], later: Sequence[Evaluation]) -> list[Marku
         return []
     parts = [heading("Evaluations")]
     if panels := benchmark_panels(runs):
-        parts.append(_grid(panels, runs))
+        parts += [*_key(runs), _grid(panels, runs)]
     for benchmark in benchmarks:
         rows = []
         for run, its in zip(runs, while_training, strict=True):
