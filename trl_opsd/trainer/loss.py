@@ -15,6 +15,7 @@ from ..objective import (
     FusedDivergence,
     Head,
     Objective,
+    Readings,
     TopLogProbs,
     aggregation_weights,
     fused_divergence,
@@ -316,7 +317,7 @@ class SelfDistillationLoss:
         self,
         student: nn.Module,
         rows: dict[str, Any],
-        targets: tuple[torch.Tensor | TopLogProbs | None, Head | None],
+        targets: tuple[torch.Tensor | Readings | TopLogProbs | None, Head | None],
         policy: PolicyTerm | None,
     ) -> PassLoss:
         selected = rows["student_mask"].bool()
@@ -443,6 +444,7 @@ def make_loss(
         args.divergence_memory,
         args.divergence_kernel,
         teacher.shared_tokens(causal_lm(policy).config.get_text_config().vocab_size),
+        None if signals.target is None else signals.combine,
     )
     if accelerator.state.deepspeed_plugin is None and getattr(accelerator.state, "fsdp_plugin", None) is None:
         networks.check_logits(policy)  # sharded models run only wrapped
