@@ -44,7 +44,7 @@ finally:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
-    for command in (*METHODS, "distill", "eval", "compare", "generate", "bench", "env"):
+    for command in (*METHODS, "distill", "eval", "compare", "report", "generate", "bench", "env"):
         assert re.search(rf"^    {command}\s", done.stdout, re.MULTILINE), command
     assert re.search(r"opsdc +Train a model to reason in fewer tokens\.", done.stdout)
 

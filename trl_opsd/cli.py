@@ -17,6 +17,7 @@ from trl_opsd.methods import TRAINABLE, summary
 _OTHER_COMMANDS = {
     "eval": "Sample answers to benchmarks, grade them and sum them up.",
     "compare": "What changed between two evaluated runs.",
+    "report": "One page on a training run, or on several beside one another.",
     "generate": "Make a data set for `trl sft` or `trl dpo` from a model's own completions.",
     "bench": "Measure the loss and the training step beside their peers.",
     "env": "Print the versions that a bug report should name.",
@@ -70,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trl_opsd.scripts.compare import main as compare
 
         return compare(argv[1:])
+    if command == "report":
+        from trl_opsd.scripts.report import main as report
+
+        return report(argv[1:])
     if command == "generate":
         from trl_opsd.scripts.generate import main as generate
 

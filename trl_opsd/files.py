@@ -9,6 +9,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 
+# In the output folder of a training run: what it is
+TRAINING_RECORD = "training_run.json"
+
+
 @contextmanager
 def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
     """

@@ -2,7 +2,6 @@ import json
 import math
 import subprocess
 import sys
-from base64 import b64encode
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_opsd.data import load_rows
-from trl_opsd.playground import smollm2
+from trl_opsd.playground import smollm2, smollm2_page, smollm2_problems
 
 
 needs_reasoning_gym = pytest.mark.needs("reasoning_gym")
@@ -18,7 +17,7 @@ needs_reasoning_gym = pytest.mark.needs("reasoning_gym")
 
 @pytest.fixture(scope="module")
 def splits():
-    return smollm2.make_problems(60, 12, seed=1)
+    return smollm2_problems.make_problems(60, 12, seed=1)
 
 
 @pytest.fixture
@@ -46,7 +45,7 @@ def test_problems_have_what_the_trainer_reads(splits):
         assert row["answer"] not in ("", None)
         assert "####" not in row["solution"]
         # The solution ends with the answer, by the same reading that grades the model.
-        assert smollm2.is_right(row["solution"], row["answer"])
+        assert smollm2_problems.is_right(row["solution"], row["answer"])
 
 
 @needs_reasoning_gym
@@ -60,14 +59,14 @@ def test_held_out_problems_are_of_other_kinds(splits):
 
 @needs_reasoning_gym
 def test_problems_depend_on_the_seed_alone(splits):
-    assert smollm2.make_problems(60, 12, seed=1) == splits
-    assert smollm2.make_problems(60, 12, seed=2) != splits
+    assert smollm2_problems.make_problems(60, 12, seed=1) == splits
+    assert smollm2_problems.make_problems(60, 12, seed=2) != splits
 
 
 def test_sound_solution_is_kept():
     worked = "She has 2 bags of 3, 2 * 3 = 6.\nWith £1,002 - £1,000 = 2 more that is 6+2=8.\n#### 8"
     expected = worked.replace("#### 8", "The answer is 8.")
-    assert smollm2.worked_solution(problem(worked), Scorer()) == expected
+    assert smollm2_problems.worked_solution(problem(worked), Scorer()) == expected
 
 
 @pytest.mark.parametrize(
@@ -84,13 +83,13 @@ def test_sound_solution_is_kept():
     ],
 )
 def test_flawed_solution_is_dropped(worked):
-    assert smollm2.worked_solution(problem(worked), Scorer()) is None
+    assert smollm2_problems.worked_solution(problem(worked), Scorer()) is None
 
 
 def test_later_step_of_a_longer_calculation_is_no_flaw():
     # Out of its place, 2 - 2 = 8 would be wrong.
     worked = "5 * 2 - 2 = 8\n#### 8"
-    assert smollm2.worked_solution(problem(worked), Scorer()) is not None
+    assert smollm2_problems.worked_solution(problem(worked), Scorer()) is not None
 
 
 @pytest.mark.parametrize(
@@ -105,7 +104,7 @@ def test_later_step_of_a_longer_calculation_is_no_flaw():
     ],
 )
 def test_last_number_is_the_answer(text, answer, right):
-    assert smollm2.is_right(text, answer) is right
+    assert smollm2_problems.is_right(text, answer) is right
 
 
 def test_reward_keeps_the_rollouts_it_grades():
@@ -129,11 +128,11 @@ def test_reward_keeps_the_rollouts_it_grades():
 @needs_reasoning_gym
 def test_data_are_written_once(tmp_path, console):
     folder = tmp_path / "data"
-    smollm2.prepare_data(folder, console, num_train=20, num_test=4)
+    smollm2_problems.prepare_data(folder, console, num_train=20, num_test=4)
     assert len(load_rows(str(folder), split="train")) == 20
     assert len(load_rows(str(folder), split="test")) == 4
     (folder / "test.jsonl").write_text("mine")
-    smollm2.prepare_data(folder, console, num_train=20, num_test=4)
+    smollm2_problems.prepare_data(folder, console, num_train=20, num_test=4)
     assert (folder / "test.jsonl").read_text() == "mine"
     assert "used again" in console.export_text()
 
@@ -141,12 +140,12 @@ def test_data_are_written_once(tmp_path, console):
 def test_interrupted_preparation_leaves_nothing_that_looks_finished(tmp_path, console, monkeypatch):
     folder = tmp_path / "data"
     rows = {"train": [{"prompt": "p"}], "test": [{"prompt": object()}]}
-    monkeypatch.setattr(smollm2, "make_problems", lambda *_: rows)
+    monkeypatch.setattr(smollm2_problems, "make_problems", lambda *_: rows)
     with pytest.raises(TypeError):
-        smollm2.prepare_data(folder, console)
+        smollm2_problems.prepare_data(folder, console)
     assert not folder.exists()
     rows["test"] = [{"prompt": "q"}]
-    smollm2.prepare_data(folder, console)
+    smollm2_problems.prepare_data(folder, console)
     assert (folder / "test.jsonl").read_text() == '{"prompt": "q"}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
@@ -227,7 +226,8 @@ def test_demo_leaves_a_model_results_and_a_page(tmp_path, small_run, console, me
     AutoModelForCausalLM.from_pretrained(out / "model")
     assert AutoTokenizer.from_pretrained(out / "model").chat_template is not None
     page = (out / "index.html").read_text()
-    assert b64encode((out / "plot.png").read_bytes()).decode() in page
+    assert "divergence from the teacher (nats per token)</text>" in page
+    assert "<figcaption>Length of rollouts: " in page
     assert f"{fixed['divergence'][-1]:.3f}" in page
     assert results["examples"][0]["problem"] in page
     assert "4 held-out problems" in console.export_text()
@@ -259,7 +259,7 @@ def made_results(**overrides):
 
 @pytest.mark.needs("matplotlib")
 def test_plot_shows_three_divergences():
-    [axes] = smollm2.plot(made_results()).axes
+    [axes] = smollm2_page.plot(made_results()).axes
     curves = {line.get_label(): [list(values) for values in line.get_data()] for line in axes.lines}
     assert curves == {
         "training batches": [[1, 2], [0.6, 0.55]],
@@ -281,10 +281,11 @@ def test_the_demos_own_grader_is_not_replaced(small_run):
 def test_page_shows_model_output_as_text(tmp_path):
     example = {"problem": "2 < 3?", "answer": "1", "before": "yes", "after": "<script>alert(1)</script>"}
     results = made_results(examples=[example])
-    smollm2.write_results_page(results, tmp_path)
+    (tmp_path / "trainer_state.json").write_text('{"log_history": []}')
+    smollm2_page.write_results_page(results, tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert "<script>" not in page
+    assert "<script>alert" not in page
     assert "-0.100 ± 0.020" in page
     assert "it fell on 75 %" in " ".join(page.split())
 

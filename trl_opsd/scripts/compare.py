@@ -4,9 +4,10 @@ import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from trl_opsd.report.plots import check_matplotlib
 
 
 # Settings that change what a model samples, whatever the model
@@ -76,8 +77,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _compare(base: Path, new: Path, output_dir: Path | None, common_only: bool) -> None:
     if output_dir is not None:
-        if find_spec("matplotlib") is None:
-            raise ValueError("`--output_dir` needs matplotlib for the plots: pip install 'trl-opsd[eval]'.")
+        check_matplotlib()
         output_dir.mkdir(parents=True, exist_ok=True)
     settings = [_read_settings(folder) for folder in (base, new)]
     versions = {version for one in settings if (version := _flatten(one).get("settings.scorer_version"))}

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, cast
 
 from trl_opsd.eval.arguments import EvalArguments
 from trl_opsd.help import versions_of
+from trl_opsd.report.plots import check_matplotlib
 from trl_opsd.scripts.recipe import RecipeParser
 
 
@@ -116,8 +116,7 @@ def run(arguments: EvalArguments) -> "list[Summary]":
     from trl_opsd.eval.run_folder import SampleFile
     from trl_opsd.files import locked
 
-    if find_spec("matplotlib") is None:
-        raise ValueError("The plots need matplotlib: pip install 'trl-opsd[eval]'.")
+    check_matplotlib()
     problems = {benchmark.name: benchmark.problems(arguments.limit) for benchmark in _benchmarks(arguments)}
     tokenizer = arguments.load_tokenizer()
     template = arguments.chat_template_path

@@ -189,6 +189,7 @@ def make_trainer(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    trainer.record.inputs = [script_args, model_args]
     if benchmarks is not None:
         from trl_opsd.eval.in_training import BenchmarkCallback
 

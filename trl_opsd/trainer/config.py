@@ -1,6 +1,6 @@
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import MISSING, Field, dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from inspect import cleandoc, signature
 from typing import Any, ClassVar, Self, cast, get_args, get_type_hints
@@ -402,6 +402,9 @@ class SelfDistillationConfig(GRPOConfig):
             raise TypeError(
                 f"{type(self).__name__} states defaults, and needs the decorator `@dataclass` to have them."
             )
+        # Before any is derived from others
+        names = [one.name for one in fields(self) if one.init]
+        self.chosen = {name for name in names if getattr(self, name) != _default_of(type(self), name)}
         self.has_default_completion_length = isinstance(self.max_completion_length, _DefaultLength)
         if self.has_default_completion_length:
             self.max_completion_length = int(cast(int, self.max_completion_length))

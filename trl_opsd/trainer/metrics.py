@@ -1,12 +1,19 @@
 """What is logged: sums and counts, reduced over processes once per optimizer step."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from ..objective import FusedDivergence
 from ..sampling.loops import is_repetitive
+
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
 
 
 class Metrics:
@@ -147,6 +154,26 @@ def add_contexts(metrics: Metrics, batch: Mapping[str, torch.Tensor], num_empty:
     metrics.add_rate("empty_completion_rate", empty, num_rows)
     metrics.add_rate("teacher_prompts/mean_length", lengths.sum(), has_context.sum())
     metrics.add_maximum("teacher_prompts/max_length", lengths)
+
+
+def add_peak_memory(metrics: Metrics, device: torch.device) -> None:
+    """
+    Add the most memory that this process has held so far, in GiB: what PyTorch has allocated on a GPU, elsewhere the
+    resident memory.
+
+    Args:
+        metrics ([`Metrics`]):
+            Where it goes.
+        device (`torch.device`):
+            Device of the policy.
+    """
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    elif resource is None:
+        return
+    else:  # in KiB, but for macOS
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    metrics.add_maximum("memory/peak", torch.tensor([peak / 2**30], device=device))
 
 
 def add_degeneration(

@@ -1,7 +1,8 @@
 """Who samples: the engine of the rollouts, made ready for a run and asked for more than rollouts."""
 
+import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -79,6 +80,7 @@ class PolicySampler:
         self._end_token_ids = end_token_ids
         self._where = where
         self._teacher_settings = teacher_settings
+        self._seconds = 0.0
         self._draws = Draws(args.seed, sampler_index(args, accelerator.process_index), accelerator.device)
 
     def prepare(
@@ -124,10 +126,19 @@ class PolicySampler:
 
     def turn(self, *asked: Any) -> tuple[list[list[int]], Any]:
         """What GRPOTrainer samples for a turn, see `generate`."""
-        if self._engine is None or self._args.vllm_mode == "server":
-            return self._generate(*asked)
-        with self._draws(*self._where()):
-            return self._generate(*asked)
+        step, is_training = self._where()
+        draws = self._engine is not None and self._args.vllm_mode != "server"
+        started = time.perf_counter()
+        with self._draws(step, is_training) if draws else nullcontext():
+            sampled = self._generate(*asked)
+        if is_training:
+            self._seconds += time.perf_counter() - started
+        return sampled
+
+    def take_seconds(self) -> float:
+        """Seconds that rollouts of the training took, since this was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def sample(self, prompt_ids: list[list[int]], sampling: Sampling, stream: int) -> list[list[int]]:
         """Completions of the policy by other settings, see [`SelfDistillationTrainer.sample`]."""

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from ..help import did_you_mean
 from ..signal import Signals
 from ..teacher import Teacher
-from .metrics import Metrics
+from .metrics import Metrics, add_peak_memory
 
 
 class StepCallback(TrainerCallback):
@@ -23,17 +23,26 @@ class StepCallback(TrainerCallback):
         signals ([`Signals`]):
             Have schedules.
         metrics ([`Metrics`]):
-            What the schedules see of a step.
+            What the schedules see of a step, and where goes what it took.
         clip (`float`, *optional*):
             Clip of the divergence.
         mark (`Callable[[], None]`):
             Notes where a step begins.
+        take_seconds (`Callable[[], float]`):
+            Gives the seconds that sampling took since it was last asked.
     """
 
     def __init__(
-        self, teacher: Teacher, signals: Signals, metrics: Metrics, clip: float | None, mark: Callable[[], None]
+        self,
+        teacher: Teacher,
+        signals: Signals,
+        metrics: Metrics,
+        clip: float | None,
+        mark: Callable[[], None],
+        take_seconds: Callable[[], float],
     ):
         self._teacher, self._signals, self._metrics, self._mark = teacher, signals, metrics, mark
+        self._take_seconds = take_seconds
         self._clip, self._has_warned, self._has_measured = clip, False, False
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -44,6 +53,9 @@ class StepCallback(TrainerCallback):
         self._teacher.on_step_end(state.global_step)
         self._signals.observe(state.global_step, self._metrics.latest)
         self._report_unmeasured(self._metrics.latest)
+        add_peak_memory(self._metrics, args.device)
+        seconds = torch.tensor([self._take_seconds(), 1.0], device=args.device)
+        self._metrics.add_rate("sampling/step_time", *seconds)
         self._mark()  # where the next one begins
 
     def _report_unmeasured(self, measured: Mapping[str, float]) -> None:

@@ -71,6 +71,7 @@ from .metrics import Metrics
 from .policy import GRPOLoss
 from .preparation import Prepared, checked_arguments, checked_rows, prepare
 from .prompts import PromptExchange, settled
+from .record import RunRecord
 from .rewards import added_feedback, all_feedback, forget_rewards, graded, hand_policy, no_reward
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
 from .sampler import PolicySampler
@@ -179,6 +180,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._prepare_sampling(run)
         self._prepare_loss(run, getattr(peft_config, "init_lora_weights", False) in (True, "gaussian"))
         hand_policy(self.reward_funcs, self.model, self._tokenizer, self.tokenize_prompts, args)
+        self.record = RunRecord(self)
+        self.add_callback(self.record)
 
     def _settle_rewards(self, run: Prepared, environment_factory: Any) -> None:
         names = ("reward_funcs", "reward_func_names", "reward_processing_classes", "reward_weights")
@@ -259,7 +262,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.guards.watch(lambda: self.statistics["train"].latest)
         self.add_callback(self.guards)
         seen = self.teacher, self.signals, self.statistics["train"], args.divergence_clip
-        self.add_callback(StepCallback(*seen, self._begin_step))
+        self.add_callback(StepCallback(*seen, self._begin_step, self.sampler.take_seconds))
 
         data = dataset_summary(self.train_dataset, ("prompt", *self._data_columns))
         self.run_state = RunState(accelerator, args, data, {"model": initial, "teacher": self.teacher.fingerprint})
@@ -411,8 +414,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         num_micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
         num_generation_batches = self.args.steps_per_generation if mode == "train" else 1
-        policy = self.grpo_loss.term(model, mode)
-        result = self.loss(model, inputs, num_micro_batches, num_generation_batches, policy)
+        result = self.loss(model, inputs, num_micro_batches, num_generation_batches, self.grpo_loss.term(model, mode))
         # Weights that have moved since the rollouts were sampled are not the sampler's
         is_fresh = mode == "eval" or self.state.global_step == self._generation_step
         self.loss.add_metrics(self.statistics[mode], result, self.args.sampler_is_comparable and is_fresh)
