@@ -187,6 +187,8 @@ def test_grpo_takes_part_and_needs_groups(settings, seen):
     losses.clear()
     serve("self-distillation", settings, Commands("warmup", "time", "time"))
     assert with_grpo[1] != pytest.approx(losses[1], rel=1e-6)
+    with pytest.raises(CannotRun, match=r"groups of 4 rollouts: set `--num_rollouts` to a multiple of 4"):
+        CONTENDERS["method-rlcsd"](StepCase(**{**settings, "num_rollouts": 6}))
     with pytest.raises(CannotRun, match="num_generations"):
         CONTENDERS["self-distillation+grpo"](StepCase(**{**settings, "num_generations": 1}))
 
@@ -213,9 +215,9 @@ PASSES = {
     "correct_only": (1, 1),
     "rlsd": (1, 2),
     "rlrt": (1, 2),
-    "trace": (1, 0),  # random weights mark no spans, and without any the teacher is not asked
+    "trace": (1, 1),
     "resd": (1, 1),
-    "rlcsd": (1, 2),  # without peers of both kinds, no more
+    "rlcsd": (1, 4),  # of 4 rollouts, right ones are read after two wrong peers and wrong ones after one
     "dasd": (1, 2),
     "antisd": (1, 2),
     "antisd_code": (1, 2),
@@ -246,8 +248,7 @@ def test_methods_take_the_passes_that_their_formulas_need(name, settings, monkey
             return super().receive()
 
     monkeypatch.setattr(Qwen3Model, "forward", counting)
-    size = 4 if name == "stable_opd" else settings["num_generations"]
-    serve(f"method-{name}", {**settings, "num_steps": 2, "num_generations": size}, Steps("warmup", "time"))
+    serve(f"method-{name}", {**settings, "num_steps": 2}, Steps("warmup", "time"))
     steps = [(new[0] - old[0], new[1] - old[1]) for old, new in pairwise(seen)]
     assert steps == [PASSES[name]] * 2
 
