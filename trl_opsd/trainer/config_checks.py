@@ -184,8 +184,8 @@ def check_mean_over_sequences(args: "SelfDistillationConfig") -> None:
     """
     if args.loss_type != "grpo":
         raise ValueError(
-            f"The weights of tokens of {type(args).__name__} are made for `loss_type='grpo'`, the mean over rollouts of "
-            f"their means, and `loss_type={args.loss_type!r}` takes another. Leave it at its default."
+            f"The weights of tokens of {type(args).__name__} are made for `loss_type='grpo'`, the mean over rollouts "
+            f"of their means, and `loss_type={args.loss_type!r}` takes another. Leave it at its default."
         )
 
 
