@@ -145,13 +145,18 @@ def test_contenders_take_steps(name, lora, sample, settings):
     assert memory["peak_bytes"] >= memory["peak_learning_bytes"]
 
 
-def test_nothing_is_sampled_from_given_rollouts(settings, monkeypatch):
+@pytest.fixture
+def no_sampling(monkeypatch):
     def generate(*args, **kwargs):
         raise AssertionError("it was sampled")
 
     monkeypatch.setattr("transformers.generation.utils.GenerationMixin.generate", generate)
-    for name in CONTENDERS:
-        serve(name, {**settings, "num_steps": 1, "num_generations": 4}, Commands("time"))
+
+
+@pytest.mark.parametrize("name", StepArguments.all_contenders)
+def test_nothing_is_sampled_from_given_rollouts(name, settings, no_sampling):
+    """Nor by the methods, see below."""
+    serve(name, {**settings, "num_steps": 1, "num_generations": 4}, Commands("time"))
 
 
 def test_all_compute_the_same_loss_on_the_same_tokens(settings, seen):
@@ -234,7 +239,7 @@ PASSES = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_methods_take_the_passes_that_their_formulas_need(name, settings, monkeypatch):
+def test_methods_take_the_passes_that_their_formulas_need(name, settings, no_sampling, monkeypatch):
     counts, seen = Counter(), []
     forward = Qwen3Model.forward
 

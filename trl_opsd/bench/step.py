@@ -333,7 +333,7 @@ def method(case: StepCase, name: str) -> Contender:
     from trl_opsd import SelfDistillationTrainer
 
     config = config_class(name)
-    case = _in_groups(case, _LEAST_GENERATIONS.get(name, min(config.num_generations, 2)))
+    case = _in_groups(case, _LEAST_GENERATIONS.get(name, min(config.num_generations or 1, 2)))
     arguments = _arguments(case)
     if config.teacher == "external":
         if case.random_weights:

@@ -62,7 +62,7 @@ class RLCSDConfig(
         status="seen-paper",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_mean_over_sequences(self)
 

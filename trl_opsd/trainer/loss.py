@@ -181,11 +181,11 @@ class SelfDistillationLoss:
             outputs.append(output)
         loss = torch.stack([output.loss for output in outputs]).sum() / num_micro_batches
         divergence = joined([output.divergence for output in outputs])
-        of_tokens = (
+        likelihood, log_probs, entropies = (
             torch.cat([getattr(output, name) for output in outputs])
             for name in ("likelihood", "log_probs", "entropies")
         )
-        return MicroBatchLoss(loss, divergence, *of_tokens, passes)
+        return MicroBatchLoss(loss, divergence, likelihood, log_probs, entropies, passes)
 
     def add_metrics(self, metrics: Metrics, result: MicroBatchLoss, compares_sampler: bool) -> None:
         """
