@@ -99,7 +99,10 @@ def loss_and_gradient(
 def plain(model: torch.nn.Module) -> torch.nn.Module:
     """A copy in float64. A `forward` that a trainer has patched would go on to call the original's."""
     model = copy.deepcopy(model).double()
-    model.__dict__.pop("forward", None)
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+        if hasattr(module, "set_experts_implementation"):
+            module.set_experts_implementation("eager")  # the others know no float64
     return model
 
 

@@ -50,6 +50,8 @@ class Networks:
             See [`~trl_opsd.objective.fused_divergence`].
         kernel (`str`, *optional*):
             See there.
+        num_tokens (`int`, *optional*):
+            Tokens of the vocabulary that are looked at, the first ones, if not all.
         combine (`Callable`, *optional*):
             What is made of three readings of the teacher. `None` has it read one prompt.
     """
@@ -65,6 +67,7 @@ class Networks:
         temperature: float,
         memory_budget: float | None,
         kernel: str | None,
+        num_tokens: int | None = None,
         combine: Combine | None = None,
     ):
         self.teacher = teacher
@@ -76,11 +79,16 @@ class Networks:
         self._temperature = temperature
         self._memory_budget = memory_budget
         self._kernel = kernel
+        self._num_tokens = num_tokens
         self._combine = combine
         # Where parameters are gathered, every process has to run as many forward passes
         self._is_sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None or is_deepspeed_zero3_enabled()
         self._forward_redirection = _ForwardRedirection()
         self.has_checked_logits = False
+
+    def whole(self, head: Head) -> Head:
+        """A head of which every tensor is here, over the tokens that are looked at."""
+        return unsharded(head, self._num_tokens)
 
     def within(self, model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function of the unwrapped model and `args` inside the wrapped one's forward."""
@@ -198,7 +206,7 @@ class Networks:
         hidden = self.states(model, input_ids, attention_mask, selected)
         head = head_of(model)
         with maybe_gather_lm_head_ctx(head.weight, head.bias), self._accelerator.autocast():
-            head = unsharded(head)
+            head = self.whole(head)
             token_ids = input_ids[:, input_ids.size(1) - selected.size(1) :][selected].to(head.weight.device)
             found = tokens_in_top_k(hidden.to(head.weight.device), head, token_ids, k, self._memory_budget)
             return torch.zeros_like(selected).masked_scatter(selected, found.to(selected.device))
@@ -326,7 +334,7 @@ class Networks:
         self, _: nn.Module, hidden: torch.Tensor, head: Head, rows: dict[str, Any], selected: torch.Tensor
     ) -> torch.Tensor:
         with maybe_gather_lm_head_ctx(head.weight, head.bias), self._accelerator.autocast():
-            return self.log_probs_of(hidden, unsharded(head), rows["completion_ids"][selected], selected)[0]
+            return self.log_probs_of(hidden, self.whole(head), rows["completion_ids"][selected], selected)[0]
 
     def sequences(
         self, rows: dict[str, Any], prompt: str, tokens: torch.Tensor
@@ -411,7 +419,7 @@ class Networks:
         head = head_of(model)
         with maybe_gather_lm_head_ctx(head.weight, head.bias), self._accelerator.autocast():
             token_ids = input_ids[:, -selected.size(1) :][selected]
-            return self.log_probs_of(hidden, unsharded(head), token_ids, selected)
+            return self.log_probs_of(hidden, self.whole(head), token_ids, selected)
 
     def log_probs_of(
         self, hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, selected: torch.Tensor

@@ -91,6 +91,10 @@ class Teacher(ABC):
             assert module is not None
             return read(module)
 
+    def shared_tokens(self, num_tokens: int) -> int | None:
+        """The first tokens of the vocabulary that it shares with a policy of `num_tokens`, if these are not all."""
+        return None
+
     def on_step_end(self, step: int) -> None:
         """Called on every process after optimizer step number `step`."""
 
