@@ -5,8 +5,8 @@ from typing import ClassVar
 import torch
 
 from ..signal import Advantage, Batch, TokenScores
+from ..trainer.checks.settings import check_mean_over_sequences
 from ..trainer.config import SelfDistillationConfig
-from ..trainer.config_checks import check_mean_over_sequences
 from ..trainer.method import Method
 
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 
 from ..signal import Advantage, Batch, TokenScores, TokenWeighting
+from ..trainer.checks.settings import check_mean_over_sequences
 from ..trainer.config import SelfDistillationConfig
-from ..trainer.config_checks import check_mean_over_sequences
 from ..trainer.method import Method
 
 
