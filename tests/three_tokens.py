@@ -33,9 +33,9 @@ def make_batch(mask, spans=None, **given):
     values = {"rewards": torch.as_tensor(values["correct"]).float()} | values
     columns = {name: torch.as_tensor(value).view(-1, 1).expand_as(column) for name, value in values.items()}
     columns = {"success_rate": group(columns["rewards"]).mean(1, keepdim=True)} | columns
-    columns = {"prompt_keys": (torch.arange(len(mask)) // size).view(-1, 1)} | columns
+    keys = columns.pop("prompt_keys", (torch.arange(len(mask)) // size).view(-1, 1))
     ids = torch.ones_like(mask, dtype=torch.int64)
-    return Batch(ids, mask, **columns, spans=spans or {}, **of_all, group=group)
+    return Batch(ids, mask, **columns, spans=spans or {}, read_prompt_keys=lambda: keys, **of_all, group=group)
 
 
 def advantages_of(part, advantage, scores, correct=True):

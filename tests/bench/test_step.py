@@ -145,13 +145,18 @@ def test_contenders_take_steps(name, lora, sample, settings):
     assert memory["peak_bytes"] >= memory["peak_learning_bytes"]
 
 
-def test_nothing_is_sampled_from_given_rollouts(settings, monkeypatch):
+@pytest.fixture
+def no_sampling(monkeypatch):
     def generate(*args, **kwargs):
         raise AssertionError("it was sampled")
 
     monkeypatch.setattr("transformers.generation.utils.GenerationMixin.generate", generate)
-    for name in CONTENDERS:
-        serve(name, {**settings, "num_steps": 1, "num_generations": 4}, Commands("time"))
+
+
+@pytest.mark.parametrize("name", StepArguments.all_contenders)
+def test_nothing_is_sampled_from_given_rollouts(name, settings, no_sampling):
+    """Nor by the methods, see below."""
+    serve(name, {**settings, "num_steps": 1, "num_generations": 4}, Commands("time"))
 
 
 def test_all_compute_the_same_loss_on_the_same_tokens(settings, seen):
@@ -187,6 +192,8 @@ def test_grpo_takes_part_and_needs_groups(settings, seen):
     losses.clear()
     serve("self-distillation", settings, Commands("warmup", "time", "time"))
     assert with_grpo[1] != pytest.approx(losses[1], rel=1e-6)
+    with pytest.raises(CannotRun, match=r"groups of 4 rollouts: set `--num_rollouts` to a multiple of 4"):
+        CONTENDERS["method-rlcsd"](StepCase(**{**settings, "num_rollouts": 6}))
     with pytest.raises(CannotRun, match="num_generations"):
         CONTENDERS["self-distillation+grpo"](StepCase(**{**settings, "num_generations": 1}))
 
@@ -213,9 +220,9 @@ PASSES = {
     "correct_only": (1, 1),
     "rlsd": (1, 2),
     "rlrt": (1, 2),
-    "trace": (1, 0),  # random weights mark no spans, and without any the teacher is not asked
+    "trace": (1, 1),
     "resd": (1, 1),
-    "rlcsd": (1, 2),  # without peers of both kinds, no more
+    "rlcsd": (1, 4),  # of 4 rollouts, right ones are read after two wrong peers and wrong ones after one
     "dasd": (1, 2),
     "antisd": (1, 2),
     "antisd_code": (1, 2),
@@ -232,7 +239,7 @@ PASSES = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_methods_take_the_passes_that_their_formulas_need(name, settings, monkeypatch):
+def test_methods_take_the_passes_that_their_formulas_need(name, settings, no_sampling, monkeypatch):
     counts, seen = Counter(), []
     forward = Qwen3Model.forward
 
@@ -246,8 +253,7 @@ def test_methods_take_the_passes_that_their_formulas_need(name, settings, monkey
             return super().receive()
 
     monkeypatch.setattr(Qwen3Model, "forward", counting)
-    size = 4 if name == "stable_opd" else settings["num_generations"]
-    serve(f"method-{name}", {**settings, "num_steps": 2, "num_generations": size}, Steps("warmup", "time"))
+    serve(f"method-{name}", {**settings, "num_steps": 2}, Steps("warmup", "time"))
     steps = [(new[0] - old[0], new[1] - old[1]) for old, new in pairwise(seen)]
     assert steps == [PASSES[name]] * 2
 

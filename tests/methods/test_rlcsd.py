@@ -9,6 +9,7 @@ from tiny import make_model
 
 from trl_opsd import RLCSDConfig, SelfDistillationTrainer
 from trl_opsd.context import PeersContext, Rollouts
+from trl_opsd.methods import config_class
 from trl_opsd.methods.rlcsd import Contrast
 from trl_opsd.trainer.checks.parts import check_parts_and_context
 
@@ -193,3 +194,8 @@ def test_a_server_does_not_contrast(make_trainer):
 def test_nothing_to_contrast_with(make_trainer, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(**settings)
+
+
+def test_another_mean_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="are made for `loss_type='grpo'`"):
+        config_class("rlcsd")(str(tmp_path), use_cpu=True, bf16=False, loss_type="dapo")

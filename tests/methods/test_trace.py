@@ -7,6 +7,7 @@ from three_tokens import make_batch
 from tiny import make_model
 
 from trl_opsd import SelfDistillationTrainer, TRACEConfig
+from trl_opsd.methods import config_class
 from trl_opsd.methods.trace import InSpans, OffSpans
 from trl_opsd.serving import ServerError
 
@@ -223,3 +224,8 @@ def test_a_server_that_fails_ends_the_run_after_a_checkpoint(make_trainer, tmp_p
 def test_a_context_without_spans(make_trainer):
     with pytest.raises(ValueError, match=r"`privileged_context='solution'` marks none\. Set it to 'diagnosis'"):
         make_trainer(privileged_context="solution", context_kwargs=None)
+
+
+def test_another_mean_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="are made for `loss_type='grpo'`"):
+        config_class("trace")(str(tmp_path), use_cpu=True, bf16=False, loss_type="dapo")

@@ -7,6 +7,7 @@ from tiny import make_model
 from trl import GRPOTrainer
 
 from trl_opsd import OPSDConfig, OPSDTrainer
+from trl_opsd.trainer import signals
 from trl_opsd.trainer.signals import _of_the_group, prompt_key, prompt_keys
 
 
@@ -98,6 +99,13 @@ def test_keys_of_prompts_do_not_depend_on_padding():
     assert found[0] == narrow[0] == prompt_key([0, 5])
     assert found[1] == prompt_key([5, 0]) != found[0]
     assert prompt_keys(ids, torch.tensor([[0, 0, 1], [0, 1, 0]])).unique().numel() == 1
+
+
+def test_prompts_are_told_apart_once_a_group(monkeypatch):
+    asked = []
+    monkeypatch.setattr(signals, "prompt_key", lambda ids: asked.append(ids) or 7)
+    assert prompt_keys(torch.tensor([[0, 5]] * 4), torch.tensor([[0, 1]] * 4)).tolist() == [[7]] * 4
+    assert asked == [[5]]
 
 
 @pytest.mark.parametrize("process_index", [0, 1])

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import make_model
+from trl import GRPOConfig, GRPOTrainer
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.objective import FusedDivergence
@@ -162,6 +163,24 @@ class TestLog:
         assert composed["entropy"] == pytest.approx(without["entropy"], rel=1e-6)
         assert composed["entropy_gap"] == pytest.approx(composed["entropy"] - composed["teacher_entropy"], abs=1e-5)
         assert "kl" in composed
+
+    def test_entropy_without_a_divergence_is_grpos(self, log, dataset, tokenizer, training_args):
+        """Whatever the micro-batches."""
+        settings = {"num_generations": 4, "divergence_coef": 0.0, "policy_loss_coef": 1.0, "learning_rate": 0.0}
+        split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        trainer = GRPOTrainer(
+            make_model(tokenizer),
+            reward_funcs=length_reward,
+            args=GRPOConfig(**{**training_args, "num_generations": 4, "max_steps": 1, "shuffle_dataset": False}),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            rollout_func=word_rollouts,
+        )
+        torch.manual_seed(0)
+        trainer.train()
+        expected = pytest.approx(trainer.state.log_history[0]["entropy"], rel=1e-4)
+        for more in ({}, split, {"max_tokens_per_microbatch": 300}):
+            assert log(dataset, **settings, **more)["entropy"] == expected
 
     def test_micro_batches_without_a_context_do_not_count(self, log, dataset):
         """With one row a micro-batch, half of them score nothing."""

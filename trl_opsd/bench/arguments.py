@@ -212,7 +212,8 @@ class StepArguments(BenchArguments):
         num_rollouts (`int`, *optional*, defaults to `4`):
             Rollouts of a step, all in one batch.
         num_generations (`int`, *optional*, defaults to `1`):
-            Rollouts of each prompt. `grpo`, `self-distillation+grpo` and many methods need 2 or more.
+            Rollouts of each prompt. `grpo` and `self-distillation+grpo` need 2 or more. A method that needs more than
+            this takes as many as it needs.
         prompt_tokens (`int`, *optional*, defaults to `64`):
             Length of every student prompt, in tokens.
         teacher_prompt_tokens (`int`, *optional*, defaults to `192`):

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce, wraps
 from importlib import import_module
 from operator import attrgetter
@@ -42,6 +42,8 @@ _TRAINERS = (
     "trl.trainer.distillation_trainer",
     "trl.trainer.grpo_trainer",  # which ours loads with
 )
+# Least rollouts of a prompt: for right and wrong ones among the others of each, or for gold among four
+_LEAST_GENERATIONS = {"rlcsd": 4, "stable_opd": 4}
 PARTS = ("preparation", "forward", "backward", "optimizer")
 
 
@@ -311,17 +313,36 @@ def grpo(case: StepCase) -> Contender:
     )
 
 
+def _in_groups(case: StepCase, size: int) -> StepCase:
+    """The case with as many rollouts of a prompt as a method needs, if it has fewer."""
+    if case.num_generations % size == 0:
+        return case
+    if case.num_rollouts % size:
+        raise CannotRun(f"it needs groups of {size} rollouts: set `--num_rollouts` to a multiple of {size}")
+    return replace(case, num_generations=size)
+
+
+def first_characters(row: dict[str, Any], rollout: Any) -> list[dict[str, Any]]:
+    """Marks the first half of a rollout, of which what is more than a context allows is cut off."""
+    kind = "key_formula" if rollout.correct else "sign_error"
+    return [{"start": 0, "end": len(rollout.text) // 2, "type": kind}]
+
+
 def method(case: StepCase, name: str) -> Contender:
     """[`SelfDistillationTrainer`] with the defaults of a method, every other rollout being rewarded."""
     from trl_opsd import SelfDistillationTrainer
 
-    config, arguments = config_class(name), _arguments(case)
+    config = config_class(name)
+    case = _in_groups(case, _LEAST_GENERATIONS.get(name, min(config.num_generations or 1, 2)))
+    arguments = _arguments(case)
     if config.teacher == "external":
         if case.random_weights:
             raise CannotRun("its teacher is loaded a second time, which random weights are not")
         arguments["teacher_model_name_or_path"] = case.model
     if name == "u_opsd":  # random tokens hold no answers, so that each text is one
         arguments["context_kwargs"] = {"answer_of": "builtins.str", "same_answer": "operator.eq", "threshold": 0.0}
+    if config.privileged_context == "diagnosis":  # random weights mark nothing
+        arguments["context_kwargs"] = {"annotator": f"{__name__}.first_characters"}
     args = config(**arguments, num_generations=case.num_generations)
     shared = _shared(case)
     rows = shared["train_dataset"]

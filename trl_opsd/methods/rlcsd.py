@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 
 from ..signal import Advantage, Batch, TokenScores
+from ..trainer.checks.settings import check_mean_over_sequences
 from ..trainer.config import SelfDistillationConfig
 from ..trainer.method import Method
 
@@ -37,7 +38,7 @@ class RLCSDConfig(
     steps, reads a rollout after another correct one of its prompt and, in the same words, after each of up to four
     wrong ones, so that what any hint does to the teacher cancels out. See [`Contrast`] for the formula. A rollout
     without both a correct and a wrong peer keeps its advantage. It needs a reward. The weights of the tokens are those
-    of a mean over the tokens of each rollout: leave `loss_type` as it is.
+    of a mean over the tokens of each rollout: another `loss_type` is refused.
 
     The teacher reads each rollout up to five times. Rollouts and how they are sampled are those of the released
     code's configurations. Chosen here: peers are the first of the group, where the released code draws them; the
@@ -60,6 +61,10 @@ class RLCSDConfig(
             }"""),
         status="seen-paper",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_mean_over_sequences(self)
 
 
 @dataclass(frozen=True)

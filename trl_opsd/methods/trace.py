@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from ..signal import Advantage, Batch, TokenScores, TokenWeighting
+from ..trainer.checks.settings import check_mean_over_sequences
 from ..trainer.config import SelfDistillationConfig
 from ..trainer.method import Method
 
@@ -52,8 +53,8 @@ class TRACEConfig(
     L = GRPO's with the advantage A outside of the spans and ρ_k·A in them + λ_k · 1/|ŷ| Σ_{t ∈ K} KL(p_T ‖ p_S),
 
     whose entries, of the 100 most probable tokens, are clipped at 0.05. After 40 steps this is GRPO, without an
-    annotator and without a pass of the teacher. It needs a reward. Both terms are means over all rollouts: leave
-    `loss_type` as it is.
+    annotator and without a pass of the teacher. It needs a reward. Both terms are means over all rollouts: another
+    `loss_type` is refused.
 
     Who annotates is `context_kwargs={"annotator": ...}`: the policy itself, as in the paper's *online-self*; a model
     on a `"server"`, as in its main result; `"columns"`, or a function of one's own. What it says that cannot be used
@@ -82,6 +83,10 @@ class TRACEConfig(
             }"""),
         status="seen-paper",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_mean_over_sequences(self)
 
 
 @dataclass(frozen=True)

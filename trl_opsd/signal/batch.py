@@ -34,8 +34,8 @@ class Batch:
         spans (`Mapping[str, torch.Tensor]`):
             The tokens that a context marks, bool of shape `(B, T)`, by the kind of what it marks. Empty where it is
             not asked.
-        prompt_keys (`torch.Tensor` of shape `(B, 1)`):
-            A number for each prompt, int64, the same whenever and on whichever process its tokens are read.
+        read_prompt_keys (`Callable[[], torch.Tensor]`):
+            Gives [`Batch.prompt_keys`].
         max_length (`int`, *optional*):
             Most tokens of a completion, `None` without a limit.
         first (`int`):
@@ -63,13 +63,18 @@ class Batch:
     replaced: torch.Tensor
     truncated: torch.Tensor
     spans: Mapping[str, torch.Tensor]
-    prompt_keys: torch.Tensor
+    read_prompt_keys: Callable[[], torch.Tensor]
     max_length: int | None
     first: int
     is_training: bool
     group: Callable[[torch.Tensor], torch.Tensor]
     gather: Callable[[torch.Tensor], torch.Tensor]
     log: Callable[[str, torch.Tensor, torch.Tensor], None]
+
+    @property
+    def prompt_keys(self) -> torch.Tensor:
+        """A number for each prompt, int64 of shape `(B, 1)`, the same whenever and wherever its tokens are read."""
+        return self.read_prompt_keys()
 
     def own(self, everything: torch.Tensor) -> torch.Tensor:
         """Of what is there for each rollout of all processes, that of this one's."""

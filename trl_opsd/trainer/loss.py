@@ -54,12 +54,15 @@ class PassLoss(NamedTuple):
             −log p_S of those that the likelihood term counts, without a gradient.
         log_probs (`torch.Tensor` of shape `(n,)`):
             log p_S of all tokens that are read, without a gradient, NaN where it is not finite.
+        entropies (`torch.Tensor` of shape `(n,)`):
+            Entropy of p_S for the same tokens.
     """
 
     loss: torch.Tensor
     divergence: FusedDivergence
     likelihood: torch.Tensor
     log_probs: torch.Tensor
+    entropies: torch.Tensor
 
 
 class MicroBatchLoss(NamedTuple):
@@ -76,6 +79,8 @@ class MicroBatchLoss(NamedTuple):
             −log p_S of those that the likelihood term counts.
         log_probs (`torch.Tensor` of shape `(n,)`):
             log p_S of all tokens that a term counts, NaN where it is not finite.
+        entropies (`torch.Tensor` of shape `(n,)`):
+            Entropy of p_S for the same tokens.
         passes (`list[dict[str, Any]]`):
             The rows of each pass.
     """
@@ -84,6 +89,7 @@ class MicroBatchLoss(NamedTuple):
     divergence: FusedDivergence
     likelihood: torch.Tensor
     log_probs: torch.Tensor
+    entropies: torch.Tensor
     passes: list[dict[str, Any]]
 
 
@@ -174,10 +180,11 @@ class SelfDistillationLoss:
             outputs.append(output)
         loss = torch.stack([output.loss for output in outputs]).sum() / num_micro_batches
         divergence = joined([output.divergence for output in outputs])
-        likelihood, log_probs = (
-            torch.cat([getattr(output, name) for output in outputs]) for name in ("likelihood", "log_probs")
+        likelihood, log_probs, entropies = (
+            torch.cat([getattr(output, name) for output in outputs])
+            for name in ("likelihood", "log_probs", "entropies")
         )
-        return MicroBatchLoss(loss, divergence, likelihood, log_probs, passes)
+        return MicroBatchLoss(loss, divergence, likelihood, log_probs, entropies, passes)
 
     def add_metrics(self, metrics: Metrics, result: MicroBatchLoss, compares_sampler: bool) -> None:
         """
@@ -193,6 +200,9 @@ class SelfDistillationLoss:
         """
         if self._signals.coefficients["divergence_coef"]:
             self._add_divergence(metrics, result.divergence, result.passes)
+        elif not self._signals.needs_scores:  # which say it
+            known = result.log_probs.isfinite() & result.entropies.isfinite()
+            metrics.add_rate("entropy", result.entropies.where(known, 0.0).sum(), known.sum())
         first = result.passes[0]
         if compares_sampler and "sampling_per_token_logps" in first and "likelihood_reads_context" not in first:
             sampled = [rows["sampling_per_token_logps"][rows["student_mask"].bool()] for rows in result.passes]
@@ -344,7 +354,8 @@ class SelfDistillationLoss:
             groups = token_groups(
                 inside, replaced_tokens(rows)[selected], targets, factors.likelihood is not None, *objectives
             )
-            loss, log_probs, outputs = factors.policy_value, torch.zeros(len(hidden), device=device), []
+            loss, outputs = factors.policy_value, []
+            log_probs, entropies = torch.zeros(2, len(hidden), device=device)
             for tokens, states, head, objective in groups:
                 of_these = partial(_at, tokens)
                 output = fused_divergence(
@@ -359,16 +370,16 @@ class SelfDistillationLoss:
                     memory_budget=self._args.divergence_memory,
                     kernel=self._args.divergence_kernel,
                 )
-                log_probs[slice(None) if tokens is None else tokens] = output.student_log_prob.to(log_probs).where(
-                    output.finite.bool(), torch.nan
-                )
+                place = slice(None) if tokens is None else tokens
+                log_probs[place] = output.student_log_prob.to(log_probs).where(output.finite.bool(), torch.nan)
+                entropies[place] = output.student_entropy.to(entropies)
                 loss = loss + output.loss
                 outputs.append(output)
             if factors.policy is not None:  # its likelihood is there for the gradient
                 loss = loss + (factors.policy * log_probs.nan_to_num(0.0)).sum()
             divergence = none_of(outputs[0]) if targets[0] is None else in_order(outputs, groups, inside)
             likelihood = -log_probs.nan_to_num(0.0)[rows["likelihood_mask"].bool()[selected]]
-            return PassLoss(loss, divergence, likelihood, log_probs)
+            return PassLoss(loss, divergence, likelihood, log_probs, entropies)
 
     def _choices(
         self,

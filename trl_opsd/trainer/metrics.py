@@ -227,7 +227,7 @@ def add_policy(
 
     Args:
         metrics ([`Metrics`]):
-            Where its means and extremes go. Its `entropy` goes nowhere: it is that of other tokens, at another
+            Where its means and extremes go. Its `entropy` goes nowhere: it may be that of other tokens, at another
             temperature.
         logged (`Mapping[str, list[float]]`):
             One value by name, the same on every process.

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Collection
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -142,7 +142,7 @@ def _rollouts(
         replaced=batch["replaced"].unsqueeze(1),
         truncated=batch["truncated"].unsqueeze(1),
         spans={name.partition("/")[2]: mask for name, mask in batch.items() if name.startswith("spans/")},
-        prompt_keys=prompt_keys(batch["prompt_ids"], batch["prompt_mask"]),
+        read_prompt_keys=cache(partial(prompt_keys, batch["prompt_ids"], batch["prompt_mask"])),
         max_length=args.max_completion_length,
         first=accelerator.process_index * len(mask),
         is_training=is_training,
@@ -165,8 +165,8 @@ def prompt_keys(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Te
     Returns:
         `torch.Tensor` of shape `(B, 1)`, int64: a number that these ids decide, whatever the padding.
     """
-    rows = zip(prompt_ids.tolist(), prompt_mask.bool().tolist(), strict=True)
-    keys = [prompt_key([token for token, is_token in zip(*row, strict=True) if is_token]) for row in rows]
+    numbered = cache(lambda row: prompt_key(list(row)))  # once for a group
+    keys = [numbered(tuple(ids[mask].tolist())) for ids, mask in zip(prompt_ids, prompt_mask.bool(), strict=True)]
     return torch.tensor(keys, device=prompt_ids.device).view(-1, 1)
 
 

@@ -188,6 +188,20 @@ def weights_of_the_terms(args: "SelfDistillationConfig") -> None:
             raise ValueError(f"`{name}` must not be negative or infinite, got {getattr(args, name)}.")
 
 
+def check_mean_over_sequences(args: "SelfDistillationConfig") -> None:
+    """
+    For a method whose weights of tokens are made for the mean over rollouts of their means.
+
+    Raises:
+        ValueError: If `loss_type` takes another mean.
+    """
+    if args.loss_type != "grpo":
+        raise ValueError(
+            f"The weights of tokens of {type(args).__name__} are made for `loss_type='grpo'`, the mean over rollouts "
+            f"of their means, and `loss_type={args.loss_type!r}` takes another. Leave it at its default."
+        )
+
+
 def passes_of_a_loss_that_is_one(args: "SelfDistillationConfig") -> None:
     if args.max_tokens_per_microbatch is None:
         return
