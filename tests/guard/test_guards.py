@@ -86,6 +86,14 @@ def test_an_infinite_value_is_beyond_every_limit():
     assert trouble(GUARDS["divergence"](baseline=1, patience=1), [1.0, math.inf]) == 2
 
 
+def test_what_the_clip_takes_off_is_part_of_the_divergence():
+    guard = GUARDS["divergence"](baseline=1, patience=1, high=2.0)
+    for step, mass in enumerate((0.1, 0.15, 0.4), 1):
+        guard.observe(step, {"distillation_loss": -0.01, "clipped_mass": mass})
+    assert guard.since == 3
+    assert "is 0.39, above the limit of 0.18" in guard.seen
+
+
 def test_trouble_that_ends_can_begin_again():
     guard = GUARDS["truncation"](baseline=1, patience=2)
     assert trouble(guard, [0.0, 0.9, 0.9]) == 3

@@ -19,7 +19,7 @@ class Guard(ABC):
         action (`str`, *optional*, defaults to `"warn"`):
             What happens then: `"off"` watches nothing, `"warn"` warns, `"stop"` ends the training with a checkpoint,
             `"rollback"` ends it with the best checkpoint from before.
-        patience (`int`, *optional*, defaults to `5`):
+        patience (`int`, *optional*, defaults to `3`):
             Measurements in a row.
 
     Attributes:
@@ -39,7 +39,7 @@ class Guard(ABC):
     reads_log: ClassVar[bool] = False
 
     action: str = "warn"
-    patience: int = 5
+    patience: int = 3
     since: int | None = field(default=None, init=False, repr=False)
     beyond: int = field(default=0, init=False, repr=False)
     seen: str = field(default="", init=False, repr=False)
@@ -102,7 +102,7 @@ class MetricGuard(Guard):
     A [`Guard`] of one metric, whose limits follow its mean over the first measurements. A value that is NaN is none.
 
     Args:
-        baseline (`int`, *optional*, defaults to `10`):
+        baseline (`int`, *optional*, defaults to `5`):
             First measurements, in which there is no trouble yet.
 
     Attributes:
@@ -115,7 +115,7 @@ class MetricGuard(Guard):
     metric: ClassVar[str]
     what: ClassVar[str]
 
-    baseline: int = 10
+    baseline: int = 5
     first: list[float] = field(default_factory=list, init=False, repr=False)
     _kept: ClassVar[tuple[str, ...]] = (*Guard._kept, "first")
 
@@ -134,8 +134,12 @@ class MetricGuard(Guard):
                 Mean of the first measurements.
         """
 
+    def value(self, measured: Mapping[str, float]) -> float:
+        """The metric, NaN if it was not measured."""
+        return measured.get(self.metric, math.nan)
+
     def judge(self, step: int, measured: Mapping[str, float]) -> str | None:
-        value = measured.get(self.metric, math.nan)
+        value = self.value(measured)
         if math.isnan(value):
             return None
         if len(self.first) < self.baseline:
