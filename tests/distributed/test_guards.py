@@ -19,7 +19,7 @@ RUN = {
 
 def guarded(action):
     # Whatever moves is trouble, from the third step on
-    tight = {"action": action, "baseline": 2, "patience": 2, "low": 0.999, "high": 1.001}
+    tight = {"action": action, "baseline": 2, "window": 2, "low": 0.999, "high": 1.001}
     return {"divergence": tight}
 
 

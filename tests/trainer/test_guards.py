@@ -33,7 +33,7 @@ class Rollouts:
 
 
 def length_guard(action, **kwargs):
-    return {**OFF, "length": {"action": action, "high": 2.0, "baseline": 2, "patience": 2, **kwargs}}
+    return {**OFF, "length": {"action": action, "high": 3.0, "baseline": 2, "window": 2, **kwargs}}
 
 
 @pytest.fixture
@@ -102,11 +102,12 @@ def test_warnings_change_nothing_in_a_run(make_trainer, said):
     warned.train()
     assert_equal(weights(warned), weights(unwatched))
     (text,) = said()
-    assert f"Guard `length` at step {TROUBLE + 1}: The mean length of rollouts (`rollouts/mean_length`) is 8" in text
-    assert f"above the limit of 4. Its mean over the first 2 measurements was 2. It has been so since step {TROUBLE}."
+    seen = "The mean length of rollouts (`rollouts/mean_length`) was 8 in the last 2 measurements"
+    assert f"Guard `length` at step {TROUBLE + 1}: {seen}, above the limit of 6; in the first 2 it was 2." in text
+    assert f"It began with step {TROUBLE}." in text
     assert "What usually helps: " in text
     beyond = [entry.get("guards/length") for entry in warned.state.log_history[:-1]]
-    assert beyond == [None] * (TROUBLE - 1) + [1, 2, 3, 4]
+    assert beyond == [None] * TROUBLE + [1, 2, 3]
 
 
 @pytest.mark.parametrize("logging_steps", [1, 4])
@@ -133,7 +134,7 @@ def test_a_stop_ends_the_run_with_a_checkpoint(make_trainer, said, logging_steps
 
 @pytest.mark.parametrize("stop", [1, 3, 5, 6])
 def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(make_trainer, stop):
-    guards = length_guard("warn", patience=3)
+    guards = length_guard("warn", window=3)
     whole = make_trainer(guards, save_steps=stop)
     whole.train()
     resumed = make_trainer(guards, save_steps=stop)
@@ -227,7 +228,7 @@ def test_held_out_accuracy_ends_a_run(make_trainer):
 def test_collapsing_run_is_stopped(make_trainer):
     """A live teacher at a rate that is far too high, and the same run at a rate that is not."""
     settings = {"rollout_func": None, "max_steps": 40, "teacher": "live", "save_strategy": "no"}
-    guards = {"entropy": {"action": "stop", "baseline": 4, "patience": 3}}
+    guards = {"entropy": {"action": "stop", "baseline": 4, "window": 3}}
     collapsing = make_trainer(guards, learning_rate=0.1, **settings)
     collapsing.train()
     assert collapsing.state.global_step < 40
@@ -263,7 +264,7 @@ class Other(MetricGuard):
 
 
 def test_guard_of_the_users_own(make_trainer):
-    guards = {f"{__name__}.Other": {"action": "stop", "baseline": 1, "patience": 1}}
+    guards = {f"{__name__}.Other": {"action": "stop", "baseline": 1, "window": 1}}
     trainer = make_trainer(guards, save_strategy="no")
     trainer.train()
     assert trainer.state.global_step == 2

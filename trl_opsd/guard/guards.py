@@ -19,7 +19,7 @@ class Entropy(Relative):
     )
 
     low: float | None = 0.1
-    high: float | None = 1.3
+    high: float | None = 2.5
 
 
 @dataclass(kw_only=True)
@@ -65,7 +65,7 @@ class DivergenceGrowth(Relative):
     what = "The divergence from the teacher"
     advice = "a lower `learning_rate`, or a teacher that moves less: training is to bring it down."
 
-    high: float | None = 3.0
+    high: float | None = 1.3
 
     def value(self, measured: Mapping[str, float]) -> float:
         return super().value(measured) + measured.get("clipped_mass", 0.0)

@@ -32,7 +32,7 @@ class Guards(TrainerCallback):
         reason (`str`, *optional*):
             Why the training was ended, if it was.
         trouble_since (`int`, *optional*):
-            Step of the first measurement of the trouble, if the run is to be rolled back.
+            Step that the trouble began with, if the run is to be rolled back.
     """
 
     def __init__(self, guards: Mapping[str, Guard], asked_for: frozenset[str] = frozenset()):
@@ -90,8 +90,8 @@ class Guards(TrainerCallback):
 
     def current(self) -> dict[str, float]:
         """
-        What is logged: the steps skipped so far and, by guard, how many measurements in a row have been beyond its
-        limits, where the last one was.
+        What is logged: the steps skipped so far and, by guard, how often in a row something has been beyond its
+        limits, where it is.
         """
         beyond = {f"guards/{name}": guard.beyond for name, guard in self._guards.items() if guard.beyond}
         return {"skipped_steps/total": self.skipper.skipped_steps, **beyond}
@@ -159,8 +159,8 @@ class Guards(TrainerCallback):
         self, name: str, guard: Guard, args: TrainingArguments, state: TrainerState, control: TrainerControl
     ) -> None:
         text = (
-            f"Guard `{name}` at step {state.global_step}: {guard.seen} It has been so since step {guard.since}. What "
-            f"usually helps: {guard.advice}"
+            f"Guard `{name}` at step {state.global_step}: {guard.seen} It began with step {guard.since}. What usually "
+            f"helps: {guard.advice}"
         )
         if guard.action == "warn":
             text += f" The training goes on; with `guards={{'{name}': {{'action': 'stop'}}}}` it would end here."
