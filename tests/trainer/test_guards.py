@@ -19,7 +19,7 @@ from trl_opsd.trainer.config import SelfDistillationConfig
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
-OFF = {name: {"action": "off"} for name in GUARDS}
+OFF = {name: {"action": "ignore"} for name in GUARDS}
 TROUBLE = 5  # the first step of the longer rollouts
 
 
@@ -101,7 +101,7 @@ def test_warnings_change_nothing_in_a_run(make_trainer, said):
     warned = make_trainer(length_guard("warn"))
     warned.train()
     assert_equal(weights(warned), weights(unwatched))
-    (text,) = said()
+    (text,) = said()  # and not again in the two steps that follow
     seen = "The mean length of rollouts (`rollouts/mean_length`) was 8 in the last 2 measurements"
     assert f"Guard `length` at step {TROUBLE + 1}: {seen}, above the limit of 6; in the first 2 it was 2." in text
     assert f"It began with step {TROUBLE}." in text
@@ -156,7 +156,7 @@ def test_rollback_ends_with_the_best_checkpoint_and_goes_on_from_it(make_trainer
     best = run / "checkpoint-4"
     assert trainer.state.best_model_checkpoint == str(best)
     assert trainer._last_loaded_step == -1  # vLLM is sent them before it samples again
-    assert steps_of(run) == ([4] if limit else [2, 4])
+    assert steps_of(run) == [2, 4][-(limit or 2) :]
     assert steps_of(run / "_rolled_back-1") == [TROUBLE + 1]
     assert newest_complete(str(run)) == str(best)
     assert f"The model is that of {best} again, from before step {TROUBLE}" in said()[1]
@@ -214,6 +214,15 @@ def test_best_evaluation_decides_where_there_are_some(make_trainer, limit):
     trainer.add_callback(Evaluations(trainer, {1: 0.3, 2: 0.4, 3: 0.35, 5: 0.9}))
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")  # 4 has none, 5 is in trouble
+
+
+@pytest.mark.parametrize("save_steps", [1, 2])
+def test_a_limit_on_checkpoints_leaves_what_is_needed_and_no_more(make_trainer, save_steps):
+    settings = {"save_steps": save_steps, "save_total_limit": 1}
+    trainer = make_trainer({**OFF, "length": {"action": "rollback", "baseline": 2, "window": 3}}, **settings)
+    trainer.train()
+    # The newest, those of the last window, and the last one before
+    assert steps_of(trainer.args.output_dir) == {1: [6, 7, 8], 2: [6, 8]}[save_steps]
 
 
 def test_held_out_accuracy_ends_a_run(make_trainer):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 
-ACTIONS = ("off", "warn", "stop", "rollback")
+ACTIONS = ("ignore", "warn", "stop", "rollback")
 
 
 @dataclass(kw_only=True)
@@ -17,7 +17,7 @@ class Guard(ABC):
 
     Args:
         action (`str`, *optional*, defaults to `"warn"`):
-            What happens then: `"off"` watches nothing, `"warn"` warns, `"stop"` ends the training with a checkpoint,
+            What happens then: `"ignore"` watches nothing, `"warn"` warns, `"stop"` ends the training and saves it,
             `"rollback"` ends it with the best checkpoint from before.
         patience (`int`, *optional*, defaults to `1`):
             How often in a row.
@@ -88,6 +88,11 @@ class Guard(ABC):
     def has_trouble(self) -> bool:
         """Whether something has been beyond the limits as often as `patience` says."""
         return self.beyond >= self.patience
+
+    @property
+    def doubt(self) -> float:
+        """The step that trouble begins with, if there is any, or else the first that it may turn out to."""
+        return math.inf if self.since is None else self.since
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with, as JSON holds it."""
@@ -172,6 +177,11 @@ class MetricGuard(Guard):
 
     def _began(self, step: int) -> int:
         return self.last[0][0]
+
+    @property
+    def doubt(self) -> float:
+        rest = self.last[-(self.window - 1) :] if self.window > 1 else []  # of the next window
+        return rest[0][0] if self.since is None and rest else super().doubt
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

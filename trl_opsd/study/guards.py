@@ -61,17 +61,16 @@ class Watched:
 
 COLLAPSING = (
     Watched("opsd_live_long", "middling", 3e-4, 36, 6),
-    Watched("opsdc_1", "verbose", 3e-5, 50, 5),
-    Watched("opsd_clip", "middling", 1e-3, 60, 5),
+    Watched("opsdc_1", "verbose", 3e-5, 36, 6),
+    Watched("opsd_clip", "middling", 1e-3, 50, 10),
 )
 HEALTHY = (
-    Watched("opsd", "middling", 3e-4, 80, 20),
-    Watched("opsd_reverse_kl", "middling", 3e-4, 80, 20),
-    Watched("opsd_jsd", "middling", 3e-4, 80, 20),
-    Watched("opsd_sampled", "middling", 3e-4, 80, 20),
-    Watched("opsd_answer", "middling", 1e-4, 80, 20),
+    Watched("opsd", "middling", 3e-4, 80, 80),
+    Watched("opsd_reverse_kl", "middling", 3e-4, 80, 80),
+    Watched("opsd_jsd", "middling", 3e-4, 80, 80),
+    Watched("opsd_sampled", "middling", 3e-4, 80, 80),
+    Watched("opsd_answer", "middling", 1e-4, 80, 80),
     Watched("opsdc_50", "verbose", 3e-5, 60, 20),
-    Watched("opsdc_frozen", "verbose", 3e-5, 60, 20),
 )
 
 
