@@ -145,13 +145,13 @@ def collapse(curve: Sequence[Mapping[str, float]]) -> tuple[int, float] | None:
             Learning curve.
 
     Returns:
-        `tuple[int, float]`, *optional*: the first step whose accuracy, like all after it, is at least 10 points below
-        the best before, and that best.
+        `tuple[int, float]`, *optional*: the first step with an accuracy at least 10 points below the best before, and
+        that best.
     """
     best = 0.0
-    for index, point in enumerate(curve):
+    for point in curve:
         best = max(best, point["accuracy"])
-        if all(later["accuracy"] <= best - MARGIN for later in curve[index:]):
+        if point["accuracy"] <= best - MARGIN + 1e-9:
             return int(point["step"]), best
     return None
 
