@@ -39,7 +39,7 @@ def make_parser(method: str, prog: str | None = None) -> RecipeParser:
     Raises:
         ValueError: If there is no such method.
     """
-    from trl_opsd.trainer.config import RETIRED
+    from trl_opsd.trainer.checks.settings import RETIRED
 
     return RecipeParser(
         (SelfDistillationScriptArguments, config_class(method), ModelConfig, DatasetMixtureConfig),

@@ -16,19 +16,16 @@ from ..sampling.sources import SOURCES, CompletionSource
 from ..serving import check_vllm_installed, wait_for_sampler
 from ..signal import Signals
 from ..teacher import ServedTeacher
-from .checks import (
-    check_completion_length,
+from .checks.model import check_completion_length, check_model, check_special_tokens, check_text_only
+from .checks.parts import (
     check_completions,
     check_context,
     check_curriculum,
-    check_model,
     check_number_of_rows,
     check_parts_and_context,
     check_prompts,
     check_served_live_teacher,
     check_signals,
-    check_special_tokens,
-    check_text_only,
     warn_of_unknown_sampler,
 )
 from .config import SelfDistillationConfig

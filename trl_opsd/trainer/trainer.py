@@ -58,7 +58,9 @@ from ..signal import TokenScores
 from ..teacher import Teacher, fingerprint
 from .batch import Generation, TeacherInputs, regrouped
 from .checkpoints import load_weights
-from .checks import check_auxiliary_loss, check_context, check_grpo_pass, check_signals
+from .checks.model import check_grpo_loss
+from .checks.parts import check_context, check_signals
+from .checks.world import check_world
 from .completing import Completing, Engines, encoded, with_stand_ins, without_empty
 from .config import SelfDistillationConfig
 from .curriculum import DrawnRows
@@ -76,7 +78,6 @@ from .sampling_settings import changed, teacher_settings
 from .signals import make_streams
 from .steps import OrderOfEpochs, StepCallback
 from .teachers import load_teacher
-from .world import check_world
 
 
 class SelfDistillationTrainer(GRPOTrainer):
@@ -197,9 +198,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.signals.has_term("policy_loss_coef"),
             needs_own_pass=self._entropy_bonus_enabled or self.aux_loss_enabled,
         )
-        if self.grpo_loss.takes_part and not self.grpo_loss.shares_pass:
-            check_grpo_pass(causal_lm(self.model), self.router_aux_loss_coef)
-        check_auxiliary_loss(self.args, self.aux_loss_enabled, self.router_aux_loss_coef)
+        takes_pass = self.grpo_loss.takes_part and not self.grpo_loss.shares_pass
+        check_grpo_loss(self.args, causal_lm(self.model), takes_pass, self.aux_loss_enabled, self.router_aux_loss_coef)
 
     def _prepare_sampling(self, run: Prepared) -> None:
         args, tokenizer = self.args, self._tokenizer
