@@ -285,6 +285,7 @@ def test_guard_of_the_users_own(make_trainer):
         ({"entrpy": {}}, {}, "(?s)`guards='entrpy'` is none of .*Did you mean `entropy`"),
         ({"entropy": {"lowest": 1}}, {}, r"do not fit `guards='entropy'`, which takes \(.*action.*baseline.*low"),
         ({"entropy": {"action": "halt"}}, {}, "`action` must be one of"),
+        ({"entropy": "stop"}, {}, "gives 'entropy' 'stop', and takes keyword arguments"),
         ({"collections.OrderedDict": {}}, {}, "which is no subclass of Guard"),
         (length_guard("rollback"), {"save_strategy": "no"}, "`save_strategy='no'`"),
         (length_guard("rollback"), {"metric_for_best_model": "reward"}, "metric_for_best_model='reward'"),
