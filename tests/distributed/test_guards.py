@@ -19,7 +19,7 @@ RUN = {
 
 def guarded(action):
     # Whatever moves is trouble, from the third step on
-    tight = {"action": action, "baseline": 2, "patience": 2, "low": 0.999, "high": 1.001}
+    tight = {"action": action, "baseline": 2, "window": 2, "low": 0.999, "high": 1.001}
     return {"divergence": tight}
 
 
@@ -35,7 +35,9 @@ def jobs(weights):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(("backend", "weights"), [("ddp", "lora"), ("ddp", "full"), ("zero3", "full")])
+@pytest.mark.parametrize(
+    ("backend", "weights"), [("ddp", "lora"), ("ddp", "full"), ("zero3", "full"), ("fsdp2", "full")]
+)
 def test_stop_and_rollback(backend, weights, tmp_path):
     found = launch(backend, jobs(weights), tmp_path)
     for name in ("stopped", "rolled-back"):

@@ -38,33 +38,39 @@ def test_what_stays_within_its_noise_is_no_trouble(name):
 
 
 @pytest.mark.parametrize("name", METRIC_GUARDS)
-def test_what_leaves_the_limits_is_trouble_after_the_patience(name):
+def test_what_leaves_the_limits_is_trouble(name):
     for value in outside(GUARDS[name](), 0.3):
-        guard = GUARDS[name](baseline=4, patience=3)
-        assert trouble(guard, [0.3] * 10 + [value] * 5) == 13
-        assert (guard.since, guard.beyond) == (11, 3)
+        guard = GUARDS[name](baseline=4, window=3)
+        assert trouble(guard, [0.3] * 10 + [value] * 5) == 12  # when most of the last three are
+        assert (guard.since, guard.beyond) == (10, 1)
         side = "below" if value < 0.3 else "above"
-        assert f"(`{guard.metric}`) is {value:.3g}, {side} the limit of " in guard.seen
-        assert "mean over the first 4 measurements was 0.3" in guard.seen
+        assert f"(`{guard.metric}`) was {value:.3g} in the last 3 measurements, {side} the limit of " in guard.seen
+        assert "; in the first 4 it was 0.3." in guard.seen
 
 
 @pytest.mark.parametrize("name", METRIC_GUARDS)
 def test_single_outliers_are_no_trouble(name):
     for value in outside(GUARDS[name](), 0.3):
-        assert trouble(GUARDS[name](patience=3), ([0.3] * 10 + [value] * 2) * 20) is None
+        assert trouble(GUARDS[name](), ([0.3] * 10 + [1000 * value]) * 20) is None
 
 
 def test_slow_collapse_is_found_where_the_limit_is_crossed():
     values = [1.0] * 10 + [0.99**step for step in range(400)]
     first_below = next(step for step, value in enumerate(values, 1) if value < 0.5)
-    guard = GUARDS["entropy"](low=0.5, high=None, patience=4)
-    assert trouble(guard, values) == first_below + 3
-    assert guard.since == first_below
+    guard = GUARDS["entropy"](low=0.5, high=None, window=5)
+    assert trouble(guard, values) == first_below + 2
+    assert guard.since == first_below - 2
+
+
+def test_patience():
+    guard = GUARDS["truncation"](baseline=1, window=1, patience=3)
+    assert trouble(guard, [0.0, 0.9, 0.9, 0.0, 0.9, 0.9, 0.9]) == 7
+    assert (guard.since, guard.beyond) == (5, 3)
 
 
 def test_there_is_no_trouble_in_the_first_measurements():
     """However wild they are, and all after is held against their mean."""
-    guard = GUARDS["length"](low=0.5, high=2.0, baseline=4, patience=1)
+    guard = GUARDS["length"](low=0.5, high=2.0, baseline=4, window=1)
     assert trouble(guard, [1.0, 1000.0, 1.0, 998.0, 499.0, 260.0, 251.0]) is None
     assert trouble(guard, [249.0]) == 1
 
@@ -76,18 +82,26 @@ def test_a_share_that_was_high_from_the_beginning_is_no_trouble():
 @pytest.mark.parametrize("gap", [None, math.nan], ids=["missing", "NaN"])
 def test_what_is_not_measured_is_passed_over(gap):
     """It neither counts nor ends a row of measurements."""
-    guard = GUARDS["truncation"](baseline=2, patience=2)
+    guard = GUARDS["truncation"](baseline=2, window=2)
     assert trouble(guard, [gap, 0.0, gap, 0.0, gap, 0.9, gap, gap, 0.9]) == 9
     assert guard.since == 6
     assert trouble(GUARDS["truncation"](), [gap] * 100) is None
 
 
 def test_an_infinite_value_is_beyond_every_limit():
-    assert trouble(GUARDS["divergence"](baseline=1, patience=1), [1.0, math.inf]) == 2
+    assert trouble(GUARDS["divergence"](baseline=1, window=1), [1.0, math.inf]) == 2
+
+
+def test_what_the_clip_takes_off_is_part_of_the_divergence():
+    guard = GUARDS["divergence"](baseline=1, window=1, high=2.0)
+    for step, mass in enumerate((0.1, 0.15, 0.4), 1):
+        guard.observe(step, {"distillation_loss": -0.01, "clipped_mass": mass})
+    assert guard.since == 3
+    assert "was 0.39 in the last 1 measurements, above the limit of 0.18" in guard.seen
 
 
 def test_trouble_that_ends_can_begin_again():
-    guard = GUARDS["truncation"](baseline=1, patience=2)
+    guard = GUARDS["truncation"](baseline=1, window=1, patience=2)
     assert trouble(guard, [0.0, 0.9, 0.9]) == 3
     guard.observe(4, {guard.metric: 0.0})
     assert (guard.since, guard.beyond, guard.has_trouble) == (None, 0, False)
@@ -155,6 +169,7 @@ def test_goes_on_from_its_state(name, stop):
         ("entropy", {"action": "halt"}, "`action` must be one of"),
         ("entropy", {"patience": 0}, "`patience` must be at least 1"),
         ("entropy", {"baseline": 0}, "`baseline` must be at least 1"),
+        ("entropy", {"window": 0}, "`window` must be at least 1"),
         ("entropy", {"low": 1.5}, r"`low` must be in \[0, 1\)"),
         ("length", {"high": 0.5}, "`high` must be above 1"),
         ("truncation", {"rise": 0}, r"`rise` must be in \(0, 1\]"),

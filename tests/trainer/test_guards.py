@@ -19,7 +19,7 @@ from trl_opsd.trainer.config import SelfDistillationConfig
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 
-OFF = {name: {"action": "off"} for name in GUARDS}
+OFF = {name: {"action": "ignore"} for name in GUARDS}
 TROUBLE = 5  # the first step of the longer rollouts
 
 
@@ -33,7 +33,7 @@ class Rollouts:
 
 
 def length_guard(action, **kwargs):
-    return {**OFF, "length": {"action": action, "high": 2.0, "baseline": 2, "patience": 2, **kwargs}}
+    return {**OFF, "length": {"action": action, "high": 3.0, "baseline": 2, "window": 2, **kwargs}}
 
 
 @pytest.fixture
@@ -101,12 +101,13 @@ def test_warnings_change_nothing_in_a_run(make_trainer, said):
     warned = make_trainer(length_guard("warn"))
     warned.train()
     assert_equal(weights(warned), weights(unwatched))
-    (text,) = said()
-    assert f"Guard `length` at step {TROUBLE + 1}: The mean length of rollouts (`rollouts/mean_length`) is 8" in text
-    assert f"above the limit of 4. Its mean over the first 2 measurements was 2. It has been so since step {TROUBLE}."
+    (text,) = said()  # and not again in the two steps that follow
+    seen = "The mean length of rollouts (`rollouts/mean_length`) was 8 in the last 2 measurements"
+    assert f"Guard `length` at step {TROUBLE + 1}: {seen}, above the limit of 6; in the first 2 it was 2." in text
+    assert f"It began with step {TROUBLE}." in text
     assert "What usually helps: " in text
     beyond = [entry.get("guards/length") for entry in warned.state.log_history[:-1]]
-    assert beyond == [None] * (TROUBLE - 1) + [1, 2, 3, 4]
+    assert beyond == [None] * TROUBLE + [1, 2, 3]
 
 
 @pytest.mark.parametrize("logging_steps", [1, 4])
@@ -133,7 +134,7 @@ def test_a_stop_ends_the_run_with_a_checkpoint(make_trainer, said, logging_steps
 
 @pytest.mark.parametrize("stop", [1, 3, 5, 6])
 def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(make_trainer, stop):
-    guards = length_guard("warn", patience=3)
+    guards = length_guard("warn", window=3)
     whole = make_trainer(guards, save_steps=stop)
     whole.train()
     resumed = make_trainer(guards, save_steps=stop)
@@ -154,7 +155,8 @@ def test_rollback_ends_with_the_best_checkpoint_and_goes_on_from_it(make_trainer
     run = Path(trainer.args.output_dir)
     best = run / "checkpoint-4"
     assert trainer.state.best_model_checkpoint == str(best)
-    assert steps_of(run) == ([4] if limit else [2, 4])
+    assert trainer._last_loaded_step == -1  # vLLM is sent them before it samples again
+    assert steps_of(run) == [2, 4][-(limit or 2) :]
     assert steps_of(run / "_rolled_back-1") == [TROUBLE + 1]
     assert newest_complete(str(run)) == str(best)
     assert f"The model is that of {best} again, from before step {TROUBLE}" in said()[1]
@@ -214,6 +216,15 @@ def test_best_evaluation_decides_where_there_are_some(make_trainer, limit):
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")  # 4 has none, 5 is in trouble
 
 
+@pytest.mark.parametrize("save_steps", [1, 2])
+def test_a_limit_on_checkpoints_leaves_what_is_needed_and_no_more(make_trainer, save_steps):
+    settings = {"save_steps": save_steps, "save_total_limit": 1}
+    trainer = make_trainer({**OFF, "length": {"action": "rollback", "baseline": 2, "window": 3}}, **settings)
+    trainer.train()
+    # The newest, those of the last window, and the last one before
+    assert steps_of(trainer.args.output_dir) == {1: [6, 7, 8], 2: [6, 8]}[save_steps]
+
+
 def test_held_out_accuracy_ends_a_run(make_trainer):
     trainer = make_trainer({**OFF, "benchmark": {"action": "rollback"}}, save_steps=1)
     trainer.add_callback(Evaluations(trainer, {1: 0.3, 2: 0.4, 3: 0.2, 4: 0.2}))
@@ -226,7 +237,7 @@ def test_held_out_accuracy_ends_a_run(make_trainer):
 def test_collapsing_run_is_stopped(make_trainer):
     """A live teacher at a rate that is far too high, and the same run at a rate that is not."""
     settings = {"rollout_func": None, "max_steps": 40, "teacher": "live", "save_strategy": "no"}
-    guards = {"entropy": {"action": "stop", "baseline": 4, "patience": 3}}
+    guards = {"entropy": {"action": "stop", "baseline": 4, "window": 3}}
     collapsing = make_trainer(guards, learning_rate=0.1, **settings)
     collapsing.train()
     assert collapsing.state.global_step < 40
@@ -262,7 +273,7 @@ class Other(MetricGuard):
 
 
 def test_guard_of_the_users_own(make_trainer):
-    guards = {f"{__name__}.Other": {"action": "stop", "baseline": 1, "patience": 1}}
+    guards = {f"{__name__}.Other": {"action": "stop", "baseline": 1, "window": 1}}
     trainer = make_trainer(guards, save_strategy="no")
     trainer.train()
     assert trainer.state.global_step == 2
@@ -274,6 +285,7 @@ def test_guard_of_the_users_own(make_trainer):
         ({"entrpy": {}}, {}, "(?s)`guards='entrpy'` is none of .*Did you mean `entropy`"),
         ({"entropy": {"lowest": 1}}, {}, r"do not fit `guards='entropy'`, which takes \(.*action.*baseline.*low"),
         ({"entropy": {"action": "halt"}}, {}, "`action` must be one of"),
+        ({"entropy": "stop"}, {}, "gives 'entropy' 'stop', and takes keyword arguments"),
         ({"collections.OrderedDict": {}}, {}, "which is no subclass of Guard"),
         (length_guard("rollback"), {"save_strategy": "no"}, "`save_strategy='no'`"),
         (length_guard("rollback"), {"metric_for_best_model": "reward"}, "metric_for_best_model='reward'"),

@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 
-ACTIONS = ("off", "warn", "stop", "rollback")
+ACTIONS = ("ignore", "warn", "stop", "rollback")
 
 
 @dataclass(kw_only=True)
 class Guard(ABC):
     """
-    Watches what is measured. As many measurements in a row beyond its limits as `patience` says are trouble.
+    Watches what is measured. What is beyond its limits as often in a row as `patience` says is trouble.
 
     Args:
         action (`str`, *optional*, defaults to `"warn"`):
-            What happens then: `"off"` watches nothing, `"warn"` warns, `"stop"` ends the training with a checkpoint,
+            What happens then: `"ignore"` watches nothing, `"warn"` warns, `"stop"` ends the training and saves it,
             `"rollback"` ends it with the best checkpoint from before.
-        patience (`int`, *optional*, defaults to `5`):
-            Measurements in a row.
+        patience (`int`, *optional*, defaults to `1`):
+            How often in a row.
 
     Attributes:
         advice (`str`):
@@ -28,18 +28,18 @@ class Guard(ABC):
         reads_log (`bool`):
             Whether it is shown what is logged, such as evaluations, and not what each optimizer step measured.
         since (`int`, *optional*):
-            Step of the first measurement beyond the limits, if the last one was.
+            Step that it began with, if something is beyond the limits.
         beyond (`int`):
-            How many there have been in a row.
+            How often in a row something has been.
         seen (`str`):
-            What the last one of them was, as a sentence.
+            What was seen last of it, as a sentence.
     """
 
     advice: ClassVar[str]
     reads_log: ClassVar[bool] = False
 
     action: str = "warn"
-    patience: int = 5
+    patience: int = 1
     since: int | None = field(default=None, init=False, repr=False)
     beyond: int = field(default=0, init=False, repr=False)
     seen: str = field(default="", init=False, repr=False)
@@ -75,16 +75,24 @@ class Guard(ABC):
         """
         seen = self.judge(step, measured)
         if seen:
-            self.since = step if self.since is None else self.since
+            self.since = self._began(step) if self.since is None else self.since
             self.beyond, self.seen = self.beyond + 1, seen
         elif seen is not None:
             self.since, self.beyond, self.seen = None, 0, ""
         return seen is not None
 
+    def _began(self, step: int) -> int:
+        return step
+
     @property
     def has_trouble(self) -> bool:
-        """Whether there were as many measurements beyond the limits as `patience` says."""
+        """Whether something has been beyond the limits as often as `patience` says."""
         return self.beyond >= self.patience
+
+    @property
+    def doubt(self) -> float:
+        """The step that trouble begins with, if there is any, or else the first that it may turn out to."""
+        return math.inf if self.since is None else self.since
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with, as JSON holds it."""
@@ -99,11 +107,15 @@ class Guard(ABC):
 @dataclass(kw_only=True)
 class MetricGuard(Guard):
     """
-    A [`Guard`] of one metric, whose limits follow its mean over the first measurements. A value that is NaN is none.
+    A [`Guard`] of one metric: its mean over the last measurements has limits that follow its mean over the first. The
+    largest and the smallest of the last ones do not count, so that a single one is no trouble. A value that is NaN is
+    no measurement.
 
     Args:
-        baseline (`int`, *optional*, defaults to `10`):
-            First measurements, in which there is no trouble yet.
+        baseline (`int`, *optional*, defaults to `5`):
+            Number of the first measurements, in which there is no trouble yet.
+        window (`int`, *optional*, defaults to `5`):
+            Number of the last measurements. With 1 or 2, all count.
 
     Attributes:
         metric (`str`):
@@ -115,41 +127,65 @@ class MetricGuard(Guard):
     metric: ClassVar[str]
     what: ClassVar[str]
 
-    baseline: int = 10
+    baseline: int = 5
+    window: int = 5
     first: list[float] = field(default_factory=list, init=False, repr=False)
-    _kept: ClassVar[tuple[str, ...]] = (*Guard._kept, "first")
+    last: list[tuple[int, float]] = field(default_factory=list, init=False, repr=False)
+    _kept: ClassVar[tuple[str, ...]] = (*Guard._kept, "first", "last")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.baseline < 1:
-            raise ValueError(f"`baseline` must be at least 1, got {self.baseline}.")
+        for name in ("baseline", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
 
     @abstractmethod
     def limits(self, first: float) -> tuple[float, float]:
         """
-        The least and the largest value that are no trouble.
+        The least and the largest mean that are no trouble.
 
         Args:
             first (`float`):
                 Mean of the first measurements.
         """
 
+    def value(self, measured: Mapping[str, float]) -> float:
+        """The metric, NaN if it was not measured."""
+        return measured.get(self.metric, math.nan)
+
     def judge(self, step: int, measured: Mapping[str, float]) -> str | None:
-        value = measured.get(self.metric, math.nan)
+        value = self.value(measured)
         if math.isnan(value):
             return None
         if len(self.first) < self.baseline:
             self.first = [*self.first, value]
             return ""
-        first = math.fsum(self.first[: self.baseline]) / self.baseline
-        low, high = self.limits(first)
-        if low <= value <= high:
+        self.last = [*self.last, (step, value)][-self.window :]
+        if len(self.last) < self.window:
             return ""
-        side, limit = ("below", low) if value < low else ("above", high)
+        values = sorted(value for _, value in self.last)
+        values = values[1:-1] if len(values) > 2 else values
+        mean, first = sum(values) / len(values), math.fsum(self.first[: self.baseline]) / self.baseline
+        low, high = self.limits(first)
+        if low <= mean <= high:
+            return ""
+        side, limit = ("below", low) if mean < low else ("above", high)
         return (
-            f"{self.what} (`{self.metric}`) is {value:.3g}, {side} the limit of {limit:.3g}. Its mean over the first "
-            f"{self.baseline} measurements was {first:.3g}."
+            f"{self.what} (`{self.metric}`) was {mean:.3g} in the last {self.window} measurements, {side} the limit "
+            f"of {limit:.3g}; in the first {self.baseline} it was {first:.3g}."
         )
+
+    def _began(self, step: int) -> int:
+        return self.last[0][0]
+
+    @property
+    def doubt(self) -> float:
+        rest = self.last[-(self.window - 1) :] if self.window > 1 else []  # of the next window
+        return rest[0][0] if self.since is None and rest else super().doubt
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.last = [(step, value) for step, value in self.last]
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ class Entropy(Relative):
     )
 
     low: float | None = 0.1
-    high: float | None = 4.0
+    high: float | None = 2.5
 
 
 @dataclass(kw_only=True)
@@ -59,13 +59,16 @@ class Repetition(Rising):
 
 @dataclass(kw_only=True)
 class DivergenceGrowth(Relative):
-    """Divergence of the student from the teacher, after clipping."""
+    """Divergence of the student from the teacher, with what `divergence_clip` takes off: `clipped_mass`."""
 
     metric = "distillation_loss"
     what = "The divergence from the teacher"
     advice = "a lower `learning_rate`, or a teacher that moves less: training is to bring it down."
 
-    high: float | None = 3.0
+    high: float | None = 1.3
+
+    def value(self, measured: Mapping[str, float]) -> float:
+        return super().value(measured) + measured.get("clipped_mass", 0.0)
 
 
 @dataclass(kw_only=True)
@@ -79,7 +82,7 @@ class TeacherGap(MetricGuard):
     """
 
     metric = "teacher_advantage"
-    what = "What the teacher finds of the student's tokens"
+    what = "The mean of log p_teacher − log p_student of the student's tokens"
     advice = "a lower `learning_rate`, fewer steps, `divergence='reverse_kl'`, which counts the student's own tokens."
 
     fall: float = 0.5
@@ -115,9 +118,17 @@ class Masked(Rising):
 
 @dataclass(kw_only=True)
 class NonFinite(Guard):
-    """Optimizer steps that are skipped because their gradient is not finite. They are skipped whatever this does."""
+    """
+    Optimizer steps that are skipped because their gradient is not finite. They are skipped whatever this does.
+
+    Args:
+        patience (`int`, *optional*, defaults to `5`):
+            Steps in a row.
+    """
 
     advice = "bf16 or fp32 instead of fp16, a lower `learning_rate`, a smaller `max_grad_norm`."
+
+    patience: int = 5
 
     def judge(self, step: int, measured: Mapping[str, float]) -> str | None:
         if measured["skipped_steps"]:

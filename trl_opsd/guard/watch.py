@@ -1,6 +1,7 @@
 """The guards of a run: what they are shown, and what is done when one of them sees trouble."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class Guards(TrainerCallback):
 
     Args:
         guards (`Mapping[str, Guard]`):
-            Guards by name. Those whose action is `"off"` are left out.
+            Guards by name. Those whose action is `"ignore"` are left out.
         asked_for (`frozenset[str]`):
             Names of those that were asked for, which are to measure something.
 
@@ -32,12 +33,13 @@ class Guards(TrainerCallback):
         reason (`str`, *optional*):
             Why the training was ended, if it was.
         trouble_since (`int`, *optional*):
-            Step of the first measurement of the trouble, if the run is to be rolled back.
+            Step that the trouble began with, if the run is to be rolled back.
     """
 
     def __init__(self, guards: Mapping[str, Guard], asked_for: frozenset[str] = frozenset()):
-        self._guards = {name: guard for name, guard in guards.items() if guard.action != "off"}
+        self._guards = {name: guard for name, guard in guards.items() if guard.action != "ignore"}
         self._unseen = {name for name in asked_for & self._guards.keys() if not getattr(guards[name], "score", None)}
+        self._warned: set[str] = set()
         self._saved: list[int] = []
         self._latest: Callable[[], Mapping[str, float]] = dict
         self._num_skipped, self._is_main_process = 0, True
@@ -65,33 +67,43 @@ class Guards(TrainerCallback):
         """Whether a guard may roll the run back."""
         return any(guard.action == "rollback" for guard in self._guards.values())
 
-    def best_checkpoints(self, step: int | None = None) -> list[int]:
+    def best_checkpoints(self) -> list[int]:
         """
-        Steps of the checkpoints that were saved before the trouble, if there is any, the best one first: the one with
-        the best evaluation among those at whose step there was one, else the last.
+        Steps of the checkpoints that were saved before the trouble, the best one first: the one with the best
+        evaluation among those at whose step there was one, else the last.
+        """
+        return self._best(self._saved, math.inf if self.trouble_since is None else self.trouble_since)
+
+    def kept(self, folder: Path, best: str | None) -> tuple[str | None, int]:
+        """
+        What has to outlast `save_total_limit` for a rollback, now or later.
 
         Args:
-            step (`int`, *optional*):
-                Step of one that is being saved.
-        """
-        since = [guard.since for guard in self._guards.values() if guard.action == "rollback" and guard.since]
-        if self.trouble_since is not None:
-            since = [self.trouble_since]
-        saved = {*self._saved, *([] if step is None else [step])}
-        before = sorted((one for one in saved if not since or one < min(since)), reverse=True)
-        scores = next((one.scores for one in self._guards.values() if isinstance(one, Benchmark)), {})
-        known = [one for one in before if one in scores]
-        return sorted(known, key=lambda one: -scores[one]) + [one for one in before if one not in scores]
+            folder (`Path`):
+                Checkpoint that is being saved.
+            best (`str`, *optional*):
+                The best checkpoint, where no guard may roll the run back.
 
-    def best_folder(self, folder: Path) -> str | None:
-        """Where a run that may be rolled back would go now, if the checkpoint in `folder` were complete."""
-        steps = self.best_checkpoints(int(folder.name.rpartition("-")[2])) if self.can_roll_back else []
-        return str(folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{steps[0]}")) if steps else None
+        Returns:
+            `tuple[str | None, int]`: the checkpoint that is the best for certain, and the number of the newest ones.
+        """
+        if not self.can_roll_back:
+            return best, 0
+        saved = [*self._saved, int(folder.name.rpartition("-")[2])]
+        doubt = min(guard.doubt for guard in self._guards.values() if guard.action == "rollback")
+        steps = self._best(saved, doubt)
+        certain = str(folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{steps[0]}")) if steps else None
+        return certain, len({step for step in saved if step >= doubt}) + 1
+
+    def _best(self, saved: Iterable[int], before: float) -> list[int]:
+        scores = next((one.scores for one in self._guards.values() if isinstance(one, Benchmark)), {})
+        steps = sorted({step for step in saved if step < before}, reverse=True)
+        return sorted(steps, key=lambda step: -scores.get(step, -math.inf))
 
     def current(self) -> dict[str, float]:
         """
-        What is logged: the steps skipped so far and, by guard, how many measurements in a row have been beyond its
-        limits, where the last one was.
+        What is logged: the steps skipped so far and, by guard, how often in a row something has been beyond its
+        limits, where it is.
         """
         beyond = {f"guards/{name}": guard.beyond for name, guard in self._guards.items() if guard.beyond}
         return {"skipped_steps/total": self.skipper.skipped_steps, **beyond}
@@ -152,17 +164,18 @@ class Guards(TrainerCallback):
             if guard.reads_log != is_log or not guard.observe(state.global_step, measured):
                 continue
             self._unseen.discard(name)
-            if guard.has_trouble and (guard.action != "warn" or guard.beyond == guard.patience):
+            if guard.has_trouble and not (guard.action == "warn" and name in self._warned):
                 self._act(name, guard, args, state, control)
 
     def _act(
         self, name: str, guard: Guard, args: TrainingArguments, state: TrainerState, control: TrainerControl
     ) -> None:
         text = (
-            f"Guard `{name}` at step {state.global_step}: {guard.seen} It has been so since step {guard.since}. What "
-            f"usually helps: {guard.advice}"
+            f"Guard `{name}` at step {state.global_step}: {guard.seen} It began with step {guard.since}. What usually "
+            f"helps: {guard.advice}"
         )
         if guard.action == "warn":
+            self._warned.add(name)
             text += f" The training goes on; with `guards={{'{name}': {{'action': 'stop'}}}}` it would end here."
         else:
             control.should_training_stop = True

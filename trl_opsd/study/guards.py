@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from ..experiment.arms import BASE_SEED, BASES
 from ..experiment.train import Run, make_trainer, make_watch, write_result
-from ..guard import GUARDS, Guard
+from ..guard import GUARDS
 from .arms import ARMS
 
 
@@ -60,18 +60,17 @@ class Watched:
 
 
 COLLAPSING = (
-    Watched("opsd_live_long", "middling", 3e-4, 36, 3),
-    Watched("opsdc_1", "verbose", 3e-5, 50, 5),
-    Watched("opsd_clip", "middling", 1e-3, 60, 5),
+    Watched("opsd_live_long", "middling", 3e-4, 36, 6),
+    Watched("opsdc_1", "verbose", 3e-5, 36, 6),
+    Watched("opsd_clip", "middling", 1e-3, 50, 10),
 )
 HEALTHY = (
-    Watched("opsd", "middling", 3e-4, 80, 20),
-    Watched("opsd_reverse_kl", "middling", 3e-4, 80, 20),
-    Watched("opsd_jsd", "middling", 3e-4, 80, 20),
-    Watched("opsd_sampled", "middling", 3e-4, 80, 20),
-    Watched("opsd_answer", "middling", 1e-4, 80, 20),
+    Watched("opsd", "middling", 3e-4, 80, 80),
+    Watched("opsd_reverse_kl", "middling", 3e-4, 80, 80),
+    Watched("opsd_jsd", "middling", 3e-4, 80, 80),
+    Watched("opsd_sampled", "middling", 3e-4, 80, 80),
+    Watched("opsd_answer", "middling", 1e-4, 80, 80),
     Watched("opsdc_50", "verbose", 3e-5, 60, 20),
-    Watched("opsdc_frozen", "verbose", 3e-5, 60, 20),
 )
 
 
@@ -114,7 +113,7 @@ def record(watched: Watched, seed: int, folder: Path) -> dict[str, Any]:
     return {"series": series, "curve": watch.curve}
 
 
-def alarms(series: Sequence[Mapping[str, float]]) -> dict[str, Guard]:
+def alarms(series: Sequence[Mapping[str, float]]) -> dict[str, tuple[int, int]]:
     """
     The guards that would end a run with their default limits, by name.
 
@@ -123,17 +122,18 @@ def alarms(series: Sequence[Mapping[str, float]]) -> dict[str, Guard]:
             Metrics of each step, with its number as `"step"`.
 
     Returns:
-        `dict[str, Guard]`: those that see trouble, as they were when they first saw it, the earliest first.
+        `dict[str, tuple[int, int]]`: the step at which each would, and the one its trouble began with, the earliest
+        first.
     """
-    found: dict[str, tuple[int, Guard]] = {}
+    found: dict[str, tuple[int, int]] = {}
     for name, kind in GUARDS.items():
         guard = kind()
-        for row in series:
-            guard.observe(int(row["step"]), {"skipped_steps": 0.0, **row})
-            if guard.has_trouble:
-                found[name] = int(row["step"]), guard
+        for measured in series:
+            guard.observe(int(measured["step"]), {"skipped_steps": 0.0, **measured})
+            if guard.has_trouble and guard.since is not None:
+                found[name] = int(measured["step"]), guard.since
                 break
-    return {name: guard for name, (_, guard) in sorted(found.items(), key=lambda item: item[1][0])}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def collapse(curve: Sequence[Mapping[str, float]]) -> tuple[int, float] | None:
@@ -145,13 +145,13 @@ def collapse(curve: Sequence[Mapping[str, float]]) -> tuple[int, float] | None:
             Learning curve.
 
     Returns:
-        `tuple[int, float]`, *optional*: the first step whose accuracy, like all after it, is at least 10 points below
-        the best before, and that best.
+        `tuple[int, float]`, *optional*: the first step with an accuracy at least 10 points below the best before, and
+        that best.
     """
     best = 0.0
-    for index, point in enumerate(curve):
+    for point in curve:
         best = max(best, point["accuracy"])
-        if all(later["accuracy"] <= best - MARGIN for later in curve[index:]):
+        if point["accuracy"] <= best - MARGIN + 1e-9:
             return int(point["step"]), best
     return None
 
@@ -166,10 +166,8 @@ def row(watched: Watched, seed: int, recorded: Mapping[str, Any]) -> str:
     cells.append("–" if fell is None else str(fell[0]))
     if not found:
         return f"| {' | '.join([*cells, 'never', '–', '–', '–'])} |"
-    name, guard = next(iter(found.items()))
-    assert guard.since is not None
-    stop = guard.since + guard.patience - 1
-    before = [point for point in curve if point["step"] < guard.since]
+    name, (stop, since) = next(iter(found.items()))
+    before = [point for point in curve if point["step"] < since]
     kept = f"{100 * before[-1]['accuracy']:.0f} at {before[-1]['step']}" if before else "–"
     share = "–" if fell is None else f"{stop / fell[0]:.2f}"
     others = ", ".join(f"`{other}`" for other in found if other != name)

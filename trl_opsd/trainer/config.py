@@ -232,7 +232,7 @@ class SelfDistillationConfig(GRPOConfig):
             What watches the run, by name and keyword arguments: `"non_finite"`, `"entropy"`, `"length"`,
             `"truncation"`, `"repetition"`, `"divergence"`, `"teacher_gap"`, `"clipped"`, `"masked"`, `"benchmark"`, or
             the import path of a subclass of [`Guard`]. `{"entropy": {"action": "stop"}}` changes one of them: its
-            `action` is `"warn"` by default, or `"off"`, `"stop"`, or `"rollback"`, which ends the run with the best
+            `action` is `"warn"` by default, or `"ignore"`, `"stop"`, or `"rollback"`, which ends the run with the best
             checkpoint from before the trouble. All that ship are on, those that are not named with their defaults.
 
         > Parameters that control the cost of a step

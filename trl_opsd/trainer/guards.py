@@ -22,9 +22,12 @@ def make_guards(args: SelfDistillationConfig) -> Guards:
         ValueError: If there is no such guard, if its arguments do not fit, or if it cannot roll this run back.
     """
     given = cast(dict[str, Any], args.guards or {})
-    guards = {
-        name: make_part("guards", name, given.get(name), GUARDS) for name in [*GUARDS, *(given.keys() - GUARDS.keys())]
-    }
+    for name, kwargs in given.items():
+        if not isinstance(kwargs, dict | None):
+            raise ValueError(
+                f"`guards` gives {name!r} {kwargs!r}, and takes keyword arguments, such as {{'action': 'stop'}}."
+            )
+    guards = {name: make_part("guards", name, given.get(name), GUARDS) for name in dict.fromkeys([*GUARDS, *given])}
     for name, guard in guards.items():
         if not isinstance(guard, Guard):
             raise ValueError(f"`guards` names {name!r}, which is no subclass of Guard.")

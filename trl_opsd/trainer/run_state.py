@@ -203,7 +203,7 @@ class RunState:
                 part.load(directory)
 
     @contextmanager
-    def saving(self, directory: Path, best: str | None) -> Iterator[None]:
+    def saving(self, directory: Path, best: str | None, num_newest: int) -> Iterator[None]:
         """
         A checkpoint, incomplete until the block, which writes weights and optimizer, has ended without an error. Older
         ones beyond `save_total_limit` go when this one is complete, and not before. All processes enter it.
@@ -213,6 +213,8 @@ class RunState:
                 The checkpoint.
             best (`str`, *optional*):
                 The best checkpoint, which stays whatever its age.
+            num_newest (`int`):
+                How many of the newest stay, whatever the limit.
         """
         args = self._args
         directory.mkdir(parents=True, exist_ok=True)  # on every machine
@@ -231,7 +233,7 @@ class RunState:
         if args.should_save:
             torch.save(args, directory / TRAINING_ARGS_NAME)  # with the limit
             finish(directory, self._record())
-            rotate_checkpoints(str(directory.parent), limit, best, use_mtime=True)
+            rotate_checkpoints(str(directory.parent), limit and max(limit, num_newest), best, use_mtime=True)
 
     def move_later(self, output_dir: Path, step: int) -> Path | None:
         """See [`~trl_opsd.trainer.checkpoints.move_later`]. All processes call this at once."""

@@ -493,8 +493,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         return Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
     def _save_checkpoint(self, model, trial):
-        best = self.guards.best_folder(self._folder(trial)) or self.state.best_model_checkpoint
-        with self.run_state.saving(self._folder(trial), best):
+        kept = self.guards.kept(self._folder(trial), self.state.best_model_checkpoint)
+        with self.run_state.saving(self._folder(trial), *kept):
             super()._save_checkpoint(model, trial)
 
     @property
