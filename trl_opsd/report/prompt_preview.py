@@ -61,7 +61,7 @@ class PromptPreviewCallback(TrainerCallback):
         console.print(table)
 
     def _print_prompt(self, console: Console, title: str, ids: list[int]) -> None:
-        tokenizer: Any = self.trainer.processing_class
+        tokenizer: Any = self.trainer.teacher_prompt.tokenizer
         decoded: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         # A terminal would act on control characters instead of showing them.
         text = Text(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda match: f"\\x{ord(match[0]):02x}", decoded))

@@ -32,7 +32,11 @@ class ExternalTeacher(Teacher):
 
 
 def check_external_teacher(
-    path: str, model_init_kwargs: dict[str, Any], tokenizer: PreTrainedTokenizerBase, model_config: Any
+    path: str,
+    model_init_kwargs: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: Any,
+    has_images: bool = False,
 ) -> None:
     """
     Refuse an external teacher over other tokens than the policy's, before any model is loaded.
@@ -46,6 +50,8 @@ def check_external_teacher(
             Tokenizer of the policy.
         model_config ([`~transformers.PreTrainedConfig`]):
             Configuration of the policy.
+        has_images (`bool`, *optional*, defaults to `False`):
+            Whether it is to read images, as the policy's processor makes them.
 
     Raises:
         ValueError: Naming the first difference.
@@ -68,4 +74,11 @@ def check_external_teacher(
             f"`teacher_model_name_or_path='{path}'` has logits over {teacher_size} tokens and the policy over "
             f"{size}, although their tokenizers agree. Resize one of them with "
             f"`model.resize_token_embeddings({max(size, teacher_size)})` and save it."
+        )
+    kinds = tuple(config.model_type for config in configs)
+    if has_images and kinds[0] != kinds[1]:
+        raise ValueError(
+            f"`teacher_model_name_or_path='{path}'` is of another kind (`model_type` {kinds[1]!r}) than the policy "
+            f"({kinds[0]!r}), whose images it is to read as its processor makes them. Choose a teacher of the same "
+            "kind, or remove the column of images."
         )

@@ -20,7 +20,7 @@ from ..context import (
     SampledContext,
     TeacherPrompt,
 )
-from ..scoring import keep_groups_together
+from ..scoring import Images, joined_images, keep_groups_together
 from ..signal import Signals
 from .asking import Gather, sample_once, together
 from .metrics import Metrics, add_contexts, add_degeneration
@@ -49,6 +49,8 @@ class Generation:
             Positions of completions without a token of their own.
         contrasts (`list[list[list[int]]]`, *optional*):
             Token ids of the prompts that the teacher reads each completion after for contrast.
+        teacher_images (`list[Images]`, *optional*):
+            Images of the teacher's prompt of each row with a context.
         replaced (`set[int]`, *optional*):
             Positions of completions that are others than the student's own rollouts of their prompts.
         num_discarded_tokens (`int`, *optional*, defaults to `0`):
@@ -69,6 +71,7 @@ class Generation:
     tools: list[list[Callable[..., Any]] | None] = field(default_factory=list)
     empty: set[int] = field(default_factory=set)
     contrasts: list[list[list[int]]] = field(default_factory=list)
+    teacher_images: list[Images | None] = field(default_factory=list)
     replaced: set[int] = field(default_factory=set)
     num_discarded_tokens: int = 0
     has_turns: bool = False
@@ -183,12 +186,14 @@ class TeacherInputs:
                 metrics.add_rate(name, *generation.rewards.new_tensor(pair))
         groups = groups if is_read else [None] * len(generation.rows)
         generation.said = said = self._said(generation, groups, student_ids[0], metrics)
-        prompts = [
-            None if index in generation.empty else self.teacher_prompt.token_ids(row, rollouts, tools, text)
+        readings = [
+            None if index in generation.empty else self.teacher_prompt.reading(row, rollouts, tools, text)
             for index, (row, rollouts, tools, text) in enumerate(
                 zip(generation.rows, groups, generation.tools, said, strict=True)
             )
         ]
+        prompts = [None if reading is None else reading.ids for reading in readings]
+        generation.teacher_images = [None if reading is None else reading.images for reading in readings]
         if self.signals.needs_contrast:
             generation.contrasts = [
                 [] if prompt is None else self.teacher_prompt.contrast_ids(row, rollouts, tools)
@@ -240,6 +245,7 @@ class TeacherInputs:
         batch.update(annotate(teacher_ids, batch))
         groups = tensors.pop("teacher_prompt_groups")  # no work for the device
         batch.update({name: values.to(masks.device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
+        self._add_images(batch, generation)
         add_contexts(metrics, batch, len(generation.empty))
         has_tokens = torch.tensor([position not in generation.empty for position in range(len(masks))])
         counted = has_tokens.to(masks.device) & ~batch["replaced"]
@@ -252,6 +258,18 @@ class TeacherInputs:
             for memory in self.memories:
                 memory.remember(everything)
         return teacher_ids
+
+    def _add_images(self, batch: dict[str, Any], generation: Generation) -> None:
+        """Those of the teacher's prompts and, after them, those that tools returned."""
+        if "images" not in batch and not any(generation.teacher_images):
+            return
+        students = batch.get("images", [{}] * len(generation.rows))  # whose prompts stand in where there is no context
+        batch["teacher_images"] = [
+            student if own is None else joined_images([own, self.teacher_prompt.completion_images(completion)])
+            for student, own, completion in zip(
+                students, generation.teacher_images, generation.completions, strict=True
+            )
+        ]
 
     def _rates(self, rows: Sequence[Mapping[str, Any]], groups: Sequence[Rollouts]) -> dict[str, tuple[float, float]]:
         those = {id(part): part for part in (self.teacher_prompt.context, *self.memories) if hasattr(part, "rates")}
@@ -361,7 +379,10 @@ def make_rollouts(
 def _text(completion: Any) -> str:
     if isinstance(completion, str):
         return completion
-    return "\n".join(str(message.get("content") or "") for message in completion)
+    contents = (message.get("content") or "" for message in completion)
+    return "\n".join(
+        "".join(part.get("text") or "" for part in its) if isinstance(its, list) else str(its) for its in contents
+    )
 
 
 def make_groups(rollouts: list[Rollout], first: int, num_generations: int, gather: Gather | None) -> list[Rollouts]:

@@ -46,15 +46,16 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from ..context import Memory, SampledContext, as_text, check_embedded, without_end
+from ..data import TEACHER_IMAGES, prompt_of
 from ..guard import SkipNonFiniteSteps
 from ..objective import generalized_jsd_loss
 from ..sampling import Sampling
-from ..scoring import announce_head, causal_lm
+from ..scoring import announce_head, causal_lm, images_apart, images_together
 from ..signal import TokenScores
 from ..teacher import Teacher, fingerprint
 from .batch import Generation, TeacherInputs, regrouped
@@ -137,7 +138,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         args: SelfDistillationConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: Any = (None, None),
@@ -162,7 +163,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             args=args,
             train_dataset=run.train_dataset,
             eval_dataset=run.eval_dataset,
-            processing_class=run.tokenizer,
+            processing_class=run.processing_class,
             reward_processing_classes=reward_processing_classes,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -275,7 +276,8 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._data_columns, "feedback"]))
+        columns = [*self._signature_columns, *self._data_columns, TEACHER_IMAGES, "feedback"]
+        self._signature_columns = list(dict.fromkeys(columns))
 
     def preview_prompts(self) -> tuple[list[int], list[int] | None]:
         """
@@ -285,11 +287,12 @@ class SelfDistillationTrainer(GRPOTrainer):
             `tuple[list[int], list[int] | None]`: token ids; no teacher's if it needs rollouts or the row is left out.
         """
         row = next(iter(self.train_dataset))
-        return list(self.tokenize_prompts([row["prompt"]])[0]), self.teacher_prompt.token_ids(row, None, self.tools)
+        return list(self.tokenize_prompts([prompt_of(row)])[0]), self.teacher_prompt.token_ids(row, None, self.tools)
 
     def _tokenize_prompts(self, prompts: list):
         plain = isinstance(prompts[0], str)
-        prompt_ids, *others = super()._tokenize_prompts(prompts if plain else [as_text(prompt) for prompt in prompts])
+        given = prompts if plain or self._is_vlm else [as_text(prompt) for prompt in prompts]
+        prompt_ids, *others = super()._tokenize_prompts(given)
         if plain:
             prompt_ids = [without_end(self._tokenizer, ids) for ids in prompt_ids]
         for ids in prompt_ids:
@@ -394,7 +397,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             self._generation_step = self.state.global_step
             inputs = self._exchange.rows(inputs, self.state.global_step)
         self._generation = Generation(inputs)
-        batch = super()._generate_and_score_completions(inputs)
+        batch = images_apart(super()._generate_and_score_completions(inputs))
         if not self.reward_funcs:
             for name in ("reward", "reward_std", "frac_reward_zero_std"):
                 self._metrics[mode].pop(name, None)
@@ -421,7 +424,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.loss.add_metrics(self.statistics[mode], result, self.args.sampler_is_comparable and is_fresh)
         loss = result.loss
         if self.grpo_loss.takes_part and not self.grpo_loss.shares_pass:
-            loss = loss + self.grpo_loss(model, inputs, mode)
+            loss = loss + self.grpo_loss(model, images_together(self.model, inputs), mode)
         if mode == "eval" or self.accelerator.sync_gradients:
             self.statistics[mode].reduce(self.accelerator.gather)
         return loss
@@ -435,7 +438,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         if not self.grpo_loss.shares_pass:
             return super()._get_per_token_logps_and_entropies(*given, batch_size, *args, **kwargs)
         # Ratios are to what is computed in the same way, or rounding would take part in them
-        return *self.loss.networks.log_probs(*given, batch_size or len(input_ids)), None
+        images = images_apart(kwargs).get("images")
+        return *self.loss.networks.log_probs(*given, batch_size or len(input_ids), images), None
 
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
