@@ -151,7 +151,7 @@ def _gemma3(tokenizer: Any, text: dict[str, Any]) -> PreTrainedModel:
         tokenizer, boi_token_id="<start_of_image>", eoi_token_id="<end_of_image>", image_token_id="<image_soft_token>"
     )
     config = Gemma3Config(
-        text_config={**text, "query_pre_attn_scalar": 16, "sliding_window": 64},
+        text_config={**text, "query_pre_attn_scalar": 16, "sliding_window": 2048},
         vision_config={**vision, "image_size": 16, "patch_size": 4},
         mm_tokens_per_image=4,
         **tokens,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from datasets import Dataset, Image, IterableDataset, List
+from datasets import Dataset, Image, List
 from trl.data_utils import prepare_multimodal_messages
 
 
@@ -103,10 +103,10 @@ def image_problem(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def undecoded(dataset: Dataset | IterableDataset) -> Any:
+def undecoded(dataset: Dataset) -> Dataset:
     """A dataset whose images are not decoded."""
     for name in image_columns(dataset):
-        feature = (dataset.features or {}).get(name)
+        feature = dataset.features[name]
         if isinstance(feature, Image):
             dataset = dataset.cast_column(name, Image(decode=False))
         elif isinstance(feature, List) and isinstance(feature.feature, Image):

@@ -83,10 +83,7 @@ def validate_rows(
         return rows
 
     if isinstance(dataset, IterableDataset):
-        stream = undecoded(dataset)  # `map` would encode decoded images anew
-        checked = stream.map(check, with_indices=True, batched=True, batch_size=1, features=stream.features)
-        for column in images if dataset.features else ():
-            checked = checked.cast_column(column, dataset.features[column])
+        checked = dataset.map(check, with_indices=True, batched=True, batch_size=1, features=dataset.features)
         next(iter(checked))
         return checked
 

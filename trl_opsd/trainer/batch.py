@@ -15,14 +15,16 @@ from ..context import (
     AnsweredContext,
     MarkingContext,
     Memory,
+    Reading,
     Rollout,
     Rollouts,
     SampledContext,
     TeacherPrompt,
 )
-from ..scoring import Images, joined_images, keep_groups_together
+from ..scoring import Images, keep_groups_together
 from ..signal import Signals
 from .asking import Gather, sample_once, together
+from .images import teacher_images
 from .metrics import Metrics, add_contexts, add_degeneration
 from .rewards import reward_streams, total_rewards
 
@@ -186,22 +188,20 @@ class TeacherInputs:
                 metrics.add_rate(name, *generation.rewards.new_tensor(pair))
         groups = groups if is_read else [None] * len(generation.rows)
         generation.said = said = self._said(generation, groups, student_ids[0], metrics)
-        readings = [
-            None if index in generation.empty else self.teacher_prompt.reading(row, rollouts, tools, text)
-            for index, (row, rollouts, tools, text) in enumerate(
-                zip(generation.rows, groups, generation.tools, said, strict=True)
-            )
-        ]
+        readings = self._readings(generation, groups)
         prompts = [None if reading is None else reading.ids for reading in readings]
-        generation.teacher_images = [None if reading is None else reading.images for reading in readings]
-        if self.signals.needs_contrast:
-            generation.contrasts = [
-                [] if prompt is None else self.teacher_prompt.contrast_ids(row, rollouts, tools)
-                for prompt, row, rollouts, tools in zip(
-                    prompts, generation.rows, groups, generation.tools, strict=True
-                )
-            ]
+        has_target = self.signals.target is not None
+        if self.signals.needs_contrast or has_target:
+            generation.contrasts = self._contrasts(generation, groups, prompts)
+        if has_target:  # which is made of both
+            prompts = [its if some else None for its, some in zip(prompts, generation.contrasts, strict=True)]
+        generation.teacher_images = [
+            None if prompt is None or reading is None else reading.images
+            for prompt, reading in zip(prompts, readings, strict=True)
+        ]
         tensors = collate(prompts, student_ids, self.pad_token_id, self.pad_to_multiple_of)
+        if has_target:
+            tensors |= self._other_prompts(generation.contrasts, student_ids)
         if self.signals.needs_spans:
             tensors |= self._spans(generation, cast(Sequence[Rollouts], groups), said, metrics)
         own, positions = slice(first, first + len(prompts)), range(len(prompts))
@@ -209,6 +209,35 @@ class TeacherInputs:
         tensors["replaced"] = torch.tensor([position in generation.replaced for position in positions])
         tensors["truncated"] = torch.tensor([generation.is_truncated(it, self.end_ids) for it in positions])
         return prompts, tensors
+
+    def _readings(self, generation: Generation, groups: Sequence[Rollouts | None]) -> list[Reading | None]:
+        rows = zip(generation.rows, groups, generation.tools, generation.said, strict=True)
+        return [
+            None if index in generation.empty else self.teacher_prompt.reading(*its) for index, its in enumerate(rows)
+        ]
+
+    def _contrasts(
+        self, generation: Generation, groups: Sequence[Rollouts | None], prompts: Sequence[list[int] | None]
+    ) -> list[list[list[int]]]:
+        rows = zip(prompts, generation.rows, groups, generation.tools, strict=True)
+        return [
+            [] if prompt is None else self.teacher_prompt.contrast_ids(row, rollouts, tools)
+            for prompt, row, rollouts, tools in rows
+        ]
+
+    def _other_prompts(
+        self, contrasts: Sequence[Sequence[list[int]]], student_ids: Sequence[list[int]]
+    ) -> dict[str, torch.Tensor]:
+        """What the teacher reads besides its own prompt for a target; the student's prompts are in the batch."""
+        if (most := max(map(len, contrasts))) > 1:
+            raise ValueError(
+                f"{type(self.teacher_prompt.context).__name__} gives {most} prompts to contrast one rollout with, and "
+                "`target` reads one. Have its `contrast_messages` return one."
+            )
+        prompts = [some[0] if some else student for some, student in zip(contrasts, student_ids, strict=True)]
+        groups = _numbered(student_ids)
+        tensors = _prompt_tensors("contrast_prompt", prompts, self.pad_token_id, self.pad_to_multiple_of)
+        return {"prompt_groups": groups, **tensors}
 
     def into(
         self,
@@ -243,9 +272,12 @@ class TeacherInputs:
         student_ids = [ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], masks, strict=True)]
         teacher_ids, tensors = self(generation, student_ids, num_generations, metrics)
         batch.update(annotate(teacher_ids, batch))
-        groups = tensors.pop("teacher_prompt_groups")  # no work for the device
-        batch.update({name: values.to(masks.device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
-        self._add_images(batch, generation)
+        groups = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_groups")}
+        batch.update({name: values.to(masks.device) for name, values in tensors.items()})
+        batch.update(groups)  # no work for the device
+        if any(batch.get("images", ())) or any(generation.teacher_images):
+            given = generation.teacher_images, generation.completions, batch.get("images")
+            batch["teacher_images"] = teacher_images(self.teacher_prompt, *given)
         add_contexts(metrics, batch, len(generation.empty))
         has_tokens = torch.tensor([position not in generation.empty for position in range(len(masks))])
         counted = has_tokens.to(masks.device) & ~batch["replaced"]
@@ -258,18 +290,6 @@ class TeacherInputs:
             for memory in self.memories:
                 memory.remember(everything)
         return teacher_ids
-
-    def _add_images(self, batch: dict[str, Any], generation: Generation) -> None:
-        """Those of the teacher's prompts and, after them, those that tools returned."""
-        if "images" not in batch and not any(generation.teacher_images):
-            return
-        students = batch.get("images", [{}] * len(generation.rows))  # whose prompts stand in where there is no context
-        batch["teacher_images"] = [
-            student if own is None else joined_images([own, self.teacher_prompt.completion_images(completion)])
-            for student, own, completion in zip(
-                students, generation.teacher_images, generation.completions, strict=True
-            )
-        ]
 
     def _rates(self, rows: Sequence[Mapping[str, Any]], groups: Sequence[Rollouts]) -> dict[str, tuple[float, float]]:
         those = {id(part): part for part in (self.teacher_prompt.context, *self.memories) if hasattr(part, "rates")}
@@ -432,16 +452,26 @@ def collate(
         of shape `(B,)`.
     """
     given = [student if ids is None else ids for ids, student in zip(teacher_ids, student_ids, strict=True)]
-    first_rows: dict[tuple[int, ...], int] = {}
-    numbers = [first_rows.setdefault(tuple(ids), index) for index, ids in enumerate(given)]
-    tensors = [torch.tensor(ids) for ids in given]
+    tensors = _prompt_tensors("teacher_prompt", given, pad_token_id, pad_to_multiple_of)
+    return {**tensors, "has_context": torch.tensor([ids is not None for ids in teacher_ids])}
+
+
+def _prompt_tensors(
+    name: str, prompts: Sequence[list[int]], pad_token_id: int, pad_to_multiple_of: int | None
+) -> dict[str, torch.Tensor]:
+    tensors = [torch.tensor(ids) for ids in prompts]
     masks = [torch.ones_like(ids) for ids in tensors]
     return {
-        "teacher_prompt_groups": torch.tensor(numbers),
-        "teacher_prompt_ids": pad(tensors, pad_token_id, "left", pad_to_multiple_of),
-        "teacher_prompt_mask": pad(masks, 0, "left", pad_to_multiple_of),
-        "has_context": torch.tensor([ids is not None for ids in teacher_ids]),
+        f"{name}_groups": _numbered(prompts),
+        f"{name}_ids": pad(tensors, pad_token_id, "left", pad_to_multiple_of),
+        f"{name}_mask": pad(masks, 0, "left", pad_to_multiple_of),
     }
+
+
+def _numbered(prompts: Sequence[list[int]]) -> torch.Tensor:
+    """The same number for equal prompts."""
+    first_rows: dict[tuple[int, ...], int] = {}
+    return torch.tensor([first_rows.setdefault(tuple(ids), index) for index, ids in enumerate(prompts)])
 
 
 def regrouped(

@@ -10,7 +10,7 @@ from trl import GRPOConfig
 from ..help import did_you_mean, help_from_docstring
 from ..objective import Divergence, Objective, Support, Tail
 from ..objective.kernels import KERNELS
-from .config_checks import check_config
+from .checks.settings import check_config
 from .method import Method
 
 
@@ -35,6 +35,7 @@ _BELONGS_TO = {
     "completions_kwargs": "completions",
     "replaced_divergence": "completions",
     "curriculum_kwargs": "curriculum",
+    "target_kwargs": "target",
     "prompts_kwargs": "prompts",
     "advantage_kwargs": "advantage",
     "schedules": "advantage",
@@ -167,6 +168,8 @@ class SelfDistillationConfig(GRPOConfig):
             Divergence between the teacher and the student at each completion token, over the whole vocabulary:
             `"forward_kl"` is KL(teacher ‖ student), `"reverse_kl"` is KL(student ‖ teacher), `"jsd"` is the
             generalized Jensen-Shannon divergence of [GKD](https://huggingface.co/papers/2306.13649).
+            `"student_rewards"`, `"teacher_rewards"` and `"even_rewards"` are policy gradients over a top-k support,
+            see [`~trl_opsd.objective.divergence.rewards`].
         jsd_weight (`float`, *optional*, defaults to `0.5`):
             Weight β in [0, 1] of `divergence="jsd"`, β·KL(teacher ‖ m) + (1−β)·KL(student ‖ m) with m = β·teacher +
             (1−β)·student. As in GKD, 0 stands for the forward and 1 for the reverse KL.
@@ -194,6 +197,12 @@ class SelfDistillationConfig(GRPOConfig):
             a teacher whose probability is this share of the student's. `None` does not bound it.
         divergence_ratio_high (`float`, *optional*):
             Largest ratio, likewise.
+        target (`str`, *optional*):
+            What the divergence pulls to. `None` is the teacher; or the import path of a subclass of [`Target`], such
+            as `"trl_opsd.methods.purified_opsd.Purified"`, which makes it of what the teacher says after its prompt,
+            after the student's, and after one that the context gives for contrast.
+        target_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of that class.
         replaced_divergence (`dict[str, Any]` or `str`, *optional*):
             Divergence for completions that took the place of rollouts, if it is another, as fields of [`Objective`]:
             `{"divergence": "forward_kl", "support": "teacher_top_k", "top_k": 16}`. What is left out is that class's
@@ -279,6 +288,7 @@ class SelfDistillationConfig(GRPOConfig):
         "token_weights",
         "advantage_kwargs",
         "schedules",
+        "target_kwargs",
         "replaced_divergence",
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
@@ -328,6 +338,8 @@ class SelfDistillationConfig(GRPOConfig):
     divergence_clip: float | None = None
     divergence_ratio_low: float | None = None
     divergence_ratio_high: float | None = None
+    target: str | None = None
+    target_kwargs: dict[str, Any] | str | None = None
     replaced_divergence: dict[str, Any] | str | None = None
     distillation_temperature: float | None = None
 
@@ -454,6 +466,15 @@ class SelfDistillationConfig(GRPOConfig):
             and self.distillation_temperature == self.temperature
             and self.repetition_penalty == 1.0
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What experiment trackers are told. See [`~transformers.TrainingArguments.to_dict`]."""
+        values: dict[str, Any] = super().to_dict()
+        kwargs = cast(dict[str, Any], values["teacher_model_init_kwargs"] or {})
+        config: Any = kwargs.get("quantization_config")
+        if hasattr(config, "to_dict"):
+            values["teacher_model_init_kwargs"] = {**kwargs, "quantization_config": config.to_dict()}
+        return values
 
     def objective(self) -> Objective:
         """The divergence that the fields describe."""

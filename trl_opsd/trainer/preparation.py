@@ -16,22 +16,20 @@ from ..scoring import reads_more_than_text
 from ..serving import check_vllm_installed, wait_for_sampler
 from ..signal import Signals
 from ..teacher import ServedTeacher
-from .checks import (
-    check_completion_length,
+from .checks.images import check_chat_template, check_images, check_processing_class
+from .checks.model import check_completion_length, check_model, check_special_tokens
+from .checks.parts import (
     check_completions,
     check_context,
     check_curriculum,
-    check_model,
     check_number_of_rows,
     check_parts_and_context,
     check_prompts,
     check_served_live_teacher,
     check_signals,
-    check_special_tokens,
     warn_of_unknown_sampler,
 )
 from .config import SelfDistillationConfig
-from .images import check_chat_template, check_images, check_processing_class
 from .lengths import fit_completions, prompt_budget
 from .signals import make_signals
 from .teachers import connect_teacher
@@ -154,16 +152,11 @@ def prepare(
     check_curriculum(args, train_dataset, has_rewards, environment_factory)
     signals = _make_signals(args, context, has_rewards)
     warn_of_unknown_sampler(signals, args)
-
-    columns_of_images = list(dict.fromkeys([*image_columns(train_dataset), *image_columns(eval_dataset)]))
-    given = args, model, processing_class, bool(columns_of_images)
-    processing_class, model_config = load_processing_class_and_config(*given)
-    if columns_of_images:
-        check_images(args, columns_of_images, processing_class, model_config, context, reward_funcs)
-    tokenizer = tokenizer_of(processing_class)
-    check_special_tokens(tokenizer, getattr(model_config.get_text_config(), "vocab_size", None))
+    images = image_columns({"train": train_dataset, "eval": eval_dataset})
+    processing_class, model_config = load_processing_class_and_config(args, model, processing_class, bool(images))
+    check_images(args, images, processing_class, model_config, context, reward_funcs)
     check_completion_length(args, model_config, samples_itself=rollout_func is None)
-    served = connect_teacher(args, tokenizer, model_config, bool(columns_of_images))
+    served = connect_teacher(args, tokenizer_of(processing_class), model_config, bool(images))
     context_length = _teacher_context(model_config, served)
     teacher_prompt = make_teacher_prompt(args, context, processing_class, model_config, context_length)
     columns = (*context.columns, *completions.columns)
@@ -229,6 +222,7 @@ def load_processing_class_and_config(
             _model_id(model), has_images or reads_more_than_text(config), has_images, **sides, **kwargs
         )
     check_processing_class(processing_class)
+    check_special_tokens(tokenizer_of(processing_class), getattr(config.get_text_config(), "vocab_size", None))
     return processing_class, config
 
 

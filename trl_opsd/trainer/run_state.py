@@ -38,6 +38,7 @@ _FIXED_SETTINGS = (
     "curriculum",
     "prompts",
     "prompts_kwargs",
+    "target",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "steps_per_generation",

@@ -85,9 +85,7 @@ def score(
         tools=[trainer.tools] * len(rows),
     )
     batch = _padded("prompt", student_prompts, "left", tokenizer.pad_token_id, accelerator.device)
-    images = [trainer.teacher_prompt.student_images(prompt, trainer.tools) for prompt in prompts]
-    if any(images):
-        batch["images"] = images
+    batch["images"] = [trainer.teacher_prompt.student_images(prompt, trainer.tools) for prompt in prompts]
     batch |= _padded("completion", completion_ids, "right", tokenizer.pad_token_id, accelerator.device)
     teacher_prompts = trainer.teacher_inputs.into(
         batch, generation, num_generations, trainer.teacher.annotate, Metrics(), is_training=False

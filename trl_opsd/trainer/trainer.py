@@ -32,6 +32,7 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
 - `_load_from_checkpoint(checkpoint, model)` and `_load_best_model()`, of transformers, load the policy's weights; with
   DeepSpeed only the second is called.
 - `_pending_extra_logs` and `_pending_metrics` hold what reward functions log of a batch until it is logged.
+- With a processor, `_is_vlm` is true, and batches have `num_images` and what `split_pixel_values_by_grid` splits.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
 """
@@ -60,7 +61,9 @@ from ..signal import TokenScores
 from ..teacher import Teacher, fingerprint
 from .batch import Generation, TeacherInputs, regrouped
 from .checkpoints import load_weights
-from .checks import check_auxiliary_loss, check_context, check_grpo_pass, check_signals
+from .checks.model import check_grpo_loss
+from .checks.parts import check_context, check_signals
+from .checks.world import check_world
 from .completing import Completing, Engines, encoded, with_stand_ins, without_empty
 from .config import SelfDistillationConfig
 from .curriculum import DrawnRows
@@ -77,7 +80,6 @@ from .sampling_settings import changed, teacher_settings
 from .signals import make_streams
 from .steps import OrderOfEpochs, StepCallback
 from .teachers import load_teacher
-from .world import check_world
 
 
 class SelfDistillationTrainer(GRPOTrainer):
@@ -198,9 +200,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.signals.has_term("policy_loss_coef"),
             needs_own_pass=self._entropy_bonus_enabled or self.aux_loss_enabled,
         )
-        if self.grpo_loss.takes_part and not self.grpo_loss.shares_pass:
-            check_grpo_pass(causal_lm(self.model), self.router_aux_loss_coef)
-        check_auxiliary_loss(self.args, self.aux_loss_enabled, self.router_aux_loss_coef)
+        takes_pass = self.grpo_loss.takes_part and not self.grpo_loss.shares_pass
+        check_grpo_loss(self.args, causal_lm(self.model), takes_pass, self.aux_loss_enabled, self.router_aux_loss_coef)
 
     def _prepare_sampling(self, run: Prepared) -> None:
         args, tokenizer = self.args, self._tokenizer
@@ -344,8 +345,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         sampler = super()._get_train_sampler(dataset)
         if self.signals.curriculum is not None:
             sampler = DrawnRows(sampler, self.signals, self.tokenize_prompts)
-        # There is no generator without shuffling
-        self.add_callback(OrderOfEpochs(getattr(sampler, "generator", None)))
+        self.add_callback(OrderOfEpochs(getattr(sampler, "generator", None)))  # there is none without shuffling
         return sampler
 
     def _begin_step(self) -> None:
@@ -383,8 +383,7 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        is_fresh = self._buffered_inputs is not buffered
-        if is_fresh and self.num_generations > 1 and self.loss.networks.can_share_prompts:
+        if self._buffered_inputs is not buffered and self.num_generations > 1 and self.loss.networks.can_share_prompts:
             steps = self.args.steps_per_generation
             self._buffered_inputs = regrouped(self._buffered_inputs, steps, self.args.gradient_accumulation_steps)
             inputs = self._buffered_inputs[self._step % steps]
@@ -451,9 +450,8 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if isinstance(eval_dataset, Dataset | IterableDataset) and not self.environment_factories:
-            eval_dataset = checked_rows(
-                eval_dataset, "eval_dataset", self.teacher_prompt, self._data_columns, self.tools
-            )
+            given = "eval_dataset", self.teacher_prompt, self._data_columns, self.tools
+            eval_dataset = checked_rows(eval_dataset, *given)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -477,15 +475,13 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled or isinstance(self.model, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_weights(Path(resume_from_checkpoint), self.model)
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        return load_weights(Path(resume_from_checkpoint), self.model)
 
     def _load_best_model(self):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel):
-            super()._load_best_model()
-        else:
-            load_weights(Path(cast(str, self.state.best_model_checkpoint)), self.model)
+            return super()._load_best_model()
+        return load_weights(Path(cast(str, self.state.best_model_checkpoint)), self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

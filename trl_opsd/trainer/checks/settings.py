@@ -5,11 +5,11 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..objective.top_log_probs import SERVED_SUPPORTS
+from ...objective.top_log_probs import SERVED_SUPPORTS
 
 
 if TYPE_CHECKING:
-    from .config import SelfDistillationConfig
+    from ..config import SelfDistillationConfig
 
 # Fields that an objective knows by another name
 _OBJECTIVE_FIELDS = {
