@@ -62,8 +62,8 @@ def make_image(seed: int, size: tuple[int, int] = (20, 28)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8))
 
 
-def make_vlm(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A model in fp32, on the device of the tests, and its processor."""
+def make_vlm(family: str, seed: int = 0, **text: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A model in fp32, on the device of the tests, and its processor. `text` is of the language model."""
     made = FAMILIES[family]
     tokenizer = make_tokenizer()
     specials = [*tokenizer.special_tokens_map.get("additional_special_tokens", []), *made.special_tokens]
@@ -71,7 +71,7 @@ def make_vlm(family: str, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixi
     processor = made.processor(tokenizer, chat_template(made.image))
     torch.manual_seed(seed)
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    model = made.model(tokenizer, {**TEXT, **ids, "vocab_size": len(tokenizer)})
+    model = made.model(tokenizer, {**TEXT, **ids, "vocab_size": len(tokenizer), **text})
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return place(model.float()), processor

@@ -117,6 +117,7 @@ def test_row_without_its_image(refused, rows, problem):
                 "teacher": "live",
                 "teacher_server_base_url": "http://localhost:1",
                 "divergence_support": "teacher_top_k",
+                "temperature": 1.0,
             },
             "is sent token ids",
         ),
