@@ -114,7 +114,7 @@ def test_row_without_its_image(refused, rows, problem):
         ({"completions": "teacher", "completions_kwargs": {"share": 0.5}}, "`completions='teacher'`"),
         (
             {
-                "teacher": "live",
+                "teacher": "external",
                 "teacher_server_base_url": "http://localhost:1",
                 "divergence_support": "teacher_top_k",
                 "temperature": 1.0,

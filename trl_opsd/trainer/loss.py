@@ -440,7 +440,7 @@ def make_loss(
     if args.process_index == 0 and reads_more_than_text(causal_lm(policy).config):
         logger.warning_once(
             f"{type(causal_lm(policy)).__name__} reads more than text, so rows are padded, whatever the attention, "
-            "and the teacher reads a prompt for each of its rollouts: positions and masks may depend on a row's images."
+            "and the teacher reads a prompt for each of its rollouts: positions and masks may depend on its images."
         )
     networks = Networks(
         accelerator,
