@@ -1,15 +1,18 @@
 """Vision-language models: student and teacher read images, and the loss is that of a plain loop."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from plain_loop import Method, Row, loss_and_gradient, plain, probabilities
 from rich.console import Console
 from tiny_vlm import FAMILIES, make_image, make_vlm
 from transformers import AutoProcessor, LlavaNextProcessor, TrainerControl, TrainerState
+from trl import GRPOTrainer
 
 from trl_opsd import OPSDConfig, OPSDTrainer, SelfDistillationTrainer, score
 from trl_opsd.methods.rlsd import RLSDConfig
@@ -312,3 +315,55 @@ class TestRuns:
         shown = console.export_text()
         assert shown.count("[image, 8 tokens]") == 2
         assert "image_pad" not in shown
+
+
+def test_images_that_tools_return(training_args, monkeypatch):
+    """They stand in the completion, after those of the prompt, for student and teacher."""
+    model, processor = make_vlm("qwen3_vl")
+    template = Path(trl.__file__).parent / "chat_templates" / "qwen3_vl.jinja"
+    processor.chat_template = template.read_text()
+    shown = [make_image(7, (16, 24))]
+
+    def look() -> list:
+        """
+        Look again.
+
+        Returns:
+            What is seen.
+        """
+        return [{"type": "image", "image": shown[0]}, {"type": "text", "text": "seen"}]
+
+    settings = {"max_completion_length": 400, "chat_template_kwargs": None, "temperature": 1.0}
+    trainer = OPSDTrainer(
+        model=model,
+        args=OPSDConfig(**{**training_args, **settings}),
+        train_dataset=Dataset.from_list(make_rows()[:1] * 4),
+        processing_class=processor,
+        tools=[look],
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    call, answer = (
+        processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in ('<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call><|im_end|>', "A cat.<|im_end|>")
+    )
+    turns = []
+
+    def generate(self, prompt_ids, *asked):
+        turns.append(prompt_ids)
+        return [answer if len(turns) % 2 == 0 else call for _ in prompt_ids], None
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate)
+    rows = make_rows()
+    losses = []
+    for seed in (7, 8):
+        shown[0] = make_image(seed, (16, 24))
+        batch = trainer._generate_and_score_completions(rows)
+        tool_image = processor.image_processor(images=[shown[0]], return_tensors="pt")["pixel_values"]
+        for name, numbers in (("images", [2, 3]), ("teacher_images", [2, 4])):
+            assert [len(images["image_grid_thw"]) for images in batch[name]] == numbers
+            assert all(torch.equal(images["pixel_values"][-len(tool_image) :], tool_image) for images in batch[name])
+        assert (batch["completion_ids"] == model.config.image_token_id).sum(dim=1).tolist() == [
+            len(tool_image) // 4
+        ] * 2
+        losses.append(trainer._compute_loss(model, batch).item())
+    assert losses[0] != losses[1]
