@@ -15,7 +15,7 @@ from .heads import backbone_of, causal_lm
 Images = dict[str, torch.Tensor]
 """What a processor makes of the images of a row, by name. Empty without any."""
 
-_NAMES = (
+IMAGES = (
     "pixel_values",
     "image_grid_thw",
     "image_position_ids",
@@ -23,7 +23,9 @@ _NAMES = (
     "pixel_attention_mask",
     "spatial_shapes",
 )
-_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
+"""The tensors that GRPOTrainer makes of images."""
+OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
+"""Which tokens stand for images, by the names that models have for it."""
 
 
 def images_apart(batch: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def images_apart(batch: dict[str, Any]) -> dict[str, Any]:
         `dict[str, Any]`: the same without those tensors, and with `images`, a list with [`Images`] of each row. What
         tells apart which tokens stand for images follows from the tokens.
     """
-    rest = {name: value for name, value in batch.items() if name not in (*_NAMES, *_OF_TOKENS)}
+    rest = {name: value for name, value in batch.items() if name not in (*IMAGES, *OF_TOKENS)}
     if batch.get("pixel_values") is None or batch.get("num_images") is None:
         return rest
     # Tensors with rows of tiles have one row for each sample
@@ -47,7 +49,7 @@ def images_apart(batch: dict[str, Any]) -> dict[str, Any]:
     split = batch if has_row_each else split_pixel_values_by_grid({k: v for k, v in batch.items() if v is not None})
     images: list[Images] = []
     for row, number in enumerate(batch["num_images"]):
-        values = {name: split[name] for name in _NAMES if split.get(name) is not None}
+        values = {name: split[name] for name in IMAGES if split.get(name) is not None}
         its = {name: value[row] if isinstance(value, list) else value[row : row + 1] for name, value in values.items()}
         images.append(its if number else {})
     return {**rest, "images": images}
@@ -102,9 +104,10 @@ def image_inputs(model: nn.Module, images: Sequence[Images] | None, input_ids: t
     if images is None or not any(images):
         return {}
     config = causal_lm(model).config
-    inputs: dict[str, Any] = {name: its.to(input_ids.device) for name, its in joined_images(images).items()}
+    here = [{name: values.to(input_ids.device) for name, values in its.items()} for its in images]
+    inputs: dict[str, Any] = joined_images(here)
     takes = inspect.signature(backbone_of(model).forward).parameters
-    for name in (its for its in _OF_TOKENS if its in takes):
+    for name in (its for its in OF_TOKENS if its in takes):
         inputs[name] = (input_ids == config.image_token_id).long()
     return inputs
 
