@@ -132,7 +132,7 @@ class Networks:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         num_completion_tokens: int,
-        batch_size: int,
+        batch_size: int | None,
         images: Sequence[Images] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -147,14 +147,15 @@ class Networks:
                 1 for tokens, 0 for padding.
             num_completion_tokens (`int`):
                 T.
-            batch_size (`int`):
-                Rows that go through the network at once.
+            batch_size (`int`, *optional*):
+                Rows that go through the network at once. `None` for all.
         images (`Sequence[Images]`, *optional*):
             Images of each row, see [`image_inputs`].
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: both of shape `(B, T)`, 0 for padding.
         """
+        batch_size = batch_size or len(input_ids)
         parts = []
         for start in range(0, len(input_ids), batch_size):
             some = slice(start, start + batch_size)

@@ -9,6 +9,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..context import PrivilegedContext, SampledContext, TeacherPrompt, TextContext, make_context, thinking_prefix
 from ..data import image_columns, validate_rows
+from ..guard import Guards
 from ..parts import make_part
 from ..sampling.prompts import PromptSource
 from ..sampling.sources import SOURCES, CompletionSource
@@ -30,6 +31,7 @@ from .checks.parts import (
     warn_of_unknown_sampler,
 )
 from .config import SelfDistillationConfig
+from .guards import make_guards
 from .lengths import fit_completions, prompt_budget
 from .signals import make_signals
 from .teachers import connect_teacher
@@ -52,6 +54,8 @@ class Prepared:
             Exchanges prompts before.
         signals ([`Signals`]):
             Write the streams of the loss.
+        guards ([`Guards`]):
+            Watch the run.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
             Of the policy and the teacher.
         teacher_prompt ([`TeacherPrompt`]):
@@ -70,6 +74,7 @@ class Prepared:
     completions: CompletionSource
     prompts: PromptSource | None
     signals: Signals
+    guards: Guards
     processing_class: PreTrainedTokenizerBase | ProcessorMixin
     teacher_prompt: TeacherPrompt
     served_teacher: ServedTeacher | None
@@ -150,7 +155,7 @@ def prepare(
     itself = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
     completions, prompts = _make_sources(args, context, bool(reward_funcs), itself)
     check_curriculum(args, train_dataset, has_rewards, environment_factory)
-    signals = _make_signals(args, context, has_rewards)
+    signals, guards = _make_signals(args, context, has_rewards), make_guards(args)
     warn_of_unknown_sampler(signals, args)
     images = image_columns({"train": train_dataset, "eval": eval_dataset})
     processing_class, model_config = load_processing_class_and_config(args, model, processing_class, bool(images))
@@ -170,7 +175,7 @@ def prepare(
     check_served_live_teacher(args, rollout_func)
     if args.use_vllm and args.vllm_mode == "server":
         wait_for_sampler(args.sampler_url, args.vllm_server_timeout, is_main_process=args.process_index == 0)
-    parts = context, completions, prompts, signals, processing_class, teacher_prompt, served
+    parts = context, completions, prompts, signals, guards, processing_class, teacher_prompt, served
     return Prepared(*parts, columns, train_dataset, eval_dataset)
 
 
