@@ -50,6 +50,8 @@ class Row:
     reads_context: bool = False  # whether the student reads the teacher's prompt
     objective: dict[str, Any] | None = None  # of its divergence, where that is another than the method's
     target: torch.Tensor | None = None  # in the teacher's place, of shape (T, V)
+    images: dict[str, torch.Tensor] | None = None  # what the processor makes of the prompt, but its tokens
+    teacher_images: dict[str, torch.Tensor] | None = None
 
 
 def loss_and_gradient(
@@ -63,9 +65,10 @@ def loss_and_gradient(
         token_ids = torch.tensor(row.completion)[:, None]
         by_student = _given(row.by_student, token_ids)
         prompt = row.teacher_prompt if row.reads_context else row.prompt
-        p_s = probabilities(student, prompt, row.completion, method.temperature)
+        p_s = probabilities(student, prompt, row.completion, method.temperature, row.images)
         with torch.no_grad():
-            p_t = probabilities(teacher, row.teacher_prompt or row.prompt, row.completion, method.temperature)
+            given = row.teacher_prompt or row.prompt, row.completion, method.temperature
+            p_t = probabilities(teacher, *given, row.images if row.teacher_prompt is None else row.teacher_images)
         p_t = p_t if row.target is None else row.target
         log_probs = p_s.gather(1, token_ids)[:, 0].log()
         old = log_probs.detach() if row.old_log_probs is None else torch.tensor(row.old_log_probs)
@@ -111,10 +114,19 @@ def _given(values: list[Any] | None, token_ids: torch.Tensor) -> torch.Tensor:
 
 
 def probabilities(
-    model: torch.nn.Module, prompt: list[int], completion: list[int], temperature: float
+    model: torch.nn.Module,
+    prompt: list[int],
+    completion: list[int],
+    temperature: float,
+    images: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The distribution of each token of a completion, of shape (T, V): the logits before a token predict it."""
-    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    given = {
+        # No token of a completion stands for an image
+        name: torch.nn.functional.pad(value, (0, len(completion))) if name.endswith("token_type_ids") else value
+        for name, value in (images or {}).items()
+    }
+    logits = model(input_ids=torch.tensor([prompt + completion]), **given).logits[0, len(prompt) - 1 : -1]
     return torch.softmax(logits / temperature, dim=-1)
 
 

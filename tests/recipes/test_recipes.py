@@ -8,7 +8,9 @@ from string import Formatter
 import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from datasets import Dataset
 from tiny import make_model, make_tokenizer
+from tiny_vlm import make_image, make_vlm
 
 from trl_opsd.methods import METHODS, TRAINABLE
 from trl_opsd.scripts.train import make_parser, run
@@ -52,6 +54,15 @@ def long_context_model(tmp_path_factory):
     tokenizer = make_tokenizer()
     make_model(tokenizer, max_position_embeddings=40_960).save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def long_context_vlm(tmp_path_factory):
+    """The same of a vision-language model, with its processor."""
+    path = tmp_path_factory.mktemp("long-context-vlm")
+    for part in make_vlm("llava_next", max_position_embeddings=40_960):
+        part.save_pretrained(path)
     return str(path)
 
 
@@ -100,6 +111,7 @@ PAPERS = {
     "correct_only/acereason-nemotron-7b": (32, 1, 100, 0.0),
     "correct_only/deepseek-r1-distill-qwen-7b": (32, 1, 100, 0.0),
     "rlsd/qwen3-8b": (256 * 8, 1, 100, 0.0),
+    "rlsd/qwen3-vl-8b": (256 * 8, 1, 100, 0.0),
     "rlrt/qwen3-4b-base": (128 * 8, 2, 200, 0.01),
     "rlrt/qwen3-8b-base": (128 * 8, 2, 200, 0.01),
     "rlrt/qwen3-4b-instruct": (128 * 8, 2, 200, 0.01),
@@ -192,12 +204,16 @@ def test_paper_recipe_has_the_batch_of_the_paper(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name)
-def test_recipe_trains_a_tiny_model(recipe, long_context_model, tmp_path, device, monkeypatch):
+def test_recipe_trains_a_tiny_model(recipe, long_context_model, long_context_vlm, tmp_path, device, monkeypatch):
     values = yaml.safe_load(recipe.read_text())
-    data = tmp_path / "rows.jsonl"
+    data, model = tmp_path / "rows.jsonl", long_context_model
     data.write_text("".join(json.dumps(row) + "\n" for row in rows_for(values)))
+    if "-VL-" in values["model_name_or_path"]:
+        data, model = tmp_path / "rows", long_context_vlm
+        rows = [{**row, "image": make_image(seed)} for seed, row in enumerate(rows_for(values))]
+        Dataset.from_list(rows).save_to_disk(data)
     output = tmp_path / "output"
-    local = {"model_name_or_path": long_context_model, "dataset_name": str(data), "output_dir": str(output)}
+    local = {"model_name_or_path": model, "dataset_name": str(data), "output_dir": str(output)}
     values |= SMALL | local | {"dataset_config": None, "use_cpu": device.type == "cpu"}
     if "teacher_model_name_or_path" in values:
         values["teacher_model_name_or_path"] = long_context_model
@@ -211,6 +227,7 @@ def test_recipe_trains_a_tiny_model(recipe, long_context_model, tmp_path, device
 
     saved = "adapter_model.safetensors" if values.get("use_peft") else "model.safetensors"
     assert (output / saved).is_file()
+    assert (output / "processor_config.json").is_file() == (model == long_context_vlm)
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=name)

@@ -152,7 +152,7 @@ def test_unknown_context(refused):
 
 
 def test_images(refused):
-    refused([{"image": "cat.png"}], "has the column 'image', but the teacher's prompt is text only")
+    refused([{"image": "cat.png"}], "has the column 'image', and the model reads text alone .`model_type` 'qwen3'.")
 
 
 def test_eval_dataset_is_checked_too(refused):

@@ -14,6 +14,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import _ForwardRedirection
 from trl.trainer import utils
 
+from trl_opsd.scoring.images import IMAGES, OF_TOKENS
+
 
 SIGNATURES = {
     "_prepare_inputs": ["self", "generation_batch"],
@@ -69,6 +71,15 @@ def test_policy_loss_reads_the_student_through_one_method():
         "        # Compute the KL divergence between the model and the reference model",
         '        mode = "train" if self.model.training else "eval"',
     }
+
+
+def test_images_have_the_names_that_are_taken_apart():
+    """One more of them would not be cut into rows with the rest, and the student would be read without it."""
+    taken = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    images = set(taken[taken.index("pixel_values") :])
+    assert images == {*IMAGES, *OF_TOKENS, "num_images", "num_tiles"}
+    assert "self._is_vlm = True" in inspect.getsource(GRPOTrainer.__init__)
+    assert 'output["num_images"] = num_images' in inspect.getsource(GRPOTrainer._generate_and_score_completions)
 
 
 def test_what_reward_functions_log_is_there_until_rewards_are_returned():

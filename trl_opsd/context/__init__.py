@@ -13,7 +13,7 @@ from .peers import PeersContext
 from .plan import PlanContext
 from .playbook import PlaybookContext
 from .reflection import ReflectionContext
-from .rendering import TeacherPrompt, check_embedded, thinking_prefix, without_end
+from .rendering import Reading, TeacherPrompt, check_embedded, thinking_prefix, without_end
 from .rollouts import Rollout, Rollouts
 from .sibling import SiblingContext
 from .solution import AnswerContext, SolutionContext
@@ -37,6 +37,7 @@ __all__ = [
     "PlanContext",
     "PlaybookContext",
     "PrivilegedContext",
+    "Reading",
     "ReflectionContext",
     "Rollout",
     "Rollouts",

@@ -2,25 +2,47 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, logging
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, logging
+from trl.data_utils import prepare_multimodal_messages
 
+from ..data import image_parts, prompt_of, teacher_images_of
 from .base import AnsweredContext, MarkingContext, Message, PrivilegedContext, SampledContext, as_text
+from .images import with_images, without_images
 from .rollouts import Rollouts
 from .spans import Marks, token_masks
 
 
 logger = logging.get_logger(__name__)
 
+_OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+class Reading(NamedTuple):
+    """
+    What a model reads.
+
+    Args:
+        ids (`list[int]`):
+            Token ids.
+        images (`dict[str, torch.Tensor]`):
+            What the processor makes of the images, empty without any.
+    """
+
+    ids: list[int]
+    images: dict[str, torch.Tensor]
+
 
 @dataclass
 class TeacherPrompt:
     """
-    Renders and tokenizes the teacher's prompt of a row.
+    Renders and tokenizes the teacher's prompt of a row. Contexts read and write text: images of the prompt keep their
+    places, and those of the column `teacher_images` follow them.
 
     The prompt is tokenized the way the student's is: conversational prompts by the chat template, which brings its own
     special tokens, plain ones by the tokenizer. It is never truncated.
@@ -48,6 +70,10 @@ class TeacherPrompt:
             Keyword arguments of the student's chat template, for what a context has the policy answer.
         max_sample_length (`int`, *optional*):
             Budget in tokens of such a prompt.
+        processor ([`~transformers.ProcessorMixin`], *optional*):
+            Of a vision-language model, whose chat template takes the place of the tokenizer's.
+        image_token_id (`int`, *optional*):
+            The token that stands for a part of an image.
     """
 
     context: PrivilegedContext
@@ -61,6 +87,8 @@ class TeacherPrompt:
     chat_prefix: str = ""
     student_template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_sample_length: int | None = None
+    processor: ProcessorMixin | None = None
+    image_token_id: int | None = None
     longest: int = field(default=0, init=False)
     _plain_prefix_ids: list[int] = field(init=False)
     _chat_prefix_ids: list[int] = field(init=False)
@@ -108,8 +136,35 @@ class TeacherPrompt:
             ValueError: If the prompt is longer than `max_length` tokens and `skip_overlong` is `False`, or has a token
                 without an embedding, or if the context returned no messages.
         """
-        ids = self._teacher_ids(row, rollouts, tools, sampled)
-        return None if ids is None or self._is_skipped(ids) else ids
+        reading = self.reading(row, rollouts, tools, sampled)
+        return None if reading is None else reading.ids
+
+    def reading(
+        self,
+        row: Mapping[str, Any],
+        rollouts: Rollouts | None,
+        tools: list[Callable[..., Any]] | None = None,
+        sampled: Any = None,
+    ) -> Reading | None:
+        """The same, with its images."""
+        reading = self._teacher_reading(row, rollouts, tools, sampled)
+        return None if reading is None or self._is_skipped(reading.ids) else reading
+
+    def student_images(
+        self, prompt: str | list[Message], tools: list[Callable[..., Any]] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What the processor makes of the images of a student's prompt."""
+        if self.processor is None or isinstance(prompt, str) or not image_parts(prompt):
+            return {}
+        return self._applied(prompt, tools, self.student_template_kwargs).images
+
+    def completion_images(self, completion: Any) -> dict[str, torch.Tensor]:
+        """What the processor makes of the images that tools returned within a completion."""
+        images = [] if isinstance(completion, str) else [part["image"] for part in image_parts(completion)]
+        if self.processor is None or not images:
+            return {}
+        given: Any = self.processor
+        return dict(given.image_processor(images=images, return_tensors="pt"))
 
     def contrast_ids(
         self, row: Mapping[str, Any], rollouts: Rollouts | None, tools: list[Callable[..., Any]] | None = None
@@ -130,7 +185,7 @@ class TeacherPrompt:
         """
         given: Any = self.context
         prompts = given.contrast_messages(_conversational(row), rollouts)
-        ids = [self._teacher_prompt(row, messages, "contrast_messages", tools) for messages in prompts]
+        ids = [self._teacher_prompt(row, messages, "contrast_messages", tools).ids for messages in prompts]
         return [its for its in ids if not self._is_skipped(its)]
 
     def sample_ids(self, row: Mapping[str, Any], rollouts: Rollouts | None) -> list[int] | None:
@@ -152,7 +207,7 @@ class TeacherPrompt:
         messages = self.context.sample_messages(_conversational(row), rollouts)
         if messages is None:
             return None
-        ids = self._rendered(row, messages, "sample_messages", None, self.student_template_kwargs)
+        ids = self._rendered(row, messages, "sample_messages", None, self.student_template_kwargs).ids
         check_embedded(ids, self.tokenizer, self.num_embeddings)
         if self.max_sample_length is None or len(ids) <= self.max_sample_length:
             return ids
@@ -192,20 +247,23 @@ class TeacherPrompt:
             return False
         if self.skip_overlong:
             return True
+        of_images = ids.count(self.image_token_id) if self.image_token_id is not None else 0
+        which = f", {of_images} of them for images," if of_images else ","
+        shorten = "make images smaller (in the processor's settings), " if of_images else ""
         raise ValueError(
-            f"The teacher's prompt has {len(ids)} tokens, {len(ids) - self.max_length} more than the budget of "
+            f"The teacher's prompt has {len(ids)} tokens{which} {len(ids) - self.max_length} more than the budget of "
             f"{self.max_length}. It is never truncated: raise `max_teacher_prompt_length` (and the model's context, "
-            "or lower `max_completion_length`), shorten the privileged column, drop the row, or set "
+            f"or lower `max_completion_length`), {shorten}shorten the privileged column, drop the row, or set "
             "`overlong_teacher_prompt='skip'` to leave such rows out of the loss."
         )
 
-    def _teacher_ids(
+    def _teacher_reading(
         self,
         row: Mapping[str, Any],
         rollouts: Rollouts | None,
         tools: list[Callable[..., Any]] | None,
         sampled: Any = None,
-    ) -> list[int] | None:
+    ) -> Reading | None:
         if isinstance(self.context, SampledContext | AnsweredContext):
             messages = self.context.teacher_messages(_conversational(row), rollouts, sampled)
         else:
@@ -214,11 +272,11 @@ class TeacherPrompt:
 
     def _teacher_prompt(
         self, row: Mapping[str, Any], messages: list[Message], hook: str, tools: list[Callable[..., Any]] | None
-    ) -> list[int]:
-        ids = self._rendered(row, messages, hook, tools, self.chat_template_kwargs)
+    ) -> Reading:
+        ids, images = self._rendered(row, messages, hook, tools, self.chat_template_kwargs)
         ids = ids + (self._plain_prefix_ids if isinstance(row["prompt"], str) else self._chat_prefix_ids)
         check_embedded(ids, self.tokenizer, self.num_embeddings)
-        return ids
+        return Reading(ids, images)
 
     def _rendered(
         self,
@@ -227,8 +285,8 @@ class TeacherPrompt:
         hook: str,
         tools: list[Callable[..., Any]] | None,
         chat_template_kwargs: dict[str, Any],
-    ) -> list[int]:
-        """Token ids of messages of the context, tokenized as the row's prompt is."""
+    ) -> Reading:
+        """Messages of the context, tokenized as the row's prompt is."""
         if problem := _problem(messages):
             raise ValueError(
                 f"The privileged context {type(self.context).__name__} returned {problem}. `{hook}` returns "
@@ -237,16 +295,43 @@ class TeacherPrompt:
             )
         messages = as_text(messages)
         if isinstance(row["prompt"], str):
-            return self._plain_ids(messages)
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tools=tools or None,
-            chat_template=self.chat_template,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
+            return Reading(self._plain_ids(messages), {})
+        if self.processor is not None:
+            name = type(self.context).__name__
+            messages = with_images(messages, prompt_of(row), teacher_images_of(row), name)
+        return self._applied(messages, tools, chat_template_kwargs)
+
+    def _applied(
+        self,
+        messages: list[Message],
+        tools: list[Callable[..., Any]] | None,
+        chat_template_kwargs: dict[str, Any],
+    ) -> Reading:
+        """Messages by the chat template, as GRPOTrainer has it applied to those of the student."""
+        settings: dict[str, Any] = {
+            "tools": tools or None,
+            "chat_template": self.chat_template,
+            "add_generation_prompt": True,
+            "tokenize": True,
+            "return_dict": True,
             **chat_template_kwargs,
-        )["input_ids"]
+        }
+        if self.processor is None:
+            ids: list[int] = self.tokenizer.apply_chat_template(messages, **settings)["input_ids"]
+            return Reading(ids, {})
+        given: Any = self.processor
+        template = str(self.chat_template or given.chat_template)
+        for_processor = {name: settings.pop(name) for name in chat_template_kwargs if name not in template}
+        made = given.apply_chat_template(
+            [prepare_multimodal_messages(messages)],
+            processor_kwargs={**for_processor, "return_tensors": "pt"},
+            **settings,
+        )
+        has_images = bool(image_parts(messages))
+        return Reading(
+            made["input_ids"][0].tolist(),
+            {name: made[name] for name in made if has_images and name not in _OF_TOKENS},
+        )
 
     def check_rows(self, dataset: Any, name: str, tools: list[Callable[..., Any]] | None = None) -> None:
         """
@@ -281,13 +366,13 @@ class TeacherPrompt:
         num_skipped, longest, failure, error = 0, 0, None, None
         for index, row in zip(indices, progress, strict=True):
             try:
-                ids = self._teacher_ids(row, None, tools)
+                reading = self._teacher_reading(row, None, tools)
                 self.sample_ids(row, None)
                 # Rows whose context waits for the rollouts are not over budget
-                is_skipped = ids is not None and self._is_skipped(ids)
+                is_skipped = reading is not None and self._is_skipped(reading.ids)
                 num_skipped += is_skipped
                 if not is_skipped:
-                    longest = max(longest, self.max_length if ids is None else len(ids))
+                    longest = max(longest, self.max_length if reading is None else len(reading.ids))
             except Exception as caught:  # the others wait to hear of it
                 failure, error = (index, str(caught) if isinstance(caught, ValueError) else repr(caught)), caught
                 break
@@ -313,7 +398,9 @@ class TeacherPrompt:
 def _conversational(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row as contexts read it, with messages of text as its prompt."""
     prompt = row["prompt"]
-    return {**row, "prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else as_text(prompt)}
+    if isinstance(prompt, str):
+        return {**row, "prompt": [{"role": "user", "content": prompt}]}
+    return {**row, "prompt": without_images(prompt_of(row))}
 
 
 def _problem(messages: Any) -> str | None:
@@ -364,7 +451,7 @@ def without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]
 
 
 def thinking_prefix(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     student_kwargs: dict[str, Any],
     teacher_kwargs: dict[str, Any],
     chat_template: str | None = None,
@@ -382,10 +469,12 @@ def thinking_prefix(
     """
     if chat_template is None and tokenizer.chat_template is None:
         return ""
+    given: Any = tokenizer
+    content = [{"type": "text", "text": "?"}] if isinstance(tokenizer, ProcessorMixin) else "?"
 
     def tail(kwargs: dict[str, Any]) -> str:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "?"}],
+        text: str = given.apply_chat_template(
+            [{"role": "user", "content": content}],
             chat_template=chat_template,
             add_generation_prompt=True,
             tokenize=False,

@@ -1,7 +1,30 @@
 from .columns import to_prompts
+from .images import (
+    IMAGE_COLUMNS,
+    TEACHER_IMAGES,
+    image_columns,
+    image_parts,
+    images_of,
+    prompt_of,
+    prompts_of,
+    teacher_images_of,
+)
 from .loading import load_rows
 from .template import Template
 from .validation import validate_rows
 
 
-__all__ = ["Template", "load_rows", "to_prompts", "validate_rows"]
+__all__ = [
+    "IMAGE_COLUMNS",
+    "TEACHER_IMAGES",
+    "Template",
+    "image_columns",
+    "image_parts",
+    "images_of",
+    "load_rows",
+    "prompt_of",
+    "prompts_of",
+    "teacher_images_of",
+    "to_prompts",
+    "validate_rows",
+]

@@ -1,13 +1,16 @@
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
 from ..help import listed
+from .images import image_columns, image_problem, undecoded
 
 
 _BATCH_SIZE = 1000
+_BATCH_SIZE_OF_IMAGES = 16
 
 
 def validate_rows(
@@ -16,6 +19,7 @@ def validate_rows(
     *,
     name: str = "train_dataset",
     structured: Sequence[str] = (),
+    reads_images: bool = False,
 ) -> Dataset | IterableDataset:
     """
     Refuse a dataset that cannot be trained on, before anything is put on a device.
@@ -33,6 +37,8 @@ def validate_rows(
             What error messages call the dataset.
         structured (`Sequence[str]`, *optional*):
             Privileged columns whose reader knows what to do with lists and mappings.
+        reads_images (`bool`, *optional*, defaults to `False`):
+            Whether the model reads images: prompts may then have places for them, and each row needs as many.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]:
@@ -61,17 +67,19 @@ def validate_rows(
             "`column_mapping` (or `dataset.rename_column`), or choose another `privileged_context`."
         )
 
+    images = image_columns(dataset) if reads_images else []
+
     def check(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         for column in required:
             find_problem = _problem if column in structured else _text_problem
             if column == "prompt":
-                find_problem = _prompt_problem
+                find_problem = partial(_prompt_problem, reads_images=reads_images)
             for index, value in zip(indices, rows[column], strict=True):
                 if problem := find_problem(value):
-                    raise ValueError(
-                        f"{name}, row {index}: `{column}` {problem}. Correct the row, or remove it with "
-                        "`dataset.filter`."
-                    )
+                    raise _refusal(name, index, f"`{column}` {problem}")
+        for position, index in enumerate(indices if reads_images else []):
+            if problem := image_problem({column: rows[column][position] for column in ("prompt", *images)}):
+                raise _refusal(name, index, problem)
         return rows
 
     if isinstance(dataset, IterableDataset):
@@ -80,13 +88,19 @@ def validate_rows(
         return checked
 
     # A `set_transform` may make values on the fly; any other format (torch, numpy, ...) only changes their type.
-    plain = dataset if dataset.format["type"] == "custom" else dataset.with_format(None).select_columns(required)
+    plain = dataset
+    if dataset.format["type"] != "custom":
+        plain = undecoded(dataset.with_format(None).select_columns([*required, *images]))
     start = 0
-    for rows in plain.iter(_BATCH_SIZE):
+    for rows in plain.iter(_BATCH_SIZE_OF_IMAGES if images else _BATCH_SIZE):
         indices = list(range(start, start + len(rows["prompt"])))
         check(rows, indices)
         start += len(indices)
     return dataset
+
+
+def _refusal(name: str, index: int, problem: str) -> ValueError:
+    return ValueError(f"{name}, row {index}: {problem}. Correct the row, or remove it with `dataset.filter`.")
 
 
 def _problem(value: Any) -> str | None:
@@ -110,7 +124,7 @@ def _text_problem(value: Any) -> str | None:
     return None
 
 
-def _prompt_problem(value: Any) -> str | None:
+def _prompt_problem(value: Any, reads_images: bool) -> str | None:
     if problem := _problem(value):
         return problem
     if isinstance(value, str):
@@ -121,18 +135,26 @@ def _prompt_problem(value: Any) -> str | None:
     for position, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             return f"has a message, number {position}, that is not a dictionary with `role` and `content`"
-        text = _text(message["content"])
+        content, has_image = _without_images(message["content"]) if reads_images else (message["content"], False)
+        text = _text(content)
         if text is None and not (message["role"] == "assistant" and message.get("tool_calls")):
             return f"has a message, number {position}, whose content is neither a string nor a list of text parts"
         if message["role"] == "user":
             has_user_turn = True
-            if not text or not text.strip():
+            if not has_image and (not text or not text.strip()):
                 return f"has a user turn, message number {position}, that is empty"
     if not has_user_turn:
         return "has no user turn"
     if value[-1]["role"] == "assistant":
         return "ends in an assistant turn, so there is nothing left to answer"
     return None
+
+
+def _without_images(content: Any) -> tuple[Any, bool]:
+    if not isinstance(content, list):
+        return content, False
+    others = [part for part in content if not isinstance(part, dict) or part.get("type") != "image"]
+    return others, len(others) < len(content)
 
 
 def _text(content: Any) -> str | None:

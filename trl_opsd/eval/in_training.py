@@ -210,7 +210,7 @@ class BenchmarkCallback(TrainerCallback):
         self._num_samples = num_samples
         self._every = steps
         self._system_prompt = system_prompt
-        tokenizer: Any = trainer.processing_class
+        tokenizer: Any = trainer.teacher_prompt.tokenizer
         template = trainer.chat_template or tokenizer.chat_template
         self._chat = ChatFormat(
             tokenizer,

@@ -38,8 +38,8 @@ class RLSDConfig(
     steps. It needs a reward.
 
     Two released codes differ from the paper: one takes the student's probabilities from before the update, as this
-    library does, the other the current ones and λ = 1. Deviations: the paper trains a vision-language model and this
-    reads text; the wording of the teacher's prompt is this library's.
+    library does, the other the current ones and λ = 1. Deviation: the wording of the teacher's prompt is this
+    library's. The paper trains a vision-language model, of which there is a recipe beside one of text.
 
     All parameters are those of [`SelfDistillationConfig`].
     """

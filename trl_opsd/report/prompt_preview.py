@@ -1,4 +1,5 @@
 import re
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -61,8 +62,16 @@ class PromptPreviewCallback(TrainerCallback):
         console.print(table)
 
     def _print_prompt(self, console: Console, title: str, ids: list[int]) -> None:
-        tokenizer: Any = self.trainer.processing_class
-        decoded: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        prompt = self.trainer.teacher_prompt
+        tokenizer: Any = prompt.tokenizer
+        decoded = "".join(
+            f"[image, {len(some)} tokens]"
+            if is_image
+            else str(tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            for is_image, some in (
+                (is_image, list(run)) for is_image, run in groupby(ids, lambda token: token == prompt.image_token_id)
+            )
+        )
         # A terminal would act on control characters instead of showing them.
         text = Text(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda match: f"\\x{ord(match[0]):02x}", decoded))
         text.highlight_words(tokenizer.all_special_tokens, style="bold cyan")

@@ -5,6 +5,11 @@ from typing import Any
 from .heads import backbone_of
 
 
+def reads_more_than_text(config: Any) -> bool:
+    """Whether a model's configuration is of text and something else, such as images."""
+    return config.get_text_config() is not config
+
+
 def remembers_keys_and_values_only(model: Any) -> bool:
     """
     Whether keys and values, which can be told apart by row, are all that a causal language model remembers.
@@ -17,7 +22,7 @@ def remembers_keys_and_values_only(model: Any) -> bool:
     code = type(backbone_of(model)).forward.__module__
     return (
         code.startswith("transformers.models.")
-        and config.get_text_config() is config
+        and not reads_more_than_text(config)
         and not model._is_stateful
         and set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
     )

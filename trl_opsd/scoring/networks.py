@@ -14,9 +14,10 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx, pad
 from ..objective import Combine, Head, Readings, teacher_choices, token_log_probs, tokens_in_top_k
 from ..teacher import Targets, Teacher
 from .heads import causal_lm, head_of, unsharded
+from .images import Images
 from .logits import check_logits, check_packing
 from .packed import can_pack
-from .passes import cut_by_tokens, cut_into, padded_length, used_width
+from .passes import cut_by_tokens, cut_into, idle_row, padded_length, rows_of, used_width
 from .shared_prefix import pays_off
 from .states import completion_states, evaluation_mode
 
@@ -131,7 +132,8 @@ class Networks:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         num_completion_tokens: int,
-        batch_size: int,
+        batch_size: int | None,
+        images: Sequence[Images] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Log-probabilities and entropies, computed as the policy term's are, without a gradient.
@@ -145,16 +147,21 @@ class Networks:
                 1 for tokens, 0 for padding.
             num_completion_tokens (`int`):
                 T.
-            batch_size (`int`):
-                Rows that go through the network at once.
+            batch_size (`int`, *optional*):
+                Rows that go through the network at once. `None` for all.
+        images (`Sequence[Images]`, *optional*):
+            Images of each row, see [`image_inputs`].
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: both of shape `(B, T)`, 0 for padding.
         """
-        parts = [
-            self.within(model, self._rows_log_probs, ids, mask, mask[:, -num_completion_tokens:].bool())
-            for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
-        ]
+        batch_size = batch_size or len(input_ids)
+        parts = []
+        for start in range(0, len(input_ids), batch_size):
+            some = slice(start, start + batch_size)
+            mask, its = attention_mask[some], None if images is None else images[some]
+            given = input_ids[some], mask, mask[:, -num_completion_tokens:].bool(), its
+            parts.append(self.within(model, self._rows_log_probs, *given))
         log_probs, entropies = map(torch.cat, zip(*parts, strict=True))
         return log_probs, entropies
 
@@ -243,7 +250,7 @@ class Networks:
                 number = int(self._accelerator.gather(numbers).max())
                 passes = cut_into(passes, number)
         # Forward and backward passes meet in collective operations: a process without as many runs idle ones
-        idle = [_idle_row(inputs)] * (number - len(passes))
+        idle = [idle_row(inputs)] * (number - len(passes))
         return [rows_of(kept, rows) for rows in passes] + idle
 
     def targets(self, model: nn.Module, rows: dict[str, Any]) -> Targets:
@@ -273,9 +280,8 @@ class Networks:
         with_context = rows["divergence_mask"].any(dim=1)
         with_context[0] |= ~with_context.any()  # passes of all processes meet in collective operations
         rows = rows_of(rows, with_context.nonzero().flatten().tolist())
-        return self.teacher_states(
-            module, *self.sequences(rows, prompt, rows["divergence_mask"]), rows[f"{prompt}_groups"]
-        )
+        ids, mask, selected, images = self.sequences(rows, prompt, rows["divergence_mask"])
+        return self.teacher_states(module, ids, mask, selected, rows[f"{prompt}_groups"], images)
 
     @torch.no_grad()
     def contrasts(
@@ -338,15 +344,18 @@ class Networks:
 
     def sequences(
         self, rows: dict[str, Any], prompt: str, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask of prompts and completions, and the selected tokens, without idle columns."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[Images] | None]:
+        """
+        Token ids and attention mask of prompts and completions, and the selected tokens, without idle columns; and the
+        images of each row.
+        """
         prompt_width = used_width(rows[f"{prompt}_mask"], "left", self._pad_to_multiple_of)
         width = used_width(rows["completion_mask"], "right", self._pad_to_multiple_of)
         ids, mask = (
             torch.cat([rows[f"{prompt}_{name}"][:, -prompt_width:], rows[f"completion_{name}"][:, :width]], dim=1)
             for name in ("ids", "mask")
         )
-        return ids, mask, tokens[:, :width].bool()
+        return ids, mask, tokens[:, :width].bool(), rows.get("images" if prompt == "prompt" else "teacher_images")
 
     @torch.no_grad()
     def teacher_states(
@@ -356,6 +365,7 @@ class Networks:
         attention_mask: torch.Tensor,
         selected: torch.Tensor,
         groups: torch.Tensor,
+        images: Sequence[Images] | None = None,
     ) -> tuple[torch.Tensor, Head]:
         """
         The teacher's hidden states that predict the selected completion tokens, and its head.
@@ -371,6 +381,8 @@ class Networks:
                 The completion tokens.
             groups (`torch.Tensor` of shape `(B,)`):
                 The same number for rows with the same prompt.
+            images (`Sequence[Images]`, *optional*):
+                Images of each row, see [`image_inputs`].
 
         Returns:
             `tuple[torch.Tensor, Head]`: states of shape `(number of selected tokens, H)`, without a gradient.
@@ -379,7 +391,8 @@ class Networks:
         shares_prompts = self._should_share_prompts(teacher, attention_mask, selected.size(1), groups)
         with evaluation_mode(teacher):
             shared_groups = groups if shares_prompts else None
-            hidden = self.within(module, self.states, input_ids, attention_mask, selected, shared_groups)
+            given = input_ids, attention_mask, selected, images, shared_groups
+            hidden = self.within(module, self.states, *given)
         return hidden, head_of(teacher)
 
     def states(
@@ -388,11 +401,13 @@ class Networks:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         selected: torch.Tensor,
+        images: Sequence[Images] | None = None,
         shared_groups: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See [`completion_states`]. To be called inside the wrapped model's forward."""
         with self._accelerator.autocast():  # inside the wrapped model's forward, which may have an opinion of its own
-            return completion_states(model, input_ids, attention_mask, selected, shared_groups, self._packs(model))
+            packs = self._packs(model)
+            return completion_states(model, input_ids, attention_mask, selected, shared_groups, packs, images)
 
     def _packs(self, model: nn.Module) -> bool:
         return self._pad_to_multiple_of is None and can_pack(causal_lm(model))
@@ -413,9 +428,14 @@ class Networks:
         return pays_off(num_tokens, num_shared, causal_lm(teacher).config.get_text_config() if on_gpu else None)
 
     def _rows_log_probs(
-        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, selected: torch.Tensor
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        selected: torch.Tensor,
+        images: Sequence[Images] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = self.states(model, input_ids, attention_mask, selected)
+        hidden = self.states(model, input_ids, attention_mask, selected, images)
         head = head_of(model)
         with maybe_gather_lm_head_ctx(head.weight, head.bias), self._accelerator.autocast():
             token_ids = input_ids[:, -selected.size(1) :][selected]
@@ -499,20 +519,3 @@ def _placed(values: tuple[torch.Tensor, torch.Tensor], tokens: torch.Tensor) -> 
         for value in values
     )
     return one, other
-
-
-def rows_of(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """Some rows of a micro-batch. What is no tensor of rows belongs to all of them."""
-    return {
-        name: value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
-        for name, value in inputs.items()
-    }
-
-
-def _idle_row(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The shortest row of a micro-batch, with no token of it in the loss."""
-    lengths = inputs["prompt_mask"].sum(1) + inputs["completion_mask"].sum(1)
-    row = rows_of(inputs, [int(lengths.argmin())])
-    nothing = torch.zeros_like(row["student_mask"])
-    masks = ("student_mask", "divergence_mask", "likelihood_mask", "tool_mask")
-    return {**row, **dict.fromkeys(masks, nothing)}

@@ -111,3 +111,23 @@ def used_width(mask: torch.Tensor, padding_side: str, multiple_of: int | None) -
         used = used.flip(0)
     columns = used.nonzero()
     return padded_length(int(columns[-1]) + 1 if len(columns) else 0, multiple_of)
+
+
+def rows_of(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """Some rows of a micro-batch. What is neither a tensor nor a list of rows belongs to all of them."""
+
+    def some(value: Any) -> Any:
+        if isinstance(value, list):
+            return [value[row] for row in rows]
+        return value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+
+    return {name: some(value) for name, value in inputs.items()}
+
+
+def idle_row(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The shortest row of a micro-batch, with no token of it in the loss."""
+    lengths = inputs["prompt_mask"].sum(1) + inputs["completion_mask"].sum(1)
+    row = rows_of(inputs, [int(lengths.argmin())])
+    nothing = torch.zeros_like(row["student_mask"])
+    masks = ("student_mask", "divergence_mask", "likelihood_mask", "tool_mask")
+    return {**row, **dict.fromkeys(masks, nothing)}

@@ -1,12 +1,13 @@
 """The hidden states that predict a completion."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from .heads import backbone_of
+from .images import Images, image_inputs, places_tokens_itself
 from .packed import packed_states
 from .positions import positions
 from .shared_prefix import states_with_shared_prompts
@@ -19,6 +20,7 @@ def completion_states(
     selected: torch.Tensor,
     shared_groups: torch.Tensor | None = None,
     pack: bool = False,
+    images: Sequence[Images] | None = None,
 ) -> torch.Tensor:
     """
     Hidden states that predict the selected completion tokens.
@@ -37,6 +39,8 @@ def completion_states(
         pack (`bool`, *optional*, defaults to `False`):
             Whether rows that share no prompt are read without padding, for which the model has to be one that
             [`can_pack`].
+        images (`Sequence[Images]`, *optional*):
+            Images of each row, see [`image_inputs`].
 
     Returns:
         `torch.Tensor` of shape `(number of selected tokens, H)`, row by row.
@@ -47,12 +51,10 @@ def completion_states(
         return states_with_shared_prompts(backbone, input_ids, attention_mask, width, shared_groups)[selected]
     if pack:
         return packed_states(backbone, input_ids, attention_mask, selected)
-    states = backbone(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=positions(attention_mask),
-        use_cache=False,
-    ).last_hidden_state
+    inputs = image_inputs(model, images, input_ids)
+    if not inputs or not places_tokens_itself(backbone):
+        inputs["position_ids"] = positions(attention_mask)
+    states = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state
     return states[:, -width - 1 : -1][selected]
 
 

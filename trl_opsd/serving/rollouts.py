@@ -60,6 +60,11 @@ class _WatchedClient:
     def reset_prefix_cache(self) -> None:
         self._attempt(self._client.reset_prefix_cache)
 
+    def image_features(self, images: Any) -> Any:
+        # Nothing is generated after a failure, whatever the features are
+        features = self._attempt(self._client.image_features, images)
+        return [None] * len(images) if self.failure is not None else features
+
     def generate(self, **kwargs: Any) -> dict[str, Any]:
         output = self._attempt(self._client.generate, **kwargs)
         self._check_instance()

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.generation.vllm_generation import VLLMGeneration
 
+from ..data import prompts_of
 from .client import check_holds_policy, check_tokenizer, context_length, limit_requests, wait_for_server
 from .merged_weights import check_mergeable, merged_weights
 
@@ -120,9 +121,9 @@ def longest_prompt(dataset: Any, tokenize: Callable[[list[Any]], list[list[int]]
         leave=False,
         disable=None if accelerator.is_local_main_process else True,  # None: no bar where there is no terminal
     ) as progress:
-        for rows in share.iter(1000):
-            longest = max(longest, *map(len, tokenize(rows["prompt"])))
-            progress.update(len(rows["prompt"]))
+        for prompts in prompts_of(share):
+            longest = max(longest, *map(len, tokenize(prompts)))
+            progress.update(len(prompts))
     return max(gather_object([longest]))
 
 

@@ -39,7 +39,11 @@ class ExternalTeacher(Teacher):
 
 
 def check_external_teacher(
-    path: str, model_init_kwargs: dict[str, Any], tokenizer: PreTrainedTokenizerBase, model_config: Any
+    path: str,
+    model_init_kwargs: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: Any,
+    has_images: bool = False,
 ) -> None:
     """
     Refuse an external teacher over other tokens than the policy's, before any model is loaded. Where one of them is
@@ -54,6 +58,8 @@ def check_external_teacher(
             Tokenizer of the policy.
         model_config ([`~transformers.PreTrainedConfig`]):
             Configuration of the policy.
+        has_images (`bool`, *optional*, defaults to `False`):
+            Whether it is to read images, as the policy's processor makes them.
 
     Raises:
         ValueError: Naming the first difference.
@@ -70,6 +76,13 @@ def check_external_teacher(
             "tokenizer."
         )
     configs = (model_config, AutoConfig.from_pretrained(path, **kwargs))
+    kinds = tuple(config.model_type for config in configs)
+    if has_images and kinds[0] != kinds[1]:
+        raise ValueError(
+            f"`teacher_model_name_or_path='{path}'` is of another kind (`model_type` {kinds[1]!r}) than the policy "
+            f"({kinds[0]!r}), whose images it is to read as its processor makes them. Choose a teacher of the same "
+            "kind, or remove the column of images."
+        )
     size, teacher_size = (config.get_text_config().vocab_size for config in configs)
     if size == teacher_size:
         return

@@ -15,14 +15,16 @@ from ..context import (
     AnsweredContext,
     MarkingContext,
     Memory,
+    Reading,
     Rollout,
     Rollouts,
     SampledContext,
     TeacherPrompt,
 )
-from ..scoring import keep_groups_together
+from ..scoring import Images, keep_groups_together
 from ..signal import Signals
 from .asking import Gather, sample_once, together
+from .images import teacher_images
 from .metrics import Metrics, add_contexts, add_degeneration
 from .rewards import reward_streams, total_rewards
 
@@ -49,6 +51,8 @@ class Generation:
             Positions of completions without a token of their own.
         contrasts (`list[list[list[int]]]`, *optional*):
             Token ids of the prompts that the teacher reads each completion after for contrast.
+        teacher_images (`list[Images]`, *optional*):
+            Images of the teacher's prompt of each row with a context.
         replaced (`set[int]`, *optional*):
             Positions of completions that are others than the student's own rollouts of their prompts.
         num_discarded_tokens (`int`, *optional*, defaults to `0`):
@@ -69,6 +73,7 @@ class Generation:
     tools: list[list[Callable[..., Any]] | None] = field(default_factory=list)
     empty: set[int] = field(default_factory=set)
     contrasts: list[list[list[int]]] = field(default_factory=list)
+    teacher_images: list[Images | None] = field(default_factory=list)
     replaced: set[int] = field(default_factory=set)
     num_discarded_tokens: int = 0
     has_turns: bool = False
@@ -183,17 +188,17 @@ class TeacherInputs:
                 metrics.add_rate(name, *generation.rewards.new_tensor(pair))
         groups = groups if is_read else [None] * len(generation.rows)
         generation.said = said = self._said(generation, groups, student_ids[0], metrics)
-        prompts = [
-            None if index in generation.empty else self.teacher_prompt.token_ids(row, rollouts, tools, text)
-            for index, (row, rollouts, tools, text) in enumerate(
-                zip(generation.rows, groups, generation.tools, said, strict=True)
-            )
-        ]
+        readings = self._readings(generation, groups)
+        prompts = [None if reading is None else reading.ids for reading in readings]
         has_target = self.signals.target is not None
         if self.signals.needs_contrast or has_target:
             generation.contrasts = self._contrasts(generation, groups, prompts)
         if has_target:  # which is made of both
             prompts = [its if some else None for its, some in zip(prompts, generation.contrasts, strict=True)]
+        generation.teacher_images = [
+            None if prompt is None or reading is None else reading.images
+            for prompt, reading in zip(prompts, readings, strict=True)
+        ]
         tensors = collate(prompts, student_ids, self.pad_token_id, self.pad_to_multiple_of)
         if has_target:
             tensors |= self._other_prompts(generation.contrasts, student_ids)
@@ -204,6 +209,12 @@ class TeacherInputs:
         tensors["replaced"] = torch.tensor([position in generation.replaced for position in positions])
         tensors["truncated"] = torch.tensor([generation.is_truncated(it, self.end_ids) for it in positions])
         return prompts, tensors
+
+    def _readings(self, generation: Generation, groups: Sequence[Rollouts | None]) -> list[Reading | None]:
+        rows = zip(generation.rows, groups, generation.tools, generation.said, strict=True)
+        return [
+            None if index in generation.empty else self.teacher_prompt.reading(*its) for index, its in enumerate(rows)
+        ]
 
     def _contrasts(
         self, generation: Generation, groups: Sequence[Rollouts | None], prompts: Sequence[list[int] | None]
@@ -264,6 +275,9 @@ class TeacherInputs:
         groups = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_groups")}
         batch.update({name: values.to(masks.device) for name, values in tensors.items()})
         batch.update(groups)  # no work for the device
+        if any(batch.get("images", ())) or any(generation.teacher_images):
+            given = generation.teacher_images, generation.completions, batch.get("images")
+            batch["teacher_images"] = teacher_images(self.teacher_prompt, *given)
         add_contexts(metrics, batch, len(generation.empty))
         has_tokens = torch.tensor([position not in generation.empty for position in range(len(masks))])
         counted = has_tokens.to(masks.device) & ~batch["replaced"]
@@ -386,7 +400,10 @@ def make_rollouts(
 def _text(completion: Any) -> str:
     if isinstance(completion, str):
         return completion
-    return "\n".join(str(message.get("content") or "") for message in completion)
+    contents = (message.get("content") or "" for message in completion)
+    return "\n".join(
+        "".join(part.get("text") or "" for part in its) if isinstance(its, list) else str(its) for its in contents
+    )
 
 
 def make_groups(rollouts: list[Rollout], first: int, num_generations: int, gather: Gather | None) -> list[Rollouts]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import logging
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..objective import (
@@ -28,6 +29,7 @@ from ..scoring import (
     causal_lm,
     evaluation_mode,
     head_of,
+    reads_more_than_text,
     rows_of,
 )
 from ..signal import Signals, TokenScores
@@ -37,6 +39,8 @@ from .metrics import Metrics, add_divergence, add_sampler_difference
 from .policy import PolicyTerm, scaled_term
 from .token_groups import in_order, joined, none_of, replaced_tokens, token_groups
 
+
+logger = logging.get_logger(__name__)
 
 _SCORES = ("student_log_prob", "teacher_log_prob", "student_entropy", "teacher_entropy", "divergence")
 
@@ -444,6 +448,11 @@ def make_loss(
         if module is not None:
             model = causal_lm(accelerator.unwrap_model(module))
             shares_prompts, packs_rows = can_share_prompts(model), packs_rows and can_pack(model)
+    if args.process_index == 0 and reads_more_than_text(causal_lm(policy).config):
+        logger.warning_once(
+            f"{type(causal_lm(policy)).__name__} reads more than text, so rows are padded, whatever the attention, "
+            "and the teacher reads a prompt for each of its rollouts: positions and masks may depend on its images."
+        )
     networks = Networks(
         accelerator,
         teacher,

@@ -4,19 +4,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin, logging
 from trl.trainer.utils import get_config_model_id
 
 from ..context import PrivilegedContext, SampledContext, TeacherPrompt, TextContext, make_context, thinking_prefix
-from ..data import validate_rows
+from ..data import image_columns, validate_rows
 from ..guard import Guards
 from ..parts import make_part
 from ..sampling.prompts import PromptSource
 from ..sampling.sources import SOURCES, CompletionSource
+from ..scoring import reads_more_than_text
 from ..serving import check_vllm_installed, wait_for_sampler
 from ..signal import Signals
 from ..teacher import ServedTeacher
-from .checks.model import check_completion_length, check_model, check_special_tokens, check_text_only
+from .checks.images import check_chat_template, check_images, check_processing_class
+from .checks.model import check_completion_length, check_model, check_special_tokens
 from .checks.parts import (
     check_completions,
     check_context,
@@ -35,6 +37,9 @@ from .signals import make_signals
 from .teachers import connect_teacher
 
 
+logger = logging.get_logger(__name__)
+
+
 @dataclass
 class Prepared:
     """
@@ -51,7 +56,7 @@ class Prepared:
             Write the streams of the loss.
         guards ([`Guards`]):
             Watch the run.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
             Of the policy and the teacher.
         teacher_prompt ([`TeacherPrompt`]):
             Renders what the teacher reads.
@@ -70,7 +75,7 @@ class Prepared:
     prompts: PromptSource | None
     signals: Signals
     guards: Guards
-    tokenizer: PreTrainedTokenizerBase
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin
     teacher_prompt: TeacherPrompt
     served_teacher: ServedTeacher | None
     columns: tuple[str, ...]
@@ -115,7 +120,7 @@ def _model_id(model: Any) -> str:
 def prepare(
     args: SelfDistillationConfig,
     model: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     train_dataset: Any,
     eval_dataset: Any,
     reward_funcs: Any,
@@ -132,8 +137,8 @@ def prepare(
             Configuration. A `max_completion_length` that is a default may change.
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Policy.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Its tokenizer. `None` loads it.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            Its tokenizer, or the processor of a vision-language model. `None` loads it.
         train_dataset, eval_dataset, reward_funcs, peft_config, tools, rollout_func, environment_factory:
             See [`SelfDistillationTrainer`].
 
@@ -152,13 +157,13 @@ def prepare(
     check_curriculum(args, train_dataset, has_rewards, environment_factory)
     signals, guards = _make_signals(args, context, has_rewards), make_guards(args)
     warn_of_unknown_sampler(signals, args)
-
-    tokenizer, model_config = load_tokenizer_and_config(args, model, tokenizer)
-    check_special_tokens(tokenizer, getattr(model_config.get_text_config(), "vocab_size", None))
+    images = image_columns({"train": train_dataset, "eval": eval_dataset})
+    processing_class, model_config = load_processing_class_and_config(args, model, processing_class, bool(images))
+    check_images(args, images, processing_class, model_config, context, reward_funcs)
     check_completion_length(args, model_config, samples_itself=rollout_func is None)
-    served = connect_teacher(args, tokenizer, model_config)
+    served = connect_teacher(args, tokenizer_of(processing_class), model_config, bool(images))
     context_length = _teacher_context(model_config, served)
-    teacher_prompt = make_teacher_prompt(args, context, tokenizer, model_config, context_length)
+    teacher_prompt = make_teacher_prompt(args, context, processing_class, model_config, context_length)
     columns = (*context.columns, *completions.columns)
     if environment_factory is None:  # otherwise the prompt comes from the environment
         train_dataset, eval_dataset = (
@@ -170,7 +175,7 @@ def prepare(
     check_served_live_teacher(args, rollout_func)
     if args.use_vllm and args.vllm_mode == "server":
         wait_for_sampler(args.sampler_url, args.vllm_server_timeout, is_main_process=args.process_index == 0)
-    parts = context, completions, prompts, signals, guards, tokenizer, teacher_prompt, served
+    parts = context, completions, prompts, signals, guards, processing_class, teacher_prompt, served
     return Prepared(*parts, columns, train_dataset, eval_dataset)
 
 
@@ -194,25 +199,58 @@ def _make_signals(args: SelfDistillationConfig, context: PrivilegedContext, has_
     return signals
 
 
-def load_tokenizer_and_config(
-    args: SelfDistillationConfig, model: Any, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[PreTrainedTokenizerBase, Any]:
-    """Tokenizer and configuration of the policy, as [`prepare`] takes and checks them."""
+def load_processing_class_and_config(
+    args: SelfDistillationConfig,
+    model: Any,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    has_images: bool,
+) -> tuple[PreTrainedTokenizerBase | ProcessorMixin, Any]:
+    """
+    Tokenizer or processor and configuration of the policy, as [`prepare`] takes and checks them.
+
+    Args:
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            What is given.
+        has_images (`bool`):
+            Whether rows have images.
+    """
     revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
-    if tokenizer is None:
-        # Not a processor, which multimodal checkpoints have too: what is trained on is text
-        tokenizer = AutoTokenizer.from_pretrained(
-            _model_id(model),
-            revision=revision,
-            truncation_side="left",
-            padding_side="left",
-            trust_remote_code=args.trust_remote_code,
-        )
-    check_text_only(tokenizer)
-    if not isinstance(model, str):
-        return tokenizer, model.config
     kwargs = {"revision": revision, "trust_remote_code": args.trust_remote_code}
-    return tokenizer, AutoConfig.from_pretrained(model, **kwargs)
+    config = AutoConfig.from_pretrained(model, **kwargs) if isinstance(model, str) else model.config
+    if processing_class is None:
+        sides = {"truncation_side": "left", "padding_side": "left"}
+        processing_class = _loaded(
+            _model_id(model), has_images or reads_more_than_text(config), has_images, **sides, **kwargs
+        )
+    check_processing_class(processing_class)
+    check_special_tokens(tokenizer_of(processing_class), getattr(config.get_text_config(), "vocab_size", None))
+    return processing_class, config
+
+
+def _loaded(
+    model_id: str, is_multimodal: bool, has_images: bool, **kwargs: Any
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    # Beside a model of text there may be a processor too
+    if not is_multimodal:
+        return AutoTokenizer.from_pretrained(model_id, **kwargs)
+    try:
+        return AutoProcessor.from_pretrained(model_id, **kwargs)
+    except ImportError as error:  # a video processor needs torchvision, for one
+        if has_images:
+            raise ValueError(f"The processor of {model_id} cannot be loaded: {error}") from error
+        logger.warning(f"The processor of {model_id} cannot be loaded, and is not saved with the model: {error}")
+        return AutoTokenizer.from_pretrained(model_id, **kwargs)
+
+
+def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer, which a processor has."""
+    if isinstance(processing_class, ProcessorMixin):
+        return cast(Any, processing_class).tokenizer
+    return processing_class
 
 
 def _teacher_context(model_config: Any, served: ServedTeacher | None) -> int | None:
@@ -224,7 +262,7 @@ def _teacher_context(model_config: Any, served: ServedTeacher | None) -> int | N
 def make_teacher_prompt(
     args: SelfDistillationConfig,
     context: PrivilegedContext,
-    tokenizer: PreTrainedTokenizerBase,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     model_config: Any,
     context_length: int | None,
 ) -> TeacherPrompt:
@@ -236,8 +274,8 @@ def make_teacher_prompt(
             Configuration.
         context ([`PrivilegedContext`]):
             What the teacher reads.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the model.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer or processor of the model.
         model_config (`PreTrainedConfig`):
             Configuration of the policy.
         context_length (`int`, *optional*):
@@ -248,12 +286,12 @@ def make_teacher_prompt(
     teacher_kwargs = student_kwargs if teacher_kwargs is None else teacher_kwargs
     prefix, chat_prefix = args.teacher_generation_prefix, ""
     if prefix is None:
-        prefix, chat_prefix = "", thinking_prefix(tokenizer, student_kwargs, teacher_kwargs)
+        prefix, chat_prefix = "", thinking_prefix(processing_class, student_kwargs, teacher_kwargs)
     asked = context.sampling["max_new_tokens"] if isinstance(context, SampledContext) else 0
     policy_context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     return TeacherPrompt(
         context=context,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_of(processing_class),
         chat_template_kwargs=teacher_kwargs,
         generation_prefix=prefix,
         max_length=prompt_budget(args, context_length),
@@ -262,6 +300,8 @@ def make_teacher_prompt(
         chat_prefix=chat_prefix,
         student_template_kwargs=student_kwargs,
         max_sample_length=None if policy_context is None else policy_context - asked,
+        processor=processing_class if isinstance(processing_class, ProcessorMixin) else None,
+        image_token_id=getattr(model_config, "image_token_id", None),
     )
 
 
@@ -295,19 +335,13 @@ def checked_rows(
                 for key, data in dataset.items()
             }
         )
-    if images := {"image", "images"} & set(dataset.column_names or []):
-        raise ValueError(
-            f"`{name}` has the column {sorted(images)[0]!r}, but the teacher's prompt is text only. Remove it."
-        )
     # Completions may be messages, and a context of the user's may read anything
     texts = teacher_prompt.context.columns if isinstance(teacher_prompt.context, TextContext) else ()
     structured = [column for column in columns if column not in texts]
-    dataset = validate_rows(dataset, columns, name=name, structured=structured)
+    reads_images = teacher_prompt.processor is not None
+    dataset = validate_rows(dataset, columns, name=name, structured=structured, reads_images=reads_images)
     first = next(iter(dataset))
-    if not isinstance(first["prompt"], str) and teacher_prompt.tokenizer.chat_template is None:
-        raise ValueError(
-            f"`{name}` has conversational prompts, but the tokenizer has no chat template. Use a model with one, "
-            "set `tokenizer.chat_template`, or pass prompts as strings."
-        )
+    if not isinstance(first["prompt"], str):
+        check_chat_template(name, teacher_prompt.processor or teacher_prompt.tokenizer)
     teacher_prompt.check_rows(dataset, name, tools)
     return dataset

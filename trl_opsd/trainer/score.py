@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from trl.trainer.utils import pad
 
+from ..data import prompt_of
 from ..signal import TokenScores
 from .batch import Generation
 from .metrics import Metrics
@@ -69,11 +70,11 @@ def score(
     for index, ids in enumerate(completion_ids):
         if not ids:
             raise ValueError(f"`completion_ids[{index}]` has no token, and so nothing to score. Leave its row out.")
-    accelerator, tokenizer = trainer.accelerator, trainer.processing_class
+    accelerator, tokenizer = trainer.accelerator, trainer.teacher_prompt.tokenizer
     if rewards is None:
         shape = len(rows) * accelerator.num_processes, len(trainer.reward_funcs)
         rewards = torch.full(shape, torch.nan, device=accelerator.device)
-    prompts = [row["prompt"] for row in rows]
+    prompts = [prompt_of(row) for row in rows]
     student_prompts = trainer.tokenize_prompts(prompts)
     generation = Generation(
         rows=list(rows),
@@ -84,6 +85,7 @@ def score(
         tools=[trainer.tools] * len(rows),
     )
     batch = _padded("prompt", student_prompts, "left", tokenizer.pad_token_id, accelerator.device)
+    batch["images"] = [trainer.teacher_prompt.student_images(prompt, trainer.tools) for prompt in prompts]
     batch |= _padded("completion", completion_ids, "right", tokenizer.pad_token_id, accelerator.device)
     teacher_prompts = trainer.teacher_inputs.into(
         batch, generation, num_generations, trainer.teacher.annotate, Metrics(), is_training=False

@@ -1,7 +1,7 @@
 """The parts that write the loss's streams: from the configuration, and what they make of a batch."""
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
 from typing import Any, cast
 
@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from ..parts import make_part
+from ..scoring import Images
 from ..signal import (
     ADVANTAGES,
     COEFFICIENTS,
@@ -142,7 +143,7 @@ def _rollouts(
         replaced=batch["replaced"].unsqueeze(1),
         truncated=batch["truncated"].unsqueeze(1),
         spans={name.partition("/")[2]: mask for name, mask in batch.items() if name.startswith("spans/")},
-        read_prompt_keys=cache(partial(prompt_keys, batch["prompt_ids"], batch["prompt_mask"])),
+        read_prompt_keys=cache(partial(prompt_keys, batch["prompt_ids"], batch["prompt_mask"], batch.get("images"))),
         max_length=args.max_completion_length,
         first=accelerator.process_index * len(mask),
         is_training=is_training,
@@ -152,7 +153,9 @@ def _rollouts(
     )
 
 
-def prompt_keys(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
+def prompt_keys(
+    prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, images: Sequence[Images] | None = None
+) -> torch.Tensor:
     """
     What tells prompts from one another.
 
@@ -161,18 +164,23 @@ def prompt_keys(prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Te
             Token ids.
         prompt_mask (`torch.Tensor` of shape `(B, T)`):
             1 for those that are no padding.
+        images (`Sequence[Images]`, *optional*):
+            Images of each prompt.
 
     Returns:
-        `torch.Tensor` of shape `(B, 1)`, int64: a number that these ids decide, whatever the padding.
+        `torch.Tensor` of shape `(B, 1)`, int64: a number that these ids and images decide, whatever the padding.
     """
     numbered = cache(lambda row: prompt_key(list(row)))  # once for a group
-    keys = [numbered(tuple(ids[mask].tolist())) for ids, mask in zip(prompt_ids, prompt_mask.bool(), strict=True)]
+    keys = []
+    for ids, mask, its in zip(prompt_ids, prompt_mask.bool(), images or [{}] * len(prompt_ids), strict=True):
+        sums = [f"{values.double().sum():.6g} {values.double().square().sum():.6g}" for values in its.values()]
+        keys.append(numbered((*ids[mask].tolist(), *sums)))
     return torch.tensor(keys, device=prompt_ids.device).view(-1, 1)
 
 
-def prompt_key(token_ids: list[int]) -> int:
-    """The number of one prompt, from 0 to 2^63 - 1."""
-    return int.from_bytes(hashlib.sha256(repr(token_ids).encode()).digest()[:8]) >> 1
+def prompt_key(parts: list[Any]) -> int:
+    """The number of one prompt, from its token ids and what tells its images, from 0 to 2^63 - 1."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1
 
 
 def _of_the_group(

@@ -12,7 +12,7 @@ from .config import SelfDistillationConfig
 
 
 def connect_teacher(
-    args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any
+    args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any, has_images: bool
 ) -> ServedTeacher | None:
     """
     The teacher on a server, if that is where it is. One that is yet to be loaded here is checked.
@@ -24,6 +24,8 @@ def connect_teacher(
             Tokenizer of the policy.
         model_config ([`~transformers.PreTrainedConfig`]):
             Configuration of the policy.
+        has_images (`bool`):
+            Whether rows have images.
 
     Raises:
         ValueError: If it scores other tokens than the policy's, or there is no such server.
@@ -37,7 +39,7 @@ def connect_teacher(
         return ServedTeacher(server, server.name if is_external else None)
     if is_external:
         path = cast(str, args.teacher_model_name_or_path)
-        check_external_teacher(path, _external_kwargs(args), tokenizer, model_config)
+        check_external_teacher(path, _external_kwargs(args), tokenizer, model_config, has_images)
     return None
 
 

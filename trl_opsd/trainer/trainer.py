@@ -33,7 +33,7 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
   DeepSpeed only the second is called. vLLM is sent them where `_last_loaded_step` is not the step.
 - `_pending_extra_logs` and `_pending_metrics` hold what reward functions log of a batch until it is logged.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
-  `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
+  `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`, `_is_vlm`, a batch's `num_images`.
 """
 
 from collections import defaultdict
@@ -46,14 +46,15 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from ..context import Memory, SampledContext, as_text, check_embedded, without_end
+from ..data import TEACHER_IMAGES, prompt_of
 from ..objective import generalized_jsd_loss
 from ..sampling import Sampling
-from ..scoring import announce_head, causal_lm
+from ..scoring import announce_head, causal_lm, images_apart, images_together
 from ..signal import TokenScores
 from ..teacher import Teacher, fingerprint
 from .batch import Generation, TeacherInputs, regrouped
@@ -139,7 +140,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         args: SelfDistillationConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: Any = (None, None),
@@ -164,7 +165,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             args=args,
             train_dataset=run.train_dataset,
             eval_dataset=run.eval_dataset,
-            processing_class=run.tokenizer,
+            processing_class=run.processing_class,
             reward_processing_classes=reward_processing_classes,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -277,7 +278,8 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._data_columns, "feedback"]))
+        columns = [*self._signature_columns, *self._data_columns, TEACHER_IMAGES, "feedback"]
+        self._signature_columns = list(dict.fromkeys(columns))
 
     def preview_prompts(self) -> tuple[list[int], list[int] | None]:
         """
@@ -287,11 +289,12 @@ class SelfDistillationTrainer(GRPOTrainer):
             `tuple[list[int], list[int] | None]`: token ids; no teacher's if it needs rollouts or the row is left out.
         """
         row = next(iter(self.train_dataset))
-        return list(self.tokenize_prompts([row["prompt"]])[0]), self.teacher_prompt.token_ids(row, None, self.tools)
+        return list(self.tokenize_prompts([prompt_of(row)])[0]), self.teacher_prompt.token_ids(row, None, self.tools)
 
     def _tokenize_prompts(self, prompts: list):
         plain = isinstance(prompts[0], str)
-        prompt_ids, *others = super()._tokenize_prompts(prompts if plain else [as_text(prompt) for prompt in prompts])
+        given = prompts if plain or self._is_vlm else [as_text(prompt) for prompt in prompts]
+        prompt_ids, *others = super()._tokenize_prompts(given)
         if plain:
             prompt_ids = [without_end(self._tokenizer, ids) for ids in prompt_ids]
         for ids in prompt_ids:
@@ -381,8 +384,7 @@ class SelfDistillationTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        is_fresh = self._buffered_inputs is not buffered
-        if is_fresh and self.num_generations > 1 and self.loss.networks.can_share_prompts:
+        if self._buffered_inputs is not buffered and self.num_generations > 1 and self.loss.networks.can_share_prompts:
             steps = self.args.steps_per_generation
             self._buffered_inputs = regrouped(self._buffered_inputs, steps, self.args.gradient_accumulation_steps)
             inputs = self._buffered_inputs[self._step % steps]
@@ -395,7 +397,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             self._generation_step = self.state.global_step
             inputs = self._exchange.rows(inputs, self.state.global_step)
         self._generation = Generation(inputs)
-        batch = super()._generate_and_score_completions(inputs)
+        batch = images_apart(super()._generate_and_score_completions(inputs))
         if not self.reward_funcs:
             forget_rewards(self._metrics[mode])
         self.teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics, mode == "train")
@@ -420,7 +422,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.loss.add_metrics(self.statistics[mode], result, self.args.sampler_is_comparable and is_fresh)
         loss = result.loss
         if self.grpo_loss.takes_part and not self.grpo_loss.shares_pass:
-            loss = loss + self.grpo_loss(model, inputs, mode)
+            loss = loss + self.grpo_loss(model, images_together(self.model, inputs), mode)
         if mode == "eval" or self.accelerator.sync_gradients:
             self.statistics[mode].reduce(self.accelerator.gather)
         return loss
@@ -434,7 +436,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         if not self.grpo_loss.shares_pass:
             return super()._get_per_token_logps_and_entropies(*given, batch_size, *args, **kwargs)
         # Ratios are to what is computed in the same way, or rounding would take part in them
-        return *self.loss.networks.log_probs(*given, batch_size or len(input_ids)), None
+        return *self.loss.networks.log_probs(*given, batch_size, images_apart(kwargs).get("images")), None
 
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
@@ -473,16 +475,14 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled or isinstance(self.model, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_weights(Path(resume_from_checkpoint), self.model)
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        return load_weights(Path(resume_from_checkpoint), self.model)
 
     def _load_best_model(self):
         self._last_loaded_step = -1  # vLLM's weights are others
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel):
-            super()._load_best_model()
-        else:
-            load_weights(Path(cast(str, self.state.best_model_checkpoint)), self.model)
+            return super()._load_best_model()
+        return load_weights(Path(cast(str, self.state.best_model_checkpoint)), self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

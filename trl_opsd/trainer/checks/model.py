@@ -22,20 +22,6 @@ def check_model(model: Any, peft_config: Any) -> None:
         )
 
 
-def check_text_only(tokenizer: Any) -> None:
-    """
-    Refuse processors, of images and text.
-
-    Raises:
-        ValueError: If it is no tokenizer.
-    """
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(
-            f"What is trained on is text, and needs a tokenizer, got {type(tokenizer).__name__}. Pass "
-            "`processing_class=AutoTokenizer.from_pretrained(...)`."
-        )
-
-
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None) -> None:
     """
     Refuse a tokenizer that has nothing to pad with, or pads or ends with a token that the model does not have.
