@@ -157,6 +157,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.teacher_prompt, self._data_columns = run.teacher_prompt, run.columns
         self._generation, self._generation_step, self._first_micro_batch = Generation([]), -1, 0
         self._num_generated_tokens, self.statistics = 0, {"train": Metrics(), "eval": Metrics()}
+        # Shown each generation batch with its streams, and what it was made of, on all processes at once
+        self.observers: list[Callable[[dict[str, Any], Generation], None]] = []
         super().__init__(
             model=model,
             reward_funcs=reward_funcs or [no_reward],
@@ -279,10 +281,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def preview_prompts(self) -> tuple[list[int], list[int] | None]:
         """
-        The prompts of the first training row, as the model will read them.
-
-        Returns:
-            `tuple[list[int], list[int] | None]`: token ids; no teacher's if it needs rollouts or the row is left out.
+        The prompts of the first training row, as token ids: no teacher's if it needs rollouts or the row is left out.
         """
         row = next(iter(self.train_dataset))
         return list(self.tokenize_prompts([row["prompt"]])[0]), self.teacher_prompt.token_ids(row, None, self.tools)
@@ -341,8 +340,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         sampler = super()._get_train_sampler(dataset)
         if self.signals.curriculum is not None:
             sampler = DrawnRows(sampler, self.signals, self.tokenize_prompts)
-        # There is no generator without shuffling
-        self.add_callback(OrderOfEpochs(getattr(sampler, "generator", None)))
+        self.add_callback(OrderOfEpochs(getattr(sampler, "generator", None)))  # there is none without shuffling
         return sampler
 
     def _begin_step(self) -> None:
@@ -404,7 +402,10 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
         score = partial(self._score, mode=mode)
         given = self.signals, self.args, batch, self._generation.empty, score, self.accelerator, size, mode == "train"
-        return batch | make_streams(*given, metrics)
+        batch |= make_streams(*given, metrics)
+        for observe in self.observers:
+            observe(batch, self._generation)
+        return batch
 
     def _score(self, batch: dict[str, Any], mode: str) -> TokenScores:
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
@@ -447,9 +448,8 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if isinstance(eval_dataset, Dataset | IterableDataset) and not self.environment_factories:
-            eval_dataset = checked_rows(
-                eval_dataset, "eval_dataset", self.teacher_prompt, self._data_columns, self.tools
-            )
+            given = self.teacher_prompt, self._data_columns, self.tools
+            eval_dataset = checked_rows(eval_dataset, "eval_dataset", *given)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
