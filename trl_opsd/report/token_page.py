@@ -241,6 +241,7 @@ def _columns(rollout: InspectedRollout, vocabulary: np.ndarray, places: np.dtype
     def placed(ids: Any) -> str:
         return _packed(np.searchsorted(vocabulary, np.asarray(ids, dtype=np.uint32)).astype(places))
 
+    num_scored = max(1, int((rollout.flags & SCORED).sum()))  # what is not scored is 0
     cost = np.clip(np.round(-rollout.listed_log_probs * _STEPS_PER_NAT), 0, 2**16 - 1)
     return {
         "loss": rollout.loss,
@@ -250,10 +251,7 @@ def _columns(rollout: InspectedRollout, vocabulary: np.ndarray, places: np.dtype
         "completion": placed(rollout.completion),
         "flags": _packed(rollout.flags.astype(np.uint8)),
         "values": {name: _compact(values) for name, values in rollout.values.items()},
-        "means": {
-            key: float(measure(rollout, key)[(rollout.flags & SCORED) > 0].mean()) if rollout.flags.any() else 0.0
-            for key in ("delta", "divergence")
-        },
+        "means": {key: float(measure(rollout, key).sum() / num_scored) for key in ("delta", "divergence")},
         "listed_tokens": placed(rollout.listed_tokens.ravel()),
         "listed_costs": _packed(cost.astype("<u2").ravel()),
     }
