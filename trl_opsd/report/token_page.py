@@ -139,6 +139,39 @@ def inspected_rollouts(
     return rollouts
 
 
+def rollout_facts(
+    trainer: Any, batch: Mapping[str, Any], generation: Any, rows: Sequence[int]
+) -> list[dict[str, Any]]:
+    """
+    What is known of some rollouts of a generation batch beside their scores.
+
+    Args:
+        trainer ([`SelfDistillationTrainer`]):
+            Has the reward functions.
+        batch (`Mapping[str, Any]`):
+            Batch.
+        generation ([`~trl_opsd.trainer.batch.Generation`]):
+            What it was made of.
+        rows (`Sequence[int]`):
+            Their positions.
+    """
+    first = trainer.accelerator.process_index * len(batch["rewards"])
+    facts = []
+    for row in rows:
+        its: dict[str, Any] = {"reward": _number(batch["rewards"][row])}
+        if len(trainer.reward_func_names) > 1:
+            pairs = zip(trainer.reward_func_names, generation.rewards[first + row], strict=True)
+            its |= {name: _number(value) for name, value in pairs}
+        its |= {name: "yes" for name in ("truncated", "replaced") if bool(batch[name][row])}
+        its["feedback"] = generation.feedback[row] if generation.feedback else None
+        facts.append(its)
+    return facts
+
+
+def _number(value: torch.Tensor) -> float | None:
+    return None if value.isnan() else float(value)
+
+
 def rollout_losses(
     scored: Scored, values: Mapping[str, torch.Tensor], coefficients: Mapping[str, float]
 ) -> list[float]:
