@@ -42,7 +42,7 @@ class InspectCallback(TrainerCallback):
         steps (`int`, *optional*, defaults to `50`):
             Optimizer steps from one page to the next.
         rollouts (`int`, *optional*, defaults to `4`):
-            Rollouts of a page, evenly spread over those of the generation; with several processes at least one of each.
+            Rollouts of a page, evenly spread over those of the generation, at least one of each process.
 
     Raises:
         ValueError: If one of them is less than 1.

@@ -60,7 +60,7 @@ def _encoded(text: str) -> bytes:
 
 
 def _byte_characters() -> dict[str, bytes]:
-    """The characters that byte-level vocabularies write bytes as: printable ones as they are, all others above them."""
+    """The characters that byte-level vocabularies write bytes as: printable ones as they are, others above them."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     pairs = [*zip(printable, printable, strict=True), *zip(range(256, 512), others, strict=False)]

@@ -194,7 +194,7 @@ def restore(trainer: "SelfDistillationTrainer", checkpoint: Path) -> None:
     state = read_state(checkpoint)
     trainer._load_from_checkpoint(str(checkpoint))
     if not state["only_model"]:
-        trainer.run_state.load(checkpoint)
+        trainer.run_state.load(checkpoint, only=("teacher", "schedules", "context"))
     trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     trainer.signals.begin_step(trainer.state.global_step)
 
