@@ -118,7 +118,7 @@ def inspected_rollouts(
             values[name] = stream
     values = {name: value.float().cpu() for name, value in values.items()}
     masks = [scores.known, streams["divergence_mask"].bool(), streams["likelihood_mask"].bool()]
-    flags = sum(mask.cpu().to(torch.uint8) << bit for bit, mask in enumerate(masks))
+    flags = torch.stack([mask.cpu().to(torch.uint8) << bit for bit, mask in enumerate(masks)]).sum(dim=0)
     losses = rollout_losses(scored, values, coefficients)
     rollouts = []
     for row, ids in enumerate(completion_ids):

@@ -82,11 +82,7 @@ def score(
     Raises:
         ValueError: If there is a completion without a token, or not one for each row.
     """
-    if len(rows) != len(completion_ids):
-        raise ValueError(f"`completion_ids` has {len(completion_ids)} completions of {len(rows)} rows. Give one each.")
-    for index, ids in enumerate(completion_ids):
-        if not ids:
-            raise ValueError(f"`completion_ids[{index}]` has no token, and so nothing to score. Leave its row out.")
+    _check_completions(rows, completion_ids)
     accelerator, tokenizer = trainer.accelerator, trainer.processing_class
     if rewards is None:
         shape = len(rows) * accelerator.num_processes, len(trainer.reward_funcs)
@@ -109,13 +105,8 @@ def score(
     scores = _scores(trainer, batch, generation.contrasts, num_listed)
     if not with_streams:
         return Scored(student_prompts, teacher_prompts, scores)
-    advantages = group_advantages(
-        rewards,
-        trainer.reward_weights,
-        num_generations,
-        trainer.scale_rewards,
-        trainer.multi_objective_aggregation,
-    )
+    how = num_generations, trainer.scale_rewards, trainer.multi_objective_aggregation
+    advantages = group_advantages(rewards, trainer.reward_weights, *how)
     batch["advantages"] = advantages[accelerator.process_index * len(rows) :][: len(rows)]
     given = trainer.signals, trainer.args, batch, (), lambda _: scores, accelerator, num_generations, False, Metrics()
     return Scored(student_prompts, teacher_prompts, scores, _of_rows(make_streams(*given)))
@@ -197,6 +188,14 @@ def restore(trainer: "SelfDistillationTrainer", checkpoint: Path) -> None:
         trainer.run_state.load(checkpoint, only=("teacher", "schedules", "context"))
     trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     trainer.signals.begin_step(trainer.state.global_step)
+
+
+def _check_completions(rows: Sequence[Mapping[str, Any]], completion_ids: Sequence[list[int]]) -> None:
+    if len(rows) != len(completion_ids):
+        raise ValueError(f"`completion_ids` has {len(completion_ids)} completions of {len(rows)} rows. Give one each.")
+    for index, ids in enumerate(completion_ids):
+        if not ids:
+            raise ValueError(f"`completion_ids[{index}]` has no token, and so nothing to score. Leave its row out.")
 
 
 def _scores(
