@@ -70,9 +70,8 @@ def score(
         num_generations (`int`, *optional*, defaults to `1`):
             Completions of a prompt, which follow one another.
         num_listed (`int`, *optional*, defaults to `0`):
-            Number of most probable tokens to list on both sides, as `scores.listed_tokens` and
-            `scores.listed_log_probs`. They are found block by block, as the divergence is: no logits of all tokens are
-            ever there.
+            Number of most probable tokens to list on both sides: `scores.listed_tokens` and `listed_log_probs`. They
+            are found block by block, as the divergence is.
         with_streams (`bool`, *optional*, defaults to `False`):
             Whether to have the parts of the method write their streams too.
 
@@ -103,13 +102,8 @@ def score(
         batch, generation, num_generations, trainer.teacher.annotate, Metrics(), is_training=False
     )
     scores = _scores(trainer, batch, generation.contrasts, num_listed)
-    if not with_streams:
-        return Scored(student_prompts, teacher_prompts, scores)
-    how = num_generations, trainer.scale_rewards, trainer.multi_objective_aggregation
-    advantages = group_advantages(rewards, trainer.reward_weights, *how)
-    batch["advantages"] = advantages[accelerator.process_index * len(rows) :][: len(rows)]
-    given = trainer.signals, trainer.args, batch, (), lambda _: scores, accelerator, num_generations, False, Metrics()
-    return Scored(student_prompts, teacher_prompts, scores, _of_rows(make_streams(*given)))
+    streams = _streams(trainer, batch, rewards, scores, num_generations) if with_streams else None
+    return Scored(student_prompts, teacher_prompts, scores, streams)
 
 
 def score_rollouts(
@@ -205,6 +199,21 @@ def _scores(
     size = trainer.args.per_device_eval_batch_size
     given = {**batch, "divergence_mask": tokens}
     return trainer.loss.scores(trainer.model_wrapped, given, size, Metrics(), contrasts, num_listed)
+
+
+def _streams(
+    trainer: "SelfDistillationTrainer",
+    batch: dict[str, Any],
+    rewards: torch.Tensor,
+    scores: TokenScores,
+    num_generations: int,
+) -> dict[str, torch.Tensor]:
+    accelerator, number = trainer.accelerator, len(batch["completion_ids"])
+    how = num_generations, trainer.scale_rewards, trainer.multi_objective_aggregation
+    advantages = group_advantages(rewards, trainer.reward_weights, *how)
+    batch["advantages"] = advantages[accelerator.process_index * number :][:number]
+    given = trainer.signals, trainer.args, batch, (), lambda _: scores, accelerator, num_generations, False, Metrics()
+    return _of_rows(make_streams(*given))
 
 
 def _of_rows(batch: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
