@@ -19,6 +19,7 @@ _OTHER_COMMANDS = {
     "compare": "What changed between two evaluated runs.",
     "report": "One page on a training run, or on several beside one another.",
     "generate": "Make a data set for `trl sft` or `trl dpo` from a model's own completions.",
+    "inspect": "See what the teacher wants of every token of some rollouts, on one page.",
     "bench": "Measure the loss and the training step beside their peers.",
     "env": "Print the versions that a bug report should name.",
 }
@@ -79,6 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trl_opsd.scripts.generate import main as generate
 
         return generate(argv[1:])
+    if command == "inspect":
+        from trl_opsd.scripts.inspect import main as inspect
+
+        return inspect(argv[1:])
     if command == "bench":
         from trl_opsd.bench.command import main as bench
 

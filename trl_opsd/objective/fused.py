@@ -30,6 +30,8 @@ from .top_log_probs import TopLogProbs, finite_rows
 
 # Rows whose top k are compared, out of all of a call. It feeds the log alone
 NUM_SEARCHED = 64
+# Rows whose most probable tokens are searched at once, within what blocks of logits leave of the memory
+_LISTED_TOGETHER = 16
 # Blocks of logits that exist at once where a target is made of three distributions
 _COMBINED_SIDES = 8
 
@@ -65,6 +67,10 @@ class FusedDivergence(NamedTuple):
             spaced, and NaN for the others, as it is without a teacher.
         top_k_mass (`torch.Tensor`):
             Probability the student gives to the teacher's top-k tokens, for the same rows.
+        listed_tokens (`torch.Tensor` of shape `(N, 2, num_listed)`):
+            The most probable tokens under the student and under the teacher, most probable first, int64.
+        listed_log_probs (`torch.Tensor` of shape `(N, 2, num_listed)`):
+            Their log-probabilities, −inf where a server has not reported as many.
     """
 
     loss: torch.Tensor
@@ -78,6 +84,8 @@ class FusedDivergence(NamedTuple):
     finite: torch.Tensor
     top_k_overlap: torch.Tensor
     top_k_mass: torch.Tensor
+    listed_tokens: torch.Tensor
+    listed_log_probs: torch.Tensor
 
 
 def fused_divergence(
@@ -91,6 +99,7 @@ def fused_divergence(
     likelihood_weights: torch.Tensor | None = None,
     memory_budget: float | None = None,
     kernel: str | None = None,
+    num_listed: int = 0,
 ) -> FusedDivergence:
     """
     Weighted sum over tokens of a divergence between teacher and student and, if asked for, of the negative
@@ -127,6 +136,8 @@ def fused_divergence(
             What does the elementwise work: `"triton"` (on GPUs, in fp32), `"compiled"` (by torch.compile, on CPUs) or
             `"eager"`. `None` chooses, see [`default_kernel`]. Where compiling fails, a warning says so and the work
             runs uncompiled.
+        num_listed (`int`, *optional*, defaults to `0`):
+            Number of most probable tokens to list on both sides, the whole vocabulary if that is less.
 
     Returns:
         [`FusedDivergence`]: the loss and what the log needs, from the same pass.
@@ -159,6 +170,7 @@ def fused_divergence(
         objective,
         memory_budget,
         kernel,
+        num_listed,
     )
     return FusedDivergence(*outputs)
 
@@ -350,6 +362,34 @@ class _Plan(NamedTuple):
         return cls(dtype, wide, kernel, blocks)
 
 
+class _Listed(NamedTuple):
+    # The most probable tokens of both sides, and their log-probabilities, of shape (N, 2, k)
+    tokens: torch.Tensor
+    log_probs: torch.Tensor
+
+    @classmethod
+    def empty(cls, num_rows: int, k: int, dtype: torch.dtype, device: torch.device) -> "_Listed":
+        shape = num_rows, 2, k
+        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        return cls(tokens, torch.full(shape, -torch.inf, dtype=dtype, device=device))
+
+    def fill(
+        self, place: slice, sides: Sequence[tuple[torch.Tensor, Finish]], temperature: float, teacher: object
+    ) -> None:
+        for side, (products, finish) in enumerate(sides):
+            k = self.tokens.size(2)
+            if side == 1 and isinstance(teacher, TopLogProbs):  # no others are known
+                k = min(k, teacher.top_tokens.size(1))
+            for part in _slices(len(products), _LISTED_TOGETHER):
+                logits = finish.logits(products[part])
+                (tokens,) = top_k_tokens([logits], [chunk_maxima(logits)], k)
+                top = (logits.gather(1, tokens) / temperature).sort(dim=1, descending=True)
+                rows = slice(place.start + part.start, place.start + part.stop)
+                self.tokens[rows, side, :k] = tokens.gather(1, top.indices)
+                total = (logits / temperature).logsumexp(dim=1, keepdim=True)
+                self.log_probs[rows, side, :k] = top.values - total
+
+
 @cache
 def _log_once(kernel: str, memory_budget: int, device: str, vocabulary: int) -> None:
     _logger.info(
@@ -386,6 +426,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         objective,
         memory_budget,
         kernel,
+        num_listed,
     ):
         device = hidden.device
         if device.type == "cpu":
@@ -438,6 +479,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         num_searched = math.ceil(num_rows / search_every)
         overlap = torch.full((num_searched,), math.nan, dtype=wide, device=device)
         top_logits = torch.full((num_searched, top_k), math.nan, dtype=wide, device=device)
+        listed = _Listed.empty(num_rows, min(num_listed, vocabulary), wide, device)
         finishes = [
             Finish(None, 1.0, None) if head is None else _detached(head, wide)
             for head in (
@@ -487,6 +529,10 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                         overlap[into], top_logits[into] = top_k_agreement(
                             student_logits, teacher_logits, tokens, top_k
                         )
+                    if num_listed:
+                        sides = [(student_block[part], finishes[0]), (teacher_block[part], finishes[1])]
+                        own = slice(start + part.start, start + part.stop)
+                        listed.fill(own, sides, objective.temperature, teacher_states)
                     if fixed:
                         part = slice(part.start, part.start + slice_rows)
                     place = slice(start + part.start, start + part.stop)
@@ -523,7 +569,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         agreement[0, ::search_every] = overlap
         log_probs = top_logits / objective.temperature + log_prob[::search_every].unsqueeze(1)
         agreement[1, ::search_every] = log_probs.exp().sum(dim=-1)
-        outputs += agreement.unbind(0)
+        outputs += [*agreement.unbind(0), *listed]
         loss = (outputs[0] * weights).sum()
         if likelihood_weights is not None:
             counted = finite.bool() & (likelihood_weights != 0)
@@ -541,7 +587,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
             None if grad is None else _scaled(grad, factor, dtype, ctx.by_triton, needed_again)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        return *grads, *[None] * 9
+        return *grads, *[None] * 10
 
 
 def _scaled(

@@ -80,13 +80,38 @@ class PromptArguments:
         )
 
 
+@help_from_docstring
 @dataclass
-class SelfDistillationScriptArguments(PromptArguments, BenchmarkArguments, GRPOScriptArguments):
-    """Script arguments of a training command: those of TRL's GRPO script, how to make prompts, and benchmarks."""
+class InspectArguments:
+    """
+    Fields of a training command for [`~trl_opsd.report.InspectCallback`].
+
+    Args:
+        inspect_steps (`int`, *optional*):
+            Optimizer steps from one token page, `inspect/step-000050.html` in `output_dir`, to the next: a few of the
+            step's rollouts, with what student and teacher say of every token. `None` writes none.
+        inspect_rollouts (`int`, *optional*, defaults to `4`):
+            Rollouts of a page.
+    """
+
+    inspect_steps: int | None = None
+    inspect_rollouts: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("inspect_steps", "inspect_rollouts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+@dataclass
+class SelfDistillationScriptArguments(PromptArguments, BenchmarkArguments, InspectArguments, GRPOScriptArguments):
+    """Arguments of a training command: TRL's GRPO script's, how to make prompts, benchmarks, and token pages."""
 
     def __post_init__(self) -> None:
         PromptArguments.__post_init__(self)
         BenchmarkArguments.__post_init__(self)
+        InspectArguments.__post_init__(self)
 
 
 def load_datasets(

@@ -194,6 +194,10 @@ def make_trainer(
         from trl_opsd.eval.in_training import BenchmarkCallback
 
         trainer.add_callback(BenchmarkCallback(trainer, **benchmarks))
+    if script_args.inspect_steps is not None:
+        from trl_opsd.report import InspectCallback
+
+        trainer.add_callback(InspectCallback(trainer, script_args.inspect_steps, script_args.inspect_rollouts))
     return trainer
 
 

@@ -105,6 +105,13 @@ class TokenScores:
             for contrast. `None` unless a part `needs_contrast`.
         contrast_log_prob (`torch.Tensor`, *optional*):
             Logarithm of the mean of the sampled token's probability over those prompts.
+        listed_tokens (`torch.Tensor` of shape `(B, T, 2, k)`, *optional*):
+            The most probable tokens under the student and under the teacher, most probable first, int64. `None` unless
+            somebody asks for them.
+        listed_log_probs (`torch.Tensor` of shape `(B, T, 2, k)`, *optional*):
+            Their log-probabilities, −inf where a server has not reported as many.
+        teacher_weights (`torch.Tensor`, *optional*):
+            What parts that read the teacher in the loss multiply w by, likewise.
     """
 
     known: torch.Tensor
@@ -115,6 +122,9 @@ class TokenScores:
     divergence: torch.Tensor
     contrasted: torch.Tensor | None = None
     contrast_log_prob: torch.Tensor | None = None
+    listed_tokens: torch.Tensor | None = None
+    listed_log_probs: torch.Tensor | None = None
+    teacher_weights: torch.Tensor | None = None
 
     @property
     def delta(self) -> torch.Tensor:

@@ -36,6 +36,7 @@ from ..signal import Signals, TokenScores
 from ..teacher import Teacher
 from .config import SelfDistillationConfig
 from .metrics import Metrics, add_divergence, add_sampler_difference
+from .pass_loss import MicroBatchLoss, PassLoss
 from .policy import PolicyTerm, scaled_term
 from .token_groups import in_order, joined, none_of, replaced_tokens, token_groups
 
@@ -43,58 +44,6 @@ from .token_groups import in_order, joined, none_of, replaced_tokens, token_grou
 logger = logging.get_logger(__name__)
 
 _SCORES = ("student_log_prob", "teacher_log_prob", "student_entropy", "teacher_entropy", "divergence")
-
-
-class PassLoss(NamedTuple):
-    """
-    Loss of some rows.
-
-    Args:
-        loss (`torch.Tensor`):
-            Scalar.
-        divergence ([`FusedDivergence`]):
-            Of the tokens that the divergence term counts.
-        likelihood (`torch.Tensor` of shape `(n,)`):
-            −log p_S of those that the likelihood term counts, without a gradient.
-        log_probs (`torch.Tensor` of shape `(n,)`):
-            log p_S of all tokens that are read, without a gradient, NaN where it is not finite.
-        entropies (`torch.Tensor` of shape `(n,)`):
-            Entropy of p_S for the same tokens.
-    """
-
-    loss: torch.Tensor
-    divergence: FusedDivergence
-    likelihood: torch.Tensor
-    log_probs: torch.Tensor
-    entropies: torch.Tensor
-
-
-class MicroBatchLoss(NamedTuple):
-    """
-    Result of [`SelfDistillationLoss`].
-
-    Args:
-        loss (`torch.Tensor`):
-            Scalar, divided by the number of micro-batches. It carries the gradient of the last pass; that of the
-            others has been accumulated.
-        divergence ([`FusedDivergence`]):
-            Of all tokens that the divergence term counts, pass by pass. Of none if its coefficient is 0.
-        likelihood (`torch.Tensor` of shape `(n,)`):
-            −log p_S of those that the likelihood term counts.
-        log_probs (`torch.Tensor` of shape `(n,)`):
-            log p_S of all tokens that a term counts, NaN where it is not finite.
-        entropies (`torch.Tensor` of shape `(n,)`):
-            Entropy of p_S for the same tokens.
-        passes (`list[dict[str, Any]]`):
-            The rows of each pass.
-    """
-
-    loss: torch.Tensor
-    divergence: FusedDivergence
-    likelihood: torch.Tensor
-    log_probs: torch.Tensor
-    entropies: torch.Tensor
-    passes: list[dict[str, Any]]
 
 
 class SelfDistillationLoss:
@@ -233,6 +182,7 @@ class SelfDistillationLoss:
         batch_size: int,
         metrics: Metrics,
         contrasts: Sequence[Sequence[list[int]]],
+        num_listed: int = 0,
     ) -> TokenScores:
         """
         What student and teacher say of the tokens with a context, without a gradient. All processes call this, with as
@@ -249,6 +199,9 @@ class SelfDistillationLoss:
                 Where it goes if the loss does not say it.
             contrasts (`Sequence[Sequence[list[int]]]`):
                 Token ids of the prompts that the teacher reads each row after, if a part contrasts.
+            num_listed (`int`, *optional*, defaults to `0`):
+                Number of most probable tokens to list on both sides. Without any, nothing is said of what weighs
+                tokens in the loss either.
         """
         if not self.networks.has_checked_logits:
             self.networks.check_logits(model)
@@ -256,25 +209,24 @@ class SelfDistillationLoss:
         nothing = torch.zeros(tokens.shape, device=tokens.device)
         inputs = {
             **inputs,
-            **dict.fromkeys(("divergence_factors", "likelihood_factors", "likelihood_mask"), nothing),
+            **dict.fromkeys(("likelihood_factors", "likelihood_mask"), nothing),
+            "divergence_factors": nothing + bool(num_listed),
             "student_mask": tokens,
             "row": torch.arange(len(tokens), device=tokens.device),
         }
-        found, outputs, passes = torch.zeros(6, *tokens.shape, device=tokens.device), [], []
+        found, outputs, passes = _Found.nothing(tokens, num_listed), [], []
         for some in torch.arange(len(tokens)).split(batch_size):
             for rows in self.networks.passes(rows_of(inputs, some.tolist())):
                 targets = self.networks.targets(model, rows)
                 with evaluation_mode(self._accelerator.unwrap_model(model)):
-                    output = self.networks.within(model, self._student_loss, rows, targets, None).divergence
-                outputs.append(output)
+                    given = model, self._student_loss, rows, targets, None, num_listed
+                    output = self.networks.within(*given)
+                found.add(rows, output)
+                outputs.append(output.divergence)
                 passes.append(rows)
-                mask = rows["divergence_mask"].bool()
-                for place, name in zip(found, ("finite", *_SCORES), strict=True):
-                    values = getattr(output, name).to(place).where(output.finite.bool(), 0.0)
-                    place.index_add_(0, rows["row"], torch.zeros_like(place[: len(mask)]).masked_scatter(mask, values))
         if not self._signals.coefficients["divergence_coef"]:
             self._add_divergence(metrics, joined(outputs), passes)
-        scores = TokenScores(found[0].bool(), *found[1:])
+        scores = found.scores(num_listed)
         if not self._signals.needs_contrast:
             return scores
         prompts = [some if is_read else [] for some, is_read in zip(contrasts, tokens.any(dim=1), strict=True)]
@@ -333,6 +285,7 @@ class SelfDistillationLoss:
         rows: dict[str, Any],
         targets: tuple[torch.Tensor | Readings | TopLogProbs | None, Head | None],
         policy: PolicyTerm | None,
+        num_listed: int = 0,
     ) -> PassLoss:
         selected = rows["student_mask"].bool()
         prompt = "teacher_prompt" if "likelihood_reads_context" in rows else "prompt"
@@ -373,6 +326,7 @@ class SelfDistillationLoss:
                     likelihood_weights=None if factors.likelihood is None else of_these(factors.likelihood),
                     memory_budget=self._args.divergence_memory,
                     kernel=self._args.divergence_kernel,
+                    num_listed=num_listed,
                 )
                 place = slice(None) if tokens is None else tokens
                 log_probs[place] = output.student_log_prob.to(log_probs).where(output.finite.bool(), torch.nan)
@@ -383,7 +337,7 @@ class SelfDistillationLoss:
                 loss = loss + (factors.policy * log_probs.nan_to_num(0.0)).sum()
             divergence = none_of(outputs[0]) if targets[0] is None else in_order(outputs, groups, inside)
             likelihood = -log_probs.nan_to_num(0.0)[rows["likelihood_mask"].bool()[selected]]
-            return PassLoss(loss, divergence, likelihood, log_probs, entropies)
+            return PassLoss(loss, divergence, likelihood, log_probs, entropies, factors.divergence[inside])
 
     def _choices(
         self,
@@ -419,6 +373,38 @@ class SelfDistillationLoss:
         elif self._signals.coefficients["likelihood_coef"] == 0.0:
             likelihood = None
         return _Factors(divergence[selected], None if likelihood is None else likelihood[selected], slope, value)
+
+
+class _Found(NamedTuple):
+    # What passes have said of tokens, where these stand: the statistics and the factor of each, (7, B, T); the most
+    # probable tokens of both sides and their log-probabilities, (B, T, 2, k)
+    values: torch.Tensor
+    tokens: torch.Tensor
+    log_probs: torch.Tensor
+
+    @classmethod
+    def nothing(cls, mask: torch.Tensor, num_listed: int) -> "_Found":
+        shape, device = (*mask.shape, 2, num_listed), mask.device
+        values = torch.zeros(len(_SCORES) + 2, *mask.shape, device=device)
+        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        return cls(values, tokens, torch.full(shape, -torch.inf, device=device))
+
+    def add(self, rows: dict[str, Any], output: PassLoss) -> None:
+        found, mask = output.divergence, rows["divergence_mask"].bool()
+        given = [*(getattr(found, name) for name in ("finite", *_SCORES)), output.divergence_factors]
+        row, column = rows["row"].unsqueeze(1).expand(mask.shape)[mask], mask.nonzero()[:, 1]
+        for place, values in zip(self.values, given, strict=True):
+            place[row, column] = values.to(place).where(found.finite.bool().to(place.device), 0.0)
+        k = found.listed_tokens.size(2)  # no more than the vocabulary has
+        self.tokens[row, column, :, :k] = found.listed_tokens.to(self.tokens)
+        self.log_probs[row, column, :, :k] = found.listed_log_probs.to(self.log_probs)
+
+    def scores(self, num_listed: int) -> TokenScores:
+        *values, factors = self.values
+        scores = TokenScores(values[0].bool(), *values[1:])
+        if not num_listed:
+            return scores
+        return replace(scores, listed_tokens=self.tokens, listed_log_probs=self.log_probs, teacher_weights=factors)
 
 
 class _Factors(NamedTuple):

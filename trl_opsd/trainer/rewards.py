@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
+from trl.trainer.utils import nanstd
 
 from .config import SelfDistillationConfig
 
@@ -167,6 +168,46 @@ def reward_streams(rewards: torch.Tensor, success_threshold: float, num_generati
     correct = (rewards >= success_threshold).float().masked_fill(rewards.isnan(), torch.nan)
     rates = correct.view(-1, num_generations).nanmean(dim=1)
     return {"rewards": rewards, "correct": correct, "success_rate": rates.repeat_interleave(num_generations)}
+
+
+def group_advantages(
+    rewards: torch.Tensor, weights: torch.Tensor, num_generations: int, scale: str, aggregation: str
+) -> torch.Tensor:
+    """
+    GRPO's advantages of completions that [`~trl.GRPOTrainer`] has not sampled.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(num_rollouts, num_reward_funcs)`):
+            NaN where a function did not apply.
+        weights (`torch.Tensor` of shape `(num_reward_funcs,)`):
+            Weights of the functions.
+        num_generations (`int`):
+            Rollouts of a prompt, which follow one another.
+        scale (`str`):
+            The trainer's `scale_rewards`.
+        aggregation (`str`):
+            Its `multi_objective_aggregation`.
+
+    Returns:
+        `torch.Tensor` of shape `(num_rollouts,)`, fp32: 0 where no function applied.
+    """
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        return nanstd(values, dim=1, keepdim=True) if values.size(1) > 1 else torch.zeros_like(values[:, :1])
+
+    if aggregation == "normalize_then_sum":
+        groups = rewards.view(-1, num_generations, rewards.size(1))
+        groups = (groups - groups.nanmean(dim=1, keepdim=True)) / (spread(groups) + 1e-4)
+        totals = (groups.view(rewards.shape) * weights.to(rewards.device)).nansum(dim=1).float()
+        totals = totals.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+        advantages = (totals - totals.nanmean()) / (spread(totals.view(1, -1)).squeeze() + 1e-4)
+    else:
+        groups = total_rewards(rewards, weights).view(-1, num_generations)
+        advantages = groups - groups.nanmean(dim=1, keepdim=True)
+        if scale != "none":
+            others = groups if scale == "group" else groups.view(1, -1)
+            advantages = advantages / (spread(others) + 1e-4)
+    return advantages.flatten().nan_to_num(0.0)
 
 
 def added_feedback(

@@ -6,7 +6,7 @@ What a resumed run needs beside its weights and its optimizer: every part with s
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -193,10 +193,12 @@ class RunState:
         self._check_same_run(asked, read_state(Path(asked)))
         return asked
 
-    def load(self, directory: Path) -> None:
-        """Restore all parts. Called on every process."""
+    def load(self, directory: Path, only: Collection[str] | None = None) -> None:
+        """Restore all parts, or some of them. Called on every process."""
         states = read_state(directory)["parts"]
         for name, part in self._parts.items():
+            if only is not None and name not in only:
+                continue
             if isinstance(part, Stateful):
                 part.load_state_dict(states[name])
             else:

@@ -159,6 +159,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.guards, self.teacher_prompt, self._data_columns = run.guards, run.teacher_prompt, run.columns
         self._generation, self._generation_step, self._first_micro_batch = Generation([]), -1, 0
         self._num_generated_tokens, self.statistics = 0, {"train": Metrics(), "eval": Metrics()}
+        self.observers: list[Callable[[dict[str, Any], Generation], None]] = []
         super().__init__(
             model=model,
             reward_funcs=reward_funcs or [no_reward],
@@ -181,8 +182,6 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._prepare_sampling(run)
         self._prepare_loss(run, getattr(peft_config, "init_lora_weights", False) in (True, "gaussian"))
         hand_policy(self.reward_funcs, self.model, self._tokenizer, self.tokenize_prompts, args)
-        self.record = RunRecord(self)
-        self.add_callback(self.record)
 
     def _settle_rewards(self, run: Prepared, environment_factory: Any) -> None:
         names = ("reward_funcs", "reward_func_names", "reward_processing_classes", "reward_weights")
@@ -261,10 +260,10 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.loss = make_loss(*given, self.teacher, self.signals, padding)
         announce_head(self.model)
         self.guards.watch(lambda: self.statistics["train"].latest)
-        self.add_callback(self.guards)
         seen = self.teacher, self.signals, self.statistics["train"], args.divergence_clip
-        self.add_callback(StepCallback(*seen, self._begin_step, self.sampler.take_seconds))
-
+        self.record = RunRecord(self)
+        for callback in (self.guards, StepCallback(*seen, self._begin_step, self.sampler.take_seconds), self.record):
+            self.add_callback(callback)
         data = dataset_summary(self.train_dataset, ("prompt", *self._data_columns))
         self.run_state = RunState(accelerator, args, data, {"model": initial, "teacher": self.teacher.fingerprint})
         self.run_state.add("teacher", self.teacher)
@@ -283,10 +282,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def preview_prompts(self) -> tuple[list[int], list[int] | None]:
         """
-        The prompts of the first training row, as the model will read them.
-
-        Returns:
-            `tuple[list[int], list[int] | None]`: token ids; no teacher's if it needs rollouts or the row is left out.
+        The prompts of the first training row, as token ids: no teacher's if it needs rollouts or the row is left out.
         """
         row = next(iter(self.train_dataset))
         return list(self.tokenize_prompts([prompt_of(row)])[0]), self.teacher_prompt.token_ids(row, None, self.tools)
@@ -404,9 +400,11 @@ class SelfDistillationTrainer(GRPOTrainer):
         num_sampled = self._generation.num_sampled_tokens(batch.get("tool_mask", 1) * batch["completion_mask"])
         self._num_generated_tokens += int(self.accelerator.reduce(num_sampled, "sum")) * (mode == "train")
         self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
-        score = partial(self._score, mode=mode)
-        given = self.signals, self.args, batch, self._generation.empty, score, self.accelerator, size, mode == "train"
-        return batch | make_streams(*given, metrics)
+        given = self.signals, self.args, batch, self._generation.empty, partial(self._score, mode=mode)
+        batch |= make_streams(*given, self.accelerator, size, mode == "train", metrics)
+        for observe in self.observers:
+            observe(batch, self._generation)
+        return batch
 
     def _score(self, batch: dict[str, Any], mode: str) -> TokenScores:
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
