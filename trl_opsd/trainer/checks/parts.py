@@ -238,13 +238,14 @@ def check_parts_and_context(signals: Signals, context: PrivilegedContext, args: 
             f"`privileged_context={args.privileged_context!r}` marks none. Set it to 'diagnosis', or to a class with "
             "`marks`."
         )
-    if not any(part.needs_contrast for part in parts):
+    if not any(part.needs_contrast for part in parts) and signals.target is None:
         return
     if not hasattr(context, "contrast_messages"):
         raise ValueError(
             "The method contrasts what the teacher says after several prompts, and "
             f"`privileged_context={args.privileged_context!r}` gives one. Set it to 'peers' with "
-            "`context_kwargs={'contrast': 4}`, or to a class with `contrast_messages`."
+            "`context_kwargs={'contrast': 4}`, to 'trl_opsd.methods.purified_opsd.ReferenceAlone', or to a class of "
+            "yours with `contrast_messages`."
         )
     if args.teacher_server_base_url is not None:
         raise ValueError(
@@ -284,6 +285,11 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
             )
     if args.teacher_server_base_url is not None:
         _check_signals_of_a_server(signals)
+    for part in signals.teacher_weightings if signals.target is not None else ():
+        raise ValueError(
+            f"`token_weights` has {type(part).__name__}, which weighs by what the teacher would write, and "
+            f"`target={args.target!r}` puts another distribution in its place. Leave one out."
+        )
     for weighting in signals.weightings:
         if weighting.needs_reward and not has_reward:
             raise ValueError(
