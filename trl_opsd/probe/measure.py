@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from tqdm.auto import tqdm
 
+from ..context import PrivilegedContext, TeacherPrompt
+from ..context.spans import Marks
 from ..eval.chat import ChatFormat
 from ..eval.scorer import AnswerType, score
 from ..files import LineFile
@@ -23,7 +25,7 @@ from .readings import OTHER, Reading
 
 
 if TYPE_CHECKING:
-    from ..context import OtherSolutionContext, PrivilegedContext
+    from ..context import OtherSolutionContext
     from ..trainer.trainer import SelfDistillationTrainer
 
 STUDENT = "student"
@@ -147,44 +149,47 @@ class Measuring:
     def _reading(self, reading: Reading, indices: range, students: list[Record], stream: int) -> list[Record]:
         """What the teacher makes of the student's rollouts by a reading, and what it writes itself."""
         size = self.group_size
-        scored = self._scored(reading, indices, students)
-        prompts: list[list[int] | None] = []
-        for place in range(len(indices)):
-            group = scored.teacher_prompts[place * size : (place + 1) * size]
-            prompts.append(next((ids for ids in group if ids is not None), None))
+        if reading.context is None:
+            scored: Scored | None = self._scored(indices, students)
+            given = cast(Scored, scored).teacher_prompts
+            groups = [given[place * size : (place + 1) * size] for place in range(len(indices))]
+            prompts = [next((ids for ids in group if ids is not None), None) for group in groups]
+        else:
+            control = replace(self._trainer.teacher_prompt, context=_Control(reading.context), skip_overlong=True)
+            prompts = [control.token_ids(self._questions[index].row, None) for index in indices]
+            scored = self._scored_by(control, indices, students)
+        tokenizer: Any = self._trainer.processing_class
+        plain = self._trainer.tokenize_prompts([self._questions[index].row["prompt"] for index in indices])
         asked = [ids for ids in prompts if ids is not None for _ in range(self._num_samples)]
         completions = iter(self._filled(self._sampled(asked, stream)) if asked else [])
         records = []
         for place, (index, ids) in enumerate(zip(indices, prompts, strict=True)):
-            written = []
-            if ids is not None:
-                for _ in range(self._num_samples):
-                    written.append(self._written(index, ids, next(completions), reading))
+            number = 0 if ids is None else self._num_samples
+            written = [self._written(index, cast("list[int]", ids), next(completions), reading) for _ in range(number)]
+            record = {"row": index, "arm": reading.name, "completions": written, "reads_same": ids == plain[place]}
+            record["read"] = None if ids is None else tokenizer.decode(ids, skip_special_tokens=True)
             own = range(place * size, (place + 1) * size)
-            record = {"row": index, "arm": reading.name, "completions": written}
-            record["reads_same"] = ids == scored.student_prompts[place * size]
-            record["scores"] = [self._token_scores(scored, its, students[place]) for its in own]
+            record["scores"] = [None if scored is None else _of_rollout(scored, its, students[place]) for its in own]
             records.append(record)
         return records
 
-    def _scored(self, reading: Reading, indices: range, students: list[Record]) -> Scored:
+    def _scored_by(self, control: TeacherPrompt, indices: range, students: list[Record]) -> Scored | None:
+        if not scores_controls(self._trainer):
+            return None
+        inputs = replace(self._trainer.teacher_inputs, teacher_prompt=control)
+        with changed(self._trainer, teacher_inputs=inputs):
+            return self._scored(indices, students)
+
+    def _scored(self, indices: range, students: list[Record]) -> Scored:
         trainer, size = self._trainer, self.group_size
         rows = [self._questions[index].row for index in indices for _ in range(size)]
         written = [one for record in students for one in record["completions"]]
         ids, rewards = [one["token_ids"] for one in written], [one["rewards"] for one in written]
         tensor = None
-        if self._reads_rollouts and rewards[0] is not None:
+        if rewards[0] is not None:
             given = [[math.nan if its is None else its for its in values] for values in rewards]
             tensor = torch.tensor(given, device=trainer.accelerator.device)
-        if reading.context is None:
-            return score_tokens(trainer, rows, ids, tensor, size)
-        inputs = replace(
-            trainer.teacher_inputs,
-            teacher_prompt=replace(trainer.teacher_prompt, context=_Control(reading.context), skip_overlong=True),
-            signals=cast(Any, _WithoutSpans(trainer.signals.needs_contrast)),
-        )
-        with changed(trainer, teacher_inputs=inputs):
-            return score_tokens(trainer, rows, ids, tensor, size)
+        return score_tokens(trainer, rows, ids, tensor, size)
 
     def _sampled(self, prompts: list[list[int]], stream: int) -> list[list[int]]:
         trainer = self._trainer
@@ -224,36 +229,37 @@ class Measuring:
             written["follows_other"] = None if same else its
         return written
 
-    def _token_scores(self, scored: Scored, position: int, student: Record) -> Record | None:
-        size = self.group_size
-        length = len(student["completions"][position % size]["token_ids"])
-        known = scored.scores.known[position, :length].tolist()
-        if not any(known):
-            return None
-        values = {name: getattr(scored.scores, name)[position, :length].tolist() for name in SCORES}
-        return {"known": known} | {name: [float(f"{its:.6g}") for its in its_all] for name, its_all in values.items()}
+
+def scores_controls(trainer: "SelfDistillationTrainer") -> bool:
+    """Whether the divergence can be taken from the teacher reading a control: not from a target made of readings."""
+    return trainer.signals.target is None
+
+
+def _of_rollout(scored: Scored, position: int, student: Record) -> Record | None:
+    length = len(student["completions"][position % len(student["completions"])]["token_ids"])
+    known = scored.scores.known[position, :length].tolist()
+    if not any(known):
+        return None
+    values = {name: getattr(scored.scores, name)[position, :length].tolist() for name in SCORES}
+    return {"known": known} | {name: [float(f"{its:.6g}") for its in its_all] for name, its_all in values.items()}
 
 
 class _Control:
-    """A control, which contrasts nothing, whatever parts of the method would read."""
+    """A control, which contrasts and marks nothing, whatever parts of the method would read."""
 
     columns: tuple[str, ...] = ()
-    reads_rollouts = False
+    reads_rollouts = True
+    kinds: tuple[str, ...] = ()
+    most_of_it = 0.0
 
-    def __init__(self, context: "PrivilegedContext"):
+    def __init__(self, context: PrivilegedContext):
         self.teacher_messages = context.teacher_messages
 
     def contrast_messages(self, row: Mapping[str, Any], rollouts: Any) -> list[Any]:
         return []
 
-
-@dataclass(frozen=True)
-class _WithoutSpans:
-    """What is read of a control: it marks nothing."""
-
-    needs_contrast: bool
-    needs_context: bool = True
-    needs_spans: bool = False
+    def marks(self, row: Mapping[str, Any], rollouts: Any, said: Any) -> Marks:
+        return Marks(was_asked=False)
 
 
 def read_records(file: Path) -> list[Record]:

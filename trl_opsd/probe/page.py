@@ -24,8 +24,8 @@ _NAMES = {
 }
 _SHOWN = 12
 _CAPTION = (
-    "Points ahead: of the student, on the rows that both have. Copied: the share of the text that stands word for word "
-    "in the solution, in runs of eight words or more. In brackets: 95 % interval over rows like these."
+    "Points ahead: of the student, on the rows that both have. Copied: the share of the text that stands word for "
+    "word in the solution, or in the teacher's prompt where it shows none, in runs of eight words or more. In brackets: 95 % interval over rows like these."
 )
 _STYLE = """
 .verdict { border-left: 4px solid var(--accent); background: var(--panel); padding: .6rem 1rem; margin: 1rem 0; }
@@ -56,7 +56,7 @@ def arm_rows(result: Mapping[str, Any], names: Mapping[str, str]) -> list[list[s
                 "–" if its["accuracy"] is None else percent(its["accuracy"]),
                 "–" if difference is None else points(difference["accuracy"]),
                 "–" if its["tokens"] is None else f"{its['tokens']['value']:.1f}",
-                "–" if its["truncated"] is None else f"{its['truncated']['value']:.0%}",
+                "–" if its["truncated"] is None else _percent(its["truncated"]["value"]),
                 "–" if copied is None else percent(copied),
             ]
         )
@@ -105,13 +105,17 @@ def _kinds_table(divergence: Mapping[str, Any]) -> Markup:
     for kind, its in [("all", divergence), *divergence["by_kind"].items()]:
         if not its["num_tokens"]:
             continue
-        cells = [kind, f"{its['num_tokens']:,}", _nats(its["divergence"]), f"{its['share']:.0%}"]
+        cells = [kind, f"{its['num_tokens']:,}", _nats(its["divergence"]), _percent(its["share"])]
         other = its["controls"].get(OTHER)
         cells += [_nats(its["entropy_gap"]), *(["–" if other is None else f"{other:.3g}"] if has_other else [])]
         rows.append(cells)
     header = ["tokens of the student's rollouts", "number", "divergence (nats)", "share of it", "entropy gap (nats)"]
     header += ["divergence, another's solution"] if has_other else []
     return table(header, rows, "Entropy gap: the teacher's entropy less the student's.")
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} %"
 
 
 def _nats(estimate: Mapping[str, Any]) -> str:

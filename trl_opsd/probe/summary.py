@@ -41,6 +41,9 @@ def summarize(
     differences = {arm: _difference(found[STUDENT], found[arm]) for arm in arms if arm != STUDENT}
     controls = [arm for arm in arms if arm not in (STUDENT, TEACHER)]
     solutions = [solution_of(row) for row in rows]
+    source = "the solution" if any(solutions) else "the teacher's prompt"
+    if not any(solutions):  # what the context shows is in the prompt, and nowhere else
+        solutions = [record["read"] for record in found[TEACHER]]
     return {
         "num_rows": len(rows),
         "num_rows_with_context": sum(bool(record["completions"]) for record in found[TEACHER]),
@@ -48,7 +51,7 @@ def summarize(
         "arms": {arm: _arm(found[arm]) for arm in arms},
         "differences": differences,
         "teacher_minus": {arm: _difference(found[arm], found[TEACHER]) for arm in controls},
-        "copying": _copying(found, solutions),
+        "copying": {"source": source, **_copying(found, solutions)},
         "divergence": _divergence(found, controls, tokenizer),
     }
 

@@ -67,7 +67,8 @@ def _gap(summary: Mapping[str, Any], gap: Mapping[str, Any]) -> str:
     student, teacher = (summary["arms"][arm]["accuracy"]["value"] for arm in ("student", TEACHER))
     value = gap["accuracy"]["value"]
     said = f"The teacher is {points(gap['accuracy'], sign=-1 if value < 0 else 1)} points "
-    said += f"{'worse' if value < 0 else 'better'} ({teacher:.0%} against {student:.0%}, {gap['num_rows']} rows)"
+    said += f"{'worse' if value < 0 else 'better'} "
+    said += f"({100 * teacher:.0f} % against {100 * student:.0f} %, {gap['num_rows']} rows)"
     remaining = [
         _remaining(its["accuracy"], words)
         for arm, words in _CONTROLS.items()
@@ -88,12 +89,12 @@ def _text(summary: Mapping[str, Any]) -> list[str]:
     shorter = gap["shorter"]["value"]
     sentences = [
         f"Its answers have {tokens[1]:.0f} tokens where the student's have {tokens[0]:.0f}: "
-        f"{abs(shorter):.0%} {'shorter' if shorter >= 0 else 'longer'}."
+        f"{100 * abs(shorter):.0f} % {'shorter' if shorter >= 0 else 'longer'}."
     ]
     copying = summary["copying"]
     if copying["verbatim"] is not None:
         sentences.append(
-            f"{percent(copying['verbatim'][TEACHER])} of what it writes stands in the solution word for word, of what "
+            f"{percent(copying['verbatim'][TEACHER])} of what it writes stands word for word in {copying['source']}, of what "
             f"the student writes {percent(copying['verbatim']['student'])}."
         )
     if copying["follows_other"] is not None:
@@ -106,11 +107,17 @@ def _text(summary: Mapping[str, Any]) -> list[str]:
         said = (
             f"Of the divergence on the student's rollouts ({divergence['divergence']['value']:.3g} nats per token), "
         )
-        said += f"{style:.0%} is at words of style and {layout:.0%} at punctuation and layout"
+        said += f"{100 * style:.0f} % is at words of style and {100 * layout:.0f} % at punctuation and layout"
         if (rest := divergence["remaining"].get(OTHER)) is not None:
-            said += f"; {percent(rest)} as much is there when it reads another problem's solution"
+            said += f"; {_kept(rest)} when it reads another problem's solution"
         sentences.append(said + ".")
     return sentences
+
+
+def _kept(rest: Mapping[str, Any]) -> str:
+    if rest["value"] > 1:
+        return f"it is {rest['value']:.1f} times as large"
+    return f"{percent(rest)} of it remains"
 
 
 def _conclusion(summary: Mapping[str, Any], gap: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -122,8 +129,8 @@ def _conclusion(summary: Mapping[str, Any], gap: Mapping[str, Any]) -> tuple[str
     shorter = gap["shorter"]
     if accuracy["low"] > -MARGIN and shorter["low"] is not None and shorter["low"] > SHORTER:
         return "worth_training", [
-            f"It is as often right, to within {MARGIN:.0%}, with answers {percent(shorter)} shorter: what there is to "
-            "learn is brevity."
+            f"It is as often right, to within {100 * MARGIN:.0f} points, with answers {percent(shorter)} shorter: "
+            "what there is to learn is brevity."
         ]
     if accuracy["high"] < MARGIN:
         return "nothing_to_learn", [
@@ -158,7 +165,12 @@ def _lead(summary: Mapping[str, Any]) -> tuple[str, list[str]]:
             "that helps where their steps are within its reach, and gives it no way to find others. Compare with SFT "
             "on the solutions, or have the teacher read less (`answer`, `hint`, `partial_solution`)."
         ]
-    return "worth_training", ["Its lead needs the right solution, and it does not come from repeating it."]
+    if OTHER in summary["differences"]:
+        return "worth_training", ["Its lead needs the right solution, and it does not come from repeating it."]
+    return "worth_training", [
+        "There is no other solution to exchange for what it reads, so that nobody can tell whether it needs the right "
+        "one."
+    ]
 
 
 def points(estimate: Mapping[str, Any], sign: int = 1) -> str:

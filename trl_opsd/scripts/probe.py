@@ -90,7 +90,7 @@ def make_parser(method: str, prog: str | None = None) -> RecipeParser:
     from trl import DatasetMixtureConfig, ModelConfig
 
     from trl_opsd.scripts.inputs import SelfDistillationScriptArguments
-    from trl_opsd.trainer.config import RETIRED
+    from trl_opsd.trainer.checks.settings import RETIRED
 
     return RecipeParser(
         (ProbeArguments, SelfDistillationScriptArguments, config_class(method), ModelConfig, DatasetMixtureConfig),
@@ -324,6 +324,8 @@ def _trainer(
 
 def _absent(trainer: "SelfDistillationTrainer") -> dict[str, str]:
     """What a method lacks of what a probe measures."""
+    from trl_opsd.probe.measure import scores_controls
+
     absent = {}
     if not trainer.signals.has_term("divergence_coef"):
         absent["divergence in the loss"] = (
@@ -332,6 +334,10 @@ def _absent(trainer: "SelfDistillationTrainer") -> dict[str, str]:
         )
     if trainer.completion_source.replaces_rollouts:
         absent["completions that replace rollouts"] = "the divergence is measured on the student's own rollouts alone"
+    if not scores_controls(trainer):
+        absent["divergence under the controls"] = (
+            f"the method pulls to {type(trainer.signals.target).__name__}, which is made of several readings"
+        )
     return absent
 
 
@@ -384,7 +390,9 @@ def _show(result: Mapping[str, Any], console: Any) -> None:
     from trl_opsd.probe.page import ARM_HEADER, arm_rows
     from trl_opsd.probe.verdict import CONCLUSIONS
 
-    shown = Table(*ARM_HEADER, title=result["rows"])
+    shown = Table(title=result["rows"])
+    for name in ARM_HEADER:
+        shown.add_column(name, no_wrap=not name)
     for row in arm_rows(result, {}):
         shown.add_row(*row)
     console.print(shown)
