@@ -25,7 +25,8 @@ _NAMES = {
 _SHOWN = 12
 _CAPTION = (
     "Points ahead: of the student, on the rows that both have. Copied: the share of the text that stands word for "
-    "word in the solution, or in the teacher's prompt where it shows none, in runs of eight words or more. In brackets: 95 % interval over rows like these."
+    "word in the solution, or in the teacher's prompt where it shows none, in runs of eight words or more. In "
+    "brackets: 95 % interval over rows like these."
 )
 _STYLE = """
 .verdict { border-left: 4px solid var(--accent); background: var(--panel); padding: .6rem 1rem; margin: 1rem 0; }

@@ -24,7 +24,7 @@ connect or address."""
 
 _PATTERNS = (
     # What only says how a formula is set
-    ("format", r"\\(?:boxed|fbox|text\w*|mathrm|mathbf|left|right|begin|end|[bB]ig\w*|quad|[()\[\],;:! ])"),
+    ("format", r"\*\*+|\\(?:boxed|fbox|text\w*|mathrm|mathbf|left|right|begin|end|[bB]ig\w*|quad|[()\[\],;:! ])"),
     ("math", r"\\[A-Za-z]+|\d|[=+*/^<>%×÷·±≤≥≠≈√∑∏∫π∞]|(?<![A-Za-z])[−-](?![A-Za-z])"),
     ("style", rf"\b(?:{'|'.join(map(re.escape, sorted(STYLE, key=len, reverse=True)))})\b"),
     ("math", r"(?<![A-Za-z'’])[b-hj-zB-HJ-Z](?![A-Za-z'’])"),

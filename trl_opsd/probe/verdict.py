@@ -94,15 +94,15 @@ def _text(summary: Mapping[str, Any]) -> list[str]:
     copying = summary["copying"]
     if copying["verbatim"] is not None:
         sentences.append(
-            f"{percent(copying['verbatim'][TEACHER])} of what it writes stands word for word in {copying['source']}, of what "
-            f"the student writes {percent(copying['verbatim']['student'])}."
+            f"{percent(copying['verbatim'][TEACHER])} of what it writes stands word for word in {copying['source']}, "
+            f"of what the student writes {percent(copying['verbatim']['student'])}."
         )
     if copying["follows_other"] is not None:
         sentences.append(
             f"With another problem's solution, {percent(copying['follows_other'])} of its answers are that problem's."
         )
     divergence = summary["divergence"]
-    if divergence is not None:
+    if divergence is not None and divergence["divergence"]["value"] > 0:
         style, layout = (divergence["by_kind"][kind]["share"] or 0.0 for kind in ("style", "format"))
         said = (
             f"Of the divergence on the student's rollouts ({divergence['divergence']['value']:.3g} nats per token), "
@@ -159,11 +159,11 @@ def _lead(summary: Mapping[str, Any]) -> tuple[str, list[str]]:
         verbatim is not None and verbatim[TEACHER]["value"] >= COPIED and (verbatim["difference"]["low"] or 0) > 0.1
     )
     if repeats or (follows is not None and follows["low"] >= COPIED):
-        how = "it repeats the solution" if repeats else "it gives the answer that it is shown, whoever's it is"
+        how = "it repeats what it is shown" if repeats else "it gives the answer that it is shown, whatever was asked"
         return "copies", [
-            f"Its lead is that {how}. What the student can learn from it is the solutions, along its own attempts: "
-            "that helps where their steps are within its reach, and gives it no way to find others. Compare with SFT "
-            "on the solutions, or have the teacher read less (`answer`, `hint`, `partial_solution`)."
+            f"Its lead is that {how}. What the student can learn from it is that text, along its own attempts: "
+            "that helps where its steps are within its reach, and gives it no way to find others. Compare with SFT "
+            "on it, or have the teacher read less (`answer`, `hint`, `partial_solution`)."
         ]
     if OTHER in summary["differences"]:
         return "worth_training", ["Its lead needs the right solution, and it does not come from repeating it."]
