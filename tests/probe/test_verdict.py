@@ -30,8 +30,9 @@ def records(tokenizer, rates, number=150, texts=None, lengths=None, follows=0.0,
             one["follows_other"] = draw.random() < follows if arm == "other_solution" else None
             record = {"row": row, "arm": arm, "completions": [one] if arm in rates else [], "read": "x"}
             if arm == "student":
-                one["rewards"] = None
+                one["rewards"], rollout = None, ids
             else:
+                ids = rollout
                 size = 0.3 if arm == "teacher" else 0.1
                 values = dict.fromkeys(("student_log_prob", "teacher_log_prob"), [-1.0] * len(ids))
                 values |= {"divergence": [size] * len(ids), "known": [True] * len(ids)}

@@ -14,6 +14,9 @@ SHORTER = 0.1
 COPIED = 0.5
 """Share of answers that follow another problem's solution, or of text that stands in the solution, of a copy."""
 
+EXCESS = 0.1
+"""Share of the text by which it has to stand in the solution more than the student's does."""
+
 CONCLUSIONS = {
     "worth_training": "Worth training.",
     "nothing_to_learn": "Nothing to learn.",
@@ -127,7 +130,7 @@ def _conclusion(summary: Mapping[str, Any], gap: Mapping[str, Any]) -> tuple[str
     if accuracy["low"] > 0 and accuracy["high"] >= MARGIN:
         return _lead(summary)
     shorter = gap["shorter"]
-    if accuracy["low"] > -MARGIN and shorter["low"] is not None and shorter["low"] > SHORTER:
+    if accuracy["low"] > -MARGIN and _low(shorter) > SHORTER:
         return "worth_training", [
             f"It is as often right, to within {100 * MARGIN:.0f} points, with answers {percent(shorter)} shorter: "
             "what there is to learn is brevity."
@@ -155,9 +158,7 @@ def _lead(summary: Mapping[str, Any]) -> tuple[str, list[str]]:
             ]
     copying = summary["copying"]
     follows, verbatim = copying["follows_other"], copying["verbatim"]
-    repeats = (
-        verbatim is not None and verbatim[TEACHER]["value"] >= COPIED and (verbatim["difference"]["low"] or 0) > 0.1
-    )
+    repeats = verbatim is not None and verbatim[TEACHER]["value"] >= COPIED and _low(verbatim["difference"]) > EXCESS
     if repeats or (follows is not None and follows["low"] >= COPIED):
         how = "it repeats what it is shown" if repeats else "it gives the answer that it is shown, whatever was asked"
         return "copies", [
@@ -171,6 +172,11 @@ def _lead(summary: Mapping[str, Any]) -> tuple[str, list[str]]:
         "There is no other solution to exchange for what it reads, so that nobody can tell whether it needs the right "
         "one."
     ]
+
+
+def _low(estimate: Mapping[str, Any]) -> float:
+    """Lower end of an interval; the value of what is the same in all rows."""
+    return float(estimate["value"] if estimate["low"] is None else estimate["low"])
 
 
 def points(estimate: Mapping[str, Any], sign: int = 1) -> str:
