@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny import make_model
 
@@ -242,6 +243,14 @@ def test_an_external_teacher_writes_itself(probe, tmp_path, tokenizer):
     assert probe(teacher="external", teacher_model_name_or_path="other", temperature=0.01) == 0
     by_key = {(record["row"], record["arm"]): record["completions"][0] for record in written()}
     assert any(by_key[row, "student"]["token_ids"] != by_key[row, "none"]["token_ids"] for row in range(10))
+    read = next(record["read"] for record in written() if record["arm"] == "none" and record["row"] == 0)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": read.split("\n")[1]}], add_generation_prompt=True, return_dict=True
+    )
+    other = make_model(tokenizer, seed=1).eval()
+    ids = torch.tensor([prompt["input_ids"]], device=other.device)
+    likeliest = other.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.size(1) :].tolist()
+    assert by_key[0, "none"]["token_ids"] == likeliest
 
 
 def test_rows_of_a_test_split(probe, capsys):

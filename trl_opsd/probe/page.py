@@ -93,7 +93,12 @@ def make_page(result: Mapping[str, Any], records: Sequence[Record], questions: S
         body.append(Markup("<h2>What is not there</h2><ul>{}</ul>").format(items))
     if result["divergence"] is not None:
         body += [Markup("<h2>Where the teacher differs</h2>"), _kinds_table(result["divergence"])]
-        body.append(figure(plot(result["divergence"]), "Divergence and entropy gap on the student's rollouts."))
+        body.append(
+            figure(
+                plot(result["divergence"]),
+                "Divergence, and the teacher's entropy less the student's, on the student's rollouts.",
+            )
+        )
     body += [Markup("<h2>Rows</h2>"), *_examples(records, questions)]
     settings = [[name, str(value)] for name, value in result["settings"].items()]
     body.append(Markup("<details><summary>Settings</summary>{}</details>").format(table(["", ""], settings)))

@@ -89,11 +89,9 @@ def _remaining(accuracy: Mapping[str, Any], words: str) -> str:
 def _text(summary: Mapping[str, Any]) -> list[str]:
     arms, gap = summary["arms"], summary["differences"][TEACHER]
     tokens = [arms[arm]["tokens"]["value"] for arm in ("student", TEACHER)]
-    shorter = gap["shorter"]["value"]
-    sentences = [
-        f"Its answers have {tokens[1]:.0f} tokens where the student's have {tokens[0]:.0f}: "
-        f"{100 * abs(shorter):.0f} % {'shorter' if shorter >= 0 else 'longer'}."
-    ]
+    percents = round(100 * gap["shorter"]["value"])
+    compared = f"{abs(percents)} % {'shorter' if percents > 0 else 'longer'}" if percents else "as long"
+    sentences = [f"Its answers have {tokens[1]:.0f} tokens where the student's have {tokens[0]:.0f}: {compared}."]
     copying = summary["copying"]
     if copying["verbatim"] is not None:
         sentences.append(

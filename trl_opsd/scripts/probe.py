@@ -187,16 +187,8 @@ def run(
     Args:
         method (`str`):
             Training command.
-        arguments ([`ProbeArguments`]):
-            Fields of the command.
-        script_args ([`SelfDistillationScriptArguments`]):
-            Data and rewards.
-        training_args ([`SelfDistillationConfig`]):
-            Arguments of the trainer.
-        model_args ([`~trl.ModelConfig`]):
-            Model.
-        dataset_args ([`~trl.DatasetMixtureConfig`]):
-            Mixture of datasets.
+        arguments, script_args, training_args, model_args, dataset_args:
+            What the parser gives.
 
     Returns:
         `dict[str, Any]`:
@@ -219,26 +211,25 @@ def run(
     column = solution_column(context)
     reference_of = reference_reader(test.column_names, arguments.answer_column, column, answer_type)
     questions, num_ungraded = draw(test, arguments.rows, training_args.seed, reference_of)
-    said = f"{len(questions)} rows {where}" + (
-        f"; {num_ungraded} were passed over, as the scorer cannot take their answer." if num_ungraded else "."
-    )
-    print(said)
+    passed_over = f"; {num_ungraded} were passed over, as the scorer cannot take their answer" if num_ungraded else ""
+    print(said := f"{len(questions)} rows {where}{passed_over}.")
     trainer = _trainer(script_args, training_args, model_args, train, questions, folder)
     readings, missing = make_readings(trainer)
     chunk = 256 if training_args.use_vllm else training_args.per_device_eval_batch_size
     measuring = Measuring(trainer, questions, readings, answer_type, reference_of, arguments.samples, chunk)
-    settings = {"method": method, "model": model_args.model_name_or_path, "revision": model_args.model_revision}
-    settings |= {name: getattr(training_args, name) for name in _SETTINGS}
-    settings |= {"rows": summary_of(questions), "samples": arguments.samples, "answer_type": answer_type}
-    finishing = _Finishing(folder, questions, trainer, settings, said, missing | _absent(trainer), column)
+    settings: dict[str, Any] = {"method": method, "model": model_args.model_name_or_path}
+    settings |= {"revision": model_args.model_revision, "rows": summary_of(questions), "samples": arguments.samples}
+    settings |= {name: getattr(training_args, name) for name in _SETTINGS} | {"answer_type": answer_type}
+    arms = [reading.name for reading in readings]
+    finishing = _Finishing(folder, questions, trainer, settings, said, missing | _absent(trainer), column, arms)
     with locked(folder):
         open_folder(folder, settings)
         try:
             measuring.run(folder / RECORDS, shows_progress=not training_args.disable_tqdm)
         except KeyboardInterrupt:
-            finishing([reading.name for reading in readings], least=MIN_ROWS)
+            finishing(least=MIN_ROWS)
             raise
-        return finishing([reading.name for reading in readings])
+        return finishing()
 
 
 def _check(training_args: "SelfDistillationConfig", model_args: "ModelConfig") -> None:
@@ -352,8 +343,9 @@ class _Finishing:
     rows: str
     missing: Mapping[str, str]
     column: str | None
+    readings: Sequence[str]
 
-    def __call__(self, readings: Sequence[str], least: int = 0) -> dict[str, Any]:
+    def __call__(self, least: int = 1) -> dict[str, Any]:
         """Of what is there, unless that is less than `least` rows."""
         from dataclasses import asdict
 
@@ -369,8 +361,8 @@ class _Finishing:
             return None if self.column is None else str(self.questions[row].row[self.column])
 
         records = read_records(self.folder / RECORDS)
-        summary = summarize(records, [STUDENT, *readings], self.trainer.processing_class, solution_of)
-        if summary["num_rows"] < max(1, least):
+        summary = summarize(records, [STUDENT, *self.readings], self.trainer.processing_class, solution_of)
+        if summary["num_rows"] < least:
             return {}
         summary["is_external"] = self.trainer.args.teacher == "external"
         verdict = judge(summary)
