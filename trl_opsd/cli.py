@@ -15,6 +15,7 @@ from trl_opsd.methods import TRAINABLE, summary
 
 
 _OTHER_COMMANDS = {
+    "probe": "Measure, before training, what the self-teacher of a recipe knows more than its student.",
     "eval": "Sample answers to benchmarks, grade them and sum them up.",
     "compare": "What changed between two evaluated runs.",
     "report": "One page on a training run, or on several beside one another.",
@@ -64,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         parser.print_help()
         return 0
+    if command == "probe":
+        from trl_opsd.scripts.probe import main as probe
+
+        return probe(argv[1:])
     if command == "eval":
         from trl_opsd.scripts.eval import main as evaluate
 

@@ -63,12 +63,25 @@ class OtherSolutionContext(_AlteredSolutionContext):
         self._rows = dataset
 
     def teacher_messages(self, row: Mapping[str, Any], rollouts: Rollouts | None) -> list[Message] | None:
+        return self.rewritten({**row, self.column: self.other(row)[self.column]})
+
+    def other(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """
+        The row whose solution is shown.
+
+        Args:
+            row (`Mapping[str, Any]`):
+                Dataset row.
+
+        Raises:
+            ValueError: If there is no other one.
+        """
         own = _written(row["prompt"])
         start = _number(self.seed, own) % max(len(self._rows), 1)
         for index in chain(range(start, len(self._rows)), range(start)):
             other = self._rows[index]
             if other[self.column] != row[self.column] and _written(other["prompt"]) != own:
-                return self.rewritten({**row, self.column: other[self.column]})
+                return other
         raise ValueError(
             f"No other problem has a `{self.column}` that differs from {row[self.column]!r:.80}. The other_solution "
             "context needs at least two different ones."

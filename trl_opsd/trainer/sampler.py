@@ -140,18 +140,37 @@ class PolicySampler:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
-    def sample(self, prompt_ids: list[list[int]], sampling: Sampling, stream: int) -> list[list[int]]:
-        """Completions of the policy by other settings, see [`SelfDistillationTrainer.sample`]."""
-        if self._engine is None:
+    def sample(
+        self, prompt_ids: list[list[int]], sampling: Sampling, stream: int, teacher: Teacher | None = None
+    ) -> list[list[int]]:
+        """
+        Completions of the policy by other settings, see [`SelfDistillationTrainer.sample`].
+
+        Args:
+            prompt_ids (`list[list[int]]`):
+                Prompts of this process.
+            sampling ([`Sampling`]):
+                How to draw tokens.
+            stream (`int`):
+                Stream of random numbers.
+            teacher ([`Teacher`], *optional*):
+                Whose weights write, by transformers, in place of the policy's.
+        """
+        changing: Callable[..., AbstractContextManager[None]]
+        if teacher is not None:
+            kwargs = self._generation_kwargs or {"eos_token_id": self._end_token_ids}
+            changing, settings = partial(self._changing, use_vllm=False), transformers_settings(sampling, kwargs)
+        elif self._engine is None:
             changing, settings = self._changing, transformers_settings(sampling, self._generation_kwargs or {})
         else:
             changing, settings = partial(changed, self._engine), vllm_settings(sampling, self._end_token_ids)
-        models = [self._policy, causal_lm(self._policy)]
+        weights = nullcontext(self._wrapped()) if teacher is None else teacher.weights(self._wrapped())
         with (
             self._draws(*self._where(), stream),
             evaluation_mode(self._policy),
-            changing(**settings),
-            without_own_settings(models),
+            weights as model,
+            changing(**settings) if teacher is None else changing(**settings, model_wrapped=model),
+            without_own_settings([self._policy, causal_lm(self._policy)] if teacher is None else [model]),
             sharded_after(self._wrapped()),
         ):
             return self._generate(prompt_ids, None, {}, 1)[0]
