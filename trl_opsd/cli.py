@@ -18,6 +18,7 @@ _OTHER_COMMANDS = {
     "eval": "Sample answers to benchmarks, grade them and sum them up.",
     "compare": "What changed between two evaluated runs.",
     "generate": "Make a data set for `trl sft` or `trl dpo` from a model's own completions.",
+    "plan": "Say what a recipe takes on given GPUs: memory, time, and what to change where it does not fit.",
     "bench": "Measure the loss and the training step beside their peers.",
     "env": "Print the versions that a bug report should name.",
 }
@@ -74,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trl_opsd.scripts.generate import main as generate
 
         return generate(argv[1:])
+    if command == "plan":
+        from trl_opsd.scripts.plan import main as plan
+
+        return plan(argv[1:])
     if command == "bench":
         from trl_opsd.bench.command import main as bench
 
