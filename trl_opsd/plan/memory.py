@@ -6,6 +6,7 @@ import torch
 
 from ..objective.blocks import Blocks, default_memory
 from ..objective.kernels import default_kernel
+from ..objective.products import TILE_ELEMENTS
 from .models import Model
 from .setting import HALF, Setting
 
@@ -20,7 +21,7 @@ VLLM_EXTRA = 2.5 * GIB
 # What an engine that sleeps keeps
 VLLM_ASLEEP = 0.5 * GIB
 # Slices of a block that the kernel of torch holds at once, as it is and compiled
-_SLICES = {"eager": 11, "compiled": 5, "triton": 0}
+_SLICES = {"eager": 8, "compiled": 4, "triton": 0}
 # DeepSpeed's defaults, in weights: those it gathers ahead, and those of a bucket of gradients
 _ZERO3_LIVE, _ZERO_BUCKET = 10**9, 5 * 10**8
 # Bytes that an optimizer keeps of each weight, beside the dtype of the weight: number of states, bytes of one (0: the
@@ -173,8 +174,23 @@ def loss_memory(setting: Setting, taken: int) -> LossMemory:
     sides = 2 if setting.has_teacher or kernel == "compiled" else 1
     searched = -(-fitted.slice_rows // max(1, -(-number // 64)))  # for the log, two sides
     temporaries = max(_SLICES[kernel] * fitted.slice_rows, 3 * searched) * row
+    temporaries = max(temporaries, _conversions(setting, fitted.block_rows))
     hidden = 4 * number * policy.head.size(1)
     return LossMemory(sides * fitted.block_rows * row + temporaries, hidden, head, budget, kernel, fitted.block_rows)
+
+
+def _conversions(setting: Setting, block_rows: int) -> int:
+    """Bytes of the operands of a product that are converted, tile by tile."""
+    head, is_half = setting.policy.head, setting.precision != "no" or setting.policy.dtype.itemsize == 2
+    if not is_half:
+        return 0
+    tile = min(head.numel(), TILE_ELEMENTS)
+    is_fp32 = head.dtype.itemsize == 4 and not setting.converts_weights
+    if not setting.gpu.is_cpu:
+        return 2 * tile * is_fp32
+    # A CPU has no product of halves that is summed in fp32
+    columns = min(head.size(0), TILE_ELEMENTS // head.size(1))
+    return 4 * block_rows * columns + (6 if is_fp32 else 4) * tile
 
 
 def gathered_bytes(setting: Setting, model: Model) -> int:
@@ -195,8 +211,7 @@ def communication_bytes(setting: Setting) -> int:
         return sum(one.numel() * one.dtype.itemsize for one in policy.trained)
     if sharding.stage:
         itemsize = 2 if setting.converts_weights else 4
-        # ZeRO-3's buffer has its size from the start; the others' hold what arrives
-        return itemsize * (_ZERO_BUCKET if sharding.stage == 3 else min(_ZERO_BUCKET, policy.num_trained))
+        return itemsize * _ZERO_BUCKET
     if sharding.kind == "fsdp2":
         return 6 * policy.num_layer if not setting.is_lora else 0
     return 0
@@ -227,7 +242,8 @@ def phases(setting: Setting) -> list[Phase]:
             The run.
     """
     policy, accumulated = setting.policy, gradient_bytes(setting)
-    before = accumulated if setting.is_accumulating else 0
+    # ZeRO-3 has a place for them throughout
+    before = accumulated if setting.is_accumulating or setting.sharding.stage == 3 else 0
     state, step = optimizer_bytes(setting)
     sampling, resident = sampler_bytes(setting)
     has_reference = setting.args.beta != 0.0 and not setting.is_lora
@@ -270,17 +286,29 @@ def _backward(
 ) -> Phase:
     """The largest of its moments: the loss, the last layer, the first layer."""
     student, policy = setting.student_pass(), setting.policy
-    head = policy.head.numel() * (2 if setting.converts_weights else policy.head.dtype.itemsize)
-    head_gradient = head if policy.head.requires_grad and not setting.sharding.shards_gradients else 0
-    converted = 0 if policy.dtype == torch.float32 and not setting.converts_weights else head_gradient
+    keeps_whole = not setting.sharding.shards_gradients
+    itemsize = HALF[setting.precision].itemsize if setting.converts_weights else policy.head.dtype.itemsize
+    is_tied = policy.head is policy.embedding
+    head, embedding = (
+        one.numel() * itemsize if one.requires_grad and keeps_whole else 0 for one in (policy.head, policy.embedding)
+    )
+    at_embedding = student.embedding
+    if is_tied:  # the two gradients of the one weight wait for each other, and are summed into a third
+        at_embedding += embedding * (2 if before else 1)
+    last = max(student.last + dequantised, at_embedding)
+    if not is_tied and not before:  # its gradient is not there yet, or among the others
+        last -= embedding
     moments = [
         {
-            "gradients": before + converted,
+            "gradients": before + (0 if itemsize == 4 else head),
             "activations": student.saved,
             "loss gradients": loss.hidden + loss.head,
         },
-        {"gradients": before or head_gradient, "activations": student.backward + dequantised},
-        {"gradients": gradients, "activations": student.last + dequantised},
+        {
+            "gradients": before + (head if is_tied or not before else 0),
+            "activations": student.backward + dequantised,
+        },
+        {"gradients": gradients, "activations": last},
     ]
     return Phase("backward", learning | max(moments, key=lambda parts: sum(parts.values())))
 

@@ -3,7 +3,7 @@
 import copy
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,14 @@ class Model:
     is_trained: bool = True
     attention: str | None = None
 
+    def variant(self, **changes: Any) -> "Model":
+        """The same with other arguments, and one object for the same ones: what is known of it is kept."""
+        known = self.__dict__.setdefault("_variants", {})
+        key = tuple((name, id(value) if name == "peft_config" else value) for name, value in changes.items())
+        if key not in known:
+            known[key] = replace(self, **changes)
+        return known[key]
+
     @property
     def text_config(self) -> Any:
         """Configuration of what reads text."""
@@ -112,7 +120,7 @@ class Model:
             if getattr(text, "layer_types", None):
                 text.layer_types = text.layer_types[:num_layers]
         # The kernels of flash attention need not be installed here
-        attention = "eager" if self.attention == "eager" else "sdpa"
+        attention = "sdpa" if self.packs else self.attention
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation=attention)

@@ -94,15 +94,18 @@ class Pass(NamedTuple):
         saved (`int`):
             What it leaves, for the backward pass too if there is one.
         backward (`int`):
-            Most at once in the backward pass, the gradient of the states included.
+            Most at once in the backward pass of the layers, the gradient of the states included.
         last (`int`):
-            The same, in the backward pass of the first layer.
+            The same, in that of the first layer, which comes last.
+        embedding (`int`):
+            The same, in that of the embedding.
     """
 
     forward: int
     saved: int
     backward: int = 0
     last: int = 0
+    embedding: int = 0
 
 
 class Reading(NamedTuple):
@@ -149,14 +152,14 @@ def measure(model: Model, reading: Reading) -> Pass:
     if reading not in known:
         total, few = model.num_layers, _representative_layers(model.text_config)
         if 2 * few >= total:
-            known[reading] = _run(model, reading, total)
+            one = _run(model, reading, 1) if reading.learns else Pass(0, 0)
+            known[reading] = _run(model, reading, total)._replace(last=one.backward)
         else:
             one, two = _run(model, reading, few), _run(model, reading, 2 * few)
             slopes = [(more - less) / few for less, more in zip(one, two, strict=True)]
             values = [round(less + slope * (total - few)) for less, slope in zip(one, slopes, strict=True)]
-            # Towards the end of a backward pass only the first layer's activations are left
             last = round(one.backward - slopes[2] * (few - 1))
-            known[reading] = Pass(*values[:3], last)
+            known[reading] = Pass(*values)._replace(last=last)
     return known[reading]
 
 
@@ -201,16 +204,28 @@ def _run(model: Model, reading: Reading, num_layers: int) -> Pass:
         position_ids = torch.zeros(shape, dtype=torch.int64)
         index = torch.zeros(rows.num_completion_tokens, dtype=torch.int64)
         alive = Alive()
-        gradients = [torch.empty_like(one) for one in modules.parameters() if one.requires_grad and reading.learns]
-        for parameter, gradient in zip((one for one in modules.parameters() if one.requires_grad), gradients):
-            parameter.grad = gradient
-        alive.ignore(*modules.parameters(), *modules.buffers(), *gradients, ids, position_ids, index)
+        alive.ignore(*modules.parameters(), *modules.buffers(), ids, position_ids, index)
+        for parameter in modules.parameters() if reading.learns else ():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+                alive.ignore(parameter.grad)
+        peaks: list[int] = []
+
+        def at_the_embedding(_: torch.Tensor) -> None:
+            peaks.append(alive.peak)
+            alive.restart()
+
+        def watch(_: Any, __: Any, embedded: torch.Tensor) -> None:
+            if embedded.requires_grad:
+                embedded.register_hook(at_the_embedding)
+
+        modules.get_input_embeddings().register_forward_hook(watch)
         with alive, torch.set_grad_enabled(reading.learns):
             try:
                 with torch.autocast("cpu", torch.bfloat16, enabled=reading.autocasts):
                     states = backbone_of(modules)(
                         input_ids=ids,
-                        attention_mask=_mask(model, rows, width, next(modules.parameters()).dtype),
+                        attention_mask=_mask(model, modules, rows, width),
                         position_ids=position_ids,
                         use_cache=False,
                     ).last_hidden_state
@@ -227,7 +242,7 @@ def _run(model: Model, reading: Reading, num_layers: int) -> Pass:
             loss = _Loss.apply(states)
             del states
             loss.backward()
-            return Pass(forward, saved, alive.peak, alive.peak)
+            return Pass(forward, saved, *(peaks or [alive.peak]), embedding=alive.peak if peaks else 0)
 
 
 def _without_data(modules: nn.Module, dtype: torch.dtype | None) -> None:
@@ -249,9 +264,10 @@ def _without_data(modules: nn.Module, dtype: torch.dtype | None) -> None:
                     tensors[name] = fake(tensor)
 
 
-def _mask(model: Model, rows: Rows, width: int, dtype: torch.dtype) -> torch.Tensor | None:
+def _mask(model: Model, modules: Any, rows: Rows, width: int) -> torch.Tensor | None:
     """What transformers hands to the layers where rows are padded; a single row is not."""
-    if model.packs or (rows.number == 1 and model.attention != "eager"):
+    is_eager = modules.config._attn_implementation == "eager"
+    if model.packs or (rows.number == 1 and not is_eager):
         return None
-    kind = dtype if model.attention == "eager" else torch.bool
+    kind = next(modules.parameters()).dtype if is_eager else torch.bool
     return torch.empty(rows.number, 1, width, width, dtype=kind)

@@ -5,9 +5,16 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
+import torch
+from peft import LoraConfig
+from transformers.training_args import OptimizerNames
+
 from .memory import GIB, Phase, phases
 from .seconds import Duration, durations, sequences_at_once
 from .setting import Setting
+
+
+_ADAPTER = LoraConfig(r=64, lora_alpha=128, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,18 @@ def _engine_share(setting: Setting) -> Iterator[Change]:
             yield Change({"vllm_gpu_memory_utilization": f"{value:g}"}, "fewer sequences sampled at once", changed)
 
 
+def _engine_split(setting: Setting) -> Iterator[Change]:
+    args = setting.args
+    if not args.use_vllm or args.vllm_mode != "colocate":
+        return
+    split = 2 * args.vllm_tensor_parallel_size
+    heads = getattr(setting.policy.text_config, "num_key_value_heads", None) or 1
+    while split <= min(setting.num_gpus, heads) and setting.num_gpus % split == 0:
+        changed = setting.with_args(vllm_tensor_parallel_size=split)
+        yield Change({"vllm_tensor_parallel_size": str(split)}, "engines that span GPUs", changed)
+        split *= 2
+
+
 def _stage(setting: Setting) -> Iterator[Change]:
     order = ["ddp", "zero1", "zero2", "zero3"]
     kind = setting.sharding.kind
@@ -192,8 +211,6 @@ def _stage(setting: Setting) -> Iterator[Change]:
 
 def _optimizer(setting: Setting) -> Iterator[Change]:
     if setting.sharding.stage == 0 and str(setting.args.optim.value).startswith("adamw_torch"):
-        from transformers.training_args import OptimizerNames
-
         changed = setting.with_args(optim=OptimizerNames("adamw_8bit"))
         yield Change({"optim": "adamw_8bit"}, "8-bit moments, and bitsandbytes", changed)
 
@@ -206,11 +223,9 @@ def _teacher_offload(setting: Setting) -> Iterator[Change]:
 
 
 def _half_precision(setting: Setting) -> Iterator[Change]:
-    import torch
-
     policy = setting.policy
     if policy.dtype == torch.float32 and setting.is_lora and setting.precision == "bf16" and policy.bits == 16:
-        changed = replace(setting, policy=replace(policy, dtype=torch.bfloat16))
+        changed = replace(setting, policy=policy.variant(dtype=torch.bfloat16))
         yield Change({"dtype": "bfloat16"}, "base weights in half precision", changed)
 
 
@@ -232,6 +247,7 @@ _CHANGES = (
     _shorter_passes,
     _sleep,
     _engine_share,
+    _engine_split,
     _half_precision,
     _stage,
     _teacher_offload,

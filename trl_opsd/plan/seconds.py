@@ -1,4 +1,4 @@
-"""Time of an optimizer step by phase: what has to be computed, moved and launched, against what the accelerator can do."""
+"""Time of an optimizer step by phase: what is computed, moved and launched, against what the accelerator can do."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from .passes import Rows
 from .setting import Setting
 
 
-# Shares of the published figures that are reached. The loss: 4,096 tokens on an H100 (docs/benchmarks.md: 10.2 TFLOP in
-# 25 ms). The others are assumed
+# Shares of the published figures that are reached. The loss: 4,096 tokens on an H100 (docs/benchmarks.md: 10.2 TFLOP
+# in 25 ms). The others are assumed
 LOSS_EFFICIENCY = 0.41
 BACKBONE_EFFICIENCY = 0.45
 BANDWIDTH_EFFICIENCY = 0.6
@@ -22,7 +22,8 @@ LINK_EFFICIENCY = 0.7
 # Seconds that Python and launches take at least for a layer's forward pass, a backward pass being two: such that the
 # steps of a small model on an H100 take what docs/benchmarks.md says they took
 LAYER, ADAPTED_LAYER = 2.5e-3, 4.2e-3
-# For one token more: a step of vLLM's engine (0.62 to 0.86 s for 256 tokens of 0.6B on an H100), a layer in transformers
+# For one token more: a step of vLLM's engine (0.62 to 0.86 s for 256 tokens of 0.6B on an H100); a layer in
+# transformers, assumed
 ENGINE_STEP, GENERATING_LAYER = 2.9e-3, 1.0e-3
 # For each weight that a colocated engine is sent (H100)
 SYNC_TENSOR = 1.0e-3

@@ -1,5 +1,6 @@
 """A run that is planned: its configuration, models, accelerators and lengths."""
 
+import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -71,8 +72,6 @@ class Setting:
 
     def with_args(self, **values: Any) -> "Setting":
         """The same with other fields of the configuration. Fields that follow from others have to be given too."""
-        import copy
-
         args = copy.copy(self.args)
         for name, value in values.items():
             setattr(args, name, value)
@@ -122,9 +121,13 @@ class Setting:
         """Whether an adapter is trained."""
         return self.policy.peft_config is not None
 
-    @property
+    @cached_property
     def teacher(self) -> Model:
         """The network that reads in the teacher's place."""
+        if self.external is None and self.is_lora and self.args.teacher == "initial":
+            return self.policy.variant(peft_config=None, is_trained=False)  # the adapter switched off
+        if self.copies_teacher and not self.is_lora:
+            return self.policy.variant(is_trained=False)
         return self.external or self.policy
 
     @cached_property
@@ -144,13 +147,27 @@ class Setting:
 
     @property
     def student_rows(self) -> Rows:
-        """What the student reads at once."""
-        return Rows(self.rows_per_pass, self.lengths.prompt, self.lengths.completion)
+        """What the student reads at once: as many rows as the teacher, whose prompts are longer."""
+        student, teacher = self._rows(self.lengths.prompt), self.teacher_rows
+        if self.lengths.prompt > self.lengths.teacher_prompt:
+            return student
+        return student._replace(number=teacher.number, prompt=self.lengths.prompt)
 
     @property
     def teacher_rows(self) -> Rows:
         """What the teacher reads at once."""
-        return Rows(self.rows_per_pass, self.lengths.teacher_prompt, self.lengths.completion)
+        return self._rows(self.lengths.teacher_prompt)
+
+    def _rows(self, prompt: int) -> Rows:
+        """The rows of a pass, of which there may be more where some are shorter than the longest."""
+        most, limit = self.args.per_device_train_batch_size, self.args.max_tokens_per_microbatch
+        completion = self.lengths.completion
+        fitting = most if limit is None else min(most, limit // (prompt + completion))
+        if limit is None or fitting == most:
+            return Rows(most, prompt, completion)
+        shorter = Rows(fitting + 1, max(0, limit // (fitting + 1) - completion), min(completion, limit))
+        longest = Rows(max(1, fitting), prompt, completion)
+        return max(longest, shorter, key=lambda rows: rows.num_tokens)
 
     @property
     def rows_per_step(self) -> int:

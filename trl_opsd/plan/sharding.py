@@ -1,4 +1,4 @@
-"""How the processes share weights, gradients and optimizer state, read from what `accelerate launch` would be given."""
+"""How the processes share weights, gradients and optimizer state, as `accelerate launch` is told."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

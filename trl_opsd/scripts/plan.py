@@ -35,11 +35,11 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="trl-opsd plan",
         usage="trl-opsd plan --config recipe.yaml --gpus 8xH100-80GB [--any_field value]",
-        description="Says what a recipe takes on given GPUs, before a weight is loaded: memory of each GPU by part and "
-        "phase, time of an optimizer step by phase, what limits them, and the smallest changes that make it fit. Any "
-        "field of the training command may be given too, and takes precedence over the recipe.",
-        epilog="Exit status: 0 if it fits, 1 if it does not, 2 if something is wrong. docs/plan.md says how the figures "
-        "are made and how far they have been checked.",
+        description="Says what a recipe takes on given GPUs, before a weight is loaded: memory of each GPU by part "
+        "and phase, time of an optimizer step by phase, what limits them, and the smallest changes that make it fit. "
+        "Any field of the training command may be given too, and takes precedence over the recipe.",
+        epilog="Exit status: 0 if it fits, 1 if it does not, 2 if something is wrong. docs/plan.md says how the "
+        "figures are made and how far they have been checked.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, help="recipe, as for the training command")
@@ -61,7 +61,8 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--sharding",
-        help="single, ddp, zero1, zero2, zero3 or fsdp2, in place of such a file (default: single for one GPU, else ddp)",
+        help="single, ddp, zero1, zero2, zero3 or fsdp2, in place of such a file (default: single for one "
+        "GPU, else ddp)",
     )
     parser.add_argument(
         "--model_config",
@@ -276,6 +277,7 @@ def _lengths(asked: Namespace, args: Any, policy: "Model") -> Any:
     for name, length in (("--prompt_tokens", prompt), ("--teacher_prompt_tokens", teacher_prompt)):
         if length > room:
             raise ValueError(
-                f"`{name} {length}` and completions of {completion} tokens do not fit the model's context of {context}."
+                f"`{name} {length}` and completions of {completion} tokens do not fit the model's context of "
+                f"{context}."
             )
     return Lengths(prompt, teacher_prompt, completion)
