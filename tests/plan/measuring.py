@@ -4,11 +4,9 @@ What training steps really take, beside what was planned for them.
 `python tests/plan/measuring.py` prints the table of docs/plan.md.
 """
 
-import json
 import sys
 import tempfile
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 

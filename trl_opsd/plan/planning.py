@@ -62,8 +62,8 @@ class Change:
     Args:
         flags (`dict[str, str]`):
             What to set on the command line of the plan, and of training.
-        keeps (`str`):
-            What it costs, or changes.
+        costs (`str`):
+            What it takes in return.
         setting ([`Setting`]):
             The run with it.
     """
@@ -105,11 +105,15 @@ def suggestions(plan: Plan, most: int = 3) -> list[tuple[list[Change], Plan]]:
     Returns:
         `list[tuple[list[Change], Plan]]`: changes, and the plan with them.
     """
-    found: list[tuple[list[Change], Plan]] = []
     kinds = [kind for kind in _CHANGES if next(kind(plan.setting), None) is not None]
+    return _fitting(plan.setting, kinds, most) or _fitting(plan.setting, [*kinds, _adapter], most)
+
+
+def _fitting(setting: Setting, kinds: list[Any], most: int) -> list[tuple[list[Change], Plan]]:
+    found: list[tuple[list[Change], Plan]] = []
     for number in range(1, len(kinds) + 1):
         for chosen in combinations(kinds, number):
-            changed = _first_that_fits(plan.setting, chosen)
+            changed = _first_that_fits(setting, chosen)
             if changed is not None:
                 found.append(changed)
             if len(found) == most:
@@ -241,7 +245,7 @@ def _adapter(setting: Setting) -> Iterator[Change]:
         yield Change(flags, "an adapter is trained in place of all weights: another run", changed)
 
 
-# From what changes nothing but time to what changes what is trained
+# From what changes nothing but time to what changes numbers. An adapter, another run, is for where nothing else helps
 _CHANGES = (
     _checkpointing,
     _shorter_passes,
@@ -252,5 +256,4 @@ _CHANGES = (
     _stage,
     _teacher_offload,
     _optimizer,
-    _adapter,
 )
