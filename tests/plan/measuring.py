@@ -34,7 +34,7 @@ class Case(NamedTuple):
     """A run: fields of the configuration, and what it trains."""
 
     name: str
-    args: dict = {}
+    args: dict | None = None
     lora: dict | None = None
     dtype: str = "float32"
     bf16: bool = False
@@ -90,7 +90,7 @@ def make_trainer(case: Case, folder: Path, **given) -> SelfDistillationTrainer:
         max_completion_length=COMPLETION,
         generation_kwargs={"min_new_tokens": COMPLETION},
         divergence_kernel="eager",
-        **{"gradient_checkpointing": False, "gradient_accumulation_steps": 1, **case.args},
+        **{"gradient_checkpointing": False, "gradient_accumulation_steps": 1, **(case.args or {})},
     )
     lora = None if case.lora is None else LoraConfig(**case.lora)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -10,7 +10,7 @@ import torch
 import yaml
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-from measuring import CASES, COMPLETION, compare
+from plan.measuring import CASES, COMPLETION, compare
 from transformers import AutoConfig
 
 from trl_opsd import SelfDistillationConfig

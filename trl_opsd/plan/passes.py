@@ -242,7 +242,8 @@ def _run(model: Model, reading: Reading, num_layers: int) -> Pass:
             loss = _Loss.apply(states)
             del states
             loss.backward()
-            return Pass(forward, saved, *(peaks or [alive.peak]), embedding=alive.peak if peaks else 0)
+            layers = peaks[0] if peaks else alive.peak
+            return Pass(forward, saved, layers, layers, alive.peak if peaks else 0)
 
 
 def _without_data(modules: nn.Module, dtype: torch.dtype | None) -> None:
@@ -258,7 +259,8 @@ def _without_data(modules: nn.Module, dtype: torch.dtype | None) -> None:
         return replaced[id(tensor)]
 
     for module in modules.modules():
-        for tensors in (module._parameters, module._buffers):
+        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in places:
             for name, tensor in tensors.items():
                 if tensor is not None:
                     tensors[name] = fake(tensor)

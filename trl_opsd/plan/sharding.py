@@ -89,9 +89,11 @@ def read_accelerate_config(path: Path) -> Sharding:
                 f"{path} leaves ZeRO's settings to {deepspeed['deepspeed_config_file']}, which is not read here. Give "
                 "its stage as `--sharding zero2` or zero3."
             )
-        offloads = [deepspeed.get(f"offload_{what}_device", "none") != "none" for what in ("optimizer", "param")]
+        optimizer, weights = (
+            deepspeed.get(f"offload_{what}_device", "none") != "none" for what in ("optimizer", "param")
+        )
         stage = int(deepspeed.get("zero_stage", 2))
-        return Sharding(f"zero{stage}" if stage else "ddp", *offloads, precision)
+        return Sharding(f"zero{stage}" if stage else "ddp", optimizer, weights, precision)
     fsdp = values.get("fsdp_config") or {}
     if distributed == "FSDP" and int(fsdp.get("fsdp_version", 1)) == 2:
         offloads_all = bool(fsdp.get("fsdp_offload_params", False))
