@@ -4,7 +4,6 @@ What training steps really take, beside what was planned for them.
 `python tests/plan/measuring.py` prints the table of docs/plan.md.
 """
 
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -258,21 +257,28 @@ def compare(case: Case, folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (found[name], measured.parts[name]) for name in found}
 
 
+COLUMNS = {
+    "teacher: activations": "teacher's pass",
+    "forward: activations": "student's forward",
+    "loss: activations": "saved for backward",
+    "loss: logits blocks": "logits blocks",
+    "loss: loss gradients": "fp32 gradients of the loss",
+    "backward: all": "backward, with gradients",
+}
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
-    wanted = [int(number) for number in sys.argv[1:]] or range(len(CASES))
-    for number in wanted:
-        case = CASES[number]
+    print(f"| | weights, teacher, optimizer, gradients | {' | '.join(COLUMNS.values())} |")
+    print("|---|" + "---|" * (1 + len(COLUMNS)))
+    for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
             found = compare(case, Path(folder))
-        print(
-            f"| {number} {case.name} | "
-            + " | ".join(
-                f"{name}: {plan / 2**20:.2f} / {real / 2**20:.2f} = {plan / max(real, 1):.2f}"
-                for name, (plan, real) in found.items()
-            ),
-            flush=True,
-        )
+        states = [found[name] for name in ("weights", "teacher", "optimizer", "gradients")]
+        cells = ["equal" if all(plan == real for plan, real in states) else str(states)]
+        for plan, real in (found[name] for name in COLUMNS):
+            cells.append(f"{plan / 2**20:.1f} / {real / 2**20:.1f}, {plan / real:.2f}")
+        print(f"| {case.name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

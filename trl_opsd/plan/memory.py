@@ -15,11 +15,11 @@ MIB, GIB = 2**20, 2**30
 
 # What is there beside tensors: the context of CUDA with the libraries of matrix products and Triton's kernels, NCCL's
 # buffers, and the share of all else that the allocator cannot use for want of pieces of the right size
-CONTEXT, NCCL, FRAGMENTS = 1.0 * GIB, 0.5 * GIB, 0.04
+CONTEXT, NCCL, FRAGMENTS = 0.7 * GIB, 0.5 * GIB, 0.04
 # What vLLM takes beside weights and keys and values: activations of its largest batch, CUDA graphs
 VLLM_EXTRA = 2.5 * GIB
 # What an engine that sleeps keeps
-VLLM_ASLEEP = 0.5 * GIB
+VLLM_ASLEEP = 0.25 * GIB
 # Slices of a block that the kernel of torch holds at once, as it is and compiled
 _SLICES = {"eager": 8, "compiled": 4, "triton": 0}
 # DeepSpeed's defaults, in weights: those it gathers ahead, and those of a bucket of gradients
@@ -172,9 +172,7 @@ def loss_memory(setting: Setting, taken: int) -> LossMemory:
     fitted = Blocks.fit(number, 2 * vocabulary * 4, budget, kernel)
     row = 4 * vocabulary
     sides = 2 if setting.has_teacher or kernel == "compiled" else 1
-    searched = -(-fitted.slice_rows // max(1, -(-number // 64)))  # for the log, two sides
-    temporaries = max(_SLICES[kernel] * fitted.slice_rows, 3 * searched) * row
-    temporaries = max(temporaries, _conversions(setting, fitted.block_rows))
+    temporaries = max(_SLICES[kernel] * fitted.slice_rows * row, _conversions(setting, fitted.block_rows))
     hidden = 4 * number * policy.head.size(1)
     return LossMemory(sides * fitted.block_rows * row + temporaries, hidden, head, budget, kernel, fitted.block_rows)
 

@@ -140,7 +140,7 @@ def _synchronisation(setting: Setting) -> Duration:
 
 
 def _passes(setting: Setting, name: str, teacher: int, student: int, learns: bool = False) -> Duration:
-    """Passes over all rows of a step, of which a backward pass counts as two forward passes, or one of an adapter."""
+    """Passes over all rows of a step: a backward pass computes as much as two forward passes, or one of an adapter."""
     number, gpu = setting.rows_per_step, setting.gpu
     passes = setting.args.gradient_accumulation_steps * setting.num_passes
     layer = ADAPTED_LAYER if setting.is_lora else LAYER
@@ -150,7 +150,8 @@ def _passes(setting: Setting, name: str, teacher: int, student: int, learns: boo
         (setting.policy, setting.student_rows, student),
     ):
         flops += times * forward_flops(model, rows, number)
-        launches += times * passes * model.num_layers * layer
+        launched = times + 1 if learns and times and setting.is_lora else times
+        launches += launched * passes * model.num_layers * layer
         if setting.sharding.shards_weights and times:
             moved += 2 * model.num_parameters * passes * (2 if learns else 1)
     gradients = setting.policy.num_trained * 2
