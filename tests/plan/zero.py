@@ -1,6 +1,7 @@
 """Trains under DeepSpeed on two processes and writes what the first of them holds. Started by test_measured.py."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from measuring import CASES, make_trainer, storages
 
 def main(folder: Path) -> None:
     case = next(case for case in CASES if case.name == json.loads((folder / "case.json").read_text()))
-    rank = int(sys.argv[2]) if len(sys.argv) > 2 else int(__import__("os").environ["RANK"])
+    rank = int(os.environ["RANK"])
     trainer = make_trainer(case, folder / f"rank{rank}")
     held = {}
 
@@ -20,10 +21,9 @@ def main(folder: Path) -> None:
             if hasattr(optimizer, "grad_partitions_flat_buffer"):
                 held["gradients"] = storages([optimizer.grad_partitions_flat_buffer])
             else:
-                averaged = optimizer.averaged_gradients
-                held["gradients"] = storages(
-                    [one for some in averaged.values() for one in (some or []) if one is not None]
-                )
+                # A weight that two processes share the gradient of keeps all of its memory: what is used of it counts
+                averaged = [one for some in optimizer.averaged_gradients.values() for one in some or []]
+                held["gradients"] = sum(one.numel() * one.itemsize for one in averaged if one is not None)
             return before(*args, **kwargs)
 
         return step
