@@ -132,6 +132,14 @@ def test_each_setting_tells(capsys):
     assert peak("--use_vllm", "false", phase="sampling", part="sampler") > 0
 
 
+def test_time_is_planned_by_the_mean_length(capsys):
+    longest = plan(capsys, *OPSD, "--gpus", "8xH100")[1]
+    mean = plan(capsys, *OPSD, "--gpus", "8xH100", "--mean_completion_tokens", "256")[1]
+
+    assert mean["memory"] == longest["memory"]
+    assert mean["seconds"]["sampling"]["seconds"] < 0.3 * longest["seconds"]["sampling"]["seconds"]
+
+
 def test_tables(capsys):
     assert main(["plan", *OPSD, "--gpus", "8xH100", "--accelerate_config", "ddp"]) == 0
     written = capsys.readouterr().out

@@ -89,7 +89,9 @@ def make_plan(setting: Setting) -> Plan:
             f"vLLM has no room for one sequence of {lengths.prompt + lengths.completion:,} tokens beside weights of "
             f"{setting.policy.num_parameters * 2 / GIB:.1f} GiB (`{field}`)."
         )
-    return Plan(setting, phases(setting), durations(setting), problems)
+    completion = setting.mean_completion or setting.lengths.completion
+    in_the_mean = replace(setting, lengths=setting.lengths._replace(completion=completion))
+    return Plan(setting, phases(setting), durations(in_the_mean), problems)
 
 
 def suggestions(plan: Plan, most: int = 3) -> list[tuple[list[Change], Plan]]:

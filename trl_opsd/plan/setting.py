@@ -59,6 +59,8 @@ class Setting:
             Teacher that is another model.
         server_gpus (`int`, *optional*, defaults to `1`):
             GPUs of a vLLM server that samples.
+        mean_completion (`int`, *optional*):
+            Tokens of a completion in the mean, by which time is planned. `None` for the longest.
     """
 
     args: SelfDistillationConfig
@@ -69,6 +71,7 @@ class Setting:
     lengths: Lengths
     external: Model | None = None
     server_gpus: int = 1
+    mean_completion: int | None = None
 
     def with_args(self, **values: Any) -> "Setting":
         """The same with other fields of the configuration. Fields that follow from others have to be given too."""

@@ -81,13 +81,15 @@ def verdict(plan: Plan) -> list[str]:
     ]
     if plan.durations:
         slowest = max(plan.durations, key=lambda one: one.seconds)
+        mean = plan.setting.mean_completion
+        bound = f"with completions of {mean:,} tokens" if mean else "at most"
         lines.append(
-            f"Time: {plan.seconds:,.1f} s a step at most, {slowest.seconds / plan.seconds:.0%} of it {slowest.name}, "
+            f"Time: {plan.seconds:,.1f} s a step {bound}, {slowest.seconds / plan.seconds:.0%} of it {slowest.name}, "
             f"limited by {slowest.limit}."
         )
         if plan.setting.args.max_steps > 0:
             hours = plan.seconds * plan.setting.args.max_steps / 3600
-            lines.append(f"{plan.setting.args.max_steps:,} steps: {hours:,.1f} hours at most.")
+            lines.append(f"{plan.setting.args.max_steps:,} steps: {hours:,.1f} hours {bound}.")
     return lines
 
 

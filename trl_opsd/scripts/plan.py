@@ -85,6 +85,12 @@ def make_parser() -> ArgumentParser:
         "--completion_tokens", type=int, help="tokens of the longest completion (default: `max_completion_length`)"
     )
     parser.add_argument(
+        "--mean_completion_tokens",
+        type=int,
+        help="tokens of a completion in the mean, by which time is planned (default: the longest, so that time is an "
+        "upper bound)",
+    )
+    parser.add_argument(
         "--vllm_server_gpus",
         type=int,
         default=1,
@@ -154,7 +160,7 @@ def read_setting(asked: Namespace, fields: list[str]) -> "tuple[Setting, str]":
     from trl_opsd.plan.setting import Setting
     from trl_opsd.scripts.inputs import SelfDistillationScriptArguments
     from trl_opsd.scripts.recipe import RecipeParser
-    from trl_opsd.trainer.config import RETIRED
+    from trl_opsd.trainer.checks.settings import RETIRED
 
     num_gpus, gpu = parse_gpus(asked.gpus)
     sharding = _sharding(asked, num_gpus)
@@ -173,7 +179,9 @@ def read_setting(asked: Namespace, fields: list[str]) -> "tuple[Setting, str]":
     policy = _policy(asked, model_args, args, get_peft_config(model_args))
     lengths = _lengths(asked, args, policy)
     external = _external(asked, args)
-    setting = Setting(args, gpu, num_gpus, sharding, policy, lengths, external, asked.vllm_server_gpus)
+    setting = Setting(
+        args, gpu, num_gpus, sharding, policy, lengths, external, asked.vllm_server_gpus, asked.mean_completion_tokens
+    )
     return setting, f"trl-opsd {method}, {model_args.model_name_or_path}"
 
 
