@@ -21,6 +21,7 @@ _OTHER_COMMANDS = {
     "report": "One page on a training run, or on several beside one another.",
     "generate": "Make a data set for `trl sft` or `trl dpo` from a model's own completions.",
     "inspect": "See what the teacher wants of every token of some rollouts, on one page.",
+    "plan": "Say what a recipe takes on given GPUs: memory, time, and what to change where it does not fit.",
     "bench": "Measure the loss and the training step beside their peers.",
     "env": "Print the versions that a bug report should name.",
 }
@@ -89,6 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trl_opsd.scripts.inspect import main as inspect
 
         return inspect(argv[1:])
+    if command == "plan":
+        from trl_opsd.scripts.plan import main as plan
+
+        return plan(argv[1:])
     if command == "bench":
         from trl_opsd.bench.command import main as bench
 

@@ -1,5 +1,7 @@
 """The teacher reads the prompt that several rollouts share once, and scores them as if it had not."""
 
+import gc
+
 import pytest
 import torch
 from flash_attention import FlashAttention, use_flash_attention
@@ -21,6 +23,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.cache_utils import DynamicLayer
 
 from trl_opsd.scoring import can_share_prompts, pays_off, positions, states_with_shared_prompts
 
@@ -119,6 +122,17 @@ def test_states_equal_under_flash_attention(name, batch, monkeypatch):
     )
     assert flash.boundaries[0] == [0, 20, 33, 37]
     assert flash.boundaries[-1] == [0, 9, 12, 13, 18, 20, 29]
+
+
+def test_keys_and_values_are_let_go(model):
+    ids = torch.zeros(4, 20, dtype=torch.int64, device=model.device)
+    gc.collect()
+    gc.disable()
+    try:
+        states_with_shared_prompts(model.model, ids, torch.ones_like(ids), 6, torch.zeros(4))
+        assert not [one for one in gc.get_objects() if isinstance(one, DynamicLayer)]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", NOT_SHARING)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 
-_TILE_ELEMENTS = 2**23
+TILE_ELEMENTS = 2**23
 
 
 def project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, dtype: torch.dtype) -> None:
@@ -55,7 +55,7 @@ def _tiles(tensor: torch.Tensor, whole: bool) -> Iterator[slice]:
     if whole:
         yield slice(0, num_rows)
         return
-    step = max(1, _TILE_ELEMENTS // tensor.size(1))
+    step = max(1, TILE_ELEMENTS // tensor.size(1))
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 

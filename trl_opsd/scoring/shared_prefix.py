@@ -115,6 +115,8 @@ def states_with_shared_prompts(
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
+    for layer in cache.layers:
+        del layer.update  # it holds the layer, which would keep its keys and values until they are collected
     return torch.cat([prompt_states[prompt_of_row], completion_states[:, :-1]], dim=1)
 
 

@@ -1,0 +1,45 @@
+"""Every recipe is planned for the hardware that its first line names."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trl_opsd.cli import main
+
+
+ROOT = Path(__file__).parents[2] / "recipes"
+MODELS = Path(__file__).parent / "models"
+RECIPES = sorted(
+    path for path in ROOT.rglob("*.yaml") if path.parent.name != "accelerate" and not path.stem.startswith("generate-")
+)
+GPUS = {80: "H100-80GB", 96: "RTXPRO6000-96GB", 140: "H200-141GB"}
+
+
+def flags(recipe: Path) -> list[str]:
+    """What the command is given for a recipe: the hardware and the sharding of its first two lines, and shapes."""
+    lines, values = recipe.read_text().splitlines(), yaml.safe_load(recipe.read_text())
+    hardware = re.search(r"(\d+) GPUs of (\d+) GB", lines[0])
+    gpus = f"{hardware[1]}x{GPUS[int(hardware[2])]}" if hardware else "1xCPU"
+    sharding = re.search(r"--accelerate_config (\w+)", "".join(lines[:3]))
+    found = ["--config", str(recipe), "--gpus", gpus, *(["--accelerate_config", sharding[1]] if sharding else [])]
+    for field, flag in (("model", "--model_config"), ("teacher_model", "--teacher_model_config")):
+        name = values.get(f"{field}_name_or_path")
+        if name is not None:
+            name = {"playground": "playground", "smollm2": "smollm2-135m"}.get(recipe.parent.name, name)
+            found += [flag, str(MODELS / f"{name.rpartition('/')[2]}.json")]
+    return found
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_recipe_is_planned(recipe, capsys):
+    status = main(["plan", *flags(recipe), "--json"])
+    written = capsys.readouterr()
+
+    assert status in (0, 1), written.err
+    plan = json.loads(written.out)
+    assert plan["fits"] == (status == 0)
+    assert plan["peak_bytes"] == max(sum(parts.values()) for parts in plan["memory"].values())
+    assert plan["fits"] or plan["suggestions"]
