@@ -10,6 +10,7 @@ from textwrap import dedent, indent
 SECTION = re.compile(r"(Args|Attributes|Example|Raises|Returns|Yields):")
 ENTRY = re.compile(r"`?(?P<names>\*{0,2}\w+(?:, \w+)*)`?(?: \((?P<type>.+)\))?:(?: (?P<text>.+))?")
 LINK = re.compile(r"\[`~?([\w.]+)`\](?![(\[])")
+FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"(```.*?```|`[^`\n]+`|\]\([^)]*\)|https?://\S+)", re.DOTALL)
 
 # A letter or two with what stands below or above it, as the formulas of docstrings and pages are written: p_T,v
@@ -40,7 +41,8 @@ def markdown(docstring: str, find: Callable[[str], str | None]) -> str:
         path, last = find(match[1]), match[1].rpartition(".")[2]
         return f"[`{last}`][{path}]" if path else f"`{last}`"
 
-    return LINK.sub(link, "\n\n".join(written))
+    parts = FENCE.split("\n\n".join(written))
+    return "".join(part if index % 2 else LINK.sub(link, part) for index, part in enumerate(parts))
 
 
 def _section(section: str | None, text: str) -> Iterator[str]:
@@ -49,7 +51,9 @@ def _section(section: str | None, text: str) -> Iterator[str]:
         return
     yield f"**{ {'Args': 'Parameters'}.get(section, section) }**"
     text = dedent(text).strip("\n")
-    if section in ("Example", "Returns", "Yields"):
+    if not text:  # code after `Example:`, which is not indented
+        return
+    if section in ("Returns", "Yields"):
         yield typeset(text)
         return
     entries: list[tuple[str, list[str]]] = []
@@ -70,7 +74,7 @@ def _section(section: str | None, text: str) -> Iterator[str]:
 
 def _paragraphs(text: str) -> list[str]:
     """Split at empty lines, but for those in fences."""
-    parts = re.split(r"(^```.*?^```$)", text, flags=re.DOTALL | re.MULTILINE)
+    parts = FENCE.split(text)
     return [
         piece
         for index, part in enumerate(parts)

@@ -198,7 +198,7 @@ def method_page(name: str) -> str:
         f"```bash\ntrl-opsd {name} --config {example}\n```",
         f"```python\nfrom trl_opsd import {class_name}, SelfDistillationTrainer\n\n"
         f'args = {class_name}(output_dir="run")\n'
-        'trainer = SelfDistillationTrainer("Qwen/Qwen3-1.7B", args=args, train_dataset=dataset)\n```',
+        'trainer = SelfDistillationTrainer(\n    model="Qwen/Qwen3-1.7B", args=args, train_dataset=dataset\n)\n```',
         "## Formula and parts",
         *(_object(f"trl_opsd.methods.{module}.{part}", heading_level=3) for part in [class_name, *parts]),
         "## Defaults",
@@ -295,7 +295,9 @@ def room_page(room: str, modules: list[str]) -> str:
 
 
 def module_page(module: str) -> str:
-    return f"# trl_opsd.{module}\n\n" + _object(f"trl_opsd.{module}", show_root_heading=False, heading_level=2)
+    return f"# trl_opsd.{module}\n\n" + _object(
+        f"trl_opsd.{module}", show_root_heading=False, show_root_toc_entry=False, heading_level=2
+    )
 
 
 def _object(path: str, **options: object) -> str:

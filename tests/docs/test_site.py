@@ -1,7 +1,6 @@
 """The site's pages: what is made for them, where their links lead, and that none is missing from the navigation."""
 
 import re
-import sys
 import tomllib
 from pathlib import Path
 
@@ -16,14 +15,8 @@ DOCS = ROOT / "docs"
 
 
 @pytest.fixture(scope="module")
-def pages():
-    sys.path.insert(0, str(DOCS / "site"))
-    try:
-        import pages
-
-        return pages
-    finally:
-        sys.path.pop(0)
+def pages(site):
+    return site("pages")
 
 
 def test_every_page_is_in_the_navigation_once(pages):
