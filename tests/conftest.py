@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 
@@ -13,6 +14,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if {"cuda", "--device=cuda"} & set
 import numpy as np
 import pytest
 import torch
+from browser import Browser, browsers
 from datasets import Dataset
 from hypothesis import HealthCheck, settings
 from placement import Placement
@@ -118,6 +120,12 @@ def dataset() -> Dataset:
         for a, b in zip(range(3, 19), [4, 15, 6, 111, 8, 9, 10, 1, 2, 3, 41, 5, 66, 7, 8, 9], strict=True)
     ]
     return Dataset.from_list(rows)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    """A browser without a window."""
+    yield from browsers(tmp_path_factory.mktemp("browser"))
 
 
 @pytest.fixture

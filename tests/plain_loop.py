@@ -49,6 +49,7 @@ class Row:
     likelihood_weights: list[float] | None = None
     reads_context: bool = False  # whether the student reads the teacher's prompt
     objective: dict[str, Any] | None = None  # of its divergence, where that is another than the method's
+    target: torch.Tensor | None = None  # in the teacher's place, of shape (T, V)
 
 
 def loss_and_gradient(
@@ -65,6 +66,7 @@ def loss_and_gradient(
         p_s = probabilities(student, prompt, row.completion, method.temperature)
         with torch.no_grad():
             p_t = probabilities(teacher, row.teacher_prompt or row.prompt, row.completion, method.temperature)
+        p_t = p_t if row.target is None else row.target
         log_probs = p_s.gather(1, token_ids)[:, 0].log()
         old = log_probs.detach() if row.old_log_probs is None else torch.tensor(row.old_log_probs)
         ratio, advantage = (log_probs - old).exp(), torch.tensor(row.advantage)
@@ -97,7 +99,10 @@ def loss_and_gradient(
 def plain(model: torch.nn.Module) -> torch.nn.Module:
     """A copy in float64. A `forward` that a trainer has patched would go on to call the original's."""
     model = copy.deepcopy(model).double()
-    model.__dict__.pop("forward", None)
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+        if hasattr(module, "set_experts_implementation"):
+            module.set_experts_implementation("eager")  # the others know no float64
     return model
 
 
@@ -139,6 +144,9 @@ def divergence_entries(p_s: torch.Tensor, p_t: torch.Tensor, token_ids: torch.Te
         return values + pull - pull.detach()
     teacher, student = top_k_mask(p_t, method.top_k), top_k_mask(p_s, method.top_k)
     both = student & teacher
+    if method.divergence.endswith("_rewards"):
+        supports = {"student_top_k": student, "teacher_top_k": teacher, "union_top_k": student | teacher}
+        return rewarded(p_s, p_t, supports[method.support], method)
     none = ~both.any(-1, keepdim=True)  # one token of probability 1 on both sides
     both = both | (none & top_k_mask(p_s, 1))
     inside = {
@@ -149,6 +157,16 @@ def divergence_entries(p_s: torch.Tensor, p_t: torch.Tensor, token_ids: torch.Te
     }[method.support]
     q_s, q_t = (reduced(p, inside, method.tail) for p in (p_s, p_t))
     return entries_of(q_s, bounded(q_s, q_t, method), method)
+
+
+def rewarded(p_s: torch.Tensor, p_t: torch.Tensor, inside: torch.Tensor, method: Any) -> torch.Tensor:
+    """Of each token of a support minus its reward, as data, times the ratio of its probability to what it is."""
+    p_t = bounded(p_s, p_t, method)
+    weights = {"student_rewards": p_s, "teacher_rewards": p_t}.get(method.divergence, torch.ones_like(p_s)) * inside
+    if method.divergence != "even_rewards":
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
+    costs = (weights * log_ratio(p_s, p_t)).detach()
+    return costs * p_s / p_s.detach()
 
 
 def bounded(p_s: torch.Tensor, p_t: torch.Tensor, method: Any) -> torch.Tensor:

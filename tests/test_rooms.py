@@ -139,7 +139,7 @@ def test_one_file_of_the_library_overrides_private_methods_of_trl():
 
 
 def test_trainer_stays_a_list_of_short_files():
-    files = sorted((PACKAGE / "trainer").glob("*.py"))
+    files = sorted((PACKAGE / "trainer").rglob("*.py"))
     lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert max(lines.values()) <= 500, lines
     functions = [
@@ -154,4 +154,4 @@ def test_trainer_stays_a_list_of_short_files():
 def test_page_names_every_file_of_the_trainer():
     table = DESIGN.split("| file of `trainer/` | holds |")[1].split("\n\n")[0]
     named = set(re.findall(r"`(\w+\.py)`", table)) | {"trainer.py", "__init__.py"}
-    assert named == {path.name for path in (PACKAGE / "trainer").glob("*.py")}
+    assert named == {path.name for path in (PACKAGE / "trainer").rglob("*.py")}

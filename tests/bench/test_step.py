@@ -194,6 +194,7 @@ def test_grpo_takes_part_and_needs_groups(settings, seen):
 # Of a step: how often a backbone is read with a gradient, and without one
 PASSES = {
     "opsd": (1, 1),
+    "purified_opsd": (1, 3),
     "opsdc": (1, 1),
     "pbsd": (1, 2),
     "brts": (1, 3),  # of 8 completions of the teacher's, two passes choose
@@ -205,6 +206,7 @@ PASSES = {
     "ssopd": (1, 1),
     "u_opsd": (1, 1),
     "drift": (1, 1),
+    "drift_code": (1, 3),  # the teacher for the advantages too
     "cipo": (1, 0),
     "sort": (1, 2),
     "mopd": (1, 1),
@@ -222,6 +224,7 @@ PASSES = {
     "msd": (1, 1),
     "sdpg": (1, 2),  # teacher and reference
     "rethinking_opd": (1, 1),
+    "rethinking_opd_code": (1, 1),
     "stable_opd": (1, 3),  # reference too
     "vopd": (1, 2),
     "star": (1, 0),

@@ -155,8 +155,10 @@ METHODS = [
     job("sort", "full", max_steps=4, num_generations=4, max_completion_length=24, top_k=1, context_kwargs=GREEDY),
     job("cipo", "full", max_steps=4, num_generations=2),
     job("drift", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
+    job("drift_code", "full", max_steps=4, rows=8, num_generations=4, warmup_steps=0),
     job("u_opsd", "full", max_steps=4, num_generations=4, context_kwargs=LENGTHS),
     job("rlsd", "full", max_steps=4, rows=8, num_generations=4),
+    job("purified_opsd", "full", max_steps=4),
     job("sdft", "full", max_steps=4),
     job("pbsd", "full", rows=6, max_steps=4, top_k=1),  # with a pair on both processes
     job(
@@ -173,6 +175,7 @@ METHODS = [
     job("cl_egrsd", "full", max_steps=4, advantage_kwargs={"lookahead": 3, "warmup_steps": 1}),
     job("msd", "full", max_steps=4, context_kwargs={"template": "{prompt} {solution}"}),
     job("sdpg", "lora", max_steps=4, rows=8, num_generations=4, divergence_coef=0.5, beta=0.1, warmup_steps=0),
+    job("rethinking_opd_code", "full", max_steps=4, num_generations=1),
     job("stable_opd", "lora", max_steps=4, rows=8, completions_kwargs={"column": "answer"}, beta=0.1, top_k=1),
     job("vopd", "full", max_steps=4),
 ]

@@ -35,6 +35,7 @@ class Seen:
     student: torch.Tensor  # when it was sampled
     teacher: torch.Tensor | None  # at that time too; none without a context
     contrasts: list[torch.Tensor]  # the teacher's, after other prompts
+    without: torch.Tensor  # the teacher's, after the student's prompt
     student_now: torch.Tensor  # in the loss
     batch: "list[Seen]"  # all rollouts that are trained on together, this one among them
     index: int  # among all rollouts
@@ -75,6 +76,23 @@ def parted(seen: Seen) -> dict[str, Any]:
     rate = seen.all.success_rate(seen.index)
     factor = (0.0 if rate < 0.3 else 0.5 if rate > 0.45 else 1.0) * seen.is_right
     return {"advantage": factor * seen.advantage, **at_most_twice(seen)}
+
+
+def softly_parted(seen: Seen) -> dict[str, Any]:
+    """In a first batch: of 4 rollouts, the estimate is c·(s + 1)/6 + (1 − c)/2 with c = 4/12."""
+    rate = (4 * seen.all.success_rate(seen.index) + 1) / 6 / 3 + 1 / 3
+    hard, easy = (1 / (1 + math.exp(-distance / 0.08)) for distance in (0.3 - rate, rate - 0.7))
+    shares = [hard, (1 - hard) * (1 - easy), easy]
+    hard, medium, easy = (share / sum(shares) for share in shares)
+    size = len(seen.token_ids)
+    if seen.teacher is None:
+        return {"advantage": seen.advantage, "selected": [0] * size}
+    if not seen.is_right:
+        weight = (hard + 0.35 * easy) * seen.ratio.clamp(max=2.0)
+        return {"advantage": 0.0, "divergence_weights": weight.tolist()}
+    factor = seen.advantage * (0.3 * hard + medium + 0.05 * easy)
+    surer = (-seen.delta - 0.01).clamp(min=0).exp().clamp(max=2.0) - 1
+    return {"advantage": (factor * (1 + medium * surer)).tolist(), "selected": [0] * size}
 
 
 def around_the_mean(seen: Seen) -> dict[str, Any]:
@@ -125,6 +143,14 @@ def contrasted(seen: Seen) -> dict[str, Any]:
     # Of each set the mean, which the loss takes over all tokens
     share = len(pull) * torch.where(marked, 1 / marked.sum(), 1 / (~marked).sum())
     return {"advantage": (share * torch.where(marked, pulled, seen.advantage)).tolist()}
+
+
+def purified(seen: Seen) -> dict[str, Any]:
+    [alone] = seen.contrasts
+    gain = (seen.teacher / alone).log()
+    gain = gain - gain.mean(dim=1, keepdim=True)
+    target = seen.without * (10 * torch.tanh(gain / 10)).exp()
+    return {"target": target / target.sum(dim=1, keepdim=True)}
 
 
 def decisive(row, rollout):
@@ -272,6 +298,7 @@ GRPO = {"divergence_coef": 0.0, "policy_loss_coef": 1.0, "loss_type": "dapo"}
 
 STAND_INS = {
     "opsd": StandIn(plain_loop.Method("forward_kl", clip=0.05, temperature=1.1)),
+    "purified_opsd": StandIn(plain_loop.Method("jsd", temperature=1.1), purified),
     "opsdc": StandIn(plain_loop.Method("reverse_kl")),
     "pbsd": StandIn(
         plain_loop.Method(divergence_coef=0.0, likelihood_coef=1.0, loss_type="luspo", temperature=1.1),
@@ -332,6 +359,14 @@ STAND_INS = {
         plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo", policy_loss_coef=1.0),
         parted,
         {**GROUPS, "advantage_kwargs": {"hard": 0.3, "easy": 0.45}},
+        has_reward=True,
+        metrics=("distillation_loss", "divergence_row_rate", "difficulty/hard_rate", "buffer/read_rate"),
+    ),
+    "drift_code": StandIn(
+        plain_loop.Method("jsd", support="student_top_k", top_k=100, loss_type="dapo", policy_loss_coef=1.0),
+        softly_parted,
+        # The teacher of a tiny model hardly differs from it
+        {**GROUPS, "advantage_kwargs": {"margin": 0.01}},
         has_reward=True,
         metrics=("distillation_loss", "divergence_row_rate", "difficulty/hard_rate", "buffer/read_rate"),
     ),
@@ -455,6 +490,9 @@ STAND_INS = {
     "rethinking_opd": StandIn(
         plain_loop.Method("reverse_kl", support="student_top_k", top_k=16, tail="renormalize", loss_type="dapo"),
         settings=GROUPS,
+    ),
+    "rethinking_opd_code": StandIn(
+        plain_loop.Method("student_rewards", support="student_top_k", top_k=16, loss_type="dapo"), settings=GROUPS
     ),
     "stable_opd": StandIn(
         plain_loop.Method(divergence_coef=0.0, policy_loss_coef=1.0, likelihood_coef=0.1),

@@ -179,7 +179,8 @@ def read_by_the_teacher(trainer, sampler, rows, completions, texts, rewards, rep
         if isinstance(trainer.context, AnsweredContext):
             [told] = trainer.teacher_prompt.answers([(row, rollouts)])
         prompts.append(trainer.teacher_prompt.token_ids(row, rollouts, None, told))
-        is_contrasted = trainer.signals.needs_contrast and prompts[-1] is not None
+        contrasts_prompts = trainer.signals.needs_contrast or trainer.signals.target is not None
+        is_contrasted = contrasts_prompts and prompts[-1] is not None
         contrasts.append(trainer.teacher_prompt.contrast_ids(row, rollouts) if is_contrasted else [])
         if trainer.args.privileged_context == "peers":
             shows_feedback = "feedback" in trainer.args.context_kwargs and feedback[index] is not None
@@ -225,7 +226,7 @@ def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
         p_t = None if teacher_prompt is None else probabilities(read_by, teacher_prompt, ids, temperature)
         old, new = (p.gather(1, token_ids)[:, 0].log() for p in (then, now))
         others = [probabilities(read_by, its, ids, temperature) for its in contrasts]
-        told = (others, now, batch, index, generated)
+        told = (others, probabilities(read_by, prompt, ids, temperature), now, batch, index, generated)
         seen = Seen(token_ids, reward == 1.0, advantage, (new - old).exp(), then, p_t, *told)
         batch.append(seen)
         made.append(Row(prompt, teacher_prompt, ids, old_log_probs=old.tolist()))
@@ -370,8 +371,10 @@ def test_without_an_exponent_sc_sdpo_is_sdpo(make_trainer):
 OF_LIKELIHOOD = ["star", "pbsd", "sort", "vpd", "stable_opd"]
 STANDARDISES = ["antisd_code"]  # what is left of rounding too
 READS_SPANS = ["trace"]  # whose teacher has to read something, see test_trace.py
+CONTRASTS = ["purified_opsd"]  # what its teacher reads, see test_purified_opsd.py
+ROUTES = ["drift_code"]  # by whether there is a teacher
 NO_TEACHER = ["cipo"]
-OTHERS = [*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD, *STANDARDISES, *READS_SPANS, *NO_TEACHER]
+OTHERS = [*SHAPES, *HAS_ITS_OWN, *ADDS, *OF_LIKELIHOOD, *STANDARDISES, *READS_SPANS, *CONTRASTS, *ROUTES, *NO_TEACHER]
 
 
 @pytest.mark.parametrize("name", sorted({*METHODS} - {*OTHERS}))

@@ -8,7 +8,7 @@ from tiny import make_model
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.methods import config_class
 from trl_opsd.signal import Advantage, TokenWeighting
-from trl_opsd.trainer.checks import check_signals
+from trl_opsd.trainer.checks.parts import check_signals
 from trl_opsd.trainer.signals import make_signals
 
 

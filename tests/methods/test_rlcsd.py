@@ -10,7 +10,7 @@ from tiny import make_model
 from trl_opsd import RLCSDConfig, SelfDistillationTrainer
 from trl_opsd.context import PeersContext, Rollouts
 from trl_opsd.methods.rlcsd import Contrast
-from trl_opsd.trainer.checks import check_parts_and_context
+from trl_opsd.trainer.checks.parts import check_parts_and_context
 
 
 def shaped(part, advantage, ratios, contrasted=None, log=None):

@@ -21,6 +21,11 @@ CELLS = [
     (divergence, weight, support, tail)
     for (divergence, weight), (support, tail) in itertools.product(DIVERGENCES, SUPPORTS)
 ]
+# Policy gradients over a support
+REWARDED = [
+    (f"{weights}_rewards", 0.5, support, "bucket")
+    for weights, support in itertools.product(("student", "teacher", "even"), TOP_K)
+]
 # Of supports that have more than one token, whatever the two distributions are
 NEVER_EMPTY = [cell for cell in CELLS if cell[2] != "intersection_top_k"]
 EXACT = {"rtol": 1e-9, "atol": 1e-12}

@@ -11,6 +11,7 @@ from objective.plain import (
     CELLS,
     DIVERGENCES,
     NEVER_EMPTY,
+    REWARDED,
     SUPPORTS,
     TOP_K,
     assert_close,
@@ -44,6 +45,13 @@ def test_every_cell_equals_the_plain_formula(cell, clip):
 
         assert (case.weights < 0).any()
         assert output.clipped.any().item() == (clip is not None) or cell not in NEVER_EMPTY
+
+
+@pytest.mark.parametrize("cell", REWARDED, ids=str)
+def test_rewards_equal_the_plain_formula(cell):
+    for case, budget in ((make_case(bias=True, softcap=2.5, seed=2), TINY), (make_case(vocabulary=800, bias=True), 1)):
+        for bounds in ({}, {"ratio_low": 0.8, "ratio_high": 1.2}):
+            assert_equals_plain(case, make_objective(cell, temperature=0.7, **bounds), memory_budget=budget)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
@@ -484,6 +492,11 @@ def test_detached_log_ratio_has_no_teacher_in_its_gradient():
     ("options", "message"),
     [
         ({"divergence": "kl"}, "`divergence` must be one of"),
+        ({"divergence": "student_rewards"}, "`divergence='student_rewards'` rewards the tokens of a top-k support"),
+        (
+            {"divergence": "even_rewards", "support": "student_top_k", "clip": 0.1},
+            "`tail='bucket'` and `clip=0.1` contradict",
+        ),
         ({"support": "intersection_top_k"}, r"`support='intersection_top_k'` may have no token .*tail='bucket'"),
         (
             {"support": "intersection_top_k", "tail": "renormalize", "top_k": 1},

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objective.plain import CELLS, NEVER_EMPTY, assert_close, make_case, make_objective, plain_loss
+from objective.plain import CELLS, NEVER_EMPTY, REWARDED, assert_close, make_case, make_objective, plain_loss
 
 from trl_opsd.objective import Head, Objective, default_kernel, kernels, token_log_probs
 
@@ -82,6 +82,14 @@ def test_every_cell_equals_the_plain_formula(cell, clip, likelihood):
         output = assert_equals_plain(case, objective, memory_budget=budget)
 
         assert output.clipped.any().item() == (clip is not None) or cell not in NEVER_EMPTY
+
+
+@pytest.mark.parametrize("cell", REWARDED, ids=str)
+def test_rewards_equal_the_plain_formula(cell):
+    case = make_case(rows=3, bias=True, vocabulary=70, seed=3)
+    case.likelihood_weights = torch.tensor([1.5, -0.5, 0.0], dtype=torch.float64)
+    for bounds in ({}, {"ratio_low": 0.8, "ratio_high": 1.2}):
+        assert_equals_plain(case, make_objective(cell, temperature=0.9, **bounds))
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)

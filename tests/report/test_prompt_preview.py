@@ -8,6 +8,7 @@ from rich.console import Console
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.objective import Divergence, Objective
+from trl_opsd.objective.divergence import REWARDS
 from trl_opsd.report import PromptPreviewCallback
 
 
@@ -113,7 +114,8 @@ def test_every_teacher_is_described(preview, teacher, model_path):
 
 @pytest.mark.parametrize("divergence", get_args(Divergence))
 def test_every_divergence_is_described(divergence):
-    assert Objective(divergence, temperature=0.5).description.endswith(", temperature 0.5")
+    support = "student_top_k" if divergence in REWARDS else "full"
+    assert Objective(divergence, support=support, temperature=0.5).description.endswith(", temperature 0.5")
 
 
 def test_lora(preview):

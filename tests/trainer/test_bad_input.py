@@ -10,7 +10,7 @@ from tiny import make_model, make_tokenizer
 from trl import GRPOConfig
 
 from trl_opsd import OPSDConfig, OPSDTrainer
-from trl_opsd.trainer.world import check_world
+from trl_opsd.trainer.checks.world import check_world
 
 
 MESSAGE = {"role": "user", "content": "What is 3 + 4?"}
@@ -209,15 +209,15 @@ def test_external_teacher_with_another_vocabulary(refused, tmp_path):
     )
 
 
-def test_external_teacher_with_a_padded_vocabulary(refused, tmp_path):
+def test_external_teacher_of_fewer_tokens_than_the_tokenizer_has(refused, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     model = make_model(tokenizer)
-    model.resize_token_embeddings(128)
+    model.resize_token_embeddings(100)
     model.save_pretrained(tmp_path)
     refused(
         [{}],
-        r"logits over 128 tokens and the policy over 106.*resize_token_embeddings\(128\)",
+        r"logits over 100 tokens and the policy over 106.*resize_token_embeddings\(106\)",
         teacher="external",
         teacher_model_name_or_path=str(tmp_path),
     )

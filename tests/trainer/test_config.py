@@ -1,16 +1,18 @@
 import copy
 import dataclasses
 import inspect
+import json
 import pickle
 import re
 
 import pytest
+from transformers import BitsAndBytesConfig
 from trl import GRPOConfig
 
 from trl_opsd import OPSDCConfig, OPSDConfig, SelfDistillationConfig
 from trl_opsd.objective import Objective
-from trl_opsd.trainer import config_checks
-from trl_opsd.trainer.config import RETIRED
+from trl_opsd.trainer.checks import settings
+from trl_opsd.trainer.checks.settings import RETIRED
 
 
 CONFIGS = [SelfDistillationConfig, OPSDConfig, OPSDCConfig]
@@ -209,13 +211,25 @@ def test_every_refusal_is_in_order():
     """A function of the file that is in none of the tuples would never be called."""
     refusals = {
         name
-        for name, value in vars(config_checks).items()
-        if inspect.isfunction(value) and value.__module__ == config_checks.__name__ and not name.startswith("_")
+        for name, value in vars(settings).items()
+        if inspect.isfunction(value) and value.__module__ == settings.__name__ and not name.startswith("_")
     }
-    listed = config_checks.CHECKS + config_checks.SERVED_TEACHER_CHECKS + config_checks.SERVED_LIVE_TEACHER_CHECKS
+    listed = settings.CHECKS + settings.SERVED_TEACHER_CHECKS + settings.SERVED_LIVE_TEACHER_CHECKS
     assert sorted(check.__name__ for check in listed) == sorted(refusals - {"check_config"})
 
 
 def test_generation_batch_must_still_hold_whole_groups(tmp_path):
     with pytest.raises(ValueError, match="must be divisible by num_generations"):
         OPSDConfig(str(tmp_path), use_cpu=True, num_generations=5)
+
+
+def test_a_quantised_teacher_can_be_told_to_trackers(training_args):
+    quantization = BitsAndBytesConfig(load_in_4bit=True)
+    args = SelfDistillationConfig(
+        **training_args,
+        teacher="external",
+        teacher_model_name_or_path="a/model",
+        teacher_model_init_kwargs={"quantization_config": quantization},
+    )
+    assert json.loads(args.to_json_string())["teacher_model_init_kwargs"]["quantization_config"]["load_in_4bit"]
+    assert args.teacher_model_init_kwargs["quantization_config"] is quantization

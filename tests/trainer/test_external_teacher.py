@@ -49,3 +49,50 @@ def test_quantised_weights_are_neither_offloaded_nor_sharded(offloads, fsdp, mod
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=fsdp, deepspeed_plugin=None))
     with pytest.raises(ValueError, match=r"quantised teacher .*drop `quantization_config` from `teacher_model_init_k"):
         make_teacher("external", accelerator, model, model_name_or_path="a model", offloads=offloads)
+
+
+def padded(model, num_tokens):
+    """The same model with more rows than the tokenizer has tokens, whose logits are not small."""
+    before = len(model.lm_head.weight)
+    model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    for index, row in enumerate(model.lm_head.weight.data[before:]):
+        row.copy_(torch.arange(len(row)).mul(1 + index).cos())
+    return model
+
+
+def rollout(prompts, trainer):
+    ids = trainer._tokenize_prompts(prompts)[0]
+    return {
+        "prompt_ids": ids,
+        "completion_ids": [[40 + index, 12, 77, 3] for index in range(len(ids))],
+        "logprobs": None,
+    }
+
+
+@pytest.mark.parametrize(("policy_size", "teacher_size"), [(106, 128), (120, 106), (120, 128)])
+def test_padding_of_a_vocabulary_is_left_out(
+    policy_size, teacher_size, tokenizer, dataset, training_args, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    def trained_with(sizes):
+        path = str(tmp_path / str(sizes))
+        padded(make_model(tokenizer, seed=5), sizes[1]).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        args = SelfDistillationConfig(**training_args, teacher="external", teacher_model_name_or_path=path)
+        policy = padded(make_model(tokenizer), sizes[0])
+        trainer = SelfDistillationTrainer(
+            policy, args=args, train_dataset=dataset, processing_class=tokenizer, rollout_func=rollout
+        )
+        trainer.train()
+        return trainer.state.log_history[0]["loss"], trainer.model.state_dict()
+
+    loss, trained = trained_with((policy_size, teacher_size))
+    assert f"over {teacher_size} tokens and the policy over {policy_size}; their tokenizer has 106" in caplog.text
+    caplog.clear()
+    least = min(policy_size, teacher_size)
+    expected_loss, expected = trained_with((least, least))
+    assert "padding" not in caplog.text
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for name, value in expected.items():
+        torch.testing.assert_close(trained[name][: len(value)], value, msg=name)

@@ -214,25 +214,51 @@ def _mixed_number(match: re.Match[str]) -> str:
 
 def _length(text: str) -> int:
     """Number of elements of a list that is written without braces; those in brackets of their own count as one."""
-    if text.startswith(r"\{"):
-        return 0
+    return 0 if text.startswith(r"\{") else 1 + len(_separators(text))
+
+
+def _separators(text: str) -> list[re.Match[str]]:
+    """What stands between the elements of such a list."""
     depth = [0]
     for character in text:
         depth.append(depth[-1] + (character in "([{") - (character in ")]}"))
-    separators = re.finditer(r"[,;]|\b(?:or|and)\b", text)
-    return 1 + sum(depth[match.start()] == 0 for match in separators)
+    found = re.finditer(r"(?<!\\)[,;]|\b(?:or|and)\b|\\text\{\s*(?:or|and)\s*\}", text)
+    return [match for match in found if depth[match.start()] == 0]
 
 
-def _without_names(answer: str, reference: str) -> str:
-    if "=" in reference or re.search(r"\b(?:no|not|never|cannot)\b", answer):
+def _both_signs(text: str) -> str:
+    r"""
+    A list whose elements with one `\pm` inside of something are two: math-verify reads it between two terms alone.
+
+    `\mp` in such an element is the other sign. Several of them may belong together or not, and are left.
+    """
+    starts, ends = [0], []
+    for separator in _separators(text):
+        ends.append(separator.start())
+        starts.append(separator.end())
+    elements = []
+    for start, end in zip(starts, [*ends, len(text)], strict=True):
+        element = text[start:end].strip()
+        inside = element.count(r"\pm") == 1 and not re.match(r"[^{(\[]*\\pm(?![A-Za-z])", element)
+        signs = [("+", "-"), ("-", "+")] if inside else []
+        elements += [element.replace(r"\pm", plus).replace(r"\mp", minus) for plus, minus in signs] or [element]
+    return ", ".join(elements) if len(elements) > len(starts) else text
+
+
+def _without_names(text: str, other: str) -> str:
+    """A value without the names in front of it, if what it is compared with has none: y = 2, x = 1 is 1, 2."""
+    named = list(_ASSIGNMENT.finditer(text))
+    if "=" in other or re.search(r"\b(?:no|not|never|cannot)\b", text) or not named or named[0].start() > 0:
+        return text
+    ends = [match.start() for match in named[1:]] + [len(text)]
+    values = [(match[3], text[match.end() : end]) for match, end in zip(named, ends, strict=True)]
+    return ", ".join(value.strip() for _, value in sorted(values, key=itemgetter(0)))
+
+
+def _result(answer: str, reference: str) -> str:
+    """What a computation ends in, if the reference is none: 3 + 4 = 7 answers 7, but an equation in x is no value."""
+    if "=" in reference:
         return answer
-    named = list(_ASSIGNMENT.finditer(answer))
-    if named and named[0].start() == 0:
-        # y = 2, x = 1 answers (1, 2)
-        ends = [match.start() for match in named[1:]] + [len(answer)]
-        values = [(match[3], answer[match.end() : end]) for match, end in zip(named, ends, strict=True)]
-        answer = ", ".join(value.strip() for _, value in sorted(values, key=itemgetter(0)))
-    # 3 + 4 = 7 answers 7, but an equation in x is no value.
     left, _, right = answer.rpartition("=")
     if _COMPUTED.match(left) and left.count("{") == left.count("}"):
         return right.strip()
@@ -366,7 +392,7 @@ def _is_same(reference: str, answer: str) -> bool:
     from math_verify import verify
     from sympy import Eq, FiniteSet, I, Interval, Tuple
 
-    answer = _without_names(answer, reference)
+    reference, answer = _without_names(reference, answer), _result(_without_names(answer, reference), reference)
     gold, given = _as_numbers(_read(reference), _read(answer))
     if isinstance(given, Eq) and "=" not in reference:
         return False
@@ -459,11 +485,11 @@ def _is_same_where_real(gold: Any, given: Any) -> bool:
 
 def _compare(reference: str, answer: str | None) -> bool:
     if answer is None:
-        return _read(normalise(reference)) is not None
+        return _read(_both_signs(normalise(reference))) is not None
     moduli = {match["first"] or match["second"] for match in map(_MODULUS.search, (reference, answer)) if match}
     if len(moduli) > 1:
         return False
-    reference, answer = normalise(reference), normalise(answer)
+    reference, answer = _both_signs(normalise(reference)), _both_signs(normalise(answer))
     if _is_same(reference, answer):
         return True
     return (r"\%" in reference) != (r"\%" in answer) and _is_same(

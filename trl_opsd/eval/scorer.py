@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from .equivalence import compare, untyped
 
 
-SCORER_VERSION = "4"
+SCORER_VERSION = "5"
 """Recorded with the results, which compare within one version alone. Raise it with every change of a verdict."""
 
 AnswerType = Literal["math", "choice", "text"]
@@ -26,10 +26,12 @@ _WORDS = 5
 _ADJECTIVE = r"(?:(?:final|correct|right|best|only|exact|numerical|required) )?"
 _START = r"(?:^|[.,:] |\b(?:so|thus|therefore|hence),? )[*_]{0,2}"
 
-# A line or a title: "**Final Answer:** 5", "### Answer" with the answer on the next line.
+# A line or a title: "**Final Answer:** 5", "Answer $5$", "### Answer" with the answer on the next line; after a
+# sentence, "Final Answer: 5".
 _LABEL = re.compile(
-    rf"^[ \t>#*_•-]{{0,12}}(?:(?:the|my|our) )?{_ADJECTIVE}(?P<noun>answer|ans|option|choice)\b"
-    r"[*_ \t]{0,4}(?:[:：=]|(?=\n|\Z))[*_ \t]{0,8}(?P<rest>[^\n]{0,300})",
+    rf"(?:^[ \t>#*_•-]{{0,12}}(?:(?:the|my|our) )?{_ADJECTIVE}|(?<=[.!?] )[*_]{{0,2}}final )"
+    r"(?P<noun>answer|ans|option|choice)\b"
+    r"[*_ \t]{0,4}(?:[:：=]|(?=\n|\Z)|(?<=[ \t])(?=\$|\\[(\[]))[*_ \t]{0,8}(?P<rest>[^\n]{0,300})",
     re.IGNORECASE | re.MULTILINE,
 )
 # "So the answer is 5."
@@ -38,6 +40,12 @@ _SENTENCE = re.compile(
     r"(?: (?:to|for|of) [^.:\n]{1,80}? is| (?:is|are|(?:must|should|would|will) be))\b"
     r"(?: (?:approximately|about|exactly|simply|just|then|indeed)\b)?[*_: \t]{0,8}(?=(?P<rest>[^\n]{0,300}))",
     re.IGNORECASE,
+)
+# "Thus $x < 5$ is our answer."
+_FORMULA_IS = re.compile(
+    rf"{_START}(?P<rest>\$[^$\n]{{1,300}}\$|\\\((?:(?!\\\)).){{1,300}}\\\))[*_]{{0,2}} is (?:the|our|my) {_ADJECTIVE}"
+    r"(?P<noun>answer|solution)(?=[*_.! \t]{0,8}(?:$|\s))",
+    re.IGNORECASE | re.MULTILINE,
 )
 # "Option B is correct."
 _CHOSEN = re.compile(
@@ -260,7 +268,7 @@ def _find_answer(text: str, kind: AnswerType, gold: str) -> tuple[str | None, st
         text = re.sub(r"(?<!!)!+(?=[*_ \t]*$)", "", text, flags=re.MULTILINE)
     sentences = [
         (match.start(), "sentence", match["rest"])
-        for match in _SENTENCE.finditer(text)
+        for match in (*_SENTENCE.finditer(text), *_FORMULA_IS.finditer(text))
         if _noun_fits(match, kind)
         and not _SUPPOSED.search(_CONCLUSION.split(text[max(0, match.start() - 200) : match.start("noun")])[-1])
         and _read(match["rest"], "sentence", kind, limit)[1]
@@ -315,7 +323,7 @@ def _labels(text: str, kind: AnswerType) -> Iterator[tuple[int, str, str]]:
 
 
 def _noun_fits(match: re.Match[str], kind: AnswerType) -> bool:
-    return kind == "choice" or match["noun"].lower() in ("answer", "ans")
+    return kind == "choice" or match["noun"].lower() in ("answer", "ans", "solution")
 
 
 def _read(content: str, answer_format: str, kind: AnswerType, limit: int) -> tuple[str, bool]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # By the name of the command: the module below this one, and the configuration in it
 METHODS = {
     "opsd": "opsd.OPSDConfig",
+    "purified_opsd": "purified_opsd.PurifiedOPSDConfig",
     "opsdc": "opsdc.OPSDCConfig",
     "pbsd": "pbsd.PBSDConfig",
     "brts": "brts.BRTSConfig",
@@ -26,6 +27,7 @@ METHODS = {
     "ssopd": "ssopd.SSOPDConfig",
     "u_opsd": "u_opsd.UOPSDConfig",
     "drift": "drift.DRIFTConfig",
+    "drift_code": "drift_code.DRIFTCodeConfig",
     "cipo": "cipo.CIPOConfig",
     "sort": "sort.SORTConfig",
     "mopd": "mopd.MOPDConfig",
@@ -43,6 +45,7 @@ METHODS = {
     "msd": "msd.MSDConfig",
     "sdpg": "sdpg.SDPGConfig",
     "rethinking_opd": "rethinking_opd.RethinkingOPDConfig",
+    "rethinking_opd_code": "rethinking_opd_code.RethinkingOPDCodeConfig",
     "stable_opd": "stable_opd.StableOPDConfig",
     "vopd": "vopd.VOPDConfig",
     "star": "star.STaRConfig",

@@ -37,9 +37,9 @@ class DRIFTConfig(
 
     Deviations: the paper's bounded bonus for tokens of correct rollouts and its warm-up by distillation alone are left
     out (`schedules={"policy_loss_coef": {"start": 0.0, "end": 1.0, "num_steps": 1, "delay": ...}}` is such a warm-up);
-    the released pseudocode routes by soft gates around 0.3 and 0.7 of another estimate of the pass rate, with other
-    factors. Chosen here: the share of the newest pass rate in the average; what SDPO's other settings are without
-    feedback; both losses weigh the same, each a mean over its tokens. The wording of the prompt is this library's.
+    the released pseudocode routes otherwise: see [`DRIFTCodeConfig`]. Chosen here: the share of the newest pass rate
+    in the average; what SDPO's other settings are without feedback; both losses weigh the same, each a mean over its
+    tokens. The wording of the prompt is this library's.
 
     All parameters are those of [`SelfDistillationConfig`].
     """
@@ -98,10 +98,12 @@ class BestSuccess(SiblingContext):
     def teacher_messages(self, row: Mapping[str, Any], rollouts: Rollouts | None) -> list[Message] | None:
         if rollouts is None or self.chosen(rollouts) is not None or not self._reads_buffer(row, rollouts):
             return super().teacher_messages(row, rollouts)
-        return self.rewritten(row, attempt=self._successes[_key(row)][2])
+        return self.rewritten(row, attempt=self._successes[prompt_text(row)][2])
 
     def _reads_buffer(self, row: Mapping[str, Any], rollouts: Rollouts) -> bool:
-        return rollouts.own.correct is False and self._best(rollouts.all) is None and _key(row) in self._successes
+        return (
+            rollouts.own.correct is False and self._best(rollouts.all) is None and prompt_text(row) in self._successes
+        )
 
     def rates(self, rows: Sequence[Mapping[str, Any]], groups: Sequence[Rollouts]) -> dict[str, tuple[float, float]]:
         """How many wrong rollouts read a success of an earlier batch."""
@@ -110,7 +112,7 @@ class BestSuccess(SiblingContext):
 
     def remember(self, groups: Sequence[tuple[Mapping[str, Any], list[Rollout]]]) -> None:
         for row, rollouts in groups:
-            best, key = self._best(rollouts), _key(row)
+            best, key = self._best(rollouts), prompt_text(row)
             if best is not None:
                 success = (*_rank(best), self.shown(best))
                 # At the end, as the one that succeeded last
@@ -129,7 +131,8 @@ def _rank(rollout: Rollout) -> tuple[float, int]:
     return rollout.reward or 0.0, -len(rollout.token_ids)
 
 
-def _key(row: Mapping[str, Any]) -> str:
+def prompt_text(row: Mapping[str, Any]) -> str:
+    """What tells a row's prompt from others."""
     prompt = row["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else as_text(prompt)
     return json.dumps([[message["role"], message["content"]] for message in messages])

@@ -37,9 +37,7 @@ class RethinkingOPDConfig(
     `"sampled_token"`; the share of tokens in common, which the paper watches, is logged as `top_k_overlap`. No reward
     takes part.
 
-    The released code optimises something else, which is not offered: a policy gradient with a clipped ratio for each
-    token of the support, whose reward is weighted by the renormalised probability (of the student, of the teacher, or
-    by 1), but reads the log-ratio of the distributions as they are.
+    The released code optimises something else, a policy gradient: see [`RethinkingOPDCodeConfig`].
 
     Deviations: the paper distils an external teacher that reads the student's prompt (`teacher="external"`,
     `privileged_context="none"`), and here the initial policy reads the solution; where the two have at most one token

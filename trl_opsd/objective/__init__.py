@@ -7,14 +7,17 @@ from .fused import FusedDivergence, fused_divergence, teacher_choices, token_log
 from .head import Head
 from .kernels import default_kernel
 from .objective import Objective, Support, Tail
+from .readings import Combine, Readings
 from .top_log_probs import TopLogProbs
 
 
 __all__ = [
+    "Combine",
     "Divergence",
     "FusedDivergence",
     "Head",
     "Objective",
+    "Readings",
     "Support",
     "Tail",
     "TopLogProbs",

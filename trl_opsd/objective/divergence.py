@@ -11,7 +11,9 @@ from typing import Literal
 import torch
 
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "student_rewards", "teacher_rewards", "even_rewards"]
+# Of a token of a support, by whose probability it is weighted
+REWARDS = ("student_rewards", "teacher_rewards", "even_rewards")
 
 
 def pointwise_divergence(
@@ -35,7 +37,7 @@ def pointwise_divergence(
             Teacher log-probabilities.
         divergence (`str`):
             `"forward_kl"`: KL(p_T ‖ p_S). `"reverse_kl"`: KL(p_S ‖ p_T). `"jsd"`: β·KL(p_T ‖ m) + (1−β)·KL(p_S ‖ m), m
-            = β·p_T + (1−β)·p_S, Eq. (1) of [GKD](https://huggingface.co/papers/2306.13649).
+            = β·p_T + (1−β)·p_S, Eq. (1) of [GKD](https://huggingface.co/papers/2306.13649). Others: see [`rewards`].
         jsd_weight (`float`, *optional*, defaults to `0.5`):
             β. The formula tends to 0 at both ends, so, as in GKD, 0 stands for the forward and 1 for the reverse KL.
         p_s (`torch.Tensor` of shape `(..., V)`, *optional*):
@@ -48,6 +50,8 @@ def pointwise_divergence(
         V)`.
     """
     divergence = canonical(divergence, jsd_weight)
+    if divergence in REWARDS:
+        return rewards(log_s, log_t, divergence)
     p_s = log_s.exp() if p_s is None else p_s
     p_t = log_t.exp() if p_t is None else p_t
     if divergence == "forward_kl":
@@ -58,6 +62,34 @@ def pointwise_divergence(
     log_m = (jsd_weight * p_t + (1 - jsd_weight) * p_s).log()
     slopes = (1 - jsd_weight) * expectation(p_s, log_s - log_m)
     return jsd_weight * expectation(p_t, log_t - log_m) + slopes, slopes
+
+
+def rewards(log_s: torch.Tensor, log_t: torch.Tensor, divergence: Divergence) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Negative rewards of the tokens of a support in a policy gradient, as the released code of [Rethinking
+    OPD](https://huggingface.co/papers/2604.13016) has it: A_v = w_v·(log p_T,v − log p_S,v), as data, for each token v
+    of the support, whether it was sampled or not. Its loss, −Σ_v A_v·p_S,v / p_old,v, has where the two are the same
+    the slopes −A_v.
+
+    Args:
+        log_s (`torch.Tensor` of shape `(..., K + 1)`):
+            Student log-probabilities of the support, `-inf` for what is listed once more, and of all other tokens
+            together, which have no reward.
+        log_t (`torch.Tensor` of shape `(..., K + 1)`):
+            Teacher log-probabilities.
+        divergence (`str`):
+            Whose probabilities, divided by their sum over the support, w is: `"student_rewards"`,
+            `"teacher_rewards"`; or 1: `"even_rewards"`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: −A_v twice, as entries and as slopes, each of shape `(..., K + 1)`.
+    """
+    inside_s, inside_t = log_s[..., :-1], log_t[..., :-1]
+    weights = {"student_rewards": inside_s, "teacher_rewards": inside_t}.get(divergence)
+    costs = inside_s - inside_t
+    costs = costs if weights is None else weights.softmax(dim=-1) * costs
+    costs = torch.nn.functional.pad(torch.where(inside_s == -torch.inf, 0.0, costs), (0, 1))
+    return costs, costs
 
 
 def sampled_divergence(

@@ -23,12 +23,15 @@ from .kernels import default_kernel, load_kernel
 from .memory import empty_block, reuse_freed_memory
 from .objective import Objective
 from .products import add_outer, project, project_back
+from .readings import Readings
 from .support import chunk_maxima, top_k_agreement, top_k_tokens
 from .top_log_probs import TopLogProbs, finite_rows
 
 
 # Rows whose top k are compared, out of all of a call. It feeds the log alone
 NUM_SEARCHED = 64
+# Blocks of logits that exist at once where a target is made of three distributions
+_COMBINED_SIDES = 8
 
 _logger = logging.getLogger(__name__)
 
@@ -79,7 +82,7 @@ class FusedDivergence(NamedTuple):
 
 def fused_divergence(
     student_hidden: torch.Tensor,
-    teacher_states: torch.Tensor | TopLogProbs | None,
+    teacher_states: torch.Tensor | Readings | TopLogProbs | None,
     student_head: Head,
     teacher_head: Head | None,
     token_ids: torch.Tensor,
@@ -100,9 +103,10 @@ def fused_divergence(
     Args:
         student_hidden (`torch.Tensor` of shape `(N, H)`):
             Student hidden states, row n predicting token n.
-        teacher_states (`torch.Tensor` of shape `(N, H_t)` or [`TopLogProbs`], *optional*):
-            Teacher hidden states for the same tokens, or what a server reports of its distributions. `None` for the
-            likelihood alone, at a product less: the student then stands in for the teacher.
+        teacher_states (`torch.Tensor` of shape `(N, H_t)`, [`Readings`] or [`TopLogProbs`], *optional*):
+            Teacher hidden states for the same tokens, those after several prompts of which the target is made, or what
+            a server reports of its distributions. `None` for the likelihood alone, at a product less: the student then
+            stands in for the teacher.
         student_head ([`Head`]):
             Student head, with V rows.
         teacher_head ([`Head`], *optional*):
@@ -389,8 +393,14 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         num_rows, vocabulary = hidden.size(0), weight.size(0)
         trains_hidden, trains_weight, trains_bias = ctx.needs_input_grad[:3]
         needs_grad = trains_hidden or trains_weight or trains_bias
+        is_combined = isinstance(teacher_states, Readings)
         dtype, wide, kernel, (block_rows, slice_rows) = _Plan.make(
-            hidden, weight, 2, memory_budget, kernel, 4 * weight.numel() if trains_weight else 0
+            hidden,
+            weight,
+            _COMBINED_SIDES if is_combined else 2,
+            memory_budget,
+            kernel,
+            4 * weight.numel() if trains_weight else 0,
         )
         run_kernel = load_kernel(kernel)
         weights = weights.to(wide)
@@ -430,7 +440,10 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         top_logits = torch.full((num_searched, top_k), math.nan, dtype=wide, device=device)
         finishes = [
             Finish(None, 1.0, None) if head is None else _detached(head, wide)
-            for head in (student_head, student_head if teacher_states is None else teacher_head)
+            for head in (
+                student_head,
+                student_head if teacher_states is None else None if is_combined else teacher_head,
+            )
         ]
 
         grad_hidden = torch.empty(hidden.shape, dtype=wide, device=device) if trains_hidden else None
@@ -448,6 +461,12 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                     teacher_rows = hidden[rows]
                     if not shares_block:
                         teacher_block[:size] = student_block[:size]
+                elif is_combined:
+                    teacher_rows = teacher_states[rows]
+                    teacher_finish = _detached(teacher_head, wide)
+                    teacher_rows.write_logits(
+                        teacher_block[:size], teacher_head.weight, teacher_finish, dtype, objective.temperature
+                    )
                 elif teacher_head is None:
                     teacher_rows = teacher_states.rows(rows)
                     teacher_rows.write_log_probs(teacher_block[:size])

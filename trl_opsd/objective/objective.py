@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from .divergence import Divergence
+from .divergence import REWARDS, Divergence
 
 
 Support = Literal["full", "teacher_top_k", "student_top_k", "union_top_k", "intersection_top_k", "sampled_token"]
@@ -18,7 +18,8 @@ class Objective:
 
     Args:
         divergence (`str`, *optional*, defaults to `"forward_kl"`):
-            See [`pointwise_divergence`].
+            See [`pointwise_divergence`]. `"student_rewards"`, `"teacher_rewards"` and `"even_rewards"` need the
+            top-k support of one side or of either, with `tail="bucket"`.
         jsd_weight (`float`, *optional*, defaults to `0.5`):
             See [`pointwise_divergence`].
         support (`str`, *optional*, defaults to `"full"`):
@@ -70,6 +71,9 @@ class Objective:
             "forward_kl": "forward KL(teacher ‖ student)",
             "reverse_kl": "reverse KL(student ‖ teacher)",
             "jsd": f"JSD, weight {self.jsd_weight:g}",
+            "student_rewards": "rewards weighted by the student",
+            "teacher_rewards": "rewards weighted by the teacher",
+            "even_rewards": "rewards",
         }[self.divergence] + f", temperature {self.temperature:g}{self._bounds}"
 
     @property
@@ -90,6 +94,14 @@ class Objective:
             raise ValueError(f"`jsd_weight` must be in [0, 1], got {self.jsd_weight}.")
         if self.top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, got {self.top_k}.")
+        rewarded = ("teacher_top_k", "student_top_k", "union_top_k")
+        fits = self.support in rewarded and self.tail == "bucket" and self.clip is None
+        if self.divergence in REWARDS and not fits:
+            raise ValueError(
+                f"`divergence='{self.divergence}'` rewards the tokens of a top-k support by their probabilities as "
+                f"they are, which `support='{self.support}'`, `tail='{self.tail}'` and `clip={self.clip}` contradict. "
+                f"Choose one of {list(rewarded)}, `tail='bucket'` and no clip, or `divergence='reverse_kl'`."
+            )
         if self.support == "intersection_top_k" and self.tail != "renormalize":
             raise ValueError(
                 "`support='intersection_top_k'` may have no token at all, which leaves nothing but the bucket of "

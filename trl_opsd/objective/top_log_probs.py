@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .objective import Objective
+from .readings import Readings
 
 
 SERVED_SUPPORTS = ("teacher_top_k", "sampled_token")
@@ -82,8 +83,10 @@ class TopLogProbs(NamedTuple):
         out.scatter_(1, self.sampled_tokens.unsqueeze(1), self.sampled_log_probs.unsqueeze(1).to(out.dtype))
 
 
-def finite_rows(states: torch.Tensor | TopLogProbs) -> torch.Tensor:
+def finite_rows(states: torch.Tensor | Readings | TopLogProbs) -> torch.Tensor:
     """Whether all that is known of a row is finite, of shape `(N,)`, from hidden states of shape `(N, H)` or else."""
+    if isinstance(states, Readings):
+        states = torch.cat(states.states, dim=1)
     if isinstance(states, TopLogProbs):
         states = torch.cat([states.top_log_probs, states.sampled_log_probs.unsqueeze(1)], dim=1)
     # The norm of a NaN is no number, and compares as false

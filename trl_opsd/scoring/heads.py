@@ -66,8 +66,8 @@ def announce_head(model: nn.Module) -> None:
                 deepspeed.zero.register_external_parameter(model, parameter)
 
 
-def unsharded(head: Head) -> Head:
-    """The head with FSDP2's shards gathered, once, into plain tensors."""
+def unsharded(head: Head, num_tokens: int | None = None) -> Head:
+    """The head with FSDP2's shards gathered, once, into plain tensors, over the first `num_tokens` tokens."""
 
     def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
         if not isinstance(tensor, DTensor):
@@ -77,4 +77,5 @@ def unsharded(head: Head) -> Head:
 
     weight = whole(head.weight)
     assert weight is not None
-    return Head(weight, whole(head.bias), head.scale, head.softcap)
+    bias = whole(head.bias)
+    return Head(weight[:num_tokens], None if bias is None else bias[:num_tokens], head.scale, head.softcap)

@@ -11,7 +11,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx, pad
 
-from ..objective import Head, teacher_choices, token_log_probs, tokens_in_top_k
+from ..objective import Combine, Head, Readings, teacher_choices, token_log_probs, tokens_in_top_k
 from ..teacher import Targets, Teacher
 from .heads import causal_lm, head_of, unsharded
 from .logits import check_logits, check_packing
@@ -19,6 +19,10 @@ from .packed import can_pack
 from .passes import cut_by_tokens, cut_into, padded_length, used_width
 from .shared_prefix import pays_off
 from .states import completion_states, evaluation_mode
+
+
+# What rows may have been completed after, in the order of `Readings`
+PROMPTS = ("teacher_prompt", "prompt", "contrast_prompt")
 
 
 class Networks:
@@ -46,6 +50,10 @@ class Networks:
             See [`~trl_opsd.objective.fused_divergence`].
         kernel (`str`, *optional*):
             See there.
+        num_tokens (`int`, *optional*):
+            Tokens of the vocabulary that are looked at, the first ones, if not all.
+        combine (`Callable`, *optional*):
+            What is made of three readings of the teacher. `None` has it read one prompt.
     """
 
     def __init__(
@@ -59,6 +67,8 @@ class Networks:
         temperature: float,
         memory_budget: float | None,
         kernel: str | None,
+        num_tokens: int | None = None,
+        combine: Combine | None = None,
     ):
         self.teacher = teacher
         self.can_share_prompts = can_share_prompts
@@ -69,10 +79,16 @@ class Networks:
         self._temperature = temperature
         self._memory_budget = memory_budget
         self._kernel = kernel
+        self._num_tokens = num_tokens
+        self._combine = combine
         # Where parameters are gathered, every process has to run as many forward passes
         self._is_sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None or is_deepspeed_zero3_enabled()
         self._forward_redirection = _ForwardRedirection()
         self.has_checked_logits = False
+
+    def whole(self, head: Head) -> Head:
+        """A head of which every tensor is here, over the tokens that are looked at."""
+        return unsharded(head, self._num_tokens)
 
     def within(self, model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function of the unwrapped model and `args` inside the wrapped one's forward."""
@@ -190,7 +206,7 @@ class Networks:
         hidden = self.states(model, input_ids, attention_mask, selected)
         head = head_of(model)
         with maybe_gather_lm_head_ctx(head.weight, head.bias), self._accelerator.autocast():
-            head = unsharded(head)
+            head = self.whole(head)
             token_ids = input_ids[:, input_ids.size(1) - selected.size(1) :][selected].to(head.weight.device)
             found = tokens_in_top_k(hidden.to(head.weight.device), head, token_ids, k, self._memory_budget)
             return torch.zeros_like(selected).masked_scatter(selected, found.to(selected.device))
@@ -211,7 +227,8 @@ class Networks:
         passes = [list(range(num_rows))] if num_rows else []
         number = 1
         if self.max_tokens is not None:
-            prompts = torch.maximum(kept["prompt_mask"].sum(1), kept["teacher_prompt_mask"].sum(1)).tolist()
+            masks = [kept[f"{prompt}_mask"].sum(1) for prompt in PROMPTS if f"{prompt}_mask" in kept]
+            prompts = torch.stack(masks).amax(dim=0).tolist()
             completions = kept["completion_mask"].sum(1).tolist()
             if not self._packs_rows:
                 prompts, completions = (
@@ -240,17 +257,24 @@ class Networks:
                 Some rows. Their `divergence_mask` of shape `(b, T)` says which tokens.
 
         Returns:
-            [`Targets`]: states of shape `(number of those tokens, H)` and the head that reads them, or what a server
-            has reported.
+            [`Targets`]: states of shape `(number of those tokens, H)`, or [`Readings`], and the head that reads them,
+            or what a server has reported.
         """
-        return self.teacher.targets(model, rows, rows["divergence_mask"].bool(), partial(self._read, rows))
+        read = partial(self._read, rows) if self._combine is None else partial(self._read_all, rows, self._combine)
+        return self.teacher.targets(model, rows, rows["divergence_mask"].bool(), read)
 
-    def _read(self, rows: dict[str, Any], module: nn.Module) -> tuple[torch.Tensor, Head]:
+    def _read_all(self, rows: dict[str, Any], combine: Combine, module: nn.Module) -> tuple[Readings, Head]:
+        states, heads = zip(*(self._read(rows, module, prompt) for prompt in PROMPTS), strict=True)
+        return Readings(states, combine), heads[0]
+
+    def _read(
+        self, rows: dict[str, Any], module: nn.Module, prompt: str = "teacher_prompt"
+    ) -> tuple[torch.Tensor, Head]:
         with_context = rows["divergence_mask"].any(dim=1)
         with_context[0] |= ~with_context.any()  # passes of all processes meet in collective operations
         rows = rows_of(rows, with_context.nonzero().flatten().tolist())
         return self.teacher_states(
-            module, *self.sequences(rows, "teacher_prompt", rows["divergence_mask"]), rows["teacher_prompt_groups"]
+            module, *self.sequences(rows, prompt, rows["divergence_mask"]), rows[f"{prompt}_groups"]
         )
 
     @torch.no_grad()
@@ -284,7 +308,8 @@ class Networks:
             some = pairs[start : start + batch_size]
             for rows in self.passes(self._readings(inputs, some)):
                 selected = rows["divergence_mask"].bool()
-                log_probs = self.within(model, self._head_log_probs, *self.targets(model, rows), rows, selected)
+                targets = self.teacher.targets(model, rows, selected, partial(self._read, rows))
+                log_probs = self.within(model, self._head_log_probs, *targets, rows, selected)
                 for row, mask, values in zip(rows["row"].tolist(), selected, log_probs.to(total), strict=True):
                     total[row] = torch.logaddexp(total[row], values.where(mask, -torch.inf))
         counts = torch.tensor([[len(some)] for some in prompts], device=tokens.device)
@@ -309,7 +334,7 @@ class Networks:
         self, _: nn.Module, hidden: torch.Tensor, head: Head, rows: dict[str, Any], selected: torch.Tensor
     ) -> torch.Tensor:
         with maybe_gather_lm_head_ctx(head.weight, head.bias), self._accelerator.autocast():
-            return self.log_probs_of(hidden, unsharded(head), rows["completion_ids"][selected], selected)[0]
+            return self.log_probs_of(hidden, self.whole(head), rows["completion_ids"][selected], selected)[0]
 
     def sequences(
         self, rows: dict[str, Any], prompt: str, tokens: torch.Tensor
@@ -394,7 +419,7 @@ class Networks:
         head = head_of(model)
         with maybe_gather_lm_head_ctx(head.weight, head.bias), self._accelerator.autocast():
             token_ids = input_ids[:, -selected.size(1) :][selected]
-            return self.log_probs_of(hidden, unsharded(head), token_ids, selected)
+            return self.log_probs_of(hidden, self.whole(head), token_ids, selected)
 
     def log_probs_of(
         self, hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, selected: torch.Tensor

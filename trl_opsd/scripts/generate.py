@@ -347,7 +347,7 @@ def _make_context(name: str, maker: "Maker", arguments: GenerateArguments) -> "P
 def _load_rows(arguments: GenerateArguments, context: "PrivilegedContext | None") -> Any:
     from trl_opsd.context import TextContext
     from trl_opsd.data import load_rows, validate_rows
-    from trl_opsd.trainer.checks import check_context
+    from trl_opsd.trainer.checks.parts import check_context
 
     name, split = str(arguments.dataset_name), arguments.dataset_train_split
     dataset = arguments.with_prompts(load_rows(name, config=arguments.dataset_config, split=split))

@@ -6,6 +6,7 @@ from .curriculum import CURRICULA, Curriculum
 from .pass_rates import PassRates
 from .schedule import SCHEDULES, Schedule
 from .streams import COEFFICIENTS, Signals
+from .target import Target
 from .weighting import TERMS, TOKEN_WEIGHTS, PolicyWeighting, TeacherWeighting, TokenWeighting
 
 
@@ -23,6 +24,7 @@ __all__ = [
     "PolicyWeighting",
     "Schedule",
     "Signals",
+    "Target",
     "TeacherWeighting",
     "TokenScores",
     "TokenWeighting",

@@ -10,6 +10,7 @@ from .advantage import Advantage, GroupAdvantage
 from .batch import Batch, TokenScores
 from .curriculum import Curriculum
 from .schedule import SCORED_METRICS, Schedule
+from .target import Target
 from .weighting import TERMS, PolicyWeighting, TeacherWeighting, TokenWeighting
 
 
@@ -39,6 +40,8 @@ class Signals:
             `"token_weights.importance_clip.most"`.
         curriculum ([`Curriculum`], *optional*):
             Draws the prompts, and sees every batch.
+        target ([`Target`], *optional*):
+            What D pulls to instead of p_T.
 
     Raises:
         ValueError: If there is a schedule for a coefficient that does not exist.
@@ -51,12 +54,14 @@ class Signals:
         weightings: Mapping[str, TokenWeighting | PolicyWeighting | TeacherWeighting],
         schedules: Mapping[str, Schedule],
         curriculum: Curriculum | None = None,
+        target: Target | None = None,
     ):
         self.coefficients = dict(coefficients)
         self.schedules = dict(schedules)
         self._parts: dict[str, Any] = {"advantage": advantage}
         self._parts |= {f"token_weights.{name}": weighting for name, weighting in weightings.items()}
         self._parts |= {} if curriculum is None else {"curriculum": curriculum}
+        self._parts |= {} if target is None else {"target": target}
         known = [*COEFFICIENTS]
         for name, part in self._parts.items():
             known += [f"{name}.{its.name}" for its in fields(part) if its.init] if is_dataclass(part) else []
@@ -73,6 +78,16 @@ class Signals:
     def curriculum(self) -> Curriculum | None:
         """Draws the prompts, with its coefficients of this step."""
         return self._parts.get("curriculum")
+
+    @property
+    def target(self) -> Target | None:
+        """What the divergence pulls to instead of the teacher, with its coefficients of this step."""
+        return self._parts.get("target")
+
+    def combine(self, teacher: torch.Tensor, plain: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:
+        """What [`target`] makes of three readings in this step."""
+        assert self.target is not None
+        return self.target(teacher, plain, contrast)
 
     @property
     def weightings(self) -> list[TokenWeighting]:
@@ -145,8 +160,9 @@ class Signals:
     def description(self) -> str:
         """The loss, in words."""
         shapes = not isinstance(self.advantage, GroupAdvantage)
+        to = "" if self.target is None else f" from {type(self.target).__name__}"
         words = {
-            "divergence_coef": "divergence",
+            "divergence_coef": f"divergence{to}",
             "policy_loss_coef": "GRPO's" + (f" with {type(self.advantage).__name__}" if shapes else ""),
             "likelihood_coef": "negative log-likelihood",
         }
@@ -172,7 +188,7 @@ class Signals:
 
     @property
     def needs_contrast(self) -> bool:
-        """Whether a part reads the teacher after the prompts that the context gives for contrast, in this step."""
+        """Whether a part reads the scores after the prompts that the context gives for contrast, in this step."""
         shapes = self.coefficients["policy_loss_coef"] != 0.0
         return (shapes and self.advantage.needs_contrast) or any(part.needs_contrast for part in self.weightings)
 

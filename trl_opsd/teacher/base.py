@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..objective import Head, TopLogProbs
+from ..objective import Head, Readings, TopLogProbs
 
 
-# What a teacher says of N tokens: hidden states of shape (N, H_t) and the head to apply to them, or log-probabilities
-Targets = tuple[torch.Tensor, Head] | tuple[TopLogProbs, None]
+# What a teacher says of N tokens: hidden states of shape (N, H_t), after one prompt or several, and the head to apply
+# to them, or log-probabilities
+Targets = tuple[torch.Tensor | Readings, Head] | tuple[TopLogProbs, None]
 
 
 class Teacher(ABC):
@@ -71,7 +72,7 @@ class Teacher(ABC):
         policy: nn.Module,
         rows: dict[str, Any],
         selected: torch.Tensor,
-        read: Callable[[nn.Module], tuple[torch.Tensor, Head]],
+        read: Callable[[nn.Module], tuple[torch.Tensor | Readings, Head]],
     ) -> Targets:
         """
         What the teacher says of some tokens, without a gradient.
@@ -83,12 +84,16 @@ class Teacher(ABC):
                 Rows of a batch, with what [`annotate`] added.
             selected (`torch.Tensor` of shape `(B, T)`, bool):
                 The completion tokens.
-            read (`Callable[[nn.Module], tuple[torch.Tensor, Head]]`):
+            read (`Callable`):
                 Runs a module over these rows: hidden states that predict these tokens, and its head.
         """
         with torch.no_grad(), self.weights(policy) as module:
             assert module is not None
             return read(module)
+
+    def shared_tokens(self, num_tokens: int) -> int | None:
+        """The first tokens of the vocabulary that it shares with a policy of `num_tokens`, if these are not all."""
+        return None
 
     def on_step_end(self, step: int) -> None:
         """Called on every process after optimizer step number `step`."""

@@ -3,10 +3,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, logging
 
 from .base import Teacher
 from .fingerprint import fingerprint
+
+
+logger = logging.get_logger(__name__)
 
 
 class ExternalTeacher(Teacher):
@@ -24,18 +27,23 @@ class ExternalTeacher(Teacher):
     def __init__(self, model: PreTrainedModel, shard: Callable[[nn.Module], nn.Module]):
         self.fingerprint = fingerprint(model)
         self.description = f"{model.config.name_or_path or type(model).__name__}, never trained"
+        self._num_tokens = model.config.get_text_config().vocab_size
         self._wrapped = shard(model.requires_grad_(False).eval())
 
     @contextmanager
     def weights(self, policy: nn.Module) -> Iterator[nn.Module]:
         yield self._wrapped
 
+    def shared_tokens(self, num_tokens: int) -> int | None:
+        return None if num_tokens == self._num_tokens else min(num_tokens, self._num_tokens)
+
 
 def check_external_teacher(
     path: str, model_init_kwargs: dict[str, Any], tokenizer: PreTrainedTokenizerBase, model_config: Any
 ) -> None:
     """
-    Refuse an external teacher over other tokens than the policy's, before any model is loaded.
+    Refuse an external teacher over other tokens than the policy's, before any model is loaded. Where one of them is
+    padded to more rows than the tokenizer has tokens, a warning says that the padding is left out.
 
     Args:
         path (`str`):
@@ -63,9 +71,16 @@ def check_external_teacher(
         )
     configs = (model_config, AutoConfig.from_pretrained(path, **kwargs))
     size, teacher_size = (config.get_text_config().vocab_size for config in configs)
-    if size != teacher_size:
+    if size == teacher_size:
+        return
+    if min(size, teacher_size) <= max(ours.values()):
         raise ValueError(
             f"`teacher_model_name_or_path='{path}'` has logits over {teacher_size} tokens and the policy over "
-            f"{size}, although their tokenizers agree. Resize one of them with "
+            f"{size}, fewer than their tokenizer has. Resize one of them with "
             f"`model.resize_token_embeddings({max(size, teacher_size)})` and save it."
         )
+    logger.warning(
+        f"`teacher_model_name_or_path='{path}'` has logits over {teacher_size} tokens and the policy over {size}; "
+        f"their tokenizer has {len(ours)}. What is beyond {min(size, teacher_size)} is padding: it is left out "
+        "on both sides."
+    )

@@ -189,14 +189,14 @@ class TeacherInputs:
                 zip(generation.rows, groups, generation.tools, said, strict=True)
             )
         ]
-        if self.signals.needs_contrast:
-            generation.contrasts = [
-                [] if prompt is None else self.teacher_prompt.contrast_ids(row, rollouts, tools)
-                for prompt, row, rollouts, tools in zip(
-                    prompts, generation.rows, groups, generation.tools, strict=True
-                )
-            ]
+        has_target = self.signals.target is not None
+        if self.signals.needs_contrast or has_target:
+            generation.contrasts = self._contrasts(generation, groups, prompts)
+        if has_target:  # which is made of both
+            prompts = [its if some else None for its, some in zip(prompts, generation.contrasts, strict=True)]
         tensors = collate(prompts, student_ids, self.pad_token_id, self.pad_to_multiple_of)
+        if has_target:
+            tensors |= self._other_prompts(generation.contrasts, student_ids)
         if self.signals.needs_spans:
             tensors |= self._spans(generation, cast(Sequence[Rollouts], groups), said, metrics)
         own, positions = slice(first, first + len(prompts)), range(len(prompts))
@@ -204,6 +204,29 @@ class TeacherInputs:
         tensors["replaced"] = torch.tensor([position in generation.replaced for position in positions])
         tensors["truncated"] = torch.tensor([generation.is_truncated(it, self.end_ids) for it in positions])
         return prompts, tensors
+
+    def _contrasts(
+        self, generation: Generation, groups: Sequence[Rollouts | None], prompts: Sequence[list[int] | None]
+    ) -> list[list[list[int]]]:
+        rows = zip(prompts, generation.rows, groups, generation.tools, strict=True)
+        return [
+            [] if prompt is None else self.teacher_prompt.contrast_ids(row, rollouts, tools)
+            for prompt, row, rollouts, tools in rows
+        ]
+
+    def _other_prompts(
+        self, contrasts: Sequence[Sequence[list[int]]], student_ids: Sequence[list[int]]
+    ) -> dict[str, torch.Tensor]:
+        """What the teacher reads besides its own prompt for a target; the student's prompts are in the batch."""
+        if (most := max(map(len, contrasts))) > 1:
+            raise ValueError(
+                f"{type(self.teacher_prompt.context).__name__} gives {most} prompts to contrast one rollout with, and "
+                "`target` reads one. Have its `contrast_messages` return one."
+            )
+        prompts = [some[0] if some else student for some, student in zip(contrasts, student_ids, strict=True)]
+        groups = _numbered(student_ids)
+        tensors = _prompt_tensors("contrast_prompt", prompts, self.pad_token_id, self.pad_to_multiple_of)
+        return {"prompt_groups": groups, **tensors}
 
     def into(
         self,
@@ -238,12 +261,14 @@ class TeacherInputs:
         student_ids = [ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], masks, strict=True)]
         teacher_ids, tensors = self(generation, student_ids, num_generations, metrics)
         batch.update(annotate(teacher_ids, batch))
-        groups = tensors.pop("teacher_prompt_groups")  # no work for the device
-        batch.update({name: values.to(masks.device) for name, values in tensors.items()}, teacher_prompt_groups=groups)
+        groups = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_groups")}
+        batch.update({name: values.to(masks.device) for name, values in tensors.items()})
+        batch.update(groups)  # no work for the device
         add_contexts(metrics, batch, len(generation.empty))
         has_tokens = torch.tensor([position not in generation.empty for position in range(len(masks))])
         counted = has_tokens.to(masks.device) & ~batch["replaced"]
-        add_degeneration(metrics, list(map(_text, generation.completions)), batch["truncated"], counted)
+        texts = list(map(_text, generation.completions))
+        add_degeneration(metrics, texts, batch["completion_mask"], batch["truncated"], counted)
         if is_training and self.memories:
             rows = zip(generation.rows, cast(Sequence[Rollouts], generation.groups), strict=True)
             everyone = self.gather([(row, group.all) for row, group in rows if group.index == 0])
@@ -411,16 +436,26 @@ def collate(
         of shape `(B,)`.
     """
     given = [student if ids is None else ids for ids, student in zip(teacher_ids, student_ids, strict=True)]
-    first_rows: dict[tuple[int, ...], int] = {}
-    numbers = [first_rows.setdefault(tuple(ids), index) for index, ids in enumerate(given)]
-    tensors = [torch.tensor(ids) for ids in given]
+    tensors = _prompt_tensors("teacher_prompt", given, pad_token_id, pad_to_multiple_of)
+    return {**tensors, "has_context": torch.tensor([ids is not None for ids in teacher_ids])}
+
+
+def _prompt_tensors(
+    name: str, prompts: Sequence[list[int]], pad_token_id: int, pad_to_multiple_of: int | None
+) -> dict[str, torch.Tensor]:
+    tensors = [torch.tensor(ids) for ids in prompts]
     masks = [torch.ones_like(ids) for ids in tensors]
     return {
-        "teacher_prompt_groups": torch.tensor(numbers),
-        "teacher_prompt_ids": pad(tensors, pad_token_id, "left", pad_to_multiple_of),
-        "teacher_prompt_mask": pad(masks, 0, "left", pad_to_multiple_of),
-        "has_context": torch.tensor([ids is not None for ids in teacher_ids]),
+        f"{name}_groups": _numbered(prompts),
+        f"{name}_ids": pad(tensors, pad_token_id, "left", pad_to_multiple_of),
+        f"{name}_mask": pad(masks, 0, "left", pad_to_multiple_of),
     }
+
+
+def _numbered(prompts: Sequence[list[int]]) -> torch.Tensor:
+    """The same number for equal prompts."""
+    first_rows: dict[tuple[int, ...], int] = {}
+    return torch.tensor([first_rows.setdefault(tuple(ids), index) for index, ids in enumerate(prompts)])
 
 
 def regrouped(

@@ -10,23 +10,8 @@ from trl import GRPOConfig
 from ..help import did_you_mean, help_from_docstring
 from ..objective import Divergence, Objective, Support, Tail
 from ..objective.kernels import KERNELS
-from .config_checks import check_config
+from .checks.settings import RETIRED, check_config
 from .method import Method
-
-
-# Fields that are gone, and what took their place
-RETIRED: dict[str, str] = {
-    "compile_divergence": "set `divergence_kernel` to 'compiled' or 'eager'",
-    "lmbda": "it is an argument of what completions come from. Set `completions` to 'dataset' or 'teacher' and "
-    "`completions_kwargs={'lmbda': ...}`",
-    "seq_kd": "set `completions='teacher'`, with the share of on-policy sequences in `completions_kwargs={'lmbda': "
-    "...}`",
-    **dict.fromkeys(
-        [f"eval_benchmarks{name}" for name in ("", "_steps", "_num_samples", "_limit", "_sampling", "_system_prompt")],
-        "it is one of the training commands. In Python, add a `trl_opsd.eval.in_training.BenchmarkCallback` to the "
-        "trainer",
-    ),
-}
 
 
 # Fields whose default, in a method, belongs to the method's choice of another: the arguments of a part, say
@@ -35,6 +20,7 @@ _BELONGS_TO = {
     "completions_kwargs": "completions",
     "replaced_divergence": "completions",
     "curriculum_kwargs": "curriculum",
+    "target_kwargs": "target",
     "prompts_kwargs": "prompts",
     "advantage_kwargs": "advantage",
     "schedules": "advantage",
@@ -167,6 +153,8 @@ class SelfDistillationConfig(GRPOConfig):
             Divergence between the teacher and the student at each completion token, over the whole vocabulary:
             `"forward_kl"` is KL(teacher ‖ student), `"reverse_kl"` is KL(student ‖ teacher), `"jsd"` is the
             generalized Jensen-Shannon divergence of [GKD](https://huggingface.co/papers/2306.13649).
+            `"student_rewards"`, `"teacher_rewards"` and `"even_rewards"` are policy gradients over a top-k support,
+            see [`~trl_opsd.objective.divergence.rewards`].
         jsd_weight (`float`, *optional*, defaults to `0.5`):
             Weight β in [0, 1] of `divergence="jsd"`, β·KL(teacher ‖ m) + (1−β)·KL(student ‖ m) with m = β·teacher +
             (1−β)·student. As in GKD, 0 stands for the forward and 1 for the reverse KL.
@@ -194,6 +182,12 @@ class SelfDistillationConfig(GRPOConfig):
             a teacher whose probability is this share of the student's. `None` does not bound it.
         divergence_ratio_high (`float`, *optional*):
             Largest ratio, likewise.
+        target (`str`, *optional*):
+            What the divergence pulls to. `None` is the teacher; or the import path of a subclass of [`Target`], such
+            as `"trl_opsd.methods.purified_opsd.Purified"`, which makes it of what the teacher says after its prompt,
+            after the student's, and after one that the context gives for contrast.
+        target_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of that class.
         replaced_divergence (`dict[str, Any]` or `str`, *optional*):
             Divergence for completions that took the place of rollouts, if it is another, as fields of [`Objective`]:
             `{"divergence": "forward_kl", "support": "teacher_top_k", "top_k": 16}`. What is left out is that class's
@@ -231,6 +225,15 @@ class SelfDistillationConfig(GRPOConfig):
             `"likelihood_coef"`, or the field of a part, such as `"advantage.mix"`. `{"start": 0.5, "end": 0.0,
             "num_steps": 50}` is linear (`"delay"`: steps before it begins); `{"kind": "hysteresis", "value": 0.5}` is
             a gate (see [`Hysteresis`]); `"kind"` may be the import path of a subclass of [`Schedule`].
+
+        > Parameters that control what ends a run
+
+        guards (`dict[str, dict]` or `str`, *optional*):
+            What watches the run, by name and keyword arguments: `"non_finite"`, `"entropy"`, `"length"`,
+            `"truncation"`, `"repetition"`, `"divergence"`, `"teacher_gap"`, `"clipped"`, `"masked"`, `"benchmark"`, or
+            the import path of a subclass of [`Guard`]. `{"entropy": {"action": "stop"}}` changes one of them: its
+            `action` is `"warn"` by default, or `"off"`, `"stop"`, or `"rollback"`, which ends the run with the best
+            checkpoint from before the trouble. All that ship are on, those that are not named with their defaults.
 
         > Parameters that control the cost of a step
 
@@ -279,6 +282,8 @@ class SelfDistillationConfig(GRPOConfig):
         "token_weights",
         "advantage_kwargs",
         "schedules",
+        "target_kwargs",
+        "guards",
         "replaced_divergence",
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
@@ -328,6 +333,8 @@ class SelfDistillationConfig(GRPOConfig):
     divergence_clip: float | None = None
     divergence_ratio_low: float | None = None
     divergence_ratio_high: float | None = None
+    target: str | None = None
+    target_kwargs: dict[str, Any] | str | None = None
     replaced_divergence: dict[str, Any] | str | None = None
     distillation_temperature: float | None = None
 
@@ -338,6 +345,7 @@ class SelfDistillationConfig(GRPOConfig):
     advantage: str = "grpo"
     advantage_kwargs: dict[str, Any] | str | None = None
     schedules: dict[str, Any] | str | None = None
+    guards: dict[str, Any] | str | None = None
 
     divergence_memory: int | None = None
     divergence_kernel: str | None = field(default=None, metadata={"choices": list(KERNELS)})
@@ -454,6 +462,15 @@ class SelfDistillationConfig(GRPOConfig):
             and self.distillation_temperature == self.temperature
             and self.repetition_penalty == 1.0
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What experiment trackers are told. See [`~transformers.TrainingArguments.to_dict`]."""
+        values: dict[str, Any] = super().to_dict()
+        kwargs = cast(dict[str, Any], values["teacher_model_init_kwargs"] or {})
+        config: Any = kwargs.get("quantization_config")
+        if hasattr(config, "to_dict"):
+            values["teacher_model_init_kwargs"] = {**kwargs, "quantization_config": config.to_dict()}
+        return values
 
     def objective(self) -> Objective:
         """The divergence that the fields describe."""

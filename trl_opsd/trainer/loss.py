@@ -15,6 +15,7 @@ from ..objective import (
     FusedDivergence,
     Head,
     Objective,
+    Readings,
     TopLogProbs,
     aggregation_weights,
     fused_divergence,
@@ -28,7 +29,6 @@ from ..scoring import (
     evaluation_mode,
     head_of,
     rows_of,
-    unsharded,
 )
 from ..signal import Signals, TokenScores
 from ..teacher import Teacher
@@ -317,7 +317,7 @@ class SelfDistillationLoss:
         self,
         student: nn.Module,
         rows: dict[str, Any],
-        targets: tuple[torch.Tensor | TopLogProbs | None, Head | None],
+        targets: tuple[torch.Tensor | Readings | TopLogProbs | None, Head | None],
         policy: PolicyTerm | None,
     ) -> PassLoss:
         selected = rows["student_mask"].bool()
@@ -328,11 +328,14 @@ class SelfDistillationLoss:
         heads = [student_head] if teacher_head is None else [student_head, teacher_head]
         parameters = [parameter for head in heads for parameter in (head.weight, head.bias)]
         with maybe_gather_lm_head_ctx(*parameters), self._accelerator.autocast():
-            student_head = unsharded(student_head)
+            student_head = self.networks.whole(student_head)
             device = student_head.weight.device
             hidden, token_ids = hidden.to(device), rows["completion_ids"][selected]
             if teacher_states is not None:
-                targets = teacher_states.to(device), None if teacher_head is None else unsharded(teacher_head)
+                targets = (
+                    teacher_states.to(device),
+                    None if teacher_head is None else self.networks.whole(teacher_head),
+                )
             read = partial(self.networks.log_probs_of, hidden, student_head, token_ids, selected)
             choices = partial(self._choices, rows, selected, hidden, student_head, targets)
             factors = self._factors(rows, selected, read, choices, policy)
@@ -440,6 +443,8 @@ def make_loss(
         cast(float, args.distillation_temperature),
         args.divergence_memory,
         args.divergence_kernel,
+        teacher.shared_tokens(causal_lm(policy).config.get_text_config().vocab_size),
+        None if signals.target is None else signals.combine,
     )
     if accelerator.state.deepspeed_plugin is None and getattr(accelerator.state, "fsdp_plugin", None) is None:
         networks.check_logits(policy)  # sharded models run only wrapped

@@ -22,6 +22,7 @@ from ..signal import (
     PolicyWeighting,
     Schedule,
     Signals,
+    Target,
     TeacherWeighting,
     TokenScores,
     TokenWeighting,
@@ -54,8 +55,12 @@ def make_signals(args: SelfDistillationConfig) -> Signals:
     if args.curriculum is not None:
         curriculum = make_part("curriculum", args.curriculum, cast(Any, args.curriculum_kwargs), CURRICULA)
         _check_kind("curriculum", curriculum, (Curriculum,))
+    target = None
+    if args.target is not None:
+        target = make_part("target", args.target, cast(Any, args.target_kwargs), {})
+        _check_kind("target", target, (Target,))
     coefficients = {name: getattr(args, name) for name in COEFFICIENTS}
-    return Signals(coefficients, advantage, weightings, schedules, curriculum)
+    return Signals(coefficients, advantage, weightings, schedules, curriculum, target)
 
 
 def _check_kind(slot: str, part: Any, bases: tuple[type, ...]) -> None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from ..objective import FusedDivergence, Head, Objective, TopLogProbs
+from ..objective import FusedDivergence, Head, Objective, Readings, TopLogProbs
 
 
 class TokenGroup(NamedTuple):
@@ -15,7 +15,7 @@ class TokenGroup(NamedTuple):
     Args:
         tokens (`torch.Tensor` of shape `(N,)`, bool, *optional*):
             Which of the pass they are, `None` for all.
-        states (`torch.Tensor` or [`TopLogProbs`], *optional*):
+        states (`torch.Tensor`, [`Readings`] or [`TopLogProbs`], *optional*):
             What the teacher says of them, `None` for nothing.
         head ([`Head`], *optional*):
             The teacher's.
@@ -24,7 +24,7 @@ class TokenGroup(NamedTuple):
     """
 
     tokens: torch.Tensor | None
-    states: torch.Tensor | TopLogProbs | None
+    states: torch.Tensor | Readings | TopLogProbs | None
     head: Head | None
     objective: Objective
 
@@ -37,7 +37,7 @@ def replaced_tokens(rows: dict[str, Any]) -> torch.Tensor:
 def token_groups(
     inside: torch.Tensor,
     replaced: torch.Tensor,
-    targets: tuple[torch.Tensor | TopLogProbs | None, Head | None],
+    targets: tuple[torch.Tensor | Readings | TopLogProbs | None, Head | None],
     counts_others: bool,
     objective: Objective,
     replaced_objective: Objective | None,
@@ -64,7 +64,7 @@ def token_groups(
         return [TokenGroup(None, None, None, objective)]
     others = [TokenGroup(~inside, None, None, objective)] if counts_others and not inside.all() else []
     if replaced_objective is not None and (replaced & inside).any():
-        assert isinstance(states, torch.Tensor)  # no server's
+        assert not isinstance(states, TopLogProbs)  # no server's
         own = TokenGroup(inside & ~replaced, states[~replaced[inside]], head, objective)
         return [own, TokenGroup(inside & replaced, states[replaced[inside]], head, replaced_objective), *others]
     return [TokenGroup(inside if others else None, states, head, objective), *others]

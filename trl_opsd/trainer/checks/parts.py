@@ -1,45 +1,16 @@
-"""What cannot work, in the order in which it becomes known: all but the last before the model is loaded."""
+"""What a method's parts, its rows and its rewards cannot do together, known before the model is loaded."""
 
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
-from ..context import MarkingContext, NoContext, PrivilegedContext, SampledContext, check_embedded
-from ..sampling.prompts import PromptSource, RewardingPromptSource
-from ..sampling.sources import CompletionSource
-from ..signal import Advantage, Signals, TokenWeighting
-from .config import SelfDistillationConfig
-
-
-def check_model(model: Any, peft_config: Any) -> None:
-    """
-    Refuse adapters that put tokens in front of the prompt.
-
-    Raises:
-        ValueError: If there is such an adapter.
-    """
-    if getattr(peft_config or getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError(
-            "Prefix, prompt and p-tuning put virtual tokens in front of the prompt, which would shift the teacher "
-            "and the student against each other. Use LoRA, or train all weights."
-        )
-
-
-def check_text_only(tokenizer: Any) -> None:
-    """
-    Refuse processors, of images and text.
-
-    Raises:
-        ValueError: If it is no tokenizer.
-    """
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(
-            f"What is trained on is text, and needs a tokenizer, got {type(tokenizer).__name__}. Pass "
-            "`processing_class=AutoTokenizer.from_pretrained(...)`."
-        )
+from ...context import MarkingContext, NoContext, PrivilegedContext, SampledContext
+from ...sampling.prompts import PromptSource, RewardingPromptSource
+from ...sampling.sources import CompletionSource
+from ...signal import Advantage, Signals, TokenWeighting
+from ..config import SelfDistillationConfig
 
 
 def check_number_of_rows(args: SelfDistillationConfig, train_dataset: Any) -> None:
@@ -233,81 +204,6 @@ def _check_context_of(
                 )
 
 
-def check_completion_length(args: SelfDistillationConfig, model_config: Any, samples_itself: bool) -> None:
-    """
-    Refuse completions without a limit, which transformers would end after 20 tokens.
-
-    Args:
-        args ([`SelfDistillationConfig`]):
-            Configuration.
-        model_config (`PreTrainedConfig`):
-            Configuration of the policy.
-        samples_itself (`bool`):
-            Whether this trainer samples the completions, and not a `rollout_func`.
-
-    Raises:
-        ValueError: If there is no limit.
-    """
-    if args.max_completion_length is None and samples_itself:
-        context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-        most = "" if context is None else f": at most what the model's context of {context} leaves beside the prompts"
-        raise ValueError(
-            "`max_completion_length=None` sets no limit, and rollouts would end after a default of 20 tokens. Set it "
-            f"to a number of tokens{most}."
-        )
-
-
-def check_special_tokens(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None) -> None:
-    """
-    Refuse a tokenizer that has nothing to pad with, or pads or ends with a token that the model does not have.
-
-    Raises:
-        ValueError: Naming the token and the way out.
-    """
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise ValueError(
-            "The tokenizer has neither a pad token nor an eos token to pad with. Set `tokenizer.pad_token`."
-        )
-    given = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    check_embedded([token_id for token_id in given if token_id is not None], tokenizer, num_embeddings)
-
-
-def check_grpo_pass(policy: Any, router_aux_loss_coef: float) -> None:
-    """
-    Refuse a forward pass of GRPOTrainer's own with a model in which it does not find the backbone.
-
-    Args:
-        policy ([`~transformers.PreTrainedModel`]):
-            Causal language model.
-        router_aux_loss_coef (`float`):
-            Weight of the loss that balances experts.
-
-    Raises:
-        ValueError: If the model has its backbone under another name than it states, as Llama 4 has.
-    """
-    if policy.base_model is policy:
-        raise ValueError(
-            f"{type(policy).__name__} can be trained, but GRPOTrainer's own forward pass does not find its backbone. "
-            f"Leave out what asks for that pass: `router_aux_loss_coef={router_aux_loss_coef}` (set it to 0.0), "
-            "`entropy_coef`, or a `distillation_temperature` other than `temperature` with GRPO's loss."
-        )
-
-
-def check_auxiliary_loss(args: SelfDistillationConfig, has_one: bool, coefficient: float) -> None:
-    """
-    Refuse the auxiliary loss of a mixture of experts beside passes of some rows.
-
-    Raises:
-        ValueError: If there is one, and rows are cut into passes.
-    """
-    if args.max_tokens_per_microbatch is not None and has_one:
-        raise ValueError(
-            f"`max_tokens_per_microbatch={args.max_tokens_per_microbatch}` cannot be combined with the auxiliary loss "
-            f"of a mixture of experts (`router_aux_loss_coef={coefficient}`), which is a statistic of the whole "
-            "micro-batch. Set `router_aux_loss_coef=0.0`, or leave `max_tokens_per_microbatch` unset."
-        )
-
-
 def _check_likelihood_alone(name: str, signals: Signals, args: SelfDistillationConfig) -> None:
     who = f"`token_weights` has {name}, in whose batches the policy reads the teacher's prompt"
     if args.teacher != "live":
@@ -342,13 +238,14 @@ def check_parts_and_context(signals: Signals, context: PrivilegedContext, args: 
             f"`privileged_context={args.privileged_context!r}` marks none. Set it to 'diagnosis', or to a class with "
             "`marks`."
         )
-    if not any(part.needs_contrast for part in parts):
+    if not any(part.needs_contrast for part in parts) and signals.target is None:
         return
     if not hasattr(context, "contrast_messages"):
         raise ValueError(
             "The method contrasts what the teacher says after several prompts, and "
             f"`privileged_context={args.privileged_context!r}` gives one. Set it to 'peers' with "
-            "`context_kwargs={'contrast': 4}`, or to a class with `contrast_messages`."
+            "`context_kwargs={'contrast': 4}`, to 'trl_opsd.methods.purified_opsd.ReferenceAlone', or to a class of "
+            "yours with `contrast_messages`."
         )
     if args.teacher_server_base_url is not None:
         raise ValueError(
@@ -388,6 +285,11 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
             )
     if args.teacher_server_base_url is not None:
         _check_signals_of_a_server(signals)
+    for part in signals.teacher_weightings if signals.target is not None else ():
+        raise ValueError(
+            f"`token_weights` has {type(part).__name__}, which weighs by what the teacher would write, and "
+            f"`target={args.target!r}` puts another distribution in its place. Leave one out."
+        )
     for weighting in signals.weightings:
         if weighting.needs_reward and not has_reward:
             raise ValueError(

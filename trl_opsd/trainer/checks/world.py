@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from .config import SelfDistillationConfig
+from ..config import SelfDistillationConfig
 
 
 def check_world(args: SelfDistillationConfig, accelerator: Accelerator, policy: PreTrainedModel | PeftModel) -> None:
