@@ -90,6 +90,8 @@ def target_of(file: str) -> str | None:
     module = file.removeprefix("trl_opsd/").removesuffix(".py").replace("/", ".")
     if file.startswith("trl_opsd/") and module in [name for modules in rooms().values() for name in modules]:
         return api_page(module)
+    if file.removeprefix("trl_opsd/") in rooms():
+        return f"api/{module}/index.md"
     fixed = {"README.md": "index.md", "recipes": "recipes/index.md", "trl_opsd/methods": "methods.md"}
     return fixed.get(file) or (f"files/{file}" if (ROOT / file).is_file() else None)
 
@@ -99,12 +101,14 @@ def turn_links(markdown: str, page: str) -> str:
     Turns the links of a page, which lead through the repository, to where the same is on the site.
 
     Raises:
-        ValueError: If a link leads to a file that is not there, or not on the site.
+        ValueError: If a link leads to what the site does not show.
     """
     source = source_of(page)
 
     def turned(match: re.Match[str]) -> str:
         before, link, anchor, after = match.groups()
+        if link is None:
+            return match[0]
         file = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
         if not (ROOT / file).exists():
             return match[0]  # a page that is made, or a link that mkdocs reports
@@ -113,9 +117,11 @@ def turn_links(markdown: str, page: str) -> str:
             raise ValueError(f"{source} links to {link}, which the site does not show.")
         return before + posixpath.relpath(target, posixpath.dirname(page) or ".") + (anchor or "") + after
 
-    link = re.compile(r"""(\]\(|(?:src|srcset|href)=")(?![a-z]+:|\#)([^)"#\s]+)(\#[^)"\s]*)?([)"])""")
-    parts = re.split(r"(```.*?```|`[^`\n]+`(?!\]))", markdown, flags=re.DOTALL)
-    return "".join(part if index % 2 else link.sub(turned, part) for index, part in enumerate(parts))
+    code, link = (
+        r"```.*?```|`[^`\n]+`",
+        r"""(\]\(|(?:src|srcset|href)=")(?![a-z]+:|\#)([^)"#\s]+)(\#[^)"\s]*)?([)"])""",
+    )
+    return re.sub(f"{code}|{link}", turned, markdown, flags=re.DOTALL)
 
 
 def files_linked_to(pages: dict[str, str]) -> set[str]:

@@ -58,13 +58,14 @@ def test_page_of_a_method(pages, name):
         ("quickstart.md", "../recipes/accelerate/zero2.yaml", "recipes/accelerate.md#zero2.yaml"),
         ("evaluation.md", "../trl_opsd/eval/metrics.py", "api/eval/metrics.md"),
         ("evaluation.md", "../trl_opsd/eval/benchmarks", "trl_opsd/eval/benchmarks.md"),
+        ("evaluation.md", "../trl_opsd/eval", "api/eval/index.md"),
         ("scoring.md", "../tests/eval/completions.jsonl", "files/tests/eval/completions.jsonl"),
         ("methods/opsd.md", "../methods.md#the-methods", "../methods.md#the-methods"),
         ("notebook.md", "https://huggingface.co/papers/2601.18734", "https://huggingface.co/papers/2601.18734"),
     ],
 )
 def test_where_links_lead(pages, page, link, turned):
-    assert pages.turn_links(f"see [it]({link}).", page) == f"see [it]({turned})."
+    assert pages.turn_links(f"see [`it`]({link}) and `that`.", page) == f"see [`it`]({turned}) and `that`."
     assert pages.turn_links(f'<img src="{link}">', page) == f'<img src="{turned}">'
     assert pages.turn_links(f"`[it]({link})`", page) == f"`[it]({link})`"
 
