@@ -12,6 +12,7 @@ ENTRY = re.compile(r"`?(?P<names>\*{0,2}\w+(?:, \w+)*)`?(?: \((?P<type>.+)\))?:(
 LINK = re.compile(r"\[`~?([\w.]+)`\](?![(\[])")
 FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"(```.*?```|`[^`\n]+`|\]\([^)]*\)|https?://\S+)", re.DOTALL)
+CODE_OR_TAG = re.compile(rf"({CODE.pattern[1:-1]}|</?[a-z]\w*(?:\s[^>]*)?>)", re.DOTALL)
 
 # A letter or two with what stands below or above it, as the formulas of docstrings and pages are written: p_T,v
 _BELOW = re.compile(r"_(\{[^}]+\}|[A-Za-z0-9½]+(?:,[a-z]\b)?)")
@@ -94,7 +95,7 @@ def _paragraph(text: str) -> str:
 
 def typeset(text: str, *, has_html: bool = False) -> str:
     """Sets what stands below a letter outside of code, and protects what Markdown would take for its own."""
-    parts = CODE.split(text)
+    parts = (CODE_OR_TAG if has_html else CODE).split(text)
     for index in range(0, len(parts), 2):
         part = parts[index] if has_html else re.sub(r"<(?=[^\W\d_])", "&lt;", parts[index])
         part = re.sub(r"(?<![\w*])([a-z])\*(?!\*)", r"\1&#42;", _before(part))

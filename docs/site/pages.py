@@ -173,6 +173,7 @@ def method_row(name: str) -> list[str]:
     """The row of docs/methods.md."""
     table = (DOCS / "methods.md").read_text(encoding="utf-8").split("## The methods\n")[1].split("\n## ")[0]
     [row] = [line for line in table.splitlines() if line.split(" | ")[1:2] == [f"`{name}`"]]
+    row = re.sub(r"\]\((?!https?:)", "](../", row)
     return row.strip("| ").split(" | ")
 
 

@@ -116,4 +116,6 @@ def test_typeset(site, text, typeset):
 
 
 def test_pages_keep_their_html(site):
-    assert site("docstrings").typeset('<img alt="p">, p_T', has_html=True) == '<img alt="p">, p<sub>T</sub>'
+    text = '<img src="p_T.png"> p_T(ŷ₍<t₎), p_S <br>'
+    expected = '<img src="p_T.png"> p<sub>T</sub>(ŷ<sub>&lt;t</sub>), p<sub>S</sub> <br>'
+    assert site("docstrings").typeset(text, has_html=True) == expected
