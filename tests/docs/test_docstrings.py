@@ -103,7 +103,7 @@ def test_docstring(site):
     ("text", "typeset"),
     [
         ("p_S and p_old, KL_x, Σ_{t ≤ K}", "p<sub>S</sub> and p<sub>old</sub>, KL_x, Σ<sub>t ≤ K</sub>"),
-        ("w̃_t·JSD_½", "w̃<sub>t</sub>·JSD<sub>½</sub>"),
+        ("w̃_t·JSD_½, π_θ", "w̃<sub>t</sub>·JSD<sub>½</sub>, π<sub>θ</sub>"),
         ("p_S(y*_t | y*₍<t₎)", "p<sub>S</sub>(y&#42;<sub>t</sub> | y&#42;<sub>&lt;t</sub>)"),
         ("*optional* and **bold**", "*optional* and **bold**"),
         ("`p_T` in trl_opsd.methods.u_opsd, [x](a/b_c.md)", "`p_T` in trl_opsd.methods.u_opsd, [x](a/b_c.md)"),
