@@ -7,7 +7,7 @@ from inspect import cleandoc
 from textwrap import dedent, indent
 
 
-SECTION = re.compile(r"(Args|Attributes|Example|Raises|Returns|Yields):")
+SECTION = re.compile(r"(Args|Attributes|Example|Parameters|Raises|Returns|Yields):")
 ENTRY = re.compile(r"`?(?P<names>\*{0,2}\w+(?:, \w+)*)`?(?: \((?P<type>.+)\))?:(?: (?P<text>.+))?")
 LINK = re.compile(r"\[`~?([\w.]+)`\](?![(\[])")
 FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)

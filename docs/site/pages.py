@@ -233,7 +233,8 @@ def yaml_folders() -> list[str]:
 def _recipe_row(path: Path, up: str) -> str:
     folder = path.parent.relative_to(ROOT).as_posix()
     first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return f"| [`{path.name}`]({up}/{folder}.md#{path.name}) | {first.lstrip('# ') if first.startswith('#') else ''} |"
+    name = path.relative_to(ROOT).as_posix().removeprefix("recipes/")
+    return f"| [`{name}`]({up}/{folder}.md#{path.name}) | {first.lstrip('# ') if first.startswith('#') else ''} |"
 
 
 def recipes_page() -> str:

@@ -99,6 +99,23 @@ def test_docstring(site):
     assert site("docstrings").markdown(DOCSTRING, known.__getitem__) == MARKDOWN
 
 
+def test_groups_of_parameters(site):
+    docstring = """
+    Parameters:
+        > Of one
+
+        one (`int`):
+            A one.
+
+        > Of two
+
+        two (`int`):
+            A two.
+    """
+    groups = ["**Parameters**", "**Of one**", "`one` (`int`)\n:   A one.", "**Of two**", "`two` (`int`)\n:   A two."]
+    assert site("docstrings").markdown(docstring, {}.__getitem__) == "\n\n".join(groups)
+
+
 @pytest.mark.parametrize(
     ("text", "typeset"),
     [

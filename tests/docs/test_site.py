@@ -38,9 +38,9 @@ def test_page_of_a_method(pages, name):
     assert f"```bibtex\n{method.citation.strip()}\n```" in page
     assert f"| [written from](../methods.md#the-methods) | {method.status} |" in page
     assert f"\n::: trl_opsd.methods.{METHODS[name]}\n" in page
-    recipes = {path.name for path in pages.method_recipes(name)}
-    assert f"{name}.yaml" in recipes
-    assert recipes <= set(re.findall(r"\[`([\w.-]+\.yaml)`\]", page))
+    recipes = {path.relative_to(ROOT / "recipes").as_posix() for path in pages.method_recipes(name)}
+    assert f"playground/{name}.yaml" in recipes
+    assert recipes == set(re.findall(r"\[`([\w./-]+\.yaml)`\]", page))
     command, config = re.search(r"^trl-opsd (\w+) --config (.+)$", page, re.MULTILINE).groups()
     assert command == name
     assert (ROOT / config).is_file()
