@@ -50,7 +50,7 @@ study-quick: $(VENV)/.demo ## a small and untuned part of the study, at most 20 
 	$(PY) -m trl_opsd.study --quick $(ARGS)
 
 docs: $(DOCS_VENV)/.done ## build the site into site/, which opens from the disk; a link or a name that leads nowhere fails
-	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(DOCS_VENV)/bin/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(DOCS_VENV)/bin/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 notebook: $(VENV)/.notebook ## run docs/notebook.ipynb and keep what it shows
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) docs/site/run_notebook.py

@@ -249,7 +249,7 @@ def folder_page(folder: str) -> str:
     parts = [f"# {folder}"]
     for path in sorted((ROOT / folder).glob("*.yaml")):
         text = path.read_text(encoding="utf-8").strip()
-        parts.append(f"## {path.name} {{ #{path.name} }}\n\n```yaml\n{text}\n```")
+        parts.append(f"## `{path.name}` {{ #{path.name} }}\n\n```yaml\n{text}\n```")
     return "\n\n".join(parts)
 
 
