@@ -69,7 +69,7 @@ def test_unknown_command(capsys):
     assert cli.main(["opsdd"]) == 2
     assert capsys.readouterr().err == "trl-opsd: error: unknown command `opsdd`. Did you mean `opsd`?\n"
     assert cli.main(["xyzzy"]) == 2
-    assert "unknown command `xyzzy`. Choose from: opsd, opsdc, pbsd, " in capsys.readouterr().err
+    assert "unknown command `xyzzy`. Choose from: opsd, purified_opsd, opsdc, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [*METHODS, "distill"])

@@ -61,7 +61,7 @@ class InspectedRollout:
         listed_log_probs (`np.ndarray` of shape `(T, 2, k)`):
             Their log-probabilities, −inf where there is none.
         loss (`float`):
-            See [`losses`].
+            What the list of rollouts is sorted by.
         facts (`dict[str, Any]`):
             What else is known, by what it is called, as JSON holds it.
     """

@@ -100,9 +100,8 @@ def score(
     batch = _padded("prompt", student_prompts, "left", tokenizer.pad_token_id, accelerator.device)
     batch["images"] = [trainer.teacher_prompt.student_images(prompt, trainer.tools) for prompt in prompts]
     batch |= _padded("completion", completion_ids, "right", tokenizer.pad_token_id, accelerator.device)
-    teacher_prompts = trainer.teacher_inputs.into(
-        batch, generation, num_generations, trainer.teacher.annotate, Metrics(), is_training=False
-    )
+    asked = num_generations, trainer.teacher.annotate, Metrics()
+    teacher_prompts = trainer.teacher_inputs.into(batch, generation, *asked, is_training=False)
     scores = _scores(trainer, batch, generation.contrasts, num_listed)
     streams = _streams(trainer, batch, rewards, scores, num_generations) if with_streams else None
     return Scored(student_prompts, teacher_prompts, scores, streams)
