@@ -16,7 +16,7 @@ TILES = [1, 4, 11, 12, 22, 23, 1000]
 
 @pytest.fixture(params=TILES)
 def tile(request, monkeypatch):
-    monkeypatch.setattr(products, "_TILE_ELEMENTS", request.param * SIZE + SIZE - 1)
+    monkeypatch.setattr(products, "TILE_ELEMENTS", request.param * SIZE + SIZE - 1)
     return request.param
 
 
@@ -100,7 +100,7 @@ def test_add_outer(dtype, tile):
     ],
 )
 def test_what_need_not_be_converted_is_not_cut_into_tiles(dtype, stored, one_product, monkeypatch, device):
-    monkeypatch.setattr(products, "_TILE_ELEMENTS", 5 * SIZE)
+    monkeypatch.setattr(products, "TILE_ELEMENTS", 5 * SIZE)
     hidden, weight = tensor(ROWS, SIZE, dtype=dtype, seed=0), tensor(VOCABULARY, SIZE, dtype=stored, seed=1)
 
     with Products() as record:

@@ -78,4 +78,6 @@ def unsharded(head: Head, num_tokens: int | None = None) -> Head:
     weight = whole(head.weight)
     assert weight is not None
     bias = whole(head.bias)
-    return Head(weight[:num_tokens], None if bias is None else bias[:num_tokens], head.scale, head.softcap)
+    if num_tokens is not None:  # a slice of all would cost a gradient of its own
+        weight, bias = weight[:num_tokens], None if bias is None else bias[:num_tokens]
+    return Head(weight, bias, head.scale, head.softcap)
