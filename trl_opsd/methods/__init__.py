@@ -77,6 +77,31 @@ def config_class(name: str) -> "type[SelfDistillationConfig]":
     return getattr(import_module(module), class_name)
 
 
+def method_of_recipe(path: str | Path) -> str:
+    """
+    The training command that a recipe is for, by its folder, or else by its own name.
+
+    Args:
+        path (`str` or `Path`):
+            The recipe.
+
+    Returns:
+        `str`:
+            Key of `TRAINABLE`.
+
+    Raises:
+        ValueError: If neither is one.
+    """
+    file = Path(path).resolve()
+    for name in (file.parent.name, file.stem):
+        if name in TRAINABLE:
+            return name
+    raise ValueError(
+        f"Neither the folder nor the name of `--config {path}` is a training command. Name it by `--method`, one of: "
+        f"{', '.join(TRAINABLE)}."
+    )
+
+
 def summary(name: str) -> str:
     """
     What a training command does. Its method is read, not imported.

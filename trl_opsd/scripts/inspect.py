@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from trl_opsd.files import write_whole
-from trl_opsd.methods import TRAINABLE, config_class
+from trl_opsd.methods import TRAINABLE, method_of_recipe
 
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _page(asked: Namespace, fields: list[str]) -> str:
     from trl_opsd.scripts.train import make_trainer
     from trl_opsd.trainer.score import reward, score
 
-    parser = training_parser(_method(asked), prog="trl-opsd inspect")
+    parser = training_parser(asked.method or method_of_recipe(asked.config), prog="trl-opsd inspect")
     script_args, args, model_args, dataset_args = parser.parse_args_and_config(
         ["--config", str(asked.config), *fields]
     )
@@ -132,17 +132,6 @@ def _page(asked: Namespace, fields: list[str]) -> str:
         ("completions", str(asked.completions or f"sampled at temperature {args.temperature:g}")),
     ]
     return token_page(f"Rollouts of {asked.model}", rollouts, about, trainer.teacher_prompt.tokenizer)
-
-
-def _method(asked: Namespace) -> str:
-    for name in (asked.method, asked.config.resolve().parent.name, asked.config.stem):
-        if name in TRAINABLE:
-            config_class(name)
-            return str(name)
-    raise ValueError(
-        f"Neither the folder nor the name of `--config {asked.config}` is a training command. Name it by `--method`, "
-        f"one of: {', '.join(TRAINABLE)}."
-    )
 
 
 def _checkpoint(folder: Path) -> Path | None:

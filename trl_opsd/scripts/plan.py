@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_opsd.files import recipes_folder
-from trl_opsd.methods import TRAINABLE, config_class
+from trl_opsd.methods import TRAINABLE, config_class, method_of_recipe
 
 
 if TYPE_CHECKING:
@@ -164,7 +164,9 @@ def read_setting(asked: Namespace, fields: list[str]) -> "tuple[Setting, str]":
 
     num_gpus, gpu = parse_gpus(asked.gpus)
     sharding = _sharding(asked, num_gpus)
-    method = _method(asked)
+    if not (asked.method or asked.config):
+        raise ValueError("No recipe to plan: give `--config recipe.yaml`, or fields and `--method`.")
+    method = asked.method or method_of_recipe(asked.config)
     classes = (SelfDistillationScriptArguments, _for_processes(config_class(method), num_gpus), ModelConfig)
     parser = RecipeParser((*classes, DatasetMixtureConfig), prog="trl-opsd plan", retired=RETIRED)
     config = [] if asked.config is None else ["--config", str(asked.config)]
@@ -183,19 +185,6 @@ def read_setting(asked: Namespace, fields: list[str]) -> "tuple[Setting, str]":
         args, gpu, num_gpus, sharding, policy, lengths, external, asked.vllm_server_gpus, asked.mean_completion_tokens
     )
     return setting, f"trl-opsd {method}, {model_args.model_name_or_path}"
-
-
-def _method(asked: Namespace) -> str:
-    if asked.method is not None:
-        return str(asked.method)
-    names = () if asked.config is None else (asked.config.resolve().parent.name, asked.config.stem)
-    for name in names:
-        if name in TRAINABLE:
-            return name
-    raise ValueError(
-        f"Neither the folder nor the name of `--config {asked.config}` is a training command. Name it by `--method`, "
-        f"one of: {', '.join(TRAINABLE)}."
-    )
 
 
 def _for_processes(config: type, number: int) -> "type[SelfDistillationConfig]":

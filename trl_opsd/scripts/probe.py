@@ -10,7 +10,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any, cast
 
 from trl_opsd.help import help_from_docstring
-from trl_opsd.methods import TRAINABLE, config_class
+from trl_opsd.methods import TRAINABLE, config_class, method_of_recipe
 from trl_opsd.scripts.recipe import RecipeParser
 
 
@@ -160,17 +160,10 @@ def method_of(argv: Sequence[str]) -> str:
     if {"-h", "--help"} & set(argv):
         return "distill"
     if "--config" in given:
-        path = Path(given["--config"]).resolve()
-        for name in (path.parent.name, path.stem):
-            if name in TRAINABLE:
-                return name
-    known = f"`--method`, one of: {', '.join(TRAINABLE)}."
-    if "--config" in given:
-        raise ValueError(
-            f"Neither the folder nor the name of `--config {given['--config']}` is a training command. "
-            f"Name it by {known}"
-        )
-    raise ValueError(f"No recipe to probe: give `--config recipe.yaml`, or flags and {known}")
+        return method_of_recipe(given["--config"])
+    raise ValueError(
+        f"No recipe to probe: give `--config recipe.yaml`, or flags and `--method`, one of: {', '.join(TRAINABLE)}."
+    )
 
 
 def run(
