@@ -115,8 +115,10 @@ def _to_trackio(trainer: Any, file: Path, step: int) -> None:
         return
     import trackio
 
-    if log_artifact := getattr(trackio, "log_artifact", None):
-        log_artifact(str(file), name="inspect", type="inspect")
+    if hasattr(trackio, "log_artifact"):
+        trackio.log_artifact(str(file), name="inspect", type="inspect", aliases=[f"step-{step}"])
+    else:
+        warnings.warn(f"{file} is not logged: this trackio has no artefacts. Install a newer one.", stacklevel=2)
 
 
 def _to_tensorboard(trainer: Any, file: Path, step: int) -> None:
