@@ -12,8 +12,11 @@ from trl_opsd.cli import main
 
 ROOT = Path(__file__).parents[2] / "recipes"
 MODELS = Path(__file__).parent / "models"
+IMAGES = ROOT / "rlsd/qwen3-vl-8b.yaml"
 RECIPES = sorted(
-    path for path in ROOT.rglob("*.yaml") if path.parent.name != "accelerate" and not path.stem.startswith("generate-")
+    path
+    for path in ROOT.rglob("*.yaml")
+    if path.parent.name != "accelerate" and not path.stem.startswith("generate-") and path != IMAGES
 )
 GPUS = {80: "H100-80GB", 96: "RTXPRO6000-96GB", 140: "H200-141GB"}
 
@@ -43,3 +46,11 @@ def test_recipe_is_planned(recipe, capsys):
     assert plan["fits"] == (status == 0)
     assert plan["peak_bytes"] == max(sum(parts.values()) for parts in plan["memory"].values())
     assert plan["fits"] or plan["suggestions"]
+
+
+def test_a_model_that_reads_images(capsys, tmp_path):
+    config = {"model_type": "qwen3_vl", "vision_config": {}, "text_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = ["--config", str(IMAGES), "--gpus", "8xH100-80GB", "--model_config", str(tmp_path)]
+    assert main(["plan", *given]) == 2
+    assert "reads images, whose tokens and passes are not planned" in capsys.readouterr().err

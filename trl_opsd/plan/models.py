@@ -33,8 +33,18 @@ def load_config(name: str, path: Path | None, field: str, **kwargs: Any) -> Any:
             Keyword arguments of `AutoConfig.from_pretrained`.
 
     Raises:
-        ValueError: If there is none that can be read here.
+        ValueError: If there is none that can be read here, or it is of a model that reads images too.
     """
+    config = _read_config(name, path, field, **kwargs)
+    if getattr(config, "vision_config", None) is not None:
+        raise ValueError(
+            f"{path or name} reads images, whose tokens and passes are not planned. Name the config.json of a model "
+            f"of its text part alone by `{field}`, for what text takes."
+        )
+    return config
+
+
+def _read_config(name: str, path: Path | None, field: str, **kwargs: Any) -> Any:
     if path is not None:
         file = path / "config.json" if path.is_dir() else path
         try:
