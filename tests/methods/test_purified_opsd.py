@@ -6,7 +6,7 @@ from tiny import make_model
 
 from trl_opsd import PurifiedOPSDConfig, SelfDistillationTrainer
 from trl_opsd.methods.purified_opsd import Purified, ReferenceAlone
-from trl_opsd.trainer.checks import check_parts_and_context
+from trl_opsd.trainer.checks.parts import check_parts_and_context
 
 
 P_0, P_T, P_C = ([[0.6, 0.3, 0.1]], [[0.2, 0.5, 0.3]], [[0.3, 0.3, 0.4]])

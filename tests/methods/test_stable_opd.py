@@ -87,9 +87,11 @@ def test_what_the_paper_watches():
     metrics = Metrics()
     texts = ["so we try again " * 700, "It is 7.", "so we try again " * 700, "so we try again " * 700]
     truncated, counted = torch.tensor([True, False, False, True]), torch.tensor([True, True, True, False])
-    add_degeneration(metrics, texts, truncated, counted)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]])
+    add_degeneration(metrics, texts, mask, truncated, counted)
     metrics.reduce(lambda own: own)
     assert metrics.take() == {
+        "rollouts/mean_length": 2.0,
         "rollouts/truncated_rate": pytest.approx(1 / 3),
         "rollouts/repetition_rate": pytest.approx(2 / 3),
     }

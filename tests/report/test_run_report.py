@@ -203,7 +203,9 @@ def test_evaluations_of_the_loss_are_points(tmp_path):
 
 def test_what_guards_saw_is_drawn(tmp_path):
     log = [*steps(1.0, 0.5), entry(3, loss=1.0, **{"guards/entropy": 2})]
-    runs = read_runs([make_run(tmp_path / "run", log)])
+    sessions = [session(guards=["Guard `entropy` at step 3: it falls."])]
+    runs = read_runs([make_run(tmp_path / "run", log, sessions=sessions)])
+    assert "<p>run: Guard `entropy` at step 3: it falls.</p>" in report(runs[0].folder)
     assert lines(panel("What guards saw", runs), runs) == {"entropy": [[3], [2]]}
 
 

@@ -387,7 +387,7 @@ def test_a_run_that_was_finished_takes_no_further_step(make_trainer, checkpoints
 
 def test_counts_go_on(make_trainer, checkpoints):
     state = read_state(checkpoints / "checkpoint-3")
-    parts = {**state["parts"], "guard": {"skipped_steps": 5}}
+    parts = {**state["parts"], "guards": {**state["parts"]["guards"], "skipped_steps": 5}}
     finish(checkpoints / "checkpoint-3", {**state, "parts": parts})
     trainer = make_trainer(max_steps=4)
     trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-3"))

@@ -12,7 +12,7 @@ from trl import GRPOConfig
 from trl_opsd import OPSDCConfig, OPSDConfig, SelfDistillationConfig
 from trl_opsd.objective import Objective
 from trl_opsd.trainer.checks import settings
-from trl_opsd.trainer.config import RETIRED
+from trl_opsd.trainer.checks.settings import RETIRED
 
 
 CONFIGS = [SelfDistillationConfig, OPSDConfig, OPSDCConfig]

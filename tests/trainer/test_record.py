@@ -57,6 +57,17 @@ def test_settings_are_kept_with_the_defaults_they_differ_from(make):
     assert "secret" not in json.dumps(kept)
 
 
+def test_what_guards_say_is_kept(make):
+    class Trouble(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.guards.tell(f"It falls at step {state.global_step}.")
+
+    trainer = make(callbacks=[Trouble()])
+    trainer.train()
+    [session] = read(trainer)["sessions"]
+    assert session["guards"] == ["It falls at step 1.", "It falls at step 2."]
+
+
 def test_a_run_without_a_method_has_none(make):
     trainer = make(SelfDistillationTrainer, SelfDistillationConfig)
     trainer.train()

@@ -81,6 +81,9 @@ def test_what_reward_functions_log_is_there_until_rewards_are_returned():
 
 
 def test_epochs_are_run_by_one_method():
+    assert "if self.state.global_step != self._last_loaded_step" in inspect.getsource(
+        GRPOTrainer._generate_single_turn
+    )
     assert "self._run_epoch(" in inspect.getsource(GRPOTrainer._inner_training_loop)
 
 

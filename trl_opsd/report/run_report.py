@@ -107,6 +107,7 @@ def _state(runs: Sequence[Run]) -> Markup:
     lines = [
         f"{run.name + ': ' if len(runs) > 1 else ''}{' '.join([_progress(run), *_came_of_it(run)])}" for run in runs
     ]
+    lines += [f"{run.name}: {said}" for run in runs for session in run.sessions for said in session.guards]
     if missing := missing_metrics(runs):
         lines.append(
             f"Not in the log: {', '.join(missing)}. It was written by another trainer, or by another version of this "

@@ -39,7 +39,7 @@ def make_parser(method: str, prog: str | None = None) -> RecipeParser:
     Raises:
         ValueError: If there is no such method.
     """
-    from trl_opsd.trainer.config import RETIRED
+    from trl_opsd.trainer.checks.settings import RETIRED
 
     return RecipeParser(
         (SelfDistillationScriptArguments, config_class(method), ModelConfig, DatasetMixtureConfig),
@@ -122,7 +122,8 @@ def run(
     if checkpoint is not None:
         trainer.accelerator.print(f"Resuming from {checkpoint}.")
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.accelerator.print("✅ Training completed.")
+    ended = trainer.guards.reason
+    trainer.accelerator.print("✅ Training completed." if ended is None else f"🛑 Training ended early. {ended}")
 
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")

@@ -267,7 +267,8 @@ class TeacherInputs:
         add_contexts(metrics, batch, len(generation.empty))
         has_tokens = torch.tensor([position not in generation.empty for position in range(len(masks))])
         counted = has_tokens.to(masks.device) & ~batch["replaced"]
-        add_degeneration(metrics, list(map(_text, generation.completions)), batch["truncated"], counted)
+        texts = list(map(_text, generation.completions))
+        add_degeneration(metrics, texts, batch["completion_mask"], batch["truncated"], counted)
         if is_training and self.memories:
             rows = zip(generation.rows, cast(Sequence[Rollouts], generation.groups), strict=True)
             everyone = self.gather([(row, group.all) for row, group in rows if group.index == 0])

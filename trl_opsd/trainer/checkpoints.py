@@ -72,6 +72,30 @@ def newest_complete(output_dir: str) -> str | None:
     return None
 
 
+def move_later(output_dir: Path, step: int) -> Path | None:
+    """
+    Move the checkpoints of later steps where they are not resumed from, nor pushed to the Hub.
+
+    Args:
+        output_dir (`Path`):
+            Folder of the run.
+        step (`int`):
+            Step of the newest checkpoint that stays.
+
+    Returns:
+        `Path`, *optional*: where they are now, if there were any.
+    """
+    checkpoints = map(Path, sort_checkpoints(str(output_dir)))
+    later = [path for path in checkpoints if int(path.name.rpartition("-")[2]) > step]
+    number = 1
+    while (aside := output_dir / f"_rolled_back-{number}").exists():
+        number += 1
+    for path in later:
+        aside.mkdir(exist_ok=True)
+        path.rename(aside / path.name)
+    return aside if later else None
+
+
 def read_state(directory: Path) -> dict[str, Any]:
     """
     What was handed to [`finish`].

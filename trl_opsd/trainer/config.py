@@ -10,23 +10,8 @@ from trl import GRPOConfig
 from ..help import did_you_mean, help_from_docstring
 from ..objective import Divergence, Objective, Support, Tail
 from ..objective.kernels import KERNELS
-from .checks.settings import check_config
+from .checks.settings import RETIRED, check_config
 from .method import Method
-
-
-# Fields that are gone, and what took their place
-RETIRED: dict[str, str] = {
-    "compile_divergence": "set `divergence_kernel` to 'compiled' or 'eager'",
-    "lmbda": "it is an argument of what completions come from. Set `completions` to 'dataset' or 'teacher' and "
-    "`completions_kwargs={'lmbda': ...}`",
-    "seq_kd": "set `completions='teacher'`, with the share of on-policy sequences in `completions_kwargs={'lmbda': "
-    "...}`",
-    **dict.fromkeys(
-        [f"eval_benchmarks{name}" for name in ("", "_steps", "_num_samples", "_limit", "_sampling", "_system_prompt")],
-        "it is one of the training commands. In Python, add a `trl_opsd.eval.in_training.BenchmarkCallback` to the "
-        "trainer",
-    ),
-}
 
 
 # Fields whose default, in a method, belongs to the method's choice of another: the arguments of a part, say
@@ -241,6 +226,15 @@ class SelfDistillationConfig(GRPOConfig):
             "num_steps": 50}` is linear (`"delay"`: steps before it begins); `{"kind": "hysteresis", "value": 0.5}` is
             a gate (see [`Hysteresis`]); `"kind"` may be the import path of a subclass of [`Schedule`].
 
+        > Parameters that control what ends a run
+
+        guards (`dict[str, dict]` or `str`, *optional*):
+            What watches the run, by name and keyword arguments: `"non_finite"`, `"entropy"`, `"length"`,
+            `"truncation"`, `"repetition"`, `"divergence"`, `"teacher_gap"`, `"clipped"`, `"masked"`, `"benchmark"`, or
+            the import path of a subclass of [`Guard`]. `{"entropy": {"action": "stop"}}` changes one of them: its
+            `action` is `"warn"` by default, or `"off"`, `"stop"`, or `"rollback"`, which ends the run with the best
+            checkpoint from before the trouble. All that ship are on, those that are not named with their defaults.
+
         > Parameters that control the cost of a step
 
         divergence_memory (`int`, *optional*):
@@ -289,6 +283,7 @@ class SelfDistillationConfig(GRPOConfig):
         "advantage_kwargs",
         "schedules",
         "target_kwargs",
+        "guards",
         "replaced_divergence",
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
@@ -350,6 +345,7 @@ class SelfDistillationConfig(GRPOConfig):
     advantage: str = "grpo"
     advantage_kwargs: dict[str, Any] | str | None = None
     schedules: dict[str, Any] | str | None = None
+    guards: dict[str, Any] | str | None = None
 
     divergence_memory: int | None = None
     divergence_kernel: str | None = field(default=None, metadata={"choices": list(KERNELS)})

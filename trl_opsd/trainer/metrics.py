@@ -176,21 +176,26 @@ def add_peak_memory(metrics: Metrics, device: torch.device) -> None:
     metrics.add_maximum("memory/peak", torch.tensor([peak / 2**30], device=device))
 
 
-def add_degeneration(metrics: Metrics, texts: Sequence[str], truncated: torch.Tensor, counted: torch.Tensor) -> None:
+def add_degeneration(
+    metrics: Metrics, texts: Sequence[str], mask: torch.Tensor, truncated: torch.Tensor, counted: torch.Tensor
+) -> None:
     """
-    Add how many of the student's rollouts were cut off, and how many end in a loop.
+    Add how long the student's rollouts are, how many were cut off, and how many end in a loop.
 
     Args:
         metrics ([`Metrics`]):
             Where it goes.
         texts (`Sequence[str]`):
             Completions.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            1 for their tokens.
         truncated (`torch.Tensor` of shape `(B,)`, bool):
             Whether they were cut off before their end.
         counted (`torch.Tensor` of shape `(B,)`, bool):
             Whether they are the student's own, and have a token.
     """
     loops = torch.tensor([is_repetitive(text) for text in texts], device=truncated.device)
+    metrics.add_rate("rollouts/mean_length", (mask.sum(1) * counted).sum(), counted.sum())
     metrics.add_rate("rollouts/truncated_rate", (truncated & counted).sum(), counted.sum())
     metrics.add_rate("rollouts/repetition_rate", (loops & counted).sum(), counted.sum())
 

@@ -9,6 +9,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..context import PrivilegedContext, SampledContext, TeacherPrompt, TextContext, make_context, thinking_prefix
 from ..data import validate_rows
+from ..guard import Guards
 from ..parts import make_part
 from ..sampling.prompts import PromptSource
 from ..sampling.sources import SOURCES, CompletionSource
@@ -28,6 +29,7 @@ from .checks.parts import (
     warn_of_unknown_sampler,
 )
 from .config import SelfDistillationConfig
+from .guards import make_guards
 from .lengths import fit_completions, prompt_budget
 from .signals import make_signals
 from .teachers import connect_teacher
@@ -47,6 +49,8 @@ class Prepared:
             Exchanges prompts before.
         signals ([`Signals`]):
             Write the streams of the loss.
+        guards ([`Guards`]):
+            Watch the run.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Of the policy and the teacher.
         teacher_prompt ([`TeacherPrompt`]):
@@ -65,6 +69,7 @@ class Prepared:
     completions: CompletionSource
     prompts: PromptSource | None
     signals: Signals
+    guards: Guards
     tokenizer: PreTrainedTokenizerBase
     teacher_prompt: TeacherPrompt
     served_teacher: ServedTeacher | None
@@ -145,7 +150,7 @@ def prepare(
     itself = {"tools": tools, "environment_factory": environment_factory, "rollout_func": rollout_func}
     completions, prompts = _make_sources(args, context, bool(reward_funcs), itself)
     check_curriculum(args, train_dataset, has_rewards, environment_factory)
-    signals = _make_signals(args, context, has_rewards)
+    signals, guards = _make_signals(args, context, has_rewards), make_guards(args)
     warn_of_unknown_sampler(signals, args)
 
     tokenizer, model_config = load_tokenizer_and_config(args, model, tokenizer)
@@ -165,7 +170,7 @@ def prepare(
     check_served_live_teacher(args, rollout_func)
     if args.use_vllm and args.vllm_mode == "server":
         wait_for_sampler(args.sampler_url, args.vllm_server_timeout, is_main_process=args.process_index == 0)
-    parts = context, completions, prompts, signals, tokenizer, teacher_prompt, served
+    parts = context, completions, prompts, signals, guards, tokenizer, teacher_prompt, served
     return Prepared(*parts, columns, train_dataset, eval_dataset)
 
 

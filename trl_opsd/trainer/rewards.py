@@ -18,6 +18,12 @@ def no_reward(completions: list[Any], **kwargs: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
+def forget_rewards(metrics: dict[str, list[float]]) -> None:
+    """Leave out of what GRPOTrainer logs what it says of rewards that stand in for none."""
+    for name in ("reward", "reward_std", "frac_reward_zero_std"):
+        metrics.pop(name, None)
+
+
 def hand_policy(
     reward_funcs: Sequence[Any],
     policy: nn.Module,

@@ -16,13 +16,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, send_to_device
 from datasets import Dataset, IterableDataset
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..files import locked
 from ..serving import ServerError
-from .checkpoints import begin, finish, is_complete, newest_complete, read_state
+from .checkpoints import begin, finish, is_complete, move_later, newest_complete, read_state
 
 
 # What the teacher reads, what leftover rollouts are, and what the position of a run counts in
@@ -203,7 +203,7 @@ class RunState:
                 part.load(directory)
 
     @contextmanager
-    def saving(self, directory: Path, state: TrainerState) -> Iterator[None]:
+    def saving(self, directory: Path, best: str | None) -> Iterator[None]:
         """
         A checkpoint, incomplete until the block, which writes weights and optimizer, has ended without an error. Older
         ones beyond `save_total_limit` go when this one is complete, and not before. All processes enter it.
@@ -211,8 +211,8 @@ class RunState:
         Args:
             directory (`Path`):
                 The checkpoint.
-            state ([`~transformers.TrainerState`]):
-                State of the trainer, which knows the best checkpoint.
+            best (`str`, *optional*):
+                The best checkpoint, which stays whatever its age.
         """
         args = self._args
         directory.mkdir(parents=True, exist_ok=True)  # on every machine
@@ -231,7 +231,13 @@ class RunState:
         if args.should_save:
             torch.save(args, directory / TRAINING_ARGS_NAME)  # with the limit
             finish(directory, self._record())
-            rotate_checkpoints(str(directory.parent), limit, state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(str(directory.parent), limit, best, use_mtime=True)
+
+    def move_later(self, output_dir: Path, step: int) -> Path | None:
+        """See [`~trl_opsd.trainer.checkpoints.move_later`]. All processes call this at once."""
+        self._accelerator.wait_for_everyone()  # they have been read
+        aside = move_later(output_dir, step) if self._args.should_save else None
+        return broadcast_object_list([aside])[0]
 
     def is_saved(self, directory: Path) -> bool:
         """Whether there is a complete checkpoint. All processes are told what the main process finds."""

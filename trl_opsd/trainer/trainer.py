@@ -30,7 +30,7 @@ What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_con
 - `_run_epoch(...)`, of transformers, takes the steps of an epoch, at least one.
 - `_get_train_sampler(dataset)` returns a `RepeatSampler`, which draws the order of each epoch from its `generator`.
 - `_load_from_checkpoint(checkpoint, model)` and `_load_best_model()`, of transformers, load the policy's weights; with
-  DeepSpeed only the second is called.
+  DeepSpeed only the second is called. vLLM is sent them where `_last_loaded_step` is not the step.
 - `_pending_extra_logs` and `_pending_metrics` hold what reward functions log of a batch until it is logged.
 - `_tokenize_prompts(prompts)`, `_metrics[mode]`, `_save_checkpoint(model, trial)`,
   `_load_optimizer_and_scheduler(checkpoint)`, `_set_signature_columns_if_needed()`.
@@ -51,7 +51,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from ..context import Memory, SampledContext, as_text, check_embedded, without_end
-from ..guard import SkipNonFiniteSteps
 from ..objective import generalized_jsd_loss
 from ..sampling import Sampling
 from ..scoring import announce_head, causal_lm
@@ -65,6 +64,7 @@ from .checks.world import check_world
 from .completing import Completing, Engines, encoded, with_stand_ins, without_empty
 from .config import SelfDistillationConfig
 from .curriculum import DrawnRows
+from .guards import roll_back
 from .loss import make_loss
 from .method import presented
 from .metrics import Metrics
@@ -72,7 +72,7 @@ from .policy import GRPOLoss
 from .preparation import Prepared, checked_arguments, checked_rows, prepare
 from .prompts import PromptExchange, settled
 from .record import RunRecord
-from .rewards import added_feedback, all_feedback, graded, hand_policy, no_reward
+from .rewards import added_feedback, all_feedback, forget_rewards, graded, hand_policy, no_reward
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
 from .sampler import PolicySampler
 from .sampling_settings import changed, teacher_settings
@@ -155,9 +155,10 @@ class SelfDistillationTrainer(GRPOTrainer):
         given = reward_funcs, peft_config, tools, rollout_func, environment_factory
         run = prepare(args, model, *data, *given)
         self.context, self.completion_source, self.signals = run.context, run.completions, run.signals
-        self.teacher_prompt, self._data_columns = run.teacher_prompt, run.columns
+        self.guards, self.teacher_prompt, self._data_columns = run.guards, run.teacher_prompt, run.columns
         self._generation, self._generation_step, self._first_micro_batch = Generation([]), -1, 0
         self._num_generated_tokens, self.statistics = 0, {"train": Metrics(), "eval": Metrics()}
+        self.record = RunRecord(self)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs or [no_reward],
@@ -166,7 +167,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             eval_dataset=run.eval_dataset,
             processing_class=run.tokenizer,
             reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), self.record],
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
@@ -180,8 +181,6 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._prepare_sampling(run)
         self._prepare_loss(run, getattr(peft_config, "init_lora_weights", False) in (True, "gaussian"))
         hand_policy(self.reward_funcs, self.model, self._tokenizer, self.tokenize_prompts, args)
-        self.record = RunRecord(self)
-        self.add_callback(self.record)
 
     def _settle_rewards(self, run: Prepared, environment_factory: Any) -> None:
         names = ("reward_funcs", "reward_func_names", "reward_processing_classes", "reward_weights")
@@ -259,17 +258,16 @@ class SelfDistillationTrainer(GRPOTrainer):
         self.teacher: Teacher = run.served_teacher or load_teacher(*given, adapter_starts_at_zero)
         self.loss = make_loss(*given, self.teacher, self.signals, padding)
         announce_head(self.model)
-        self._guard = SkipNonFiniteSteps()
-        self.add_callback(self._guard)
+        self.guards.watch(lambda: self.statistics["train"].latest)
+        self.add_callback(self.guards)
         seen = self.teacher, self.signals, self.statistics["train"], args.divergence_clip
         self.add_callback(StepCallback(*seen, self._begin_step, self.sampler.take_seconds))
 
         data = dataset_summary(self.train_dataset, ("prompt", *self._data_columns))
         self.run_state = RunState(accelerator, args, data, {"model": initial, "teacher": self.teacher.fingerprint})
         self.run_state.add("teacher", self.teacher)
-        self.run_state.add("guard", self._guard)
-        self.run_state.add("schedules", self.signals)
-        for name, part in (("context", self.context), ("prompts", run.prompts)):
+        parts = {"guards": self.guards, "schedules": self.signals, "context": self.context, "prompts": run.prompts}
+        for name, part in parts.items():
             if isinstance(part, Stateful):
                 self.run_state.add(name, part)
         self.run_state.add("counts", Attributes(self, num_generated_tokens="_num_generated_tokens"))
@@ -398,8 +396,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._generation = Generation(inputs)
         batch = super()._generate_and_score_completions(inputs)
         if not self.reward_funcs:
-            for name in ("reward", "reward_std", "frac_reward_zero_std"):
-                self._metrics[mode].pop(name, None)
+            forget_rewards(self._metrics[mode])
         self.teacher_inputs.into(batch, self._generation, size, self.teacher.annotate, metrics, mode == "train")
         num_sampled = self._generation.num_sampled_tokens(batch.get("tool_mask", 1) * batch["completion_mask"])
         self._num_generated_tokens += int(self.accelerator.reduce(num_sampled, "sum")) * (mode == "train")
@@ -442,7 +439,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         values = self.statistics[mode].take()
         if values and mode == "train":
-            values["skipped_steps/total"] = self._guard.skipped_steps
+            values |= self.guards.current()
         self._metrics[mode].update({name: [value] for name, value in values.items()})
         super().log(logs, start_time)
 
@@ -456,12 +453,13 @@ class SelfDistillationTrainer(GRPOTrainer):
         checkpoint = self.run_state.checkpoint(resume_from_checkpoint)
         save = partial(self._save_checkpoint, self.model, trial=None)
         with self.run_state.alone(), self.run_state.rescuing(self._place, save):
-            return super().train(checkpoint, *args, **kwargs)
+            output = super().train(checkpoint, *args, **kwargs)
+            roll_back(self.guards, self.run_state, self.args, self.state, self._load_best_model)
+            return output
 
     def _place(self) -> tuple[Path, int, bool]:
         # Sampling may come in the middle of a step, whose first micro-batches a resumed run begins with
-        is_within_step = self._step != self._first_micro_batch
-        is_between = is_within_step and self._first_micro_batch % self._generate_every != 0
+        is_between = self._step != self._first_micro_batch and self._first_micro_batch % self._generate_every != 0
         return self._folder(), self.state.global_step, is_between
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -478,6 +476,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             load_weights(Path(resume_from_checkpoint), self.model)
 
     def _load_best_model(self):
+        self._last_loaded_step = -1  # vLLM's weights are others
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel):
             super()._load_best_model()
         else:
@@ -492,7 +491,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         return Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
     def _save_checkpoint(self, model, trial):
-        with self.run_state.saving(self._folder(trial), self.state):
+        best = self.guards.best_folder(self._folder(trial)) or self.state.best_model_checkpoint
+        with self.run_state.saving(self._folder(trial), best):
             super()._save_checkpoint(model, trial)
 
     @property

@@ -11,6 +11,19 @@ from ...objective.top_log_probs import SERVED_SUPPORTS
 if TYPE_CHECKING:
     from ..config import SelfDistillationConfig
 
+# Fields that are gone, and what took their place
+RETIRED: dict[str, str] = {
+    "compile_divergence": "set `divergence_kernel` to 'compiled' or 'eager'",
+    "lmbda": "it is an argument of what completions come from. Set `completions` to 'dataset' or 'teacher' and "
+    "`completions_kwargs={'lmbda': ...}`",
+    "seq_kd": "set `completions='teacher'`, with the share of on-policy sequences in `completions_kwargs={'lmbda': "
+    "...}`",
+    **dict.fromkeys(
+        [f"eval_benchmarks{name}" for name in ("", "_steps", "_num_samples", "_limit", "_sampling", "_system_prompt")],
+        "it is one of the training commands. In Python, add a `trl_opsd.eval.in_training.BenchmarkCallback` to the "
+        "trainer",
+    ),
+}
 # Fields that an objective knows by another name
 _OBJECTIVE_FIELDS = {
     "support": "divergence_support",
