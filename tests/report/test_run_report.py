@@ -103,9 +103,11 @@ def test_a_run_that_has_logged_nothing(tmp_path):
 
 def test_a_log_of_another_trainer(tmp_path):
     page = report(make_run(tmp_path / "run", [entry(1, loss=1.0), entry(2, loss=0.5)]))
-    assert "Not in the log: distillation_loss, entropy, completions/mean_length." in page
+    assert "run: not in the log: distillation_loss, entropy, completions/mean_length." in page
     assert "<figcaption>Loss</figcaption>" in page
     assert "Entropy" not in page
+    one_of_ours = make_run(tmp_path / "ours", [entry(1, loss=1.0)], sessions=[session()])
+    assert "not in the log" not in report(one_of_ours)  # a method may have no divergence
 
 
 # How it went
