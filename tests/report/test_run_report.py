@@ -386,3 +386,19 @@ def test_time_of_steps_that_are_logged_together(tmp_path):
     [run] = read_runs([make_run(tmp_path / "run", [*log, entry(20, train_runtime=7200.0)])])
     assert step_seconds(run) == 50.0
     assert row(report(run.folder), "time of the last session, evaluations included")[1] == "2.0 h"
+
+
+def test_a_report_in_a_browser(browser, evaluated):
+    bad = "<img src=x onerror=\"document.title='taken'\">"
+    folder = evaluated("run", *[True] * 8, completion=bad + "</pre><script>document.title = 'taken'</script>{}")
+    file = folder / "report.html"
+    file.write_text(report(folder))
+    for scheme in ("light", "dark"):
+        browser.open(file, scheme)
+        assert browser.run("return document.title") == "OPSD: run"
+        assert browser.run("return document.querySelectorAll('main svg').length") == 9
+        shown = browser.run("return [...document.querySelectorAll('.columns pre')].map(e => e.textContent)")
+        assert bad + "</pre><script>document.title = 'taken'</script>0" in shown
+        # Nothing is wider than the page
+        assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert not browser.errors()
