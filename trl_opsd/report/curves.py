@@ -117,11 +117,11 @@ def benchmark_panels(runs: Sequence[Run]) -> list[Panel]:
     names = names_of(runs)
     for name in names:
         if match := _ACCURACY.fullmatch(name):
-            panels.append(Panel(f"Accuracy on {match[1]}", "%", "completions", {name: match[2]}))
+            panels.append(Panel(f"Accuracy on {match[1]}", "%", "problems", {name: match[2]}))
     for metric, title, unit in (("mean_tokens", "Length on", "tokens"), ("truncation_rate", "Truncated on", "%")):
         for name in names:
             if match := re.fullmatch(rf"eval_(.+)/{metric}", name):
-                panels.append(Panel(f"{title} {match[1]}", unit, "completions", {name: metric.replace("_", " ")}))
+                panels.append(Panel(f"{title} {match[1]}", unit, "problems", {name: metric.replace("_", " ")}))
     return panels
 
 
