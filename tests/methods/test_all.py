@@ -63,9 +63,9 @@ def are_equal(one, other):
 
 
 def logged(trainer):
-    """What each step logged, without what a clock says."""
+    """What each step logged, without what depends on the machine."""
     return [
-        {name: value for name, value in entry.items() if "time" not in name}
+        {name: value for name, value in entry.items() if "time" not in name and name != "memory/peak"}
         for entry in trainer.state.log_history
         if "loss" in entry
     ]

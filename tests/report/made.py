@@ -45,7 +45,7 @@ def steps(*losses, **values):
     ]
 
 
-def session(step=0, defaults=None, **settings):
+def session(step=0, defaults=None, guards=(), **settings):
     settings = {"learning_rate": 1e-5, "teacher": "initial", "output_dir": "somewhere", **settings}
     return {
         "step": step,
@@ -54,6 +54,7 @@ def session(step=0, defaults=None, **settings):
         "defaults": defaults or {},
         "versions": {"trl": "1.16.0", "vllm": None},
         "devices": "1 × cpu",
+        "guards": list(guards),
     }
 
 

@@ -103,9 +103,11 @@ def test_a_run_that_has_logged_nothing(tmp_path):
 
 def test_a_log_of_another_trainer(tmp_path):
     page = report(make_run(tmp_path / "run", [entry(1, loss=1.0), entry(2, loss=0.5)]))
-    assert "Not in the log: distillation_loss, entropy, completions/mean_length." in page
+    assert "run: not in the log: distillation_loss, entropy, completions/mean_length." in page
     assert "<figcaption>Loss</figcaption>" in page
     assert "Entropy" not in page
+    one_of_ours = make_run(tmp_path / "ours", [entry(1, loss=1.0)], sessions=[session()])
+    assert "not in the log" not in report(one_of_ours)  # a method may have no divergence
 
 
 # How it went
@@ -153,8 +155,10 @@ def test_every_metric_is_on_the_page_once(folder):
 
 def test_denominators_are_those_of_the_documentation():
     rows = re.findall(r"^\| (`.*?) \|.*\|(.*?)\|$", (DOCS / "metrics.md").read_text(encoding="utf-8"), re.MULTILINE)
-    over = {name: its.strip() for names, its in rows for name in re.findall(r"`(.*?)`", names)}
-    over["rollouts/repetition_rate"] = over["rollouts/truncated_rate"]  # "the same"
+    over, above = {}, ""
+    for names, its in rows:
+        above = above if its.strip() == "the same" else its.strip()
+        over |= dict.fromkeys(re.findall(r"`(.*?)`", names), above)
     for one in curves.PANELS:
         for name in one.curves:
             if not name.startswith("completions/"):  # TRL's
@@ -203,7 +207,9 @@ def test_evaluations_of_the_loss_are_points(tmp_path):
 
 def test_what_guards_saw_is_drawn(tmp_path):
     log = [*steps(1.0, 0.5), entry(3, loss=1.0, **{"guards/entropy": 2})]
-    runs = read_runs([make_run(tmp_path / "run", log)])
+    sessions = [session(guards=["Guard `entropy` at step 3: it falls."])]
+    runs = read_runs([make_run(tmp_path / "run", log, sessions=sessions)])
+    assert "<p>run: Guard `entropy` at step 3: it falls.</p>" in report(runs[0].folder)
     assert lines(panel("What guards saw", runs), runs) == {"entropy": [[3], [2]]}
 
 
@@ -382,3 +388,19 @@ def test_time_of_steps_that_are_logged_together(tmp_path):
     [run] = read_runs([make_run(tmp_path / "run", [*log, entry(20, train_runtime=7200.0)])])
     assert step_seconds(run) == 50.0
     assert row(report(run.folder), "time of the last session, evaluations included")[1] == "2.0 h"
+
+
+def test_a_report_in_a_browser(browser, evaluated):
+    bad = "<img src=x onerror=\"document.title='taken'\">"
+    folder = evaluated("run", *[True] * 8, completion=bad + "</pre><script>document.title = 'taken'</script>{}")
+    file = folder / "report.html"
+    file.write_text(report(folder))
+    for scheme in ("light", "dark"):
+        browser.open(file, scheme)
+        assert browser.run("return document.title") == "OPSD: run"
+        assert browser.run("return document.querySelectorAll('main svg').length") == 9
+        shown = browser.run("return [...document.querySelectorAll('.columns pre')].map(e => e.textContent)")
+        assert bad + "</pre><script>document.title = 'taken'</script>0" in shown
+        # Nothing is wider than the page
+        assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert not browser.errors()

@@ -148,7 +148,7 @@ def test_an_interrupted_run_says_how_to_go_on(recipe, tmp_path, capsys, monkeypa
 
 @pytest.mark.parametrize(
     ("args", "message"),
-    [([], "Name what to train with"), (["--config", "r.yaml"], "one of: opsd, opsdc")],
+    [([], "Name what to train with"), (["--config", "r.yaml"], "one of: opsd, purified_opsd, opsdc")],
 )
 def test_launched_without_a_method(args, message, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", *args])

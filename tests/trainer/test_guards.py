@@ -82,7 +82,8 @@ def taught(trainer):
 
 
 def history(trainer):
-    passing = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    passing = {"step_time", "sampling/step_time", "memory/peak"}
+    passing |= {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
     return [
         {name: value for name, value in entry.items() if name not in passing} for entry in trainer.state.log_history
     ]

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +12,13 @@ from trl_opsd import OPSDConfig, OPSDTrainer, SelfDistillationConfig, SelfDistil
 from trl_opsd.files import TRAINING_RECORD
 from trl_opsd.trainer import record
 from trl_opsd.trainer.metrics import Metrics, add_peak_memory
+
+
+@dataclass
+class Inputs:
+    dataset_name: str | None = None
+    seldom_set: int = 3
+    some_token: str | None = None
 
 
 @pytest.fixture
@@ -29,6 +37,7 @@ def read(trainer, name=TRAINING_RECORD):
 
 def test_settings_are_kept_with_the_defaults_they_differ_from(make):
     trainer = make(divergence_clip=0.5, hub_token="secret")
+    trainer.record.inputs = [Inputs(dataset_name="sums", some_token="secret")]
     trainer.train()
     kept = read(trainer)
     [session] = kept["sessions"]
@@ -43,7 +52,20 @@ def test_settings_are_kept_with_the_defaults_they_differ_from(make):
     # What follows from other settings is no choice
     assert session["settings"]["steps_per_generation"] is not None
     assert "steps_per_generation" not in session["defaults"]
+    assert (session["settings"]["dataset_name"], session["defaults"]["dataset_name"]) == ("sums", None)
+    assert "seldom_set" not in session["defaults"]
     assert "secret" not in json.dumps(kept)
+
+
+def test_what_guards_say_is_kept(make):
+    class Trouble(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.guards.tell(f"It falls at step {state.global_step}.")
+
+    trainer = make(callbacks=[Trouble()])
+    trainer.train()
+    [session] = read(trainer)["sessions"]
+    assert session["guards"] == ["It falls at step 1.", "It falls at step 2."]
 
 
 def test_a_run_without_a_method_has_none(make):

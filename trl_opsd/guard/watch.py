@@ -30,6 +30,8 @@ class Guards(TrainerCallback):
     Attributes:
         skipper ([`SkipNonFiniteSteps`]):
             Skips and counts the steps whose gradient is not finite.
+        messages (`list[str]`):
+            What has been warned of.
         reason (`str`, *optional*):
             Why the training was ended, if it was.
         trouble_since (`int`, *optional*):
@@ -44,6 +46,7 @@ class Guards(TrainerCallback):
         self._latest: Callable[[], Mapping[str, float]] = dict
         self._num_skipped, self._is_main_process = 0, True
         self.skipper = SkipNonFiniteSteps()
+        self.messages: list[str] = []
         self.reason: str | None = None
         self.trouble_since: int | None = None
 
@@ -59,6 +62,7 @@ class Guards(TrainerCallback):
 
     def tell(self, text: str) -> None:
         """Warn, once for all processes."""
+        self.messages.append(text)
         if self._is_main_process:
             logger.warning(text)
 

@@ -104,11 +104,11 @@ def main_panels(runs: Sequence[Run]) -> list[Panel]:
     return [panel for panel in kept if panel.curves]
 
 
-def missing_metrics(runs: Sequence[Run]) -> list[str]:
-    """What every run with a divergence logs, and these did not."""
-    names = names_of(runs)
+def missing_metrics(run: Run) -> list[str]:
+    """What every run with a divergence logs, and this one, which has not said what it is, did not."""
+    names = names_of([run])
     wanted = ("loss", "distillation_loss", "entropy", "completions/mean_length")
-    return [name for name in wanted if name not in names] if any(run.log for run in runs) else []
+    return [name for name in wanted if name not in names] if run.log and not run.sessions else []
 
 
 def benchmark_panels(runs: Sequence[Run]) -> list[Panel]:
@@ -117,11 +117,11 @@ def benchmark_panels(runs: Sequence[Run]) -> list[Panel]:
     names = names_of(runs)
     for name in names:
         if match := _ACCURACY.fullmatch(name):
-            panels.append(Panel(f"Accuracy on {match[1]}", "%", "completions", {name: match[2]}))
+            panels.append(Panel(f"Accuracy on {match[1]}", "%", "problems", {name: match[2]}))
     for metric, title, unit in (("mean_tokens", "Length on", "tokens"), ("truncation_rate", "Truncated on", "%")):
         for name in names:
             if match := re.fullmatch(rf"eval_(.+)/{metric}", name):
-                panels.append(Panel(f"{title} {match[1]}", unit, "completions", {name: metric.replace("_", " ")}))
+                panels.append(Panel(f"{title} {match[1]}", unit, "problems", {name: metric.replace("_", " ")}))
     return panels
 
 

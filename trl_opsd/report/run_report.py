@@ -107,11 +107,13 @@ def _state(runs: Sequence[Run]) -> Markup:
     lines = [
         f"{run.name + ': ' if len(runs) > 1 else ''}{' '.join([_progress(run), *_came_of_it(run)])}" for run in runs
     ]
-    if missing := missing_metrics(runs):
-        lines.append(
-            f"Not in the log: {', '.join(missing)}. It was written by another trainer, or by another version of this "
-            "one or of TRL."
-        )
+    lines += [f"{run.name}: {said}" for run in runs for session in run.sessions for said in session.guards]
+    lines += [
+        f"{run.name}: not in the log: {', '.join(missing)}. It was written by another trainer, or by another version "
+        "of this one or of TRL."
+        for run in runs
+        if (missing := missing_metrics(run))
+    ]
     return Markup("\n").join(map(paragraph, lines))
 
 

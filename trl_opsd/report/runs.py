@@ -31,6 +31,8 @@ class Session(NamedTuple):
             Versions of packages.
         devices (`str`):
             Number and kind of the devices.
+        guards (`list[str]`):
+            What guards said.
     """
 
     step: int
@@ -39,6 +41,7 @@ class Session(NamedTuple):
     defaults: dict[str, Any]
     versions: dict[str, str | None]
     devices: str
+    guards: list[str]
 
 
 @dataclass(frozen=True)

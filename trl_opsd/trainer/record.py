@@ -30,7 +30,7 @@ _PAUSE = 30.0
 class RunRecord(TrainerCallback):
     """
     Keeps in the output folder what a run is (`training_run.json`: method, settings with the defaults that they differ
-    from, versions; an entry for each time it was begun or resumed) and what it has logged so far
+    from, versions, what guards said; an entry for each time it was begun or resumed) and what it has logged so far
     (`trainer_state.json`, as in checkpoints, at most every 30 seconds and at the end).
 
     Args:
@@ -45,21 +45,21 @@ class RunRecord(TrainerCallback):
     def __init__(self, trainer: "SelfDistillationTrainer"):
         self._trainer = trainer
         self._written: float | None = None  # before training, the log is of another run
+        self._record: dict[str, Any] = {}
         self.inputs: list[Any] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
         self._written = -_PAUSE
-        file = Path(args.output_dir) / TRAINING_RECORD
-        method = args.method
-        record = {
-            "method": None if method is None else dataclasses.asdict(method),
+        sessions = _sessions(Path(args.output_dir) / TRAINING_RECORD) if state.global_step else []
+        self._record = {
+            "method": None if args.method is None else dataclasses.asdict(args.method),
             "config": type(args).__name__,
             "summary": describe_run(self._trainer, state.max_steps),
-            "sessions": [*(_sessions(file) if state.global_step else []), self._session(args, state)],
+            "sessions": [*sessions, self._session(args, state)],
         }
-        write_whole(file, json.dumps(record, indent=2, default=str) + "\n")
+        self._write_record(args)
 
     def on_log(self, args, state, control, **kwargs):
         if self._written is not None and time.monotonic() - self._written >= _PAUSE:
@@ -75,8 +75,14 @@ class RunRecord(TrainerCallback):
         if self._written is None or not state.is_world_process_zero:
             return
         self._written = time.monotonic()
+        self._write_record(args)  # with what guards have said
         text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True)
         write_whole(Path(args.output_dir) / TRAINER_STATE_NAME, text + "\n")
+
+    def _write_record(self, args: Any) -> None:
+        self._record["sessions"][-1]["guards"] = self._trainer.guards.messages
+        text = json.dumps(self._record, indent=2, default=str)
+        write_whole(Path(args.output_dir) / TRAINING_RECORD, text + "\n")
 
     def _session(self, args: Any, state: TrainerState) -> dict[str, Any]:
         settings: dict[str, Any] = {}

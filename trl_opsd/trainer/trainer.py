@@ -160,6 +160,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._generation, self._generation_step, self._first_micro_batch = Generation([]), -1, 0
         self._num_generated_tokens, self.statistics = 0, {"train": Metrics(), "eval": Metrics()}
         self.observers: list[Callable[[dict[str, Any], Generation], None]] = []
+        self.record = RunRecord(self)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs or [no_reward],
@@ -168,7 +169,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             eval_dataset=run.eval_dataset,
             processing_class=run.processing_class,
             reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), self.record],
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
@@ -261,8 +262,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         announce_head(self.model)
         self.guards.watch(lambda: self.statistics["train"].latest)
         seen = self.teacher, self.signals, self.statistics["train"], args.divergence_clip
-        self.record = RunRecord(self)
-        for callback in (self.guards, StepCallback(*seen, self._begin_step, self.sampler.take_seconds), self.record):
+        for callback in (self.guards, StepCallback(*seen, self._begin_step, self.sampler.take_seconds)):
             self.add_callback(callback)
         data = dataset_summary(self.train_dataset, ("prompt", *self._data_columns))
         self.run_state = RunState(accelerator, args, data, {"model": initial, "teacher": self.teacher.fingerprint})
@@ -460,8 +460,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _place(self) -> tuple[Path, int, bool]:
         # Sampling may come in the middle of a step, whose first micro-batches a resumed run begins with
-        is_within_step = self._step != self._first_micro_batch
-        is_between = is_within_step and self._first_micro_batch % self._generate_every != 0
+        is_between = self._step != self._first_micro_batch and self._first_micro_batch % self._generate_every != 0
         return self._folder(), self.state.global_step, is_between
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
