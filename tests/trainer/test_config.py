@@ -208,14 +208,14 @@ def test_the_objective_is_that_of_the_fields(tmp_path):
 
 
 def test_every_refusal_is_in_order():
-    """A function of the file that is in none of the tuples would never be called."""
+    """A function of the file that is in none of the tuples would never be called. Methods call one of them."""
     refusals = {
         name
         for name, value in vars(settings).items()
         if inspect.isfunction(value) and value.__module__ == settings.__name__ and not name.startswith("_")
     }
     listed = settings.CHECKS + settings.SERVED_TEACHER_CHECKS + settings.SERVED_LIVE_TEACHER_CHECKS
-    assert sorted(check.__name__ for check in listed) == sorted(refusals - {"check_config"})
+    assert sorted(check.__name__ for check in listed) == sorted(refusals - {"check_config", "check_mean_over_sequences"})
 
 
 def test_generation_batch_must_still_hold_whole_groups(tmp_path):
