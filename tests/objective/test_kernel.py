@@ -25,7 +25,7 @@ SMALL = [("forward_kl", 0.5, "full", "bucket"), ("jsd", 0.3, "union_top_k", "buc
 def test_statistics_are_those_that_are_returned():
     output = make_case().fused(Objective())
 
-    assert output._fields == ("loss", *STATISTICS, "top_k_overlap", "top_k_mass")
+    assert output._fields == ("loss", *STATISTICS, "top_k_overlap", "top_k_mass", "listed_tokens", "listed_log_probs")
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
