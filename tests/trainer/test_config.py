@@ -215,7 +215,9 @@ def test_every_refusal_is_in_order():
         if inspect.isfunction(value) and value.__module__ == settings.__name__ and not name.startswith("_")
     }
     listed = settings.CHECKS + settings.SERVED_TEACHER_CHECKS + settings.SERVED_LIVE_TEACHER_CHECKS
-    assert sorted(check.__name__ for check in listed) == sorted(refusals - {"check_config", "check_mean_over_sequences"})
+    assert sorted(check.__name__ for check in listed) == sorted(
+        refusals - {"check_config", "check_mean_over_sequences"}
+    )
 
 
 def test_generation_batch_must_still_hold_whole_groups(tmp_path):
