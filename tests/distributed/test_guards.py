@@ -35,9 +35,7 @@ def jobs(weights):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("backend", "weights"), [("ddp", "lora"), ("ddp", "full"), ("zero3", "full"), ("fsdp2", "full")]
-)
+@pytest.mark.parametrize(("backend", "weights"), [("ddp", "lora"), ("ddp", "full"), ("zero3", "full")])
 def test_stop_and_rollback(backend, weights, tmp_path):
     found = launch(backend, jobs(weights), tmp_path)
     for name in ("stopped", "rolled-back"):
