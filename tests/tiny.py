@@ -1,5 +1,6 @@
 """A tiny tokenizer and a tiny random model, made on the spot."""
 
+import copy
 import string
 
 import torch
@@ -72,3 +73,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **overrides) -
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return place(model)
+
+
+def away_from(model):
+    """The model after some training, in place, and what it was."""
+    initial = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+    return initial

@@ -1,16 +1,19 @@
 """Files and folders that are whole or not there, and that one run at a time works in."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 
 # In the output folder of a training run: what it is
 TRAINING_RECORD = "training_run.json"
+_MISSING = object()
 
 
 @contextmanager
@@ -118,6 +121,41 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def take_up(record: Path, data: Path, settings: Mapping[str, Any], way_out: str, **others: Any) -> None:
+    """
+    Begin what is written row by row into a folder, or take up what is there.
+
+    Args:
+        record (`Path`):
+            JSON file that says how `data` is made.
+        data (`Path`):
+            File of rows. Without a row, what was asked before binds nobody.
+        settings (`Mapping[str, Any]`):
+            What it is only taken up with the same of.
+        way_out (`str`):
+            What to do about others.
+        **others (`Any`):
+            What else the file says.
+
+    Raises:
+        ValueError: If the rows were made with other settings, or with unknown ones.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
+    if data.exists() and data.stat().st_size:
+        try:
+            earlier = dict(json.loads(record.read_text(encoding="utf-8"))["settings"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{record} does not say how {data} was made ({error!r}). {way_out}") from error
+        different = [
+            f"`{name}` was {earlier.get(name)!r} and is {settings.get(name)!r}"
+            for name in dict.fromkeys([*earlier, *settings])
+            if earlier.get(name, _MISSING) != settings.get(name, _MISSING)
+        ]
+        if different:
+            raise ValueError(f"{data.parent} holds a run with other settings: {'; '.join(different)}. {way_out}")
+    write_whole(record, json.dumps({"settings": settings, **others}, indent=2, ensure_ascii=False) + "\n")
 
 
 def recipes_folder() -> Path:

@@ -231,8 +231,6 @@ def test_what_a_method_lacks_is_said(probe, capsys):
 
 @pytest.mark.parametrize("recipe", ["trace", "rlcsd", "purified_opsd"])
 def test_methods_whose_parts_read_more(probe, recipe):
-    if not (recipes_folder() / "playground" / f"{recipe}.yaml").exists():
-        pytest.skip("no recipe")
     assert probe(recipe=recipe) == 0
     assert result()["num_rows"] == 10
 

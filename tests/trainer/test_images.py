@@ -1,6 +1,5 @@
 """Vision-language models: student and teacher read images, and the loss is that of a plain loop."""
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from plain_loop import Method, Row, loss_and_gradient, plain, probabilities
 from rich.console import Console
+from tiny import away_from
 from tiny_vlm import FAMILIES, make_image, make_vlm
 from transformers import AutoProcessor, LlavaNextProcessor, TrainerControl, TrainerState
 from trl import GRPOTrainer
@@ -71,15 +71,6 @@ def make_trainer(training_args, monkeypatch):
         return trainer
 
     return make
-
-
-def away_from(model):
-    """The model after some training, in place, and what it was."""
-    initial = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
-    return initial
 
 
 def read_by_hand(trainer, messages):

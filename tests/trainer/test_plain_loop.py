@@ -1,11 +1,9 @@
 """Loss and gradient are those of a plain loop that knows neither the library's trainer nor its kernels."""
 
-import copy
-
 import pytest
 import torch
 from plain_loop import Method, Row, loss_and_gradient
-from tiny import make_model
+from tiny import away_from, make_model
 
 from trl_opsd import (
     OPSDCTrainer,
@@ -71,15 +69,6 @@ def make_trainer(tokenizer, dataset, training_args, monkeypatch):
         return trainer
 
     return make
-
-
-def away_from(model):
-    """The model after some training, in place, and what it was."""
-    initial = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
-    return initial
 
 
 def plain_rows(trainer, rows, **given):

@@ -148,8 +148,10 @@ def _memory_table(plan: Plan) -> Table:
 
 def _time_table(plan: Plan) -> Table:
     table = Table(title="seconds of an optimizer step", title_justify="left")
-    for name, justify in (("", "left"), ("seconds", "right"), ("share", "right"), ("limited by", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("")
+    table.add_column("seconds", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("limited by")
     for one in plan.durations:
         table.add_row(one.name, f"{one.seconds:,.2f}", f"{one.seconds / plan.seconds:.0%}", one.limit)
     table.add_section()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -134,17 +135,18 @@ def _divergence(found: Mapping[str, Sequence[Record]], controls: Sequence[str], 
         remaining[arm] = _json(_ratio(other, own)) if own.sum() > 0 else None
     return {
         **where(lambda its: np.ones(len(its["divergence"]), dtype=bool)),
-        "by_kind": {kind: where(lambda its, kind=kind: its["kind"] == kind) for kind in KINDS},  # type: ignore[misc]
-        "by_position": [
-            {"from": low, "to": high, **where(lambda its, low=low, high=high: _between(its["position"], low, high))}  # type: ignore[misc]
-            for low, high in bins
-        ],
+        "by_kind": {kind: where(partial(_is_of, kind)) for kind in KINDS},
+        "by_position": [{"from": low, "to": high, **where(partial(_is_between, low, high))} for low, high in bins],
         "remaining": remaining,
     }
 
 
-def _between(values: Array, low: int, high: int) -> Any:
-    return (values >= low) & (values < high)
+def _is_of(kind: str, tokens: Mapping[str, Any]) -> Any:
+    return tokens["kind"] == kind
+
+
+def _is_between(low: int, high: int, tokens: Mapping[str, Any]) -> Any:
+    return (tokens["position"] >= low) & (tokens["position"] < high)
 
 
 def _tokens(

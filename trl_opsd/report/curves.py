@@ -209,4 +209,5 @@ def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float],
     """
     width = -(-len(steps) // _MOST_POINTS) or 1
     starts = range(0, len(steps), width)
-    return tuple([fmean(its[start : start + width]) for start in starts] for its in (steps, values))  # type: ignore[return-value]
+    some_steps, some_values = ([fmean(its[start : start + width]) for start in starts] for its in (steps, values))
+    return some_steps, some_values

@@ -214,9 +214,9 @@ def run(name: str, arguments: GenerateArguments) -> dict[str, Any]:
         `dict[str, Any]`:
             What `summary.json` says.
     """
-    from trl_opsd.files import locked
+    from trl_opsd.files import locked, take_up
     from trl_opsd.generate import Problems, make_maker
-    from trl_opsd.generate.folder import COMPLETIONS, TEACHER_COMPLETIONS, open_folder
+    from trl_opsd.generate.folder import COMPLETIONS, TEACHER_COMPLETIONS
     from trl_opsd.generate.rewards import Rewards
     from trl_opsd.trainer.rewards import decoded
 
@@ -247,7 +247,8 @@ def run(name: str, arguments: GenerateArguments) -> dict[str, Any]:
         settings["teacher"] = teacher.settings() | {_TEMPLATE: teacher_kwargs}
     others = {field: values[field] for field in values if field not in settings or field == "model_init_kwargs"}
     with locked(folder), ExitStack() as stack:
-        open_folder(folder, settings, others)
+        way_out = "Choose another `output_dir`, or delete that folder."
+        take_up(folder / "run.json", folder / COMPLETIONS, settings, way_out, other_fields=others)
         sampler = student.sampler(folder / COMPLETIONS, decode, stack)
         writers = {"student": student.writer(student.prompt_ids, sampler)}
         if teacher is not None:

@@ -187,12 +187,12 @@ def read_setting(asked: Namespace, fields: list[str]) -> "tuple[Setting, str]":
     return setting, f"trl-opsd {method}, {model_args.model_name_or_path}"
 
 
-def _for_processes(config: type, number: int) -> "type[SelfDistillationConfig]":
+def _for_processes(config: "type[SelfDistillationConfig]", number: int) -> "type[SelfDistillationConfig]":
     """A configuration that many processes would make, on a machine that need have no GPU."""
 
     def complete(self: Any) -> None:
         trains_on_cpu, self.use_cpu = self.use_cpu, True
-        config.__post_init__(self)  # type: ignore[attr-defined]
+        config.__post_init__(self)
         self.use_cpu = trains_on_cpu
 
     return type(config.__name__, (config,), {"world_size": property(lambda self: number), "__post_init__": complete})

@@ -188,8 +188,7 @@ def run(
             What `probe.json` says.
     """
     from trl_opsd.context import make_context
-    from trl_opsd.files import locked
-    from trl_opsd.probe.folder import open_folder
+    from trl_opsd.files import locked, take_up
     from trl_opsd.probe.measure import RECORDS, Measuring
     from trl_opsd.probe.readings import make_readings, solution_column
     from trl_opsd.probe.rows import MIN_ROWS, draw, reference_reader, summary_of
@@ -216,7 +215,8 @@ def run(
     arms = [reading.name for reading in readings]
     finishing = _Finishing(folder, questions, trainer, settings, said, missing | _absent(trainer), column, arms)
     with locked(folder):
-        open_folder(folder, settings)
+        way_out = "Choose another `--probe_dir`, or delete that folder."
+        take_up(folder / "settings.json", folder / RECORDS, settings, way_out)
         try:
             measuring.run(folder / RECORDS, shows_progress=not training_args.disable_tqdm)
         except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -10,10 +11,8 @@ from ..objective import FusedDivergence
 from ..sampling.loops import is_repetitive
 
 
-try:
+with suppress(ImportError):  # on Windows
     import resource
-except ImportError:  # Windows has none
-    resource = None  # type: ignore[assignment]
 
 
 class Metrics:
@@ -169,7 +168,7 @@ def add_peak_memory(metrics: Metrics, device: torch.device) -> None:
     """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
-    elif resource is None:
+    elif "resource" not in globals():
         return
     else:  # in KiB, but for macOS
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
