@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer, score
+from trl_opsd.trainer.rewards import group_advantages
 
 
 COMPLETIONS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
@@ -12,7 +13,7 @@ COMPLETIONS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
 
 @pytest.fixture
 def make_trainer(tokenizer, model, dataset, training_args):
-    def make(reward_funcs=None, peft_config=None, **settings):
+    def make(reward_funcs=None, peft_config=None, rollout_func=None, **settings):
         return SelfDistillationTrainer(
             model,
             reward_funcs=reward_funcs,
@@ -22,6 +23,7 @@ def make_trainer(tokenizer, model, dataset, training_args):
             train_dataset=dataset,
             processing_class=tokenizer,
             peft_config=peft_config,
+            rollout_func=rollout_func,
         )
 
     return make
@@ -83,3 +85,36 @@ def test_contexts_that_read_rollouts_are_told_of_rewards(make_trainer, dataset):
 def test_completions_that_cannot_be_scored(make_trainer, dataset, completions, message):
     with pytest.raises(ValueError, match=message):
         score(make_trainer(), list(dataset.select(range(2))), completions)
+
+
+def first_token(completion_ids, **kwargs):
+    return [float(ids[0] % 4) for ids in completion_ids]
+
+
+def length(completion_ids, **kwargs):
+    return [None if len(ids) == 1 else float(len(ids)) for ids in completion_ids]
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_of_given_completions_are_grpos(make_trainer, dataset, monkeypatch, scale, aggregation):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    completions = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [15]]
+    trainer = make_trainer(
+        [first_token, length],
+        rollout_func=lambda prompts, trainer: {
+            "prompt_ids": trainer.tokenize_prompts(prompts),
+            "completion_ids": completions,
+            "logprobs": None,
+        },
+        policy_loss_coef=1.0,
+        num_generations=2,
+        scale_rewards=scale,
+        multi_objective_aggregation=aggregation,
+        reward_weights=[1.0, 0.3],
+    )
+    batch = trainer._generate_and_score_completions([dataset[index] for index in (0, 0, 1, 1)])
+    rewards = torch.tensor([first_token(completions), [3.0, 2.0, 4.0, torch.nan]]).T
+    found = group_advantages(rewards, trainer.reward_weights, 2, scale, aggregation)
+    assert found.abs().max() > 0.1
+    torch.testing.assert_close(found, batch["advantages"].cpu())

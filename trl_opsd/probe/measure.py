@@ -17,9 +17,8 @@ from ..eval.chat import ChatFormat
 from ..eval.scorer import AnswerType, score
 from ..files import LineFile
 from ..sampling import Sampling
-from ..trainer.rewards import decoded
 from ..trainer.sampling_settings import changed
-from ..trainer.score import Scored
+from ..trainer.score import Scored, reward
 from ..trainer.score import score as score_tokens
 from .readings import OTHER, Reading
 
@@ -136,7 +135,7 @@ class Measuring:
         rows = [self._questions[index].row for index in indices for _ in range(size)]
         prompts = trainer.tokenize_prompts([row["prompt"] for row in rows])
         ids = self._filled(trainer.sample(prompts, self._sampling, stream))
-        rewards = self._rewards(rows, prompts, ids)
+        rewards = self._rewards(rows, ids)
         records = []
         for place, index in enumerate(indices):
             own = range(place * size, (place + 1) * size)
@@ -200,13 +199,11 @@ class Measuring:
     def _filled(self, completions: list[list[int]]) -> list[list[int]]:
         return [ids or [self._trainer.eos_token_ids[0]] for ids in completions]
 
-    def _rewards(self, rows: list[Any], prompts: list[list[int]], ids: list[list[int]]) -> list[Any]:
+    def _rewards(self, rows: list[Any], ids: list[list[int]]) -> list[Any]:
         trainer = self._trainer
         if not self._reads_rollouts or not trainer.reward_funcs:
             return [None] * len(rows)
-        texts = decoded(cast(Any, trainer.processing_class), rows[0]["prompt"], prompts, ids)
-        found = trainer._unlogged_rewards(rows, [row["prompt"] for row in rows], texts, ids).tolist()
-        return [[None if math.isnan(its) else its for its in values] for values in found]
+        return [[None if math.isnan(its) else its for its in values] for values in reward(trainer, rows, ids).tolist()]
 
     def _written(self, index: int, prompt: list[int], ids: list[int], reading: Reading | None = None) -> Record:
         text = self._chat.decode(prompt, ids)
