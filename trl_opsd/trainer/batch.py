@@ -188,11 +188,12 @@ class TeacherInputs:
                 metrics.add_rate(name, *generation.rewards.new_tensor(pair))
         groups = groups if is_read else [None] * len(generation.rows)
         generation.said = said = self._said(generation, groups, student_ids[0], metrics)
-        readings = self._readings(generation, groups)
+        gather = self.gather if is_read else list  # prompts of others have been made before
+        readings = together(lambda: self._readings(generation, groups), gather)
         prompts = [None if reading is None else reading.ids for reading in readings]
         has_target = self.signals.target is not None
         if self.signals.needs_contrast or has_target:
-            generation.contrasts = self._contrasts(generation, groups, prompts)
+            generation.contrasts = together(lambda: self._contrasts(generation, groups, prompts), gather)
         if has_target:  # which is made of both
             prompts = [its if some else None for its, some in zip(prompts, generation.contrasts, strict=True)]
         generation.teacher_images = [
@@ -278,7 +279,7 @@ class TeacherInputs:
         if any(batch.get("images", ())) or any(generation.teacher_images):
             given = generation.teacher_images, generation.completions, batch.get("images")
             batch["teacher_images"] = teacher_images(self.teacher_prompt, *given)
-        add_contexts(metrics, batch, len(generation.empty))
+        add_contexts(metrics, batch, len(generation.empty), has_rewards=generation.rewards.size(1) > 0)
         has_tokens = torch.tensor([position not in generation.empty for position in range(len(masks))])
         counted = has_tokens.to(masks.device) & ~batch["replaced"]
         texts = list(map(_text, generation.completions))

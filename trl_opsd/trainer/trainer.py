@@ -73,7 +73,7 @@ from .policy import GRPOLoss
 from .preparation import Prepared, checked_arguments, checked_rows, prepare
 from .prompts import PromptExchange, settled
 from .record import RunRecord
-from .rewards import added_feedback, all_feedback, forget_rewards, graded, hand_policy, no_reward
+from .rewards import added_feedback, all_feedback, check_finite, forget_rewards, graded, hand_policy, no_reward
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
 from .sampler import PolicySampler
 from .sampling_settings import changed, teacher_settings
@@ -362,7 +362,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         given = inputs, prompts, completions, completion_ids_list
         rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 0, device=self.accelerator.device)
         if self.reward_funcs:
-            rewards = super()._calculate_rewards(*given)
+            rewards = check_finite(super()._calculate_rewards(*given), self.reward_func_names)
         rewards = self._exchange.rewards(rewards, self.reward_weights) if self.model.training else rewards
         feedback = all_feedback(self._pending_extra_logs.get("feedback"), self.environments, inputs)
         tools = [self.tools] * len(inputs)
