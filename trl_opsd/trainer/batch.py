@@ -186,10 +186,9 @@ class TeacherInputs:
             generation.groups = groups
             for name, pair in self._rates(generation.rows, groups).items():
                 metrics.add_rate(name, *generation.rewards.new_tensor(pair))
-        groups = groups if is_read else [None] * len(generation.rows)
+        groups, gather = (groups, self.gather) if is_read else ([None] * len(generation.rows), list)
         generation.said = said = self._said(generation, groups, student_ids[0], metrics)
-        gather = self.gather if is_read else list  # prompts of others have been made before
-        readings = together(lambda: self._readings(generation, groups), gather)
+        readings = together(lambda: self._readings(generation, groups), gather)  # or they were made before the run
         prompts = [None if reading is None else reading.ids for reading in readings]
         has_target = self.signals.target is not None
         if self.signals.needs_contrast or has_target:
@@ -213,9 +212,8 @@ class TeacherInputs:
 
     def _readings(self, generation: Generation, groups: Sequence[Rollouts | None]) -> list[Reading | None]:
         rows = zip(generation.rows, groups, generation.tools, generation.said, strict=True)
-        return [
-            None if index in generation.empty else self.teacher_prompt.reading(*its) for index, its in enumerate(rows)
-        ]
+        unread = generation.empty | (set() if self.signals.reads_replaced else generation.replaced)
+        return [None if index in unread else self.teacher_prompt.reading(*its) for index, its in enumerate(rows)]
 
     def _contrasts(
         self, generation: Generation, groups: Sequence[Rollouts | None], prompts: Sequence[list[int] | None]

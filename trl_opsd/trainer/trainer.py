@@ -77,7 +77,7 @@ from .rewards import added_feedback, all_feedback, check_finite, forget_rewards,
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
 from .sampler import PolicySampler
 from .sampling_settings import changed, teacher_settings
-from .signals import make_streams
+from .signals import make_streams, may_shape_in_loss
 from .steps import OrderOfEpochs, StepCallback
 from .teachers import load_teacher
 
@@ -401,7 +401,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._num_generated_tokens += int(self.accelerator.reduce(num_sampled, "sum")) * (mode == "train")
         self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
         given = self.signals, self.args, batch, self._generation.empty, partial(self._score, mode=mode)
-        batch |= make_streams(*given, self.accelerator, size, mode == "train", metrics)
+        in_loss = may_shape_in_loss(self.args, self.grpo_loss.shares_pass, self.model)
+        batch |= make_streams(*given, self.accelerator, size, mode == "train", metrics, in_loss)
         for observe in self.observers:
             observe(batch, self._generation)
         return batch
