@@ -15,6 +15,7 @@ JOBS = [
     job("opsdc", "full", max_steps=STEPS, teacher_update_steps=7),
     job("opsdc", "lora", max_steps=STEPS, teacher_update_steps=7),
 ]
+EMA, INITIAL = {"teacher": "ema", "teacher_update_rate": 0.2}, {"teacher": "initial"}
 # Two rollouts of a prompt share its teacher prompt. In some steps, one process would need one pass for its two rows,
 # and the other two passes.
 BUDGET = job(
@@ -87,8 +88,22 @@ PLANS = job(
 )
 # Of two processes, one has all the wrong rollouts
 RETRIES = job("opsd", "full", name="retries", max_steps=4, completions="hinted_retry", top_k=1)
+# Each of two processes has the rows of one teacher
+SEVERAL = [
+    job("opsd", "full", name="several", max_steps=4, teacher="several", teachers={"maths": EMA, "code": INITIAL}),
+    job(
+        "opsd",
+        "lora",
+        name="several-lora",
+        max_steps=4,
+        max_tokens_per_microbatch=500,
+        teacher="several",
+        teachers={"maths": EMA, "code": INITIAL, "chat": {"teacher": "live"}},
+    ),
+]
 VARIANTS = [
     RETRIES,
+    *SEVERAL,
     BUDGET,
     PEERS,
     PLANS,
