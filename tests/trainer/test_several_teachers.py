@@ -216,6 +216,41 @@ def test_scores_are_those_of_each_rows_teacher(make_trainer, rows):
         score(trainer, [{**rows[0], "teacher": "physics"}], COMPLETIONS[:1])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"token_weights": {"trl_opsd.methods.msd.DualPerspective": {"top_k": 8}}},
+        {
+            "privileged_context": "trl_opsd.methods.purified_opsd.ReferenceAlone",
+            "target": "trl_opsd.methods.purified_opsd.Purified",
+        },
+        {
+            "privileged_context": "peers",
+            "context_kwargs": {"correct": 1, "contrast": 2},
+            "advantage": "trl_opsd.methods.rlcsd.Contrast",
+            "policy_loss_coef": 1.0,
+            "divergence_coef": 0.0,
+            "num_generations": 4,
+        },
+    ],
+    ids=["weights", "target", "contrast"],
+)
+def test_what_parts_read_is_of_each_rows_teacher(make_trainer, dataset, teachers, settings):
+    rows = [{**dataset[0], "teacher": name} for name in ("maths", "code", "code", "maths")]
+    rewards = torch.tensor([[1.0], [0.0], [1.0], [0.0]])[:, : "policy_loss_coef" in settings]
+    given = [[*COMPLETIONS], rewards if rewards.numel() else None, 4, 3]
+    together = score(make_trainer(**settings), rows, *given).scores
+    for name in ("maths", "code"):
+        alone = score(make_trainer(**settings, **teachers[name]), rows, *given).scores
+        own = [index for index, row in enumerate(rows) if row["teacher"] == name]
+        assert alone.known[own].all(dim=0).any()
+        for field, values in vars(alone).items():
+            found = getattr(together, field)
+            assert (found is None) == (values is None)
+            if values is not None:
+                torch.testing.assert_close(found[own], values[own], rtol=1e-4, atol=1e-5, msg=field)
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["all", "lora"])
 def test_resumed_equals_uninterrupted(make_trainer, teachers, lora, tmp_path, deterministic):
     teachers |= {"late": {"teacher": "periodic", "teacher_update_steps": 2}}
