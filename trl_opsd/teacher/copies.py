@@ -47,11 +47,11 @@ class AdapterCopy(TeacherCopy):
     Args:
         policy ([`~peft.PeftModel`]):
             Policy, not yet wrapped.
-        name (`str`):
+        name (`str`, *optional*, defaults to `"teacher"`):
             Name of the second adapter.
     """
 
-    def __init__(self, policy: PeftModel, name: str):
+    def __init__(self, policy: PeftModel, name: str = ADAPTER_NAME):
         self._policy, self._name = policy, name
         self._student_adapter = policy.active_adapter
         if name in policy.peft_config:

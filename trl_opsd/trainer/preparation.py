@@ -147,9 +147,7 @@ def prepare(
     Raises:
         ValueError: If the data, the tokenizer or the configuration cannot work, naming what and the way out.
     """
-    check_model(model, peft_config)
-    if args.use_vllm or has_served_teacher(args):
-        check_vllm_installed()
+    _check_engines_and_model(args, model, peft_config)
     has_rewards = bool(reward_funcs or environment_factory)
     context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
     has_feedback = has_rewards or rollout_func is not None
@@ -181,6 +179,12 @@ def prepare(
         wait_for_sampler(args.sampler_url, args.vllm_server_timeout, is_main_process=args.process_index == 0)
     parts = context, completions, prompts, signals, guards, processing_class, teacher_prompt, served
     return Prepared(*parts, columns, train_dataset, eval_dataset)
+
+
+def _check_engines_and_model(args: SelfDistillationConfig, model: Any, peft_config: Any) -> None:
+    check_model(model, peft_config)
+    if args.use_vllm or has_served_teacher(args):
+        check_vllm_installed()
 
 
 def _make_sources(

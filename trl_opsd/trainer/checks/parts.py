@@ -176,6 +176,10 @@ def check_completions(
         raise ValueError(f"{setting} has to tell right from wrong. Pass `reward_funcs`.")
     if source.needs_context:
         _check_context_of(source, setting, args, context)
+    _check_teachers_of(source, setting, args)
+
+
+def _check_teachers_of(source: CompletionSource, setting: str, args: SelfDistillationConfig) -> None:
     if source.samples_teacher and args.teacher == "several":
         raise ValueError(
             f"{setting} samples from the teacher, and `teacher='several'` has one for some rows and another for "
