@@ -115,6 +115,7 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
             "prompt": [{"role": "user", "content": f"What is {a} + {7 * a}?"}],
             "solution": f"{a}+{7 * a}={8 * a}",
             "answer": str(8 * a),
+            "teacher": "maths" if (a - 1) // 2 % 2 else "code",  # one for each of two processes
         }
         for a in range(1, 17)
     ]
@@ -245,7 +246,8 @@ def report(trainer, num_passes: list[int], average: dict[str, torch.Tensor], out
     accelerator = trainer.accelerator
     student = accelerator.unwrap_model(trainer.model)
     updated = share_updated(trainer)  # here, because the teacher may switch the trained adapter off
-    with trainer.teacher.weights(trainer.model_wrapped) as module:
+    one = next(iter(trainer.teacher.members.values()), trainer.teacher)
+    with one.weights(trainer.model_wrapped) as module:
         teacher = accelerator.unwrap_model(module)
         shares = gather_object([[share_held(student), share_held(teacher), updated]])
         num_units = sum(isinstance(module, FSDPModule) for module in teacher.modules())
@@ -258,6 +260,7 @@ def report(trainer, num_passes: list[int], average: dict[str, torch.Tensor], out
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = ("loss", "distillation_loss", "likelihood_loss", "entropy", "num_generated_tokens", "context_rate")
     names += ("teacher_prompts/max_length", "completions/retry_rate", "completions/off_policy_rate", "preference/loss")
+    names += ("teachers/maths/distillation_loss", "teachers/code/distillation_loss", "teachers/code/token_rate")
     names += ("replaced_distillation_loss", "completions/tier_2_rate", "e_step/loss")
     result = {name: [entry[name] for entry in history if name in entry] for name in names}
     result["benchmarks"] = [

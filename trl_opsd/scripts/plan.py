@@ -248,6 +248,8 @@ def _policy(asked: Namespace, model_args: "ModelConfig", args: Any, peft_config:
 def _external(asked: Namespace, args: Any) -> "Model | None":
     from trl_opsd.plan.models import Model, load_config
 
+    if args.teacher == "several":
+        raise ValueError("`teacher='several'` is not planned. Plan the run with the largest of `teachers` alone.")
     if args.teacher != "external" or args.teacher_server_base_url is not None:
         return None
     kwargs = dict(args.teacher_model_init_kwargs or {})

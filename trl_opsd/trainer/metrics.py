@@ -99,7 +99,9 @@ class Metrics:
         return values
 
 
-def add_divergence(metrics: Metrics, output: FusedDivergence, knows_teacher_entropy: bool, clips: bool) -> None:
+def add_divergence(
+    metrics: Metrics, output: FusedDivergence, knows_teacher_entropy: bool, clips: bool, prefix: str = ""
+) -> None:
     """
     Add what a pass over some tokens tells of them. A statistic is averaged over the tokens for which it is finite, of
     those whose divergence is.
@@ -113,6 +115,8 @@ def add_divergence(metrics: Metrics, output: FusedDivergence, knows_teacher_entr
             Whether the teacher's distribution is known to the last token.
         clips (`bool`):
             Whether there is a clip.
+        prefix (`str`, *optional*, defaults to `""`):
+            What the names begin with.
     """
     statistics = {
         "distillation_loss": output.divergence,
@@ -130,8 +134,8 @@ def add_divergence(metrics: Metrics, output: FusedDivergence, knows_teacher_entr
     finite = output.finite.bool()
     for name, values in statistics.items():
         known = finite & values.isfinite()
-        metrics.add_rate(name, values.where(known, 0.0).sum(), known.sum())
-    metrics.add_rate("skipped_token_rate", (~finite).sum(), finite.new_tensor(len(finite), dtype=torch.int64))
+        metrics.add_rate(prefix + name, values.where(known, 0.0).sum(), known.sum())
+    metrics.add_rate(f"{prefix}skipped_token_rate", (~finite).sum(), finite.new_tensor(len(finite), dtype=torch.int64))
 
 
 def add_contexts(metrics: Metrics, batch: Mapping[str, torch.Tensor], num_empty: int) -> None:
