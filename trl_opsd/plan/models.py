@@ -221,7 +221,7 @@ class Model:
     def kinds(self) -> list[Any]:
         """What tells its layers from one another: the type that its configuration names, and their weights."""
         lists = (one for one in self.modules.modules() if isinstance(one, nn.ModuleList))
-        layers = next((one for one in lists if len(one) == self.num_layers), [])
+        layers = next((one for one in lists if len(one) == self.num_layers), nn.ModuleList())
         shapes = [[(name, one.shape) for name, one in layer.named_parameters()] for layer in layers]
         types = getattr(self.text_config, "layer_types", None) or [""] * self.num_layers
         return list(zip(types, shapes or [[]] * self.num_layers, strict=False))
@@ -255,7 +255,8 @@ class Model:
         found = {}
         for name, module in self.modules.named_modules():
             if isinstance(module, nn.Linear) and module.weight is not self.head and "lora_" not in name:
-                found[id(module.weight)] = quantised_bytes(*module.weight.shape, self.bits, self.nested)
+                num_rows, num_columns = module.weight.shape
+                found[id(module.weight)] = quantised_bytes(num_rows, num_columns, self.bits, self.nested)
         return found
 
     def cache_bytes(self, num_tokens: int, itemsize: int = 2) -> int:
