@@ -11,6 +11,7 @@ import torch
 import yaml
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from distributed.launch import ENVIRONMENT, TIMEOUT
 from peft import LoraConfig
 from plan.measuring import CASES, COMPLETION, compare
 from transformers import AutoConfig, Qwen3Config
@@ -64,7 +65,8 @@ def test_what_zero_keeps(stage, tmp_path):
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
     script = Path(__file__).with_name("zero.py")
 
-    done = subprocess.run([sys.executable, *launcher, script, tmp_path], capture_output=True, text=True, timeout=3600)
+    command = [sys.executable, *launcher, script, tmp_path]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT)
 
     assert done.returncode == 0, done.stderr[-5000:]
     held = json.loads((tmp_path / "held.json").read_text())
