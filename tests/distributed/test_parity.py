@@ -8,12 +8,12 @@ from distributed.launch import ENVIRONMENT, TIMEOUT, command, job, launch, with_
 from distributed.resume import BETWEEN, assert_resumed, pair
 
 
-STEPS = 20
+STEPS = 8
 JOBS = [
     job("opsd", "lora", max_steps=STEPS, loss_type="dapo"),
     job("opsd", "full", max_steps=STEPS, teacher="ema", teacher_update_rate=0.2),
-    job("opsdc", "full", max_steps=STEPS, teacher_update_steps=7),
-    job("opsdc", "lora", max_steps=STEPS, teacher_update_steps=7),
+    job("opsdc", "full", max_steps=STEPS, teacher_update_steps=3),
+    job("opsdc", "lora", max_steps=STEPS, teacher_update_steps=3),
 ]
 EMA, INITIAL = {"teacher": "ema", "teacher_update_rate": 0.2}, {"teacher": "initial"}
 # Two rollouts of a prompt share its teacher prompt. In some steps, one process would need one pass for its two rows,

@@ -1,5 +1,6 @@
 """Trains a tiny model on rollouts that are fixed, once per job, and writes what came of it. Started by launch.py."""
 
+import gc
 import json
 import os
 import sys
@@ -308,5 +309,6 @@ if __name__ == "__main__":
         relabel_cpu_world()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         skip_unused_op()
+    gc.freeze()  # the libraries, which the collection of every job would pass over
     for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
         run(job, folder / (job["name"] or str(number)))

@@ -282,7 +282,8 @@ class TeacherInputs:
         has_tokens = torch.tensor([position not in generation.empty for position in range(len(masks))])
         counted = has_tokens.to(masks.device) & ~batch["replaced"]
         texts = list(map(_text, generation.completions))
-        add_degeneration(metrics, texts, batch["completion_mask"], batch["truncated"], counted)
+        seen = batch["completion_mask"], batch["truncated"], batch["correct"]
+        add_degeneration(metrics, texts, *seen, counted)
         if is_training and self.memories:
             rows = zip(generation.rows, cast(Sequence[Rollouts], generation.groups), strict=True)
             everyone = self.gather([(row, group.all) for row, group in rows if group.index == 0])

@@ -180,10 +180,15 @@ def add_peak_memory(metrics: Metrics, device: torch.device) -> None:
 
 
 def add_degeneration(
-    metrics: Metrics, texts: Sequence[str], mask: torch.Tensor, truncated: torch.Tensor, counted: torch.Tensor
+    metrics: Metrics,
+    texts: Sequence[str],
+    mask: torch.Tensor,
+    truncated: torch.Tensor,
+    correct: torch.Tensor,
+    counted: torch.Tensor,
 ) -> None:
     """
-    Add how long the student's rollouts are, how many were cut off, and how many end in a loop.
+    Add how long the student's rollouts are, how many were cut off, end in a loop, and are right.
 
     Args:
         metrics ([`Metrics`]):
@@ -194,6 +199,8 @@ def add_degeneration(
             1 for their tokens.
         truncated (`torch.Tensor` of shape `(B,)`, bool):
             Whether they were cut off before their end.
+        correct (`torch.Tensor` of shape `(B,)`):
+            1 if they are right, 0 if not, NaN where unknown.
         counted (`torch.Tensor` of shape `(B,)`, bool):
             Whether they are the student's own, and have a token.
     """
@@ -201,6 +208,8 @@ def add_degeneration(
     metrics.add_rate("rollouts/mean_length", (mask.sum(1) * counted).sum(), counted.sum())
     metrics.add_rate("rollouts/truncated_rate", (truncated & counted).sum(), counted.sum())
     metrics.add_rate("rollouts/repetition_rate", (loops & counted).sum(), counted.sum())
+    known = counted & ~correct.isnan()
+    metrics.add_rate("rollouts/correct_rate", (correct.nan_to_num() * known).sum(), known.sum())
 
 
 def add_sampler_difference(metrics: Metrics, log_prob: torch.Tensor, sampled: torch.Tensor) -> None:
