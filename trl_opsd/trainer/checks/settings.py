@@ -49,7 +49,7 @@ _OF_ONE_TEACHER = {
 
 
 def known_choices(args: "SelfDistillationConfig") -> None:
-    for name in ("loss_type", "overlong_teacher_prompt", "teacher", "divergence_kernel"):
+    for name in ("loss_type", "overlong_teacher_prompt", "teacher", "vllm_lora_sync", "divergence_kernel"):
         field = type(args).__dataclass_fields__[name]
         choices, value = field.metadata["choices"], getattr(args, name)
         if value not in choices and (value is not None or field.default is not None):
