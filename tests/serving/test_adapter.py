@@ -179,7 +179,7 @@ def test_server_that_fails_to_load_an_adapter_ends_the_run(sender, server, token
     report_failures(sender)
     server.faults = [400]
     sender.sync_weights()
-    with pytest.raises(ServerError, match="answers with status 400.*told to fail"):
+    with pytest.raises(ServerError, match=r"answers with status 400.*told to fail"):
         sender.generate()
 
 

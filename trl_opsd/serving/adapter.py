@@ -109,7 +109,9 @@ def adapter_weights(policy: PeftModel, gathered: Gathered) -> dict[str, torch.Te
             name = name.replace("_checkpoint_wrapped_module.", "")
             for letter, factor in zip("AB", _factors(layer, adapter), strict=False):
                 scale = layer.scaling[adapter] if letter == "B" else 1.0
-                weights[f"{name}.lora_{letter}.weight"] = (whole(cast(nn.Parameter, factor.weight)).float() * scale).cpu()
+                weights[f"{name}.lora_{letter}.weight"] = (
+                    whole(cast(nn.Parameter, factor.weight)).float() * scale
+                ).cpu()
     return weights
 
 
@@ -151,7 +153,7 @@ def engine_for_adapters(how: str) -> Iterator[None]:
 
 
 def needs_adapter(how: str, policy: nn.Module) -> bool:
-    """Whether nothing else than the adapter alone will do: if told so, or as nothing is merged into a base of 4 bits."""
+    """Whether only the adapter alone will do: if told so, or as nothing can be merged into a base of 4 bits."""
     return how == "adapter" or (how == "auto" and quantized_parameter(policy) is not None)
 
 

@@ -109,6 +109,14 @@ def timeout_of_a_server(args: "SelfDistillationConfig") -> None:
         raise ValueError(f"`vllm_server_request_timeout` must be positive, got {args.vllm_server_request_timeout}.")
 
 
+def adapter_of_no_engine(args: "SelfDistillationConfig") -> None:
+    if args.vllm_lora_sync != "auto" and not args.use_vllm:
+        raise ValueError(
+            f"`vllm_lora_sync='{args.vllm_lora_sync}'` has no effect with `use_vllm=False`. Leave it at its default, "
+            "or set `use_vllm=True`."
+        )
+
+
 def objective(args: "SelfDistillationConfig") -> None:
     """What the objective refuses, by the names of the fields."""
     try:
@@ -288,6 +296,7 @@ CHECKS: tuple[Check, ...] = (
     external_teacher_without_a_model,
     offload_of_nothing,
     timeout_of_a_server,
+    adapter_of_no_engine,
     objective,
     divergence_of_replaced_completions,
     tail_of_no_top_k,
