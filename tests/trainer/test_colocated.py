@@ -24,6 +24,7 @@ from trl.generation import vllm_generation
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.eval.in_training import BenchmarkCallback
+from trl_opsd.trainer.record import describe_run
 from trl_opsd.trainer.sampler import sampler_index
 
 
@@ -170,7 +171,7 @@ def test_adapter_alone_is_loaded_after_each_step(make_trainer):
     trainer = make_trainer(LoraConfig(r=4, target_modules="all-linear", **settings), vllm_lora_sync="adapter")
     engine = trainer.vllm_generation.llm
     assert engine.max_lora_rank == 16
-    assert trainer.sampler.sent == "its adapter alone"
+    assert ("rollout engine", "vLLM, colocate, sent its adapter alone, temperature 1") in describe_run(trainer, 4)
 
     trainer.train()
 
@@ -199,6 +200,12 @@ def test_adapter_that_the_engine_cannot_load_is_refused(settings, lora, faults, 
         make_trainer(LoraConfig(target_modules="all-linear", **lora), vllm_lora_sync="adapter", **settings)
     with pytest.raises(ValueError, match=message.replace(problem, "the policy has none")):
         make_trainer(vllm_lora_sync="adapter")
+
+
+def test_adapter_that_cannot_be_merged_is_refused_before_an_engine_is_made(make_trainer, monkeypatch):
+    monkeypatch.setattr(vllm_generation, "LLM", None)
+    with pytest.raises(ValueError, match="`trainable_token_indices` unset, or set `use_vllm=False`"):
+        make_trainer(LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]))
 
 
 def test_adapter_is_merged_where_nothing_asks_for_it_alone(make_trainer):

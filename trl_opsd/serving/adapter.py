@@ -28,7 +28,7 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
-from .merged_weights import quantized_parameter, whole
+from .merged_weights import check_mergeable, quantized_parameter, whole
 
 
 # What the adapter is called in an engine
@@ -159,7 +159,11 @@ def needs_adapter(how: str, policy: nn.Module) -> bool:
 
 def _make_generation(how: str, **settings: Any) -> VLLMGeneration:
     policy = settings["model"]
-    if settings["mode"] != "colocate" or not needs_adapter(how, policy):
+    if settings["mode"] != "colocate":
+        return VLLMGeneration(**settings)
+    if not needs_adapter(how, policy):
+        if isinstance(policy, PeftModel):
+            check_mergeable(policy)
         return VLLMGeneration(**settings)
     problem = obstacle(policy)
     if settings["enable_sleep_mode"]:
@@ -278,7 +282,8 @@ class AdapterSync:
         if shared is not None:
             shared.mkdir(parents=True, exist_ok=True)
         in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        self._temporary = tempfile.TemporaryDirectory(prefix=".adapter-", dir=shared or in_memory)
+        # What begins with an underscore is not pushed to the Hub with the folder of a run
+        self._temporary = tempfile.TemporaryDirectory(prefix="_adapter-", dir=shared or in_memory)
         self.folder = Path(self._temporary.name).absolute()
 
     def __call__(self) -> None:

@@ -101,7 +101,8 @@ def prepare_sampler(
             raise ValueError(refusal(lora_sync, policy, problem))
         sent += f" ({problem})"
     if isinstance(policy, PeftModel):
-        check_mergeable(policy)
+        if not is_here:  # where it is, its engine was not made before
+            check_mergeable(policy)
         sender._iter_named_params = partial(merged_weights, policy, sender._dist.gather_params)
     if is_here:
         sender._iter_named_params = partial(_load_into_engine, sender.llm, sender._iter_named_params)

@@ -119,7 +119,7 @@ class PolicySampler:
         is_here, told_otherwise = args.vllm_mode == "colocate", None
         if not reports_failures:
             told_otherwise = "a `rollout_func` may ask it for the base"
-        if args.teacher == "live" and args.teacher_server_base_url is not None:
+        if args.teacher_server_base_url == args.sampler_url:
             told_otherwise = "it scores the live teacher, for which it is asked for the base"
         given = args.vllm_server_request_timeout, args.vllm_lora_sync, Path(args.output_dir), told_otherwise
         limit, self.sent = prepare_sampler(self._engine, self._policy, tokenizer, *given)
