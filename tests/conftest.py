@@ -1,5 +1,6 @@
 """The device of the tests, and tiny, offline stand-ins for a model, its tokenizer and its data."""
 
+import gc
 import os
 import random
 import sys
@@ -56,6 +57,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=f"for CPUs: {marker.args[0]}"))
         elif item.get_closest_marker("distributed") is not None:
             item.add_marker(pytest.mark.skip(reason="for CPUs: several processes"))
+
+
+def pytest_collection_finish():
+    """Every training collects garbage: have it pass over the libraries and the tests, which stay to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,6 @@ from ..objective import (
     FusedDivergence,
     Head,
     Objective,
-    Readings,
-    TopLogProbs,
     aggregation_weights,
     fused_divergence,
     share_of_rows,
@@ -33,12 +31,12 @@ from ..scoring import (
     rows_of,
 )
 from ..signal import Signals, TokenScores
-from ..teacher import Teacher
+from ..teacher import Teacher, TokenTargets
 from .config import SelfDistillationConfig
 from .metrics import Metrics, add_divergence, add_sampler_difference
 from .pass_loss import MicroBatchLoss, PassLoss
 from .policy import PolicyTerm, scaled_term
-from .token_groups import in_order, joined, none_of, replaced_tokens, token_groups
+from .token_groups import in_order, joined, replaced_tokens, some_of, teacher_numbers, token_groups
 
 
 logger = logging.get_logger(__name__)
@@ -123,7 +121,7 @@ class SelfDistillationLoss:
             is_last = index == len(passes) - 1
             with nullcontext() if is_last else self._postponed_synchronisation(model):
                 scale = num_micro_batches * share_of_rows(rows["student_mask"], tokens, self._args.loss_type)
-                targets = self.networks.targets(model, rows) if has_divergence else (None, None)
+                targets = self.networks.targets(model, rows) if has_divergence else []
                 scaled = None if policy is None else scaled_term(policy, scale)
                 output = self.networks.within(model, self._student_loss, rows, targets, scaled)
                 if torch.is_grad_enabled() and not is_last:
@@ -165,14 +163,23 @@ class SelfDistillationLoss:
             metrics.add_rate("likelihood_loss", result.likelihood.sum(), number)
 
     def _add_divergence(self, metrics: Metrics, output: FusedDivergence, passes: Sequence[dict[str, Any]]) -> None:
-        knows_entropy, clips = self.networks.teacher.knows_entropy, self._args.divergence_clip is not None
+        teacher, clips = self.networks.teacher, self._args.divergence_clip is not None
+
+        def of_tokens(values: Callable[[dict[str, Any]], torch.Tensor]) -> torch.Tensor:
+            return torch.cat([values(rows)[rows["divergence_mask"].bool()] for rows in passes])
+
+        numbers = of_tokens(teacher_numbers)
         if self._replaced_objective is not None:
             # Two divergences have no mean
-            replaced = torch.cat([replaced_tokens(rows)[rows["divergence_mask"].bool()] for rows in passes])
+            replaced = of_tokens(replaced_tokens)
             finite = output.finite.bool() & replaced
             metrics.add_rate("replaced_distillation_loss", output.divergence[finite].sum(), finite.sum())
-            output = FusedDivergence(output.loss, *(values[~replaced] for values in output[1:]))
-        add_divergence(metrics, output, knows_entropy, clips)
+            output, numbers = some_of(output, ~replaced), numbers[~replaced]
+        add_divergence(metrics, output, teacher.knows_entropy, clips)
+        for number, (name, one) in enumerate(teacher.members.items()):
+            own = numbers == number
+            add_divergence(metrics, some_of(output, own), one.knows_entropy, clips, f"teachers/{name}/")
+            metrics.add_rate(f"teachers/{name}/token_rate", own.sum(), own.new_tensor(len(own), dtype=torch.int64))
 
     @torch.no_grad()
     def scores(
@@ -283,26 +290,24 @@ class SelfDistillationLoss:
         self,
         student: nn.Module,
         rows: dict[str, Any],
-        targets: tuple[torch.Tensor | Readings | TopLogProbs | None, Head | None],
+        targets: Sequence[TokenTargets],
         policy: PolicyTerm | None,
         num_listed: int = 0,
     ) -> PassLoss:
         selected = rows["student_mask"].bool()
         prompt = "teacher_prompt" if "likelihood_reads_context" in rows else "prompt"
         hidden = self.networks.states(student, *self.networks.sequences(rows, prompt, selected))
-        teacher_states, teacher_head = targets
         student_head = head_of(student)
-        heads = [student_head] if teacher_head is None else [student_head, teacher_head]
+        heads = [student_head, *(its.head for its in targets if its.head is not None)]
         parameters = [parameter for head in heads for parameter in (head.weight, head.bias)]
         with maybe_gather_lm_head_ctx(*parameters), self._accelerator.autocast():
             student_head = self.networks.whole(student_head)
             device = student_head.weight.device
             hidden, token_ids = hidden.to(device), rows["completion_ids"][selected]
-            if teacher_states is not None:
-                targets = (
-                    teacher_states.to(device),
-                    None if teacher_head is None else self.networks.whole(teacher_head),
-                )
+            targets = [
+                TokenTargets(states.to(device), None if head is None else self.networks.whole(head), tokens)
+                for states, head, tokens in targets
+            ]
             read = partial(self.networks.log_probs_of, hidden, student_head, token_ids, selected)
             choices = partial(self._choices, rows, selected, hidden, student_head, targets)
             factors = self._factors(rows, selected, read, choices, policy)
@@ -335,7 +340,7 @@ class SelfDistillationLoss:
                 outputs.append(output)
             if factors.policy is not None:  # its likelihood is there for the gradient
                 loss = loss + (factors.policy * log_probs.nan_to_num(0.0)).sum()
-            divergence = none_of(outputs[0]) if targets[0] is None else in_order(outputs, groups, inside)
+            divergence = in_order(outputs, groups, inside) if targets else some_of(outputs[0], slice(0))
             likelihood = -log_probs.nan_to_num(0.0)[rows["likelihood_mask"].bool()[selected]]
             return PassLoss(loss, divergence, likelihood, log_probs, entropies, factors.divergence[inside])
 
@@ -345,11 +350,17 @@ class SelfDistillationLoss:
         selected: torch.Tensor,
         hidden: torch.Tensor,
         head: Head,
-        targets: tuple[Any, Any],
+        targets: Sequence[TokenTargets],
         top_k: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = rows["divergence_mask"].bool()
-        return self.networks.choices_of(hidden[tokens[selected]], head, *targets, tokens, top_k)
+        inside = rows["divergence_mask"].bool()
+        one, other = torch.zeros(2, *inside.shape, device=hidden.device)
+        for states, teacher_head, tokens in targets:
+            place = inside if tokens is None else inside.masked_scatter(inside, tokens)
+            its = cast(torch.Tensor, states), cast(Head, teacher_head)  # no server's
+            found = self.networks.choices_of(hidden[place[selected]], head, *its, place, top_k)
+            one, other = one + found[0], other + found[1]
+        return one, other
 
     def _factors(
         self,
@@ -429,11 +440,13 @@ def make_loss(
     Raises:
         ValueError: If what the backbone gives makes other logits than the model's.
     """
-    shares_prompts, packs_rows = False, can_pack(causal_lm(accelerator.unwrap_model(policy)))
-    with teacher.weights(policy) as module:
-        if module is not None:
-            model = causal_lm(accelerator.unwrap_model(module))
-            shares_prompts, packs_rows = can_share_prompts(model), packs_rows and can_pack(model)
+    shares_prompts, packs_rows = [], can_pack(causal_lm(accelerator.unwrap_model(policy)))
+    for one in teacher.members.values() or [teacher]:
+        with one.weights(policy) as module:
+            if module is not None:
+                model = causal_lm(accelerator.unwrap_model(module))
+                shares_prompts.append(can_share_prompts(model))
+                packs_rows = packs_rows and can_pack(model)
     if args.process_index == 0 and reads_more_than_text(causal_lm(policy).config):
         logger.warning_once(
             f"{type(causal_lm(policy)).__name__} reads more than text, so rows are padded, whatever the attention, "
@@ -442,7 +455,7 @@ def make_loss(
     networks = Networks(
         accelerator,
         teacher,
-        shares_prompts,
+        bool(shares_prompts) and all(shares_prompts),
         packs_rows,
         pad_to_multiple_of,
         args.max_tokens_per_microbatch,

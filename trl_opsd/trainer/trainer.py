@@ -77,6 +77,7 @@ from .rewards import added_feedback, all_feedback, forget_rewards, graded, hand_
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
 from .sampler import PolicySampler
 from .sampling_settings import changed, teacher_settings
+from .several import teacher_names
 from .signals import make_streams
 from .steps import OrderOfEpochs, StepCallback
 from .teachers import load_teacher
@@ -257,7 +258,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             [cast(Memory, part) for part in (self.context, run.prompts) if isinstance(part, Memory)],
         )
         initial, given = fingerprint(self.model), (args, accelerator, self.model)
-        self.teacher: Teacher = run.served_teacher or load_teacher(*given, adapter_starts_at_zero)
+        self.teacher: Teacher = load_teacher(*given, adapter_starts_at_zero, run.served_teachers)
         self.loss = make_loss(*given, self.teacher, self.signals, padding)
         announce_head(self.model)
         self.guards.watch(lambda: self.statistics["train"].latest)
@@ -446,7 +447,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if isinstance(eval_dataset, Dataset | IterableDataset) and not self.environment_factories:
-            given = self.teacher_prompt, self._data_columns, self.tools
+            given = self.teacher_prompt, self._data_columns, self.tools, teacher_names(self.args)
             eval_dataset = checked_rows(eval_dataset, "eval_dataset", *given)
         return super().evaluate(eval_dataset, *args, **kwargs)
 

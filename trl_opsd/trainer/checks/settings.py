@@ -3,9 +3,11 @@
 import math
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ...help import did_you_mean
 from ...objective.top_log_probs import SERVED_SUPPORTS
+from ..several import FIELDS, each_teacher, naming
 
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ _OF_ONE_TEACHER = {
     "teacher_update_rate": "ema",
     "teacher_model_name_or_path": "external",
     "teacher_model_init_kwargs": "external",
+    "teachers": "several",
+    "teacher_column": "several",
 }
 
 
@@ -78,6 +82,40 @@ def settings_of_another_teacher(args: "SelfDistillationConfig") -> None:
                 f"`{name}={getattr(args, name)!r}` has no effect with `teacher='{args.teacher}'`. Set "
                 f"`teacher='{kind}'`, or leave `{name}` unset."
             )
+
+
+def several_teachers(args: "SelfDistillationConfig") -> None:
+    if args.teacher != "several":
+        return
+    if not isinstance(args.teachers, dict) or not args.teachers:
+        raise ValueError(
+            f"`teacher='several'` needs `teachers`, a mapping from names to the fields of each, got {args.teachers!r}."
+        )
+    if args.teacher_offload:
+        raise ValueError(
+            "`teacher_offload=True` is of one teacher. Set it among the fields of that one in `teachers`."
+        )
+    for name, given in args.teachers.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(
+                f"`teachers` has the name {name!r}, and metrics and files are named after it. Use letters, digits, "
+                "`_` and `-` alone, and write the column anew with `dataset.map`."
+            )
+        with naming(name):
+            _fields_of_one_teacher(given)
+
+
+def _fields_of_one_teacher(given: Any) -> None:
+    if not isinstance(given, dict) or given.get("teacher") in (None, "several"):
+        raise ValueError(
+            f"a mapping with a `teacher` is needed, which is a single one, such as {{'teacher': 'initial'}}, got "
+            f"{given!r}."
+        )
+    for field, value in given.items():
+        if field not in FIELDS:
+            raise ValueError(f"`{field}` is no field of one teacher. {did_you_mean(str(field), FIELDS)}")
+        if not isinstance(value, FIELDS[field]):
+            raise ValueError(f"`{field}` cannot be a {type(value).__name__}, got {value!r}.")
 
 
 def rate_of_ema(args: "SelfDistillationConfig") -> None:
@@ -292,6 +330,7 @@ CHECKS: tuple[Check, ...] = (
     counts_of_at_least_one,
     normaliser_of_dr_grpo,
     settings_of_another_teacher,
+    several_teachers,
     rate_of_ema,
     external_teacher_without_a_model,
     offload_of_nothing,
@@ -332,6 +371,14 @@ def check_config(args: "SelfDistillationConfig") -> None:
     Raises:
         ValueError: Naming the field and the way out.
     """
+    _check(args)
+    if args.teacher == "several":
+        for name, its in each_teacher(args).items():
+            with naming(name):
+                _check(its)
+
+
+def _check(args: "SelfDistillationConfig") -> None:
     is_served = args.teacher_server_base_url is not None
     checks = CHECKS + SERVED_TEACHER_CHECKS * is_served
     for check in checks + SERVED_LIVE_TEACHER_CHECKS * (is_served and args.teacher == "live"):
