@@ -153,31 +153,31 @@ class SelfDistillationTrainer(GRPOTrainer):
     ):
         args = checked_arguments(args, self.config_class, type(self), model)
         self._name, self._paper, self._tag_names = presented(args.method)
-        data = processing_class, train_dataset, eval_dataset
-        given = reward_funcs, peft_config, tools, rollout_func, environment_factory
-        run = prepare(args, model, *data, *given)
+        given = processing_class, train_dataset, eval_dataset, reward_funcs, peft_config, tools, rollout_func
+        run = prepare(args, model, *given, environment_factory)
         self.context, self.completion_source, self.signals = run.context, run.completions, run.signals
         self.guards, self.teacher_prompt, self._data_columns = run.guards, run.teacher_prompt, run.columns
         self._generation, self._generation_step, self._first_micro_batch = Generation([]), -1, 0
         self._num_generated_tokens, self.statistics = 0, {"train": Metrics(), "eval": Metrics()}
         self.observers: list[Callable[[dict[str, Any], Generation], None]] = []
         self.record = RunRecord(self)
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs or [no_reward],
-            args=args,
-            train_dataset=run.train_dataset,
-            eval_dataset=run.eval_dataset,
-            processing_class=run.processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=[*(callbacks or []), self.record],
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-            rollout_func=None if rollout_func is None else without_empty(rollout_func, self._mark_empty_rollouts),
-            environment_factory=environment_factory,
-        )
+        with PolicySampler.made_ready(args.vllm_lora_sync):
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs or [no_reward],
+                args=args,
+                train_dataset=run.train_dataset,
+                eval_dataset=run.eval_dataset,
+                processing_class=run.processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=[*(callbacks or []), self.record],
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=None if rollout_func is None else without_empty(rollout_func, self._mark_empty_rollouts),
+                environment_factory=environment_factory,
+            )
         self._settle_rewards(run, environment_factory)
         self._prepare_policy_term()
         check_world(args, self.accelerator, self.model)
