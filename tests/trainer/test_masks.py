@@ -46,6 +46,7 @@ def make_trainer(tokenizer, dataset, training_args, monkeypatch):
     def make(reward_funcs=length_reward, **settings):
         names = ("tools", "rollout_func", "environment_factory", "peft_config")
         arguments = {name: settings.pop(name) for name in names if name in settings}
+        rows = settings.pop("train_dataset", dataset)
         settings = {
             "divergence": "forward_kl",
             "teacher": "live",
@@ -60,7 +61,7 @@ def make_trainer(tokenizer, dataset, training_args, monkeypatch):
             model=make_model(tokenizer),
             args=SelfDistillationTrainer.config_class(**{**training_args, **settings}),
             reward_funcs=reward_funcs,
-            train_dataset=dataset,
+            train_dataset=rows,
             processing_class=tokenizer,
             **arguments,
         )
@@ -325,6 +326,46 @@ def test_what_an_environment_says_of_a_rollout_reaches_the_teacher(make_trainer,
     batch = trainer._generate_and_score_completions(rows)
     for index, ids in enumerate(batch["teacher_prompt_ids"]):
         assert f"Beads moved: {int(index == 0)}." in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+def test_an_environment_that_brings_its_prompts_needs_no_data(make_trainer, tokenizer, is_list):
+    class Riddle(Abacus):
+        resets = 0
+
+        def reset(self, **row):
+            Riddle.resets += 1
+            self.calls, self.number = [], Riddle.resets
+            riddle = f"Riddle {self.number}."
+            return [{"type": "text", "text": riddle}] if is_list else riddle
+
+        @property
+        def feedback(self):
+            return f"The answer was {10 * self.number}."
+
+    trainer = make_trainer(
+        train_dataset=None,
+        environment_factory=Riddle,
+        reward_funcs=None,
+        privileged_context="feedback",
+        max_completion_length=4,
+        num_generations=2,
+    )
+    batch = trainer._generate_and_score_completions([row for row in trainer.train_dataset for _ in range(2)])
+    for index in range(len(batch["prompt_ids"])):
+        prompt, read = (tokenizer.decode(batch[f"{side}_ids"][index]) for side in ("prompt", "teacher_prompt"))
+        assert f"Riddle {index + 1}." in prompt
+        assert f"Riddle {index + 1}." in read
+        assert f"The answer was {10 * (index + 1)}." in read
+        assert "The answer was" not in prompt
+    trainer.train()
+    assert trainer.state.global_step == trainer.args.max_steps
+    assert trainer.state.log_history[0]["context_rate"] == 1.0
+
+
+def test_without_data_and_environment_there_is_nothing_to_train_on(make_trainer):
+    with pytest.raises(ValueError, match="train_dataset"):
+        make_trainer(train_dataset=None, privileged_context="concise")
 
 
 @pytest.mark.parametrize("settings", [{"policy_loss_coef": 1.0}, {"privileged_context": "peers"}])

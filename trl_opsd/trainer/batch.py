@@ -243,7 +243,7 @@ class TeacherInputs:
         batch: dict[str, Any],
         generation: Generation,
         num_generations: int,
-        annotate: Callable[[list[list[int] | None], dict[str, Any]], Mapping[str, Any]],
+        annotate: Callable[[Sequence[list[int] | None], dict[str, Any], list[Mapping[str, Any]]], Mapping[str, Any]],
         metrics: Metrics,
         is_training: bool,
     ) -> list[list[int] | None]:
@@ -258,7 +258,7 @@ class TeacherInputs:
             num_generations (`int`):
                 Rollouts of a prompt.
             annotate (`Callable`):
-                From the teacher's prompts and the batch to what the teacher adds to it.
+                From the teacher's prompts, the batch and the rows to what the teacher adds to it.
             metrics ([`Metrics`]):
                 Where rates and lengths go.
             is_training (`bool`):
@@ -270,7 +270,7 @@ class TeacherInputs:
         masks = batch["prompt_mask"].bool()
         student_ids = [ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], masks, strict=True)]
         teacher_ids, tensors = self(generation, student_ids, num_generations, metrics)
-        batch.update(annotate(teacher_ids, batch))
+        batch.update(annotate(teacher_ids, batch, generation.rows))
         groups = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_groups")}
         batch.update({name: values.to(masks.device) for name, values in tensors.items()})
         batch.update(groups)  # no work for the device
@@ -281,7 +281,8 @@ class TeacherInputs:
         has_tokens = torch.tensor([position not in generation.empty for position in range(len(masks))])
         counted = has_tokens.to(masks.device) & ~batch["replaced"]
         texts = list(map(_text, generation.completions))
-        add_degeneration(metrics, texts, batch["completion_mask"], batch["truncated"], counted)
+        seen = batch["completion_mask"], batch["truncated"], batch["correct"]
+        add_degeneration(metrics, texts, *seen, counted)
         if is_training and self.memories:
             rows = zip(generation.rows, cast(Sequence[Rollouts], generation.groups), strict=True)
             everyone = self.gather([(row, group.all) for row, group in rows if group.index == 0])

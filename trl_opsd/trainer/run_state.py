@@ -313,6 +313,8 @@ class RunState:
 
     def _settings(self) -> dict[str, Any]:
         settings = {name: getattr(self._args, name) for name in _FIXED_SETTINGS}
+        teachers: dict[str, Any] = getattr(self._args, "teachers", None) or {}
+        settings["teachers"] = {name: its["teacher"] for name, its in teachers.items()}
         settings["num_processes"] = self._accelerator.num_processes
         settings["train_dataset"] = self._train_dataset
         # As they come back from a file; what JSON cannot hold counts by its type
