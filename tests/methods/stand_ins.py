@@ -410,7 +410,7 @@ STAND_INS = {
         GROUPS,
         has_reward=True,
         has_live_teacher=True,
-        metrics=(*SHAPED, "teacher_ratio_clipped_rate", "schedules/advantage.mix"),
+        metrics=(*SHAPED, "schedules/advantage.mix"),
     ),
     "rlcsd": StandIn(
         plain_loop.Method(**{**GRPO, "loss_type": "grpo"}),
