@@ -132,8 +132,7 @@ def make_streams(
 
 def has_one_update(args: SelfDistillationConfig) -> bool:
     """Whether the policy stays as it is from where a generation is sampled to its last micro-batch."""
-    steps = cast(int, args.steps_per_generation)
-    return args.num_iterations == 1 and steps <= args.gradient_accumulation_steps
+    return args.gradient_accumulation_steps % (cast(int, args.steps_per_generation) * args.num_iterations) == 0
 
 
 def may_shape_in_loss(args: SelfDistillationConfig, shares_pass: bool, policy: nn.Module) -> bool:
