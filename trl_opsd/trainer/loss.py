@@ -377,8 +377,8 @@ class SelfDistillationLoss:
             scored = in_order(outputs, groups, inside)
             numbers = torch.arange(len(rows["divergence_mask"]), device=rows["divergence_mask"].device)
             found.add({**rows, "row": numbers}, scored, nothing)
-        given = self._signals, self._args, rows, found.scores(0), lambda *rate: self._logged.append(rate)
-        return scored, shaped_advantages(*given)
+        scores, log = found.scores(0), lambda *rate: self._logged.append(rate)
+        return scored, shaped_advantages(self._signals, self._args, rows, scores, log)
 
     def _choices(
         self,
