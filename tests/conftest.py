@@ -1,10 +1,13 @@
 """The device of the tests, and tiny, offline stand-ins for a model, its tokenizer and its data."""
 
+import gc
+import importlib.metadata
 import os
 import random
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import cache
 from importlib.util import find_spec
 
 
@@ -27,6 +30,9 @@ settings.register_profile(
     "reproducible", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("reproducible")
+
+# accelerate reads and parses that of the same packages in every pass through a model
+importlib.metadata.metadata = cache(importlib.metadata.metadata)
 
 
 def pytest_addoption(parser):
@@ -56,6 +62,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=f"for CPUs: {marker.args[0]}"))
         elif item.get_closest_marker("distributed") is not None:
             item.add_marker(pytest.mark.skip(reason="for CPUs: several processes"))
+
+
+def pytest_collection_finish():
+    """Every training collects garbage: have it pass over the libraries and the tests, which stay to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ The runs are forked from one process, because importing takes far longer than th
 to a file and not at a time, so that some die while they save, and all get on, on a machine of any speed.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -68,6 +69,7 @@ def crash(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # the libraries, which the collection of every run would pass over
     folder = Path(sys.argv[1])
     whole, killed = json.loads((folder / "jobs.json").read_text())
     assert exit_code(run, whole, folder / whole["name"]) == 0

@@ -19,6 +19,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "periodic": {"teacher_update_steps": 2},
     "ema": {"teacher_update_rate": 0.3},
     "external": {},
+    "several": {},
 }
 
 
@@ -45,6 +46,9 @@ def test_every_teacher_trains_saves_and_resumes(models, tmp_path):
             settings = {"teacher": teacher, **settings}
             if teacher == "external":
                 settings["teacher_model_name_or_path"] = str(models / "external")
+            if teacher == "several":
+                wider = {"teacher": "external", "teacher_model_name_or_path": str(models / "external")}
+                settings["teachers"] = {"maths": wider, "code": {"teacher": "ema", **TEACHERS["ema"]}}
             jobs += pair(weights, f"{weights}-{teacher}", str(models / "policy"), **settings)
         jobs += pair(weights, f"{weights}-between", str(models / "policy"), **BETWEEN)
 
@@ -60,7 +64,7 @@ def test_every_teacher_trains_saves_and_resumes(models, tmp_path):
         assert_loads_in_plain_peft(tmp_path / "run" / f"lora-{teacher}", found[f"lora-{teacher}"]["student"])
     for weights in ("lora", "full"):
         losses = {tuple(found[f"{weights}-{teacher}"]["loss"]) for teacher in TEACHERS}
-        assert len(losses) == len(TEACHERS)  # five different teachers
+        assert len(losses) == len(TEACHERS)
 
 
 def assert_loads_in_plain_peft(folder, state):

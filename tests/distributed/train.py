@@ -1,5 +1,6 @@
 """Trains a tiny model on rollouts that are fixed, once per job, and writes what came of it. Started by launch.py."""
 
+import gc
 import json
 import os
 import sys
@@ -26,6 +27,7 @@ from trl.trainer.utils import shuffle_sequence_dict
 from trl_opsd import SelfDistillationTrainer
 from trl_opsd.methods import config_class
 from trl_opsd.scripts.train import find_checkpoint
+from trl_opsd.serving.adapter import adapter_weights, obstacle
 from trl_opsd.serving.merged_weights import merged_weights
 from trl_opsd.teacher import EMA
 from trl_opsd.teacher.sharding import part_of, whole_value
@@ -115,6 +117,7 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
             "prompt": [{"role": "user", "content": f"What is {a} + {7 * a}?"}],
             "solution": f"{a}+{7 * a}={8 * a}",
             "answer": str(8 * a),
+            "teacher": "maths" if (a - 1) // 2 % 2 else "code",  # one for each of two processes
         }
         for a in range(1, 17)
     ]
@@ -230,12 +233,14 @@ def deepspeed_in_use(trainer) -> list[Any] | None:
 
 
 def merged_for_vllm(trainer, student: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What vLLM would be sent of an adapter, which must leave the weights as they are."""
+    """What vLLM would be sent of an adapter, merged and alone, which must leave the weights as they are."""
     if not isinstance(student, PeftModel):
         return {}
     before = [part_of(parameter).clone() for parameter in student.parameters()]
     gather = DistributedBackend(trainer.accelerator).gather_params
     merged = {name: value.cpu().clone() for name, value in merged_weights(student, gather)}
+    assert obstacle(student) is None
+    merged |= adapter_weights(student, gather)
     for part, parameter in zip(before, student.parameters(), strict=True):
         assert torch.equal(part, part_of(parameter))
     return merged
@@ -245,7 +250,8 @@ def report(trainer, num_passes: list[int], average: dict[str, torch.Tensor], out
     accelerator = trainer.accelerator
     student = accelerator.unwrap_model(trainer.model)
     updated = share_updated(trainer)  # here, because the teacher may switch the trained adapter off
-    with trainer.teacher.weights(trainer.model_wrapped) as module:
+    one = next(iter(trainer.teacher.members.values()), trainer.teacher)
+    with one.weights(trainer.model_wrapped) as module:
         teacher = accelerator.unwrap_model(module)
         shares = gather_object([[share_held(student), share_held(teacher), updated]])
         num_units = sum(isinstance(module, FSDPModule) for module in teacher.modules())
@@ -258,6 +264,7 @@ def report(trainer, num_passes: list[int], average: dict[str, torch.Tensor], out
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = ("loss", "distillation_loss", "likelihood_loss", "entropy", "num_generated_tokens", "context_rate")
     names += ("teacher_prompts/max_length", "completions/retry_rate", "completions/off_policy_rate", "preference/loss")
+    names += ("teachers/maths/distillation_loss", "teachers/code/distillation_loss", "teachers/code/token_rate")
     names += ("replaced_distillation_loss", "completions/tier_2_rate", "e_step/loss")
     result = {name: [entry[name] for entry in history if name in entry] for name in names}
     result["benchmarks"] = [
@@ -305,5 +312,6 @@ if __name__ == "__main__":
         relabel_cpu_world()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         skip_unused_op()
+    gc.freeze()  # the libraries, which the collection of every job would pass over
     for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
         run(job, folder / (job["name"] or str(number)))

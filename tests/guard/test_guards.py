@@ -45,7 +45,7 @@ def test_what_leaves_the_limits_is_trouble(name):
         assert (guard.since, guard.beyond) == (10, 1)
         side = "below" if value < 0.3 else "above"
         assert f"(`{guard.metric}`) was {value:.3g} in the last 3 measurements, {side} the limit of " in guard.seen
-        assert "; in the first 4 it was 0.3." in guard.seen
+        assert f"; {'at best' if name == 'correct' else 'in the first 4'} it was 0.3." in guard.seen
 
 
 @pytest.mark.parametrize("name", METRIC_GUARDS)
@@ -98,6 +98,24 @@ def test_what_the_clip_takes_off_is_part_of_the_divergence():
         guard.observe(step, {"distillation_loss": -0.01, "clipped_mass": mass})
     assert guard.since == 3
     assert "was 0.39 in the last 1 measurements, above the limit of 0.18" in guard.seen
+
+
+@pytest.mark.parametrize("name", ["divergence", "entropy"])
+def test_multiples_of_a_mean_that_may_be_negative_are_no_limits(name):
+    """As an estimate by sampled tokens may be, of a divergence that is nearly zero."""
+    for first in ([-0.01] * 5, [0.02, 0.01, -0.005, 0.01, 0.02], [0.0] * 5):
+        guard = GUARDS[name]()
+        assert trouble(guard, first + [random.gauss(0.0, 0.02) for _ in range(500)] + [1.0] * 10) is None
+        assert "are not all positive" in guard.blind
+    guard = GUARDS[name]()
+    assert trouble(guard, [0.1] * 5 + [-0.1, 0.1] * 20 + [9.0] * 5) is not None  # later ones may be
+    assert not guard.blind
+
+
+def test_what_is_right_is_held_against_the_best():
+    guard = GUARDS["correct"](baseline=2, window=1, fall=0.15)
+    assert trouble(guard, [0.2, 0.2, 0.5, 0.9, 0.8, 0.76, 0.74]) == 7
+    assert "was 0.74 in the last 1 measurements, below the limit of 0.75; at best it was 0.9." in guard.seen
 
 
 def test_trouble_that_ends_can_begin_again():
@@ -173,6 +191,7 @@ def test_goes_on_from_its_state(name, stop):
         ("entropy", {"low": 1.5}, r"`low` must be in \[0, 1\)"),
         ("length", {"high": 0.5}, "`high` must be above 1"),
         ("truncation", {"rise": 0}, r"`rise` must be in \(0, 1\]"),
+        ("correct", {"fall": 0}, r"`fall` must be in \(0, 1\]"),
         ("teacher_gap", {"fall": 0}, "`fall` must be positive"),
         ("benchmark", {"drop": 0}, "`drop` must be positive"),
     ],

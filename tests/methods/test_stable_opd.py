@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from three_tokens import P_S, P_T, make_batch, make_scores
@@ -88,10 +90,12 @@ def test_what_the_paper_watches():
     texts = ["so we try again " * 700, "It is 7.", "so we try again " * 700, "so we try again " * 700]
     truncated, counted = torch.tensor([True, False, False, True]), torch.tensor([True, True, True, False])
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]])
-    add_degeneration(metrics, texts, mask, truncated, counted)
+    correct = torch.tensor([0.0, 1.0, math.nan, 1.0])
+    add_degeneration(metrics, texts, mask, truncated, correct, counted)
     metrics.reduce(lambda own: own)
     assert metrics.take() == {
         "rollouts/mean_length": 2.0,
         "rollouts/truncated_rate": pytest.approx(1 / 3),
         "rollouts/repetition_rate": pytest.approx(2 / 3),
+        "rollouts/correct_rate": 0.5,
     }

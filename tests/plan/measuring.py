@@ -4,6 +4,7 @@ What training steps really take, beside what was planned for them.
 `python tests/plan/measuring.py` prints the table of docs/plan.md.
 """
 
+import json
 import tempfile
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3MoeConfig
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.bench.models import PRESETS, random_model, save_config
@@ -38,6 +39,7 @@ class Case(NamedTuple):
     dtype: str = "float32"
     bf16: bool = False
     preset: str = "measured"
+    num_experts: int = 0
     attention: str | None = None
 
 
@@ -52,6 +54,7 @@ CASES = [
     Case("the same, live teacher", {"teacher": "live"}),
     Case("the same, 8 MiB for the loss", {"divergence_memory": 8}),
     Case("the same, attention `eager`", attention="eager"),
+    Case("8 experts, 2 of a token", {"router_aux_loss_coef": 0.0}, num_experts=8),
     Case("all weights, fp32, autocast to bf16", bf16=True),
     Case("the same, gradient checkpointing", {"gradient_checkpointing": True}, bf16=True),
     Case("all weights, bf16", dtype="bfloat16", bf16=True),
@@ -73,6 +76,10 @@ def rows() -> Dataset:
 def make_trainer(case: Case, folder: Path, **given) -> SelfDistillationTrainer:
     """The trainer of a case, on a random model."""
     save_config(folder, case.preset)
+    if case.num_experts:
+        values = json.loads((folder / "config.json").read_text()) | {"model_type": "qwen3_moe"}
+        experts = {"num_experts": case.num_experts, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+        Qwen3MoeConfig.from_dict({**values, **experts}).save_pretrained(folder)
     model = random_model(folder, "cpu", case.dtype, seed=0)
     if case.attention is not None:
         model.set_attn_implementation(case.attention)

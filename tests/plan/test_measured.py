@@ -1,6 +1,7 @@
 """Planned memory beside what training steps take: see measuring.py."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import yaml
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from distributed.launch import ENVIRONMENT, TIMEOUT
 from peft import LoraConfig
 from plan.measuring import CASES, COMPLETION, compare
 from transformers import AutoConfig, Qwen3Config
@@ -63,7 +65,8 @@ def test_what_zero_keeps(stage, tmp_path):
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
     script = Path(__file__).with_name("zero.py")
 
-    done = subprocess.run([sys.executable, *launcher, script, tmp_path], capture_output=True, text=True, timeout=3600)
+    command = [sys.executable, *launcher, script, tmp_path]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT)
 
     assert done.returncode == 0, done.stderr[-5000:]
     held = json.loads((tmp_path / "held.json").read_text())
@@ -77,14 +80,39 @@ def test_what_zero_keeps(stage, tmp_path):
         assert gathered_bytes(setting, setting.policy) >= held["whole"]
 
 
-def sharded(folder: Path, stage: int, num_gpus: int = 2, preset: str | None = None, **args) -> Setting:
-    """A run under ZeRO."""
+@pytest.mark.distributed
+def test_what_fsdp2_keeps(tmp_path):
+    case = next(case for case in CASES if case.name == "all weights, fp32, autocast to bf16")
+    config = yaml.safe_load((ACCELERATE / "fsdp2.yaml").read_text())
+    config |= {"use_cpu": True, "num_processes": 2, "main_process_port": 0}
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "case.json").write_text(json.dumps(case.name))
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
+    script, tests = Path(__file__).with_name("fsdp2.py"), Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+
+    command = [sys.executable, *launcher, script, tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
+
+    assert done.returncode == 0, done.stderr[-5000:]
+    setting = sharded(tmp_path / "rank0", "fsdp2", bf16=True)
+    assert json.loads((tmp_path / "held.json").read_text()) == {
+        "weights": weight_bytes(setting, setting.policy),
+        "teacher": teacher_bytes(setting),
+        "optimizer": optimizer_bytes(setting)[0],
+        "gradients": gradient_bytes(setting),
+    }
+
+
+def sharded(folder: Path, stage: int | str, num_gpus: int = 2, preset: str | None = None, **args) -> Setting:
+    """A run under ZeRO of that stage, or under FSDP2."""
     if preset is not None:
         save_config(folder, preset)
     model = Model(AutoConfig.from_pretrained(folder), torch.float32)
     config = SelfDistillationConfig(str(folder / "run"), use_cpu=True, max_completion_length=COMPLETION, **args)
     _, gpu = parse_gpus("1xH100")
-    return Setting(config, gpu, num_gpus, Sharding(f"zero{stage}"), model, Lengths(64, 64, COMPLETION))
+    kind = stage if isinstance(stage, str) else f"zero{stage}"
+    return Setting(config, gpu, num_gpus, Sharding(kind), model, Lengths(64, 64, COMPLETION))
 
 
 @pytest.mark.parametrize("num_gpus", [1, 8])

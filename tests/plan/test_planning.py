@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoConfig, Qwen3MoeConfig
 
 from trl_opsd.cli import main
 from trl_opsd.plan.hardware import GPUS, parse_gpus
+from trl_opsd.plan.models import Model, quantised_bytes
 from trl_opsd.plan.sharding import named, read_accelerate_config
 
 
@@ -130,6 +133,43 @@ def test_each_setting_tells(capsys):
     assert peak("--teacher", "ema", part="teacher") > 0
     assert peak("--use_vllm", "false", part="sampler") == 0
     assert peak("--use_vllm", "false", phase="sampling", part="sampler") > 0
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """config.json of a mixture of 128 experts, 8 of a token: a twelfth of the layers of Qwen3-30B-A3B."""
+    shapes = {"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936}
+    Qwen3MoeConfig(num_experts=128, num_experts_per_tok=8, **shapes, **heads).save_pretrained(tmp_path)
+    return tmp_path / "config.json"
+
+
+def test_experts(experts, capsys):
+    given = [*OPSD[:2], "--model_config", experts, "--gpus", "8xH200-141GB", "--use_peft", "false"]
+    assert "`router_aux_loss_coef` to 0.0" in error(capsys, *given)
+
+    _, found = plan(capsys, *given, "--router_aux_loss_coef", "0.0", "--sharding", "zero3")
+
+    assert found["memory"]["loss"]["weights"] == pytest.approx((29.9e9 / 12 + 0.62e9) * 2 / 8, rel=0.01)
+    # Without embedding and head, a token is multiplied with a tenth of them
+    matrices = 2048 * (2 * 4096 + 2 * 512 + 128 + 8 * 3 * 768)
+    assert Model(AutoConfig.from_pretrained(experts), torch.bfloat16).num_matrix == 4 * matrices
+
+
+# What bitsandbytes 0.50.2 keeps of a layer's weight on a CPU, in 4 bits, with quantised scales, and in 8 bits
+BITSANDBYTES = {
+    (256, 256): (32768 + 4096 + 64, 32768 + 1024 + 64 + 16 + 1028, 65536 + 1024),
+    (1024, 256): (131072 + 16384 + 64, 131072 + 4096 + 64 + 64 + 1028, 262144 + 4096),
+    (96, 160): (7680 + 960 + 64, 7680 + 240 + 64 + 4 + 1028, 15360 + 384),
+    (100, 36): (1800 + 228 + 64, 1800 + 57 + 64 + 4 + 1028, 3600 + 400),
+    (4096, 1024): (2097152 + 262144 + 64, 2097152 + 65536 + 64 + 1024 + 1028, 4194304 + 16384),
+}
+
+
+@pytest.mark.parametrize("shape", BITSANDBYTES, ids=str)
+def test_quantised_weights(shape):
+    for size, bits, nested in zip(BITSANDBYTES[shape], (4, 4, 8), (False, True, False), strict=True):
+        assert quantised_bytes(*shape, bits, nested) == size
 
 
 def test_time_is_planned_by_the_mean_length(capsys):

@@ -13,10 +13,13 @@ from trl_opsd.cli import main
 ROOT = Path(__file__).parents[2] / "recipes"
 MODELS = Path(__file__).parent / "models"
 IMAGES = ROOT / "rlsd/qwen3-vl-8b.yaml"
+SEVERAL_TEACHERS = ROOT / "distill/deepseek-1.5b-two-domains.yaml"
 RECIPES = sorted(
     path
     for path in ROOT.rglob("*.yaml")
-    if path.parent.name != "accelerate" and not path.stem.startswith("generate-") and path != IMAGES
+    if path.parent.name != "accelerate"
+    and not path.stem.startswith("generate-")
+    and path not in (IMAGES, SEVERAL_TEACHERS)
 )
 GPUS = {80: "H100-80GB", 96: "RTXPRO6000-96GB", 140: "H200-141GB"}
 
@@ -54,3 +57,10 @@ def test_a_model_that_reads_images(capsys, tmp_path):
     given = ["--config", str(IMAGES), "--gpus", "8xH100-80GB", "--model_config", str(tmp_path)]
     assert main(["plan", *given]) == 2
     assert "reads images, whose tokens and passes are not planned" in capsys.readouterr().err
+
+
+def test_several_teachers(capsys):
+    student = str(MODELS / "DeepSeek-R1-Distill-Qwen-1.5B.json")
+    given = ["--config", str(SEVERAL_TEACHERS), "--gpus", "8xH100-80GB", "--model_config", student]
+    assert main(["plan", *given]) == 2
+    assert "`teacher='several'` is not planned. Plan the run with the largest of" in capsys.readouterr().err

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
-from measuring import CASES, make_trainer, storages
+from distributed.train import skip_unused_op
+from plan.measuring import CASES, make_trainer, storages
 
 
 def main(folder: Path) -> None:
@@ -66,4 +67,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    skip_unused_op()
     main(Path(sys.argv[1]))

@@ -149,6 +149,8 @@ def rows_for(recipe):
         if "prompt" in row and not columns:
             row["prompt"] = [{"role": "user", "content": row["prompt"]}]
         known = {"solution": f"{a} and 1 make {a + 1}.", "answer": str(a + 1), "english": f"{a} + 1?"}
+        if "teacher_column" in recipe:
+            row[recipe["teacher_column"]] = list(recipe["teachers"])[a % 2]
         rows.append(row | {name: text for name, text in known.items() if name not in mapping.values()})
     return rows
 
@@ -215,8 +217,9 @@ def test_recipe_trains_a_tiny_model(recipe, long_context_model, long_context_vlm
     output = tmp_path / "output"
     local = {"model_name_or_path": model, "dataset_name": str(data), "output_dir": str(output)}
     values |= SMALL | local | {"dataset_config": None, "use_cpu": device.type == "cpu"}
-    if "teacher_model_name_or_path" in values:
-        values["teacher_model_name_or_path"] = long_context_model
+    for teacher in (values, *values.get("teachers", {}).values()):
+        if "teacher_model_name_or_path" in teacher:
+            teacher["teacher_model_name_or_path"] = long_context_model
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     # Stands for a reward that a recipe leaves to its user

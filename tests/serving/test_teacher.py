@@ -10,6 +10,10 @@ from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.serving import ServerError, TeacherServer, connect
 
 
+# What a server does not tell
+ENTROPIES = ("teacher_entropy", "entropy_gap")
+
+
 def letter_reward(completions, **kwargs):
     return [float(completion[0]["content"].count("e")) for completion in completions]
 
@@ -28,7 +32,8 @@ def make_trainer(tokenizer, dataset, training_args):
     def make(**settings):
         settings = {"divergence_support": "teacher_top_k", "divergence_top_k": 4, "teacher": "external", **settings}
         args = SelfDistillationConfig(**{**training_args, "max_steps": 3, **settings})
-        rows = Dataset.from_list(list(dataset) * 4)
+        names = ["a", "b", "own"]
+        rows = Dataset.from_list([{**row, "teacher": names[index % 3]} for index, row in enumerate(list(dataset) * 4)])
         return SelfDistillationTrainer(
             make_model(tokenizer),
             reward_funcs=letter_reward if args.policy_loss_coef else None,
@@ -64,10 +69,37 @@ def test_trains_as_with_the_teacher_here(settings, make_trainer, teacher, serve,
         trainer.train()
 
     for expected, found in zip(local.state.log_history[:-1], served.state.log_history[:-1], strict=True):
-        missing = {"teacher_entropy", "entropy_gap"}
+        assert found.keys() == expected.keys() - {*ENTROPIES}
+        for name in found.keys() - {"step_time", "sampling/step_time", "memory/peak"}:
+            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+    for name, value in local.model.state_dict().items():
+        torch.testing.assert_close(served.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_some_rows_by_servers_and_others_here(make_trainer, teacher, serve, tokenizer):
+    """Two of three teachers are on servers, each of which is asked about its own rows alone."""
+    model, path = teacher
+    servers = [serve(one, tokenizer) for one in (model, make_model(tokenizer, seed=7))]
+    asked = [{"teacher": "external", "teacher_server_base_url": f"{server.url}/"} for server in servers]
+    make_model(tokenizer, seed=7).save_pretrained(f"{path}-7")
+    tokenizer.save_pretrained(f"{path}-7")
+    loaded = [{"teacher": "external", "teacher_model_name_or_path": name} for name in (path, f"{path}-7")]
+    trainers = []
+    for a, b in (loaded, asked):
+        teachers = {"a": a, "b": b, "own": {"teacher": "initial"}}
+        trainers.append(make_trainer(teacher="several", teachers=teachers))
+        torch.manual_seed(0)
+        trainers[-1].train()
+    local, served = trainers
+    assert all(server.num_requests > 1 for server in servers)
+    assert sum(server.num_requests for server in servers) < 2 + 3 * 4  # a probe each, and of four rows some
+    for expected, found in zip(local.state.log_history[:-1], served.state.log_history[:-1], strict=True):
+        missing = {f"{prefix}{name}" for prefix in ("", "teachers/a/", "teachers/b/") for name in ENTROPIES}
         assert found.keys() == expected.keys() - missing
         for name in found.keys() - {"step_time", "sampling/step_time", "memory/peak"}:
             assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+    # In the second step all three have rows
+    assert {f"teachers/{name}/distillation_loss" for name in ("a", "b", "own")} <= served.state.log_history[1].keys()
     for name, value in local.model.state_dict().items():
         torch.testing.assert_close(served.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 

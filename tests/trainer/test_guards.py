@@ -36,13 +36,19 @@ def length_guard(action, **kwargs):
     return {**OFF, "length": {"action": action, "high": 3.0, "baseline": 2, "window": 2, **kwargs}}
 
 
+def fading(completions, trainer_state, **kwargs):
+    """Rewards until some step."""
+    return [float(trainer_state.global_step < TROUBLE - 1)] * len(completions)
+
+
 @pytest.fixture
 def make_trainer(tokenizer, dataset, training_args):
-    def make(guards=None, rollout_func="grows", lora=False, **settings):
+    def make(guards=None, rollout_func="grows", lora=False, reward_funcs=None, **settings):
         defaults = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "lr_scheduler_type": "constant"}
         args = SelfDistillationConfig(**{**training_args, **defaults, "guards": guards, **settings})
         return SelfDistillationTrainer(
             model=make_model(tokenizer),
+            reward_funcs=reward_funcs,
             args=args,
             train_dataset=Dataset.from_list(list(dataset) * 4),
             processing_class=tokenizer,
@@ -252,6 +258,24 @@ def test_what_was_asked_for_and_is_not_measured_is_said(make_trainer, said):
     make_trainer({"clipped": {}, "length": {}}, max_steps=2).train()
     (text,) = said()
     assert "asks `clipped` to watch was not measured" in text
+
+
+def test_what_cannot_be_watched_is_said_of_what_was_asked_for(make_trainer, said):
+    settings = {"divergence": "reverse_kl", "divergence_support": "sampled_token", "teacher": "live", "max_steps": 5}
+    for asked, number in ((None, 0), ({"divergence": {"baseline": 2, "window": 1}}, 1)):
+        make_trainer(asked, privileged_context="none", **settings).train()
+        assert len(said()) == number
+    assert "asks `divergence` to watch is not watched. The first 2 measurements of" in said()[0]
+
+
+def test_right_rollouts_are_watched(make_trainer, said):
+    """Of rewards that are only logged."""
+    trainer = make_trainer({**OFF, "correct": {"action": "stop", "baseline": 1, "window": 1}}, reward_funcs=fading)
+    trainer.train()
+    assert trainer.state.global_step == TROUBLE
+    assert "The share of rollouts that are right (`rollouts/correct_rate`) was 0 in" in said()[0]
+    rates = [entry.get("rollouts/correct_rate") for entry in trainer.state.log_history[:-1]]
+    assert rates == [1.0] * (TROUBLE - 1) + [0.0]
 
 
 def test_a_guard_that_is_new_in_a_resumed_run_begins_with_what_it_sees(make_trainer):

@@ -354,8 +354,10 @@ def test_an_environment_that_brings_its_prompts_needs_no_data(make_trainer, toke
     batch = trainer._generate_and_score_completions([row for row in trainer.train_dataset for _ in range(2)])
     for index in range(len(batch["prompt_ids"])):
         prompt, read = (tokenizer.decode(batch[f"{side}_ids"][index]) for side in ("prompt", "teacher_prompt"))
-        assert f"Riddle {index + 1}." in prompt and f"Riddle {index + 1}." in read
-        assert f"The answer was {10 * (index + 1)}." in read and "The answer was" not in prompt
+        assert f"Riddle {index + 1}." in prompt
+        assert f"Riddle {index + 1}." in read
+        assert f"The answer was {10 * (index + 1)}." in read
+        assert "The answer was" not in prompt
     trainer.train()
     assert trainer.state.global_step == trainer.args.max_steps
     assert trainer.state.log_history[0]["context_rate"] == 1.0

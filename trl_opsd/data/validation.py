@@ -1,5 +1,5 @@
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ def validate_rows(
     name: str = "train_dataset",
     structured: Sequence[str] = (),
     reads_images: bool = False,
+    choices: Mapping[str, Sequence[str]] | None = None,
 ) -> Dataset | IterableDataset:
     """
     Refuse a dataset that cannot be trained on, before anything is put on a device.
@@ -39,6 +40,8 @@ def validate_rows(
             Privileged columns whose reader knows what to do with lists and mappings.
         reads_images (`bool`, *optional*, defaults to `False`):
             Whether the model reads images: prompts may then have places for them, and each row needs as many.
+        choices (`Mapping[str, Sequence[str]]`, *optional*):
+            What may be in some of the columns.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]:
@@ -64,18 +67,19 @@ def validate_rows(
     if missing := [column for column in required if column not in first]:
         raise ValueError(
             f"{name} has no column {listed(missing)}; its columns are {listed(first)}. Rename a column with "
-            "`column_mapping` (or `dataset.rename_column`), or choose another `privileged_context`."
+            "`column_mapping` (or `dataset.rename_column`), or choose what reads it in another way "
+            "(`privileged_context`, `completions`, `teacher_column`)."
         )
 
     images = image_columns(dataset) if reads_images else []
 
     def check(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         for column in required:
-            find_problem = _problem if column in structured else _text_problem
+            find_problem = _structured_problem if column in structured else _text_problem
             if column == "prompt":
                 find_problem = partial(_prompt_problem, reads_images=reads_images)
             for index, value in zip(indices, rows[column], strict=True):
-                if problem := find_problem(value):
+                if problem := find_problem(value) or _choice_problem(value, (choices or {}).get(column)):
                     raise _refusal(name, index, f"`{column}` {problem}")
         for position, index in enumerate(indices if reads_images else []):
             if problem := image_problem({column: rows[column][position] for column in ("prompt", *images)}):
@@ -113,6 +117,14 @@ def _problem(value: Any) -> str | None:
     return None
 
 
+def _structured_problem(value: Any) -> str | None:
+    if isinstance(value, list) and value and all(isinstance(its, dict) and "content" in its for its in value):
+        texts = [_text(message["content"]) for message in value]
+        if not any(text is None or text.strip() for text in texts):
+            return "has messages without text"
+    return _problem(value)
+
+
 def _text_problem(value: Any) -> str | None:
     if problem := _problem(value):
         return problem
@@ -122,6 +134,12 @@ def _text_problem(value: Any) -> str | None:
             "is to read into a column, or write a `privileged_context` of your own, which may read anything"
         )
     return None
+
+
+def _choice_problem(value: Any, choices: Sequence[str] | None) -> str | None:
+    if choices is None or value in choices:
+        return None
+    return f"is {value!r}, and none of {listed(choices)}"
 
 
 def _prompt_problem(value: Any, reads_images: bool) -> str | None:

@@ -33,6 +33,8 @@ class Guard(ABC):
             How often in a row something has been.
         seen (`str`):
             What was seen last of it, as a sentence.
+        blind (`str`):
+            Why nothing will ever be beyond the limits, as a sentence, if so.
     """
 
     advice: ClassVar[str]
@@ -43,6 +45,7 @@ class Guard(ABC):
     since: int | None = field(default=None, init=False, repr=False)
     beyond: int = field(default=0, init=False, repr=False)
     seen: str = field(default="", init=False, repr=False)
+    blind: str = field(default="", init=False, repr=False)
     _kept: ClassVar[tuple[str, ...]] = ("since", "beyond", "seen")
 
     def __post_init__(self) -> None:
@@ -139,6 +142,10 @@ class MetricGuard(Guard):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
 
+    def compared(self, mean: float) -> tuple[float, str]:
+        """What a mean of the last measurements is held against, and how messages call that."""
+        return math.fsum(self.first[: self.baseline]) / self.baseline, f"in the first {self.baseline}"
+
     @abstractmethod
     def limits(self, first: float) -> tuple[float, float]:
         """
@@ -146,7 +153,7 @@ class MetricGuard(Guard):
 
         Args:
             first (`float`):
-                Mean of the first measurements.
+                Mean of the first measurements, or what [`compared`] gives.
         """
 
     def value(self, measured: Mapping[str, float]) -> float:
@@ -165,14 +172,15 @@ class MetricGuard(Guard):
             return ""
         values = sorted(value for _, value in self.last)
         values = values[1:-1] if len(values) > 2 else values
-        mean, first = sum(values) / len(values), math.fsum(self.first[: self.baseline]) / self.baseline
+        mean = sum(values) / len(values)
+        first, when = self.compared(mean)
         low, high = self.limits(first)
         if low <= mean <= high:
             return ""
         side, limit = ("below", low) if mean < low else ("above", high)
         return (
             f"{self.what} (`{self.metric}`) was {mean:.3g} in the last {self.window} measurements, {side} the limit "
-            f"of {limit:.3g}; in the first {self.baseline} it was {first:.3g}."
+            f"of {limit:.3g}; {when} it was {first:.3g}."
         )
 
     def _began(self, step: int) -> int:
@@ -191,7 +199,8 @@ class MetricGuard(Guard):
 @dataclass(kw_only=True)
 class Relative(MetricGuard):
     """
-    A [`MetricGuard`] whose limits are multiples of the first mean.
+    A [`MetricGuard`] whose limits are multiples of the first mean. There are none where one of the first measurements
+    is negative, as an estimate of little may be, or all are zero: a multiple of that mean would say nothing.
 
     Args:
         low (`float`, *optional*):
@@ -211,6 +220,12 @@ class Relative(MetricGuard):
             raise ValueError(f"`high` must be above 1, a multiple of the first mean, got {self.high}.")
 
     def limits(self, first: float) -> tuple[float, float]:
+        if first <= 0.0 or any(value < 0.0 for value in self.first):
+            self.blind = (
+                f"The first {self.baseline} measurements of `{self.metric}` are not all positive, so limits that are "
+                "multiples of their mean say nothing."
+            )
+            return -math.inf, math.inf
         return (
             -math.inf if self.low is None else self.low * first,
             math.inf if self.high is None else self.high * first,
@@ -236,3 +251,34 @@ class Rising(MetricGuard):
 
     def limits(self, first: float) -> tuple[float, float]:
         return -math.inf, first + self.rise
+
+
+@dataclass(kw_only=True)
+class Falling(MetricGuard):
+    """
+    A [`MetricGuard`] of a share, which may fall below its best mean so far by so much.
+
+    Args:
+        fall (`float`, *optional*, defaults to `0.15`):
+            Most that is no trouble, in (0, 1].
+
+    Attributes:
+        best (`float`):
+            The best mean so far, of the first measurements or of later ones.
+    """
+
+    fall: float = 0.15
+    best: float = field(default=0.0, init=False, repr=False)
+    _kept: ClassVar[tuple[str, ...]] = (*MetricGuard._kept, "best")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.fall <= 1.0:
+            raise ValueError(f"`fall` must be in (0, 1], got {self.fall}.")
+
+    def compared(self, mean: float) -> tuple[float, str]:
+        self.best = max(self.best, mean, super().compared(mean)[0])
+        return self.best, "at best"
+
+    def limits(self, first: float) -> tuple[float, float]:
+        return first - self.fall, math.inf

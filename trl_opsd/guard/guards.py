@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .base import Guard, MetricGuard, Relative, Rising
+from .base import Falling, Guard, MetricGuard, Relative, Rising
 
 
 @dataclass(kw_only=True)
@@ -55,6 +55,15 @@ class Repetition(Rising):
     advice = "a lower `learning_rate`, a teacher that moves less, fewer steps."
 
     rise: float = 0.1
+
+
+@dataclass(kw_only=True)
+class Correct(Falling):
+    """Share of the student's rollouts that are right, where there are rewards."""
+
+    metric = "rollouts/correct_rate"
+    what = "The share of rollouts that are right"
+    advice = "a lower `learning_rate`, a teacher that moves less, fewer steps."
 
 
 @dataclass(kw_only=True)
@@ -206,6 +215,7 @@ GUARDS: dict[str, type[Guard]] = {
     "length": Length,
     "truncation": Truncation,
     "repetition": Repetition,
+    "correct": Correct,
     "divergence": DivergenceGrowth,
     "teacher_gap": TeacherGap,
     "clipped": Clipped,

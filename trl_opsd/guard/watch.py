@@ -40,7 +40,8 @@ class Guards(TrainerCallback):
 
     def __init__(self, guards: Mapping[str, Guard], asked_for: frozenset[str] = frozenset()):
         self._guards = {name: guard for name, guard in guards.items() if guard.action != "ignore"}
-        self._unseen = {name for name in asked_for & self._guards.keys() if not getattr(guards[name], "score", None)}
+        self._asked_for = asked_for & self._guards.keys()
+        self._unseen = {name for name in self._asked_for if not getattr(guards[name], "score", None)}
         self._warned: set[str] = set()
         self._saved: list[int] = []
         self._latest: Callable[[], Mapping[str, float]] = dict
@@ -168,6 +169,9 @@ class Guards(TrainerCallback):
             if guard.reads_log != is_log or not guard.observe(state.global_step, measured):
                 continue
             self._unseen.discard(name)
+            if guard.blind and name in self._asked_for - self._warned:
+                self._warned.add(name)
+                self.tell(f"What `guards` asks `{name}` to watch is not watched. {guard.blind}")
             if guard.has_trouble and not (guard.action == "warn" and name in self._warned):
                 self._act(name, guard, args, state, control)
 

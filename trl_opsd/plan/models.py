@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,32 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
-# Values that share a scale in 4 and 8 bit, and values whose scales share one if those are quantised too (bitsandbytes)
+# Of bitsandbytes' 4 bits: values that share a scale, and scales that share one if those are quantised too; bytes of a
+# weight's table of 16 values, and, if its scales are quantised, of their table of 256 and their mean
 _BLOCK, _NESTED_BLOCK = 64, 256
+_TABLE, _NESTED = 64, 1024 + 4
+
+
+def quantised_bytes(num_rows: int, num_columns: int, bits: int, nested: bool) -> int:
+    """
+    Bytes of a quantised weight, with its scales, as bitsandbytes keeps it.
+
+    Args:
+        num_rows (`int`):
+            Its rows.
+        num_columns (`int`):
+            Its columns.
+        bits (`int`):
+            4 or 8.
+        nested (`bool`):
+            Whether the scales of 4 bits are quantised too.
+    """
+    number = num_rows * num_columns
+    if bits == 8:
+        return number + 4 * num_rows
+    scales = -(-number // _BLOCK)
+    scale_bytes = scales + 4 * -(-scales // _NESTED_BLOCK) + _NESTED if nested else 4 * scales
+    return -(-number // 2) + _TABLE + scale_bytes
 
 
 def load_config(name: str, path: Path | None, field: str, **kwargs: Any) -> Any:
@@ -127,8 +152,10 @@ class Model:
         if num_layers is not None:
             text = config.get_text_config()
             text.num_hidden_layers = num_layers
-            if getattr(text, "layer_types", None):
-                text.layer_types = text.layer_types[:num_layers]
+            for name in ("layer_types", "mlp_layer_types"):
+                if getattr(text, name, None):
+                    with suppress(AttributeError):  # follows from the number
+                        setattr(text, name, getattr(text, name)[:num_layers])
         # The kernels of flash attention need not be installed here
         attention = "sdpa" if self.packs else self.attention
         with torch.device("meta"), warnings.catch_warnings():
@@ -178,9 +205,26 @@ class Model:
 
     @cached_property
     def num_matrix(self) -> int:
-        """Weights of the backbone that every token is multiplied with."""
+        """Weights of the backbone that every token is multiplied with: of experts, as many as it is sent to."""
         others = {id(self.head), id(self.embedding)}
-        return sum(one.numel() for one in self.parameters if one.ndim == 2 and id(one) not in others)
+        matrices = [one for one in self.parameters if id(one) not in others]
+        experts = sum(min(self.experts_of_a_token, one.size(0)) * one[0].numel() for one in matrices if one.ndim == 3)
+        return experts + sum(one.numel() for one in matrices if one.ndim == 2)
+
+    @property
+    def experts_of_a_token(self) -> int:
+        """Experts that each token is sent to, as far as the configuration says so in a way that is known."""
+        names = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+        return int(next((found for name in names if (found := getattr(self.text_config, name, None))), 2**31))
+
+    @property
+    def kinds(self) -> list[Any]:
+        """What tells its layers from one another: the type that its configuration names, and their weights."""
+        lists = (one for one in self.modules.modules() if isinstance(one, nn.ModuleList))
+        layers = next((one for one in lists if len(one) == self.num_layers), nn.ModuleList())
+        shapes = [[(name, one.shape) for name, one in layer.named_parameters()] for layer in layers]
+        types = getattr(self.text_config, "layer_types", None) or [""] * self.num_layers
+        return list(zip(types, shapes or [[]] * self.num_layers, strict=False))
 
     @property
     def vocabulary(self) -> int:
@@ -211,13 +255,8 @@ class Model:
         found = {}
         for name, module in self.modules.named_modules():
             if isinstance(module, nn.Linear) and module.weight is not self.head and "lora_" not in name:
-                number = module.weight.numel()
-                if self.bits == 8:
-                    found[id(module.weight)] = number + 4 * module.weight.size(0)
-                else:
-                    scales = number // _BLOCK
-                    scale_bytes = scales + 4 * (scales // _NESTED_BLOCK) if self.nested else 4 * scales
-                    found[id(module.weight)] = number // 2 + scale_bytes
+                num_rows, num_columns = module.weight.shape
+                found[id(module.weight)] = quantised_bytes(num_rows, num_columns, self.bits, self.nested)
         return found
 
     def cache_bytes(self, num_tokens: int, itemsize: int = 2) -> int:

@@ -2,6 +2,7 @@
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -150,7 +151,7 @@ def measure(model: Model, reading: Reading) -> Pass:
     """
     known = model.__dict__.setdefault("_passes", {})
     if reading not in known:
-        total, few = model.num_layers, _representative_layers(model.text_config)
+        total, few = model.num_layers, _representative_layers(model.kinds)
         if 2 * few >= total:
             one = _run(model, reading, 1) if reading.learns else Pass(0, 0)
             known[reading] = _run(model, reading, total)._replace(last=one.backward)
@@ -163,13 +164,26 @@ def measure(model: Model, reading: Reading) -> Pass:
     return known[reading]
 
 
-def _representative_layers(config: Any) -> int:
-    """As many layers as it takes until their kinds repeat, at least two."""
-    kinds = getattr(config, "layer_types", None) or ["all"]
-    for period in range(2, len(kinds)):
-        if all(kind == kinds[index % period] for index, kind in enumerate(kinds)):
-            return period
-    return max(2, len(kinds) if len(kinds) > 1 else 2)
+def _representative_layers(kinds: Sequence[Any]) -> int:
+    """As many layers as it takes until those that follow repeat, again and again, at least two."""
+    for few in range(2, len(kinds)):
+        if all(kinds[index] == kinds[index - few] for index in range(2 * few, len(kinds))):
+            return few
+    return max(2, len(kinds))
+
+
+class _Experts(TorchDispatchMode):
+    """Has products with experts in every dtype. Those of tensors without data PyTorch has in bf16 alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.ops.aten._grouped_mm.default or args[0].dtype == torch.bfloat16:
+            return func(*args, **kwargs)
+        left, right = args[:2]
+        if right.ndim == 3:  # rows, each with the matrix of its expert
+            return left.new_empty(left.size(0), right.size(2))
+        ends = args[2] if len(args) > 2 else kwargs["offs"]
+        return left.new_empty(len(ends), left.size(0), right.size(1))  # the gradient of the matrices
 
 
 class _Loss(torch.autograd.Function):
@@ -190,7 +204,7 @@ def _run(model: Model, reading: Reading, num_layers: int) -> Pass:
     modules = model.build(num_layers)
     rows = reading.rows
     width = rows.prompt + rows.completion
-    with FakeTensorMode(), warnings.catch_warnings():
+    with FakeTensorMode(), _Experts(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _without_data(modules, reading.dtype)
         modules.train(reading.learns)

@@ -65,6 +65,12 @@ PANELS = (
         "the student's own rollouts with a token",
         {"rollouts/truncated_rate": "truncated", "rollouts/repetition_rate": "ends in a loop"},
     ),
+    Panel(
+        "Right rollouts",
+        "%",
+        "the student's own rollouts with a token and a reward",
+        {"rollouts/correct_rate": "right"},
+    ),
     Panel("Clipped", "%", "scored tokens", {"clipped_share": "with a clipped entry"}),
     Panel("Samples with a context", "%", "samples with at least one token", {"context_rate": "with a context"}),
 )

@@ -12,7 +12,7 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx, pad
 
 from ..objective import Combine, Head, Readings, teacher_choices, token_log_probs, tokens_in_top_k
-from ..teacher import Targets, Teacher
+from ..teacher import Teacher, TokenTargets
 from .heads import causal_lm, head_of, unsharded
 from .images import Images
 from .logits import check_logits, check_packing
@@ -109,9 +109,10 @@ class Networks:
         Raises:
             ValueError: See [`~trl_opsd.scoring.check_logits`] and [`~trl_opsd.scoring.check_packing`].
         """
-        with self.teacher.weights(model) as teacher:
-            if teacher is not None:
-                self._check_logits(teacher)
+        for one in self.teacher.members.values() or [self.teacher]:
+            with one.weights(model) as teacher:
+                if teacher is not None:
+                    self._check_logits(teacher)
         self._check_logits(model)
         self.has_checked_logits = True
 
@@ -253,7 +254,7 @@ class Networks:
         idle = [idle_row(inputs)] * (number - len(passes))
         return [rows_of(kept, rows) for rows in passes] + idle
 
-    def targets(self, model: nn.Module, rows: dict[str, Any]) -> Targets:
+    def targets(self, model: nn.Module, rows: dict[str, Any]) -> list[TokenTargets]:
         """
         What the teacher says of some tokens.
 
@@ -264,23 +265,27 @@ class Networks:
                 Some rows. Their `divergence_mask` of shape `(b, T)` says which tokens.
 
         Returns:
-            [`Targets`]: states of shape `(number of those tokens, H)`, or [`Readings`], and the head that reads them,
-            or what a server has reported.
+            `list[TokenTargets]`: of each of those tokens states, or [`Readings`], and the head that reads them, or
+            what a server has reported.
         """
-        read = partial(self._read, rows) if self._combine is None else partial(self._read_all, rows, self._combine)
+        read = self._read if self._combine is None else partial(self._read_all, self._combine)
         return self.teacher.targets(model, rows, rows["divergence_mask"].bool(), read)
 
-    def _read_all(self, rows: dict[str, Any], combine: Combine, module: nn.Module) -> tuple[Readings, Head]:
-        states, heads = zip(*(self._read(rows, module, prompt) for prompt in PROMPTS), strict=True)
+    def _read_all(self, combine: Combine, module: nn.Module, rows: dict[str, Any]) -> tuple[Readings, Head]:
+        states, heads = zip(*(self._read(module, rows, prompt) for prompt in PROMPTS), strict=True)
         return Readings(states, combine), heads[0]
 
     def _read(
-        self, rows: dict[str, Any], module: nn.Module, prompt: str = "teacher_prompt"
+        self, module: nn.Module, rows: dict[str, Any], prompt: str = "teacher_prompt"
     ) -> tuple[torch.Tensor, Head]:
         with_context = rows["divergence_mask"].any(dim=1)
-        with_context[0] |= ~with_context.any()  # passes of all processes meet in collective operations
+        is_idle = not with_context.any()
+        with_context[0] |= is_idle  # passes of all processes meet in collective operations
         rows = rows_of(rows, with_context.nonzero().flatten().tolist())
         ids, mask, selected, images = self.sequences(rows, prompt, rows["divergence_mask"])
+        if is_idle and not any(images or ()):  # whose tokens belong together
+            first = ids.size(1) - selected.size(1)
+            ids, mask, selected = ids[:, first - 1 : first + 1], mask[:, first - 1 : first + 1], selected[:, :1]
         return self.teacher_states(module, ids, mask, selected, rows[f"{prompt}_groups"], images)
 
     @torch.no_grad()
@@ -314,8 +319,8 @@ class Networks:
             some = pairs[start : start + batch_size]
             for rows in self.passes(self._readings(inputs, some)):
                 selected = rows["divergence_mask"].bool()
-                targets = self.teacher.targets(model, rows, selected, partial(self._read, rows))
-                log_probs = self.within(model, self._head_log_probs, *targets, rows, selected)
+                targets = self.teacher.targets(model, rows, selected, self._read)
+                log_probs = self.within(model, self._head_log_probs, targets, rows, selected)
                 for row, mask, values in zip(rows["row"].tolist(), selected, log_probs.to(total), strict=True):
                     total[row] = torch.logaddexp(total[row], values.where(mask, -torch.inf))
         counts = torch.tensor([[len(some)] for some in prompts], device=tokens.device)
@@ -337,10 +342,17 @@ class Networks:
         return {**readings, "divergence_mask": mask, "student_mask": mask}
 
     def _head_log_probs(
-        self, _: nn.Module, hidden: torch.Tensor, head: Head, rows: dict[str, Any], selected: torch.Tensor
+        self, _: nn.Module, targets: list[TokenTargets], rows: dict[str, Any], selected: torch.Tensor
     ) -> torch.Tensor:
-        with maybe_gather_lm_head_ctx(head.weight, head.bias), self._accelerator.autocast():
-            return self.log_probs_of(hidden, self.whole(head), rows["completion_ids"][selected], selected)[0]
+        total = torch.zeros(selected.shape, device=selected.device)
+        for states, head, tokens in targets:
+            assert isinstance(states, torch.Tensor)  # no server's
+            assert head is not None
+            place = selected if tokens is None else selected.masked_scatter(selected, tokens)
+            with maybe_gather_lm_head_ctx(head.weight, head.bias), self._accelerator.autocast():
+                given = states, self.whole(head), rows["completion_ids"][place], place
+                total = total + self.log_probs_of(*given)[0].to(total)
+        return total
 
     def sequences(
         self, rows: dict[str, Any], prompt: str, tokens: torch.Tensor

@@ -179,6 +179,7 @@ def read_setting(asked: Namespace, fields: list[str]) -> "tuple[Setting, str]":
     if model_args.model_name_or_path is None:
         raise ValueError("No model to plan for: set `model_name_or_path` to a Hub id or a local folder.")
     policy = _policy(asked, model_args, args, get_peft_config(model_args))
+    _check_experts(policy, args)
     lengths = _lengths(asked, args, policy)
     external = _external(asked, args)
     setting = Setting(
@@ -245,9 +246,22 @@ def _policy(asked: Namespace, model_args: "ModelConfig", args: Any, peft_config:
     )
 
 
+def _check_experts(policy: "Model", args: Any) -> None:
+    """As GRPOTrainer decides whether a mixture of experts has an auxiliary loss."""
+    text, coef = policy.text_config, args.router_aux_loss_coef
+    coef = getattr(text, "router_aux_loss_coef", 0.0) if coef is None else coef
+    if hasattr(text, "output_router_logits") and coef:
+        raise ValueError(
+            f"The auxiliary loss of this mixture of experts (`router_aux_loss_coef={coef}`) takes a forward pass of "
+            "GRPOTrainer's own, with logits of whole rows, which is not planned. Set `router_aux_loss_coef` to 0.0."
+        )
+
+
 def _external(asked: Namespace, args: Any) -> "Model | None":
     from trl_opsd.plan.models import Model, load_config
 
+    if args.teacher == "several":
+        raise ValueError("`teacher='several'` is not planned. Plan the run with the largest of `teachers` alone.")
     if args.teacher != "external" or args.teacher_server_base_url is not None:
         return None
     kwargs = dict(args.teacher_model_init_kwargs or {})

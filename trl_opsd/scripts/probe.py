@@ -233,6 +233,8 @@ def _check(training_args: "SelfDistillationConfig", model_args: "ModelConfig") -
             "A teacher on a server (`teacher_server_base_url`) scores and does not write, and a probe has it answer. "
             "Leave the field out: before training, `teacher: live` and `initial` have the student's weights."
         )
+    if training_args.teacher == "several":
+        raise ValueError("A probe has one teacher answer. Set `teacher` to one of `teachers`, with its rows alone.")
     if training_args.max_completion_length is None:
         raise ValueError("A probe needs a limit of the answers: set `max_completion_length`.")
     if training_args.world_size > 1:

@@ -1,5 +1,6 @@
 """The teacher's log-probabilities from a vLLM server."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -69,12 +70,12 @@ class TeacherServer:
                 "Serve a model with the policy's vocabulary."
             )
 
-    def score(self, prompts: list[list[int] | None], completions: list[list[int]], width: int) -> Scores:
+    def score(self, prompts: Sequence[list[int] | None], completions: list[list[int]], width: int) -> Scores:
         """
         Score completions. Called on every process, each with its own.
 
         Args:
-            prompts (`list[list[int] | None]`):
+            prompts (`Sequence[list[int] | None]`):
                 Token ids of B prompts. `None` leaves the row out: it gets log-probabilities of 0.
             completions (`list[list[int]]`):
                 Token ids of B completions.

@@ -1,10 +1,10 @@
 """The interface every kind of teacher implements."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,9 +12,26 @@ from torch import nn
 from ..objective import Head, Readings, TopLogProbs
 
 
-# What a teacher says of N tokens: hidden states of shape (N, H_t), after one prompt or several, and the head to apply
-# to them, or log-probabilities
-Targets = tuple[torch.Tensor | Readings, Head] | tuple[TopLogProbs, None]
+# Runs a module over some rows: the hidden states that predict their tokens, after one prompt or several, and its head
+Read = Callable[[nn.Module, dict[str, Any]], tuple[torch.Tensor | Readings, Head]]
+
+
+class TokenTargets(NamedTuple):
+    """
+    What one teacher says of n among N tokens.
+
+    Args:
+        states (`torch.Tensor` of shape `(n, H_t)`, [`Readings`] or [`TopLogProbs`]):
+            Hidden states, after one prompt or several, or log-probabilities.
+        head ([`Head`], *optional*):
+            What is to be applied to the states.
+        tokens (`torch.Tensor` of shape `(N,)`, bool, *optional*):
+            Which tokens they are. `None` for all.
+    """
+
+    states: torch.Tensor | Readings | TopLogProbs
+    head: Head | None
+    tokens: torch.Tensor | None = None
 
 
 class Teacher(ABC):
@@ -34,12 +51,15 @@ class Teacher(ABC):
         fingerprint (`str`, *optional*):
             Tells it from another teacher, for one that a resumed run neither makes from the policy nor finds in the
             checkpoint.
+        members (`Mapping[str, Teacher]`):
+            By their names, the teachers of which each row has one. A single teacher has none.
     """
 
     description: str
     knows_entropy: bool = True
     context_length: int | None = None
     fingerprint: str | None = None
+    members: Mapping[str, "Teacher"] = {}
 
     @abstractmethod
     def weights(self, policy: nn.Module) -> AbstractContextManager[nn.Module | None]:
@@ -52,15 +72,22 @@ class Teacher(ABC):
                 weights yield it.
         """
 
-    def annotate(self, prompts: list[list[int] | None], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def annotate(
+        self,
+        prompts: Sequence[list[int] | None],
+        batch: dict[str, torch.Tensor],
+        rows: Sequence[Mapping[str, Any]],
+    ) -> dict[str, torch.Tensor]:
         """
         What has to be asked of the teacher as soon as rollouts are there. Called on every process, each with its own.
 
         Args:
-            prompts (`list[list[int] | None]`):
+            prompts (`Sequence[list[int] | None]`):
                 Token ids of the B teacher prompts. `None` for a row without a context.
             batch (`dict[str, torch.Tensor]`):
                 The rollouts, with `completion_ids` and `completion_mask` of shape `(B, T)`.
+            rows (`Sequence[Mapping[str, Any]]`):
+                The dataset row of each.
 
         Returns:
             `dict[str, torch.Tensor]`: columns for the batch, of B rows, which [`targets`] finds in its rows.
@@ -68,12 +95,8 @@ class Teacher(ABC):
         return {}
 
     def targets(
-        self,
-        policy: nn.Module,
-        rows: dict[str, Any],
-        selected: torch.Tensor,
-        read: Callable[[nn.Module], tuple[torch.Tensor | Readings, Head]],
-    ) -> Targets:
+        self, policy: nn.Module, rows: dict[str, Any], selected: torch.Tensor, read: Read
+    ) -> list[TokenTargets]:
         """
         What the teacher says of some tokens, without a gradient.
 
@@ -81,15 +104,19 @@ class Teacher(ABC):
             policy (`nn.Module`):
                 See [`weights`].
             rows (`dict[str, Any]`):
-                Rows of a batch, with what [`annotate`] added.
+                Rows of a batch, with what [`annotate`] added. Their `divergence_mask` is `selected`.
             selected (`torch.Tensor` of shape `(B, T)`, bool):
                 The completion tokens.
             read (`Callable`):
-                Runs a module over these rows: hidden states that predict these tokens, and its head.
+                From a module and rows to the hidden states that predict the tokens of their `divergence_mask`, and
+                the module's head.
+
+        Returns:
+            `list[TokenTargets]`: of each of these tokens one.
         """
         with torch.no_grad(), self.weights(policy) as module:
             assert module is not None
-            return read(module)
+            return [TokenTargets(*read(module, rows))]
 
     def shared_tokens(self, num_tokens: int) -> int | None:
         """The first tokens of the vocabulary that it shares with a policy of `num_tokens`, if these are not all."""

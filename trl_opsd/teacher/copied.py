@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .base import Teacher
-from .copies import AdapterCopy, TeacherCopy, copy_of
+from .copies import ADAPTER_NAME, AdapterCopy, TeacherCopy, copy_of
 from .files import load_parts, save_parts
 from .sharding import copy_parameter, part_of, write_part
 
@@ -124,15 +124,23 @@ class CopiedTeacher(Teacher):
             How the copy follows it.
         shard (`Callable[[nn.Module], nn.Module]`):
             Wraps a copy for the distributed setup in use.
+        adapter_name (`str`, *optional*, defaults to `"teacher"`):
+            Name of the second adapter.
 
     Raises:
         NoSecondAdapterError: If peft allows only one adapter of the policy's kind.
     """
 
-    def __init__(self, policy: PreTrainedModel | PeftModel, rule: UpdateRule, shard: Callable[[nn.Module], nn.Module]):
+    def __init__(
+        self,
+        policy: PreTrainedModel | PeftModel,
+        rule: UpdateRule,
+        shard: Callable[[nn.Module], nn.Module],
+        adapter_name: str = ADAPTER_NAME,
+    ):
         self.rule = rule
         self.description = rule.description
-        self.copy = copy_of(policy, shard)
+        self.copy = copy_of(policy, shard, adapter_name)
         self._is_saved = isinstance(self.copy, AdapterCopy) or not isinstance(rule, Never)
 
     def weights(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:

@@ -41,15 +41,23 @@ class TeacherCopy(ABC):
 
 
 class AdapterCopy(TeacherCopy):
-    """A second, frozen adapter on the policy's own base model."""
+    """
+    A second, frozen adapter on the policy's own base model.
 
-    def __init__(self, policy: PeftModel):
-        self._policy = policy
+    Args:
+        policy ([`~peft.PeftModel`]):
+            Policy, not yet wrapped.
+        name (`str`, *optional*, defaults to `"teacher"`):
+            Name of the second adapter.
+    """
+
+    def __init__(self, policy: PeftModel, name: str = ADAPTER_NAME):
+        self._policy, self._name = policy, name
         self._student_adapter = policy.active_adapter
-        if ADAPTER_NAME in policy.peft_config:
+        if name in policy.peft_config:
             raise ValueError(
-                f"The model already has an adapter named {ADAPTER_NAME!r}, the name of the teacher's. Delete it with "
-                f"`model.delete_adapter({ADAPTER_NAME!r})`, or load it under another name."
+                f"The model already has an adapter named {name!r}, the name of the teacher's. Delete it with "
+                f"`model.delete_adapter({name!r})`, or load it under another name."
             )
         # With what peft has noted in it: which layers are tied is not found out anew once they are wrapped
         config = copy.deepcopy(policy.peft_config[self._student_adapter])
@@ -64,7 +72,7 @@ class AdapterCopy(TeacherCopy):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`")
             try:
-                policy.add_adapter(ADAPTER_NAME, config, autocast_adapter_dtype=False)
+                policy.add_adapter(name, config, autocast_adapter_dtype=False)
                 pairs = list(self.pairs())
             except (KeyError, NotImplementedError, TypeError, ValueError) as error:
                 raise NoSecondAdapterError(
@@ -78,7 +86,7 @@ class AdapterCopy(TeacherCopy):
             copy_parameter(student, teacher)
 
     def weights(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
-        return with_adapter(policy, ADAPTER_NAME)
+        return with_adapter(policy, self._name)
 
     def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         parameters = dict(self._policy.named_parameters(remove_duplicate=False))
@@ -86,7 +94,7 @@ class AdapterCopy(TeacherCopy):
         for name, parameter in parameters.items():
             parts = name.split(".")
             if self._student_adapter in parts:
-                twin = ".".join(ADAPTER_NAME if part == self._student_adapter else part for part in parts)
+                twin = ".".join(self._name if part == self._student_adapter else part for part in parts)
                 teacher = parameters[twin]
                 if teacher not in seen:  # one that two modules share has two names
                     seen.add(teacher)
@@ -132,9 +140,11 @@ class ModelCopy(TeacherCopy):
             yield name, parameter, twin
 
 
-def copy_of(policy: PreTrainedModel | PeftModel, shard: Callable[[nn.Module], nn.Module]) -> TeacherCopy:
+def copy_of(
+    policy: PreTrainedModel | PeftModel, shard: Callable[[nn.Module], nn.Module], adapter_name: str = ADAPTER_NAME
+) -> TeacherCopy:
     """The leanest copy of the policy's present weights: of the adapter if it has one, of everything if not."""
-    return AdapterCopy(policy) if isinstance(policy, PeftModel) else ModelCopy(policy, shard)
+    return AdapterCopy(policy, adapter_name) if isinstance(policy, PeftModel) else ModelCopy(policy, shard)
 
 
 @contextmanager

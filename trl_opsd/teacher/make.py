@@ -13,7 +13,7 @@ from trl.trainer.utils import create_model_from_path
 
 from .base import Teacher
 from .copied import EMA, CopiedTeacher, Never, Periodic, UpdateRule
-from .copies import NoSecondAdapterError
+from .copies import ADAPTER_NAME, NoSecondAdapterError
 from .external import ExternalTeacher
 from .offload import offload
 from .shared import BaseModelTeacher, LiveTeacher
@@ -30,6 +30,7 @@ def make_teacher(
     model_name_or_path: str | None = None,
     model_init_kwargs: dict[str, Any] | None = None,
     offloads: bool = False,
+    name: str | None = None,
 ) -> Teacher:
     """
     A teacher whose weights are here.
@@ -54,6 +55,8 @@ def make_teacher(
             What it is loaded with.
         offloads (`bool`, *optional*, defaults to `False`):
             Whether the weights of a teacher that is a whole model stay in CPU memory.
+        name (`str`, *optional*):
+            Tells it from others of the same policy.
 
     Raises:
         ValueError: If these processes cannot hold it, or training would change it unasked.
@@ -79,7 +82,8 @@ def make_teacher(
         "ema": lambda: EMA(update_rate),
     }
     try:
-        return CopiedTeacher(policy, rules[kind](), shard)
+        adapter_name = ADAPTER_NAME if name is None else f"{ADAPTER_NAME}_{name}"
+        return CopiedTeacher(policy, rules[kind](), shard, adapter_name)
     except NoSecondAdapterError as error:
         raise ValueError(f"`teacher='{kind}'` {error} Train with LoRA, or set `teacher='live'`.") from error
 

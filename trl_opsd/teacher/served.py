@@ -1,3 +1,4 @@
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -6,7 +7,7 @@ from torch import nn
 
 from ..objective import TopLogProbs
 from ..serving import Scores, TeacherServer
-from .base import Targets, Teacher
+from .base import Read, Teacher, TokenTargets
 
 
 class ServedTeacher(Teacher):
@@ -33,7 +34,12 @@ class ServedTeacher(Teacher):
     def weights(self, policy: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def annotate(self, prompts: list[list[int] | None], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def annotate(
+        self,
+        prompts: Sequence[list[int] | None],
+        batch: dict[str, torch.Tensor],
+        rows: Sequence[Mapping[str, Any]],
+    ) -> dict[str, torch.Tensor]:
         """
         See [`Teacher.annotate`].
 
@@ -45,6 +51,9 @@ class ServedTeacher(Teacher):
         scores = self.server.score(prompts, completions, ids.size(1))
         return {f"teacher_{name}": values.to(ids.device) for name, values in scores._asdict().items()}
 
-    def targets(self, policy: nn.Module, rows: dict[str, Any], selected: torch.Tensor, read: Any) -> Targets:
+    def targets(
+        self, policy: nn.Module, rows: dict[str, Any], selected: torch.Tensor, read: Read
+    ) -> list[TokenTargets]:
         top_tokens, top_log_probs, log_probs = (rows[f"teacher_{name}"][selected] for name in Scores._fields)
-        return TopLogProbs(top_tokens.long(), top_log_probs, rows["completion_ids"][selected], log_probs), None
+        said = TopLogProbs(top_tokens.long(), top_log_probs, rows["completion_ids"][selected], log_probs)
+        return [TokenTargets(said, None)]

@@ -186,13 +186,13 @@ class TeacherInputs:
             generation.groups = groups
             for name, pair in self._rates(generation.rows, groups).items():
                 metrics.add_rate(name, *generation.rewards.new_tensor(pair))
-        groups = groups if is_read else [None] * len(generation.rows)
+        groups, gather = (groups, self.gather) if is_read else ([None] * len(generation.rows), list)
         generation.said = said = self._said(generation, groups, student_ids[0], metrics)
-        readings = self._readings(generation, groups)
+        readings = together(lambda: self._readings(generation, groups), gather)  # or they were made before the run
         prompts = [None if reading is None else reading.ids for reading in readings]
         has_target = self.signals.target is not None
         if self.signals.needs_contrast or has_target:
-            generation.contrasts = self._contrasts(generation, groups, prompts)
+            generation.contrasts = together(lambda: self._contrasts(generation, groups, prompts), gather)
         if has_target:  # which is made of both
             prompts = [its if some else None for its, some in zip(prompts, generation.contrasts, strict=True)]
         generation.teacher_images = [
@@ -212,9 +212,8 @@ class TeacherInputs:
 
     def _readings(self, generation: Generation, groups: Sequence[Rollouts | None]) -> list[Reading | None]:
         rows = zip(generation.rows, groups, generation.tools, generation.said, strict=True)
-        return [
-            None if index in generation.empty else self.teacher_prompt.reading(*its) for index, its in enumerate(rows)
-        ]
+        unread = generation.empty | (set() if self.signals.reads_replaced else generation.replaced)
+        return [None if index in unread else self.teacher_prompt.reading(*its) for index, its in enumerate(rows)]
 
     def _contrasts(
         self, generation: Generation, groups: Sequence[Rollouts | None], prompts: Sequence[list[int] | None]
@@ -244,7 +243,7 @@ class TeacherInputs:
         batch: dict[str, Any],
         generation: Generation,
         num_generations: int,
-        annotate: Callable[[list[list[int] | None], dict[str, Any]], Mapping[str, Any]],
+        annotate: Callable[[Sequence[list[int] | None], dict[str, Any], list[Mapping[str, Any]]], Mapping[str, Any]],
         metrics: Metrics,
         is_training: bool,
     ) -> list[list[int] | None]:
@@ -259,7 +258,7 @@ class TeacherInputs:
             num_generations (`int`):
                 Rollouts of a prompt.
             annotate (`Callable`):
-                From the teacher's prompts and the batch to what the teacher adds to it.
+                From the teacher's prompts, the batch and the rows to what the teacher adds to it.
             metrics ([`Metrics`]):
                 Where rates and lengths go.
             is_training (`bool`):
@@ -271,18 +270,19 @@ class TeacherInputs:
         masks = batch["prompt_mask"].bool()
         student_ids = [ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], masks, strict=True)]
         teacher_ids, tensors = self(generation, student_ids, num_generations, metrics)
-        batch.update(annotate(teacher_ids, batch))
+        batch.update(annotate(teacher_ids, batch, generation.rows))
         groups = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_groups")}
         batch.update({name: values.to(masks.device) for name, values in tensors.items()})
         batch.update(groups)  # no work for the device
         if any(batch.get("images", ())) or any(generation.teacher_images):
             given = generation.teacher_images, generation.completions, batch.get("images")
             batch["teacher_images"] = teacher_images(self.teacher_prompt, *given)
-        add_contexts(metrics, batch, len(generation.empty))
+        add_contexts(metrics, batch, len(generation.empty), has_rewards=generation.rewards.size(1) > 0)
         has_tokens = torch.tensor([position not in generation.empty for position in range(len(masks))])
         counted = has_tokens.to(masks.device) & ~batch["replaced"]
         texts = list(map(_text, generation.completions))
-        add_degeneration(metrics, texts, batch["completion_mask"], batch["truncated"], counted)
+        seen = batch["completion_mask"], batch["truncated"], batch["correct"]
+        add_degeneration(metrics, texts, *seen, counted)
         if is_training and self.memories:
             rows = zip(generation.rows, cast(Sequence[Rollouts], generation.groups), strict=True)
             everyone = self.gather([(row, group.all) for row, group in rows if group.index == 0])

@@ -1,6 +1,6 @@
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from inspect import cleandoc, signature
 from typing import Any, ClassVar, Self, cast, get_args, get_type_hints
@@ -11,23 +11,9 @@ from ..help import did_you_mean, help_from_docstring
 from ..objective import Divergence, Objective, Support, Tail
 from ..objective.kernels import KERNELS
 from .checks.settings import RETIRED, check_config
+from .defaults import default_of, leave_out_defaults_of_other_choices
 from .method import Method
-
-
-# Fields whose default, in a method, belongs to the method's choice of another: the arguments of a part, say
-_BELONGS_TO = {
-    "context_kwargs": "privileged_context",
-    "completions_kwargs": "completions",
-    "replaced_divergence": "completions",
-    "curriculum_kwargs": "curriculum",
-    "target_kwargs": "target",
-    "prompts_kwargs": "prompts",
-    "advantage_kwargs": "advantage",
-    "schedules": "advantage",
-    "teacher_update_steps": "teacher",
-    "teacher_update_rate": "teacher",
-    "divergence_tail": "divergence_support",
-}
+from .several import complete_teacher
 
 
 class _DefaultLength(int):
@@ -39,11 +25,6 @@ class _SingleRollout(int):
     # so while GRPOConfig runs its other checks, this 1 answers "no" to "less than 2".
     def __lt__(self, other: Any) -> bool:
         return False
-
-
-def _default_of(config: type, name: str) -> Any:
-    its = cast(Any, config).__dataclass_fields__[name]
-    return its.default if its.default is not MISSING else its.default_factory()
 
 
 @help_from_docstring
@@ -123,6 +104,7 @@ class SelfDistillationConfig(GRPOConfig):
             - `"periodic"`: a copy of the policy, refreshed every `teacher_update_steps` optimizer steps.
             - `"ema"`: an exponential moving average of the policy, kept in fp32.
             - `"external"`: another model, `teacher_model_name_or_path`.
+            - `"several"`: `teachers`, of which each row names its own.
         teacher_update_steps (`int`, *optional*):
             Optimizer steps between two refreshes of a `"periodic"` teacher. `None` stands for 50 there, and must be
             left for the other kinds.
@@ -142,10 +124,21 @@ class SelfDistillationConfig(GRPOConfig):
             `teacher="external"`, it serves another model, and `teacher_model_name_or_path` is left unset; with
             `teacher="live"`, it is the server of the rollouts. A server reports log-probabilities of a few tokens, at
             temperature 1: `divergence_support` has to be `"teacher_top_k"` or `"sampled_token"`.
+        teachers (`dict[str, dict]` or `str`, *optional*):
+            The teachers of `teacher="several"`, by the names that rows give them: letters, digits, `_` and `-`. Each
+            has a `teacher` of another kind and that kind's fields, such as `{"maths": {"teacher": "external",
+            "teacher_model_name_or_path": "..."}, "chat": {"teacher": "initial"}}`.
+        teacher_column (`str`, *optional*):
+            Column in which each row names one of `teachers`. `None` stands for `"teacher"` there, and must be left for
+            the other kinds.
         vllm_server_request_timeout (`float`, *optional*, defaults to `1800.0`):
             Seconds a vLLM server may take for an answer, such as all rollouts of a batch. One that takes longer is
             asked once more; then the run ends after a checkpoint. The other processes wait meanwhile: a `ddp_timeout`
             that is too short for that is raised.
+        vllm_lora_sync (`str`, *optional*, defaults to `"auto"`):
+            What vLLM is sent of a LoRA policy: `"merged"` weights; `"adapter"`, the base once and then the adapter
+            alone; `"auto"`, the adapter where a server with `--enable-lora` can load it or the base has 4 bits, and
+            merged weights elsewhere.
 
         > Parameters that control the objective
 
@@ -287,6 +280,7 @@ class SelfDistillationConfig(GRPOConfig):
         "replaced_divergence",
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
+        "teachers",
         "completions_kwargs",
         "curriculum_kwargs",
         "prompts_kwargs",
@@ -316,14 +310,19 @@ class SelfDistillationConfig(GRPOConfig):
     prompts: str | None = None
     prompts_kwargs: dict[str, Any] | str | None = None
 
-    teacher: str = field(default="initial", metadata={"choices": ["initial", "live", "periodic", "ema", "external"]})
+    teacher: str = field(
+        default="initial", metadata={"choices": ["initial", "live", "periodic", "ema", "external", "several"]}
+    )
     teacher_update_steps: int | None = None
     teacher_update_rate: float | None = None
     teacher_model_name_or_path: str | None = None
     teacher_model_init_kwargs: dict[str, Any] | str | None = None
     teacher_offload: bool = False
     teacher_server_base_url: str | None = None
+    teachers: dict[str, Any] | str | None = None
+    teacher_column: str | None = None
     vllm_server_request_timeout: float = 1800.0
+    vllm_lora_sync: str = field(default="auto", metadata={"choices": ["auto", "merged", "adapter"]})
 
     divergence: str = field(default="forward_kl", metadata={"choices": list(get_args(Divergence))})
     jsd_weight: float = 0.5
@@ -399,16 +398,16 @@ class SelfDistillationConfig(GRPOConfig):
 
     def __post_init__(self):
         if any(isinstance(value, Field) for value in vars(type(self)).values()):
-            raise TypeError(
-                f"{type(self).__name__} states defaults, and needs the decorator `@dataclass` to have them."
-            )
+            raise TypeError(f"{type(self).__name__} states defaults, and needs `@dataclass` to have them.")
         # Before any is derived from others
         names = [one.name for one in fields(self) if one.init]
-        self.chosen = {name for name in names if getattr(self, name) != _default_of(type(self), name)}
+        self.chosen = {name for name in names if getattr(self, name) != default_of(type(self), name)}
         self.has_default_completion_length = isinstance(self.max_completion_length, _DefaultLength)
         if self.has_default_completion_length:
             self.max_completion_length = int(cast(int, self.max_completion_length))
-        if (self.use_vllm and self.vllm_mode == "server") or self.teacher_server_base_url is not None:
+        # As text, since `teachers` may be JSON yet
+        asks_teacher = self.teacher_server_base_url is not None or "teacher_server_base_url" in str(self.teachers)
+        if (self.use_vllm and self.vllm_mode == "server") or asks_teacher:
             longest_wait = int(2 * self.vllm_server_request_timeout) + 600
             self.ddp_timeout: int = max(self.ddp_timeout, longest_wait)
         single_rollout = self.num_generations == 1
@@ -418,29 +417,14 @@ class SelfDistillationConfig(GRPOConfig):
         if single_rollout:
             self.num_generations = 1
 
-        self._leave_out_defaults_of_other_choices()
-        if self.teacher == "periodic" and self.teacher_update_steps is None:
-            self.teacher_update_steps = 50
-        if self.teacher == "ema" and self.teacher_update_rate is None:
-            self.teacher_update_rate = 0.05
+        leave_out_defaults_of_other_choices(self)
+        complete_teacher(self)
         if self.distillation_temperature is None:
             self.distillation_temperature = self.temperature
         for name in ("vllm_server_base_url", "teacher_server_base_url"):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name).rstrip("/"))  # paths are appended with a slash of their own
         check_config(self)
-
-    def _leave_out_defaults_of_other_choices(self) -> None:
-        """Where another part is chosen than the method's, the method's arguments of its own do not come with it."""
-        for name, choice in _BELONGS_TO.items():
-            chosen, default = (_default_of(type(self), field) for field in (choice, name))
-            if getattr(self, choice) == chosen or default is None or getattr(self, name) != default:
-                continue
-            if name == "schedules":
-                others = {key: value for key, value in default.items() if not key.startswith("advantage.")}
-                self.schedules = others or None
-            elif name != "divergence_tail" or not self.divergence_support.endswith("top_k"):
-                setattr(self, name, None)
 
     @property
     def truncates_sampling(self) -> bool:
@@ -469,10 +453,12 @@ class SelfDistillationConfig(GRPOConfig):
     def to_dict(self) -> dict[str, Any]:
         """What experiment trackers are told. See [`~transformers.TrainingArguments.to_dict`]."""
         values: dict[str, Any] = super().to_dict()
-        kwargs = cast(dict[str, Any], values["teacher_model_init_kwargs"] or {})
-        config: Any = kwargs.get("quantization_config")
-        if hasattr(config, "to_dict"):
-            values["teacher_model_init_kwargs"] = {**kwargs, "quantization_config": config.to_dict()}
+        values["teachers"] = values["teachers"] and {name: {**its} for name, its in values["teachers"].items()}
+        for teacher in (values, *(values["teachers"] or {}).values()):
+            kwargs = teacher.get("teacher_model_init_kwargs") or {}
+            config: Any = kwargs.get("quantization_config")
+            if hasattr(config, "to_dict"):
+                teacher["teacher_model_init_kwargs"] = {**kwargs, "quantization_config": config.to_dict()}
         return values
 
     def objective(self) -> Objective:

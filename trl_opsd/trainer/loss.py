@@ -16,8 +16,6 @@ from ..objective import (
     FusedDivergence,
     Head,
     Objective,
-    Readings,
-    TopLogProbs,
     aggregation_weights,
     fused_divergence,
     share_of_rows,
@@ -33,17 +31,16 @@ from ..scoring import (
     rows_of,
 )
 from ..signal import Signals, TokenScores
-from ..teacher import Teacher
+from ..teacher import Teacher, TokenTargets
 from .config import SelfDistillationConfig
 from .metrics import Metrics, add_divergence, add_sampler_difference
-from .pass_loss import MicroBatchLoss, PassLoss
+from .pass_loss import Found, MicroBatchLoss, PassLoss
 from .policy import PolicyTerm, scaled_term
-from .token_groups import in_order, joined, none_of, replaced_tokens, token_groups
+from .signals import shaped_advantages
+from .token_groups import in_order, joined, replaced_tokens, some_of, teacher_numbers, token_groups
 
 
 logger = logging.get_logger(__name__)
-
-_SCORES = ("student_log_prob", "teacher_log_prob", "student_entropy", "teacher_entropy", "divergence")
 
 
 class SelfDistillationLoss:
@@ -116,14 +113,17 @@ class SelfDistillationLoss:
         inputs = self._with_factors(inputs, num_generation_batches, policy is not None)
         tokens = inputs["student_mask"]
         # Alike on all processes, whose passes meet in collective operations
-        has_divergence = self._signals.coefficients["divergence_coef"] and inputs["num_divergence_tokens"]
+        is_compared = self._signals.coefficients["divergence_coef"] or "shaped_mask" in inputs
+        has_targets = is_compared and inputs["num_divergence_tokens"]
+        is_shared = self._accelerator.num_processes > 1
         passes = self.networks.passes(inputs)
         outputs = []
         for index, rows in enumerate(passes):
             is_last = index == len(passes) - 1
             with nullcontext() if is_last else self._postponed_synchronisation(model):
                 scale = num_micro_batches * share_of_rows(rows["student_mask"], tokens, self._args.loss_type)
-                targets = self.networks.targets(model, rows) if has_divergence else (None, None)
+                is_read = has_targets and (is_shared or rows["divergence_mask"].any())
+                targets = self.networks.targets(model, rows) if is_read else []
                 scaled = None if policy is None else scaled_term(policy, scale)
                 output = self.networks.within(model, self._student_loss, rows, targets, scaled)
                 if torch.is_grad_enabled() and not is_last:
@@ -151,7 +151,7 @@ class SelfDistillationLoss:
             compares_sampler (`bool`):
                 Whether the sampler's log-probabilities, if there are any, are compared with the student's.
         """
-        if self._signals.coefficients["divergence_coef"]:
+        if self._signals.coefficients["divergence_coef"] or "shaped_mask" in result.passes[0]:
             self._add_divergence(metrics, result.divergence, result.passes)
         elif not self._signals.needs_scores:  # which say it
             known = result.log_probs.isfinite() & result.entropies.isfinite()
@@ -165,14 +165,23 @@ class SelfDistillationLoss:
             metrics.add_rate("likelihood_loss", result.likelihood.sum(), number)
 
     def _add_divergence(self, metrics: Metrics, output: FusedDivergence, passes: Sequence[dict[str, Any]]) -> None:
-        knows_entropy, clips = self.networks.teacher.knows_entropy, self._args.divergence_clip is not None
+        teacher, clips = self.networks.teacher, self._args.divergence_clip is not None
+
+        def of_tokens(values: Callable[[dict[str, Any]], torch.Tensor]) -> torch.Tensor:
+            return torch.cat([values(rows)[rows["divergence_mask"].bool()] for rows in passes])
+
+        numbers = of_tokens(teacher_numbers)
         if self._replaced_objective is not None:
             # Two divergences have no mean
-            replaced = torch.cat([replaced_tokens(rows)[rows["divergence_mask"].bool()] for rows in passes])
+            replaced = of_tokens(replaced_tokens)
             finite = output.finite.bool() & replaced
             metrics.add_rate("replaced_distillation_loss", output.divergence[finite].sum(), finite.sum())
-            output = FusedDivergence(output.loss, *(values[~replaced] for values in output[1:]))
-        add_divergence(metrics, output, knows_entropy, clips)
+            output, numbers = some_of(output, ~replaced), numbers[~replaced]
+        add_divergence(metrics, output, teacher.knows_entropy, clips)
+        for number, (name, one) in enumerate(teacher.members.items()):
+            own = numbers == number
+            add_divergence(metrics, some_of(output, own), one.knows_entropy, clips, f"teachers/{name}/")
+            metrics.add_rate(f"teachers/{name}/token_rate", own.sum(), own.new_tensor(len(own), dtype=torch.int64))
 
     @torch.no_grad()
     def scores(
@@ -214,14 +223,14 @@ class SelfDistillationLoss:
             "student_mask": tokens,
             "row": torch.arange(len(tokens), device=tokens.device),
         }
-        found, outputs, passes = _Found.nothing(tokens, num_listed), [], []
+        found, outputs, passes = Found.nothing(tokens, num_listed), [], []
         for some in torch.arange(len(tokens)).split(batch_size):
             for rows in self.networks.passes(rows_of(inputs, some.tolist())):
                 targets = self.networks.targets(model, rows)
                 with evaluation_mode(self._accelerator.unwrap_model(model)):
                     given = model, self._student_loss, rows, targets, None, num_listed
                     output = self.networks.within(*given)
-                found.add(rows, output)
+                found.add(rows, output.divergence, output.divergence_factors)
                 outputs.append(output.divergence)
                 passes.append(rows)
         if not self._signals.coefficients["divergence_coef"]:
@@ -247,7 +256,7 @@ class SelfDistillationLoss:
         for name in ("divergence", "likelihood"):
             mask = inputs[f"{name}_mask"].bool()
             coefficient = self._signals.coefficients[f"{name}_coef"]
-            if coefficient == 0.0:
+            if coefficient == 0.0 and not (name == "divergence" and "shaped_mask" in inputs):
                 mask = torch.zeros_like(mask)
             num_rows, num_tokens = (
                 inputs[f"num_{name}_{what}"].clamp(min=1.0) / num_shares for what in ("rows", "tokens")
@@ -283,34 +292,33 @@ class SelfDistillationLoss:
         self,
         student: nn.Module,
         rows: dict[str, Any],
-        targets: tuple[torch.Tensor | Readings | TopLogProbs | None, Head | None],
+        targets: Sequence[TokenTargets],
         policy: PolicyTerm | None,
         num_listed: int = 0,
     ) -> PassLoss:
         selected = rows["student_mask"].bool()
         prompt = "teacher_prompt" if "likelihood_reads_context" in rows else "prompt"
         hidden = self.networks.states(student, *self.networks.sequences(rows, prompt, selected))
-        teacher_states, teacher_head = targets
         student_head = head_of(student)
-        heads = [student_head] if teacher_head is None else [student_head, teacher_head]
+        heads = [student_head, *(its.head for its in targets if its.head is not None)]
         parameters = [parameter for head in heads for parameter in (head.weight, head.bias)]
         with maybe_gather_lm_head_ctx(*parameters), self._accelerator.autocast():
             student_head = self.networks.whole(student_head)
             device = student_head.weight.device
             hidden, token_ids = hidden.to(device), rows["completion_ids"][selected]
-            if teacher_states is not None:
-                targets = (
-                    teacher_states.to(device),
-                    None if teacher_head is None else self.networks.whole(teacher_head),
-                )
+            targets = [
+                TokenTargets(states.to(device), None if head is None else self.networks.whole(head), tokens)
+                for states, head, tokens in targets
+            ]
+            inside, scored = rows["divergence_mask"].bool()[selected], None
+            if "shaped_mask" in rows:
+                scored, advantages = self._shaped(rows, hidden[inside], student_head, token_ids[inside], targets)
+                rows, targets = {**rows, "advantages": advantages}, []
             read = partial(self.networks.log_probs_of, hidden, student_head, token_ids, selected)
             choices = partial(self._choices, rows, selected, hidden, student_head, targets)
             factors = self._factors(rows, selected, read, choices, policy)
-            inside = rows["divergence_mask"].bool()[selected]
-            objectives = self._objective, self._replaced_objective
-            groups = token_groups(
-                inside, replaced_tokens(rows)[selected], targets, factors.likelihood is not None, *objectives
-            )
+            given = inside, replaced_tokens(rows)[selected], targets, factors.likelihood is not None
+            groups = token_groups(*given, self._objective, self._replaced_objective)
             loss, outputs = factors.policy_value, []
             log_probs, entropies = torch.zeros(2, len(hidden), device=device)
             for tokens, states, head, objective in groups:
@@ -335,9 +343,37 @@ class SelfDistillationLoss:
                 outputs.append(output)
             if factors.policy is not None:  # its likelihood is there for the gradient
                 loss = loss + (factors.policy * log_probs.nan_to_num(0.0)).sum()
-            divergence = none_of(outputs[0]) if targets[0] is None else in_order(outputs, groups, inside)
+            said = in_order(outputs, groups, inside) if targets else some_of(outputs[0], slice(0))
             likelihood = -log_probs.nan_to_num(0.0)[rows["likelihood_mask"].bool()[selected]]
-            return PassLoss(loss, divergence, likelihood, log_probs, entropies, factors.divergence[inside])
+            return PassLoss(loss, scored or said, likelihood, log_probs, entropies, factors.divergence[inside])
+
+    @torch.no_grad()
+    def _shaped(
+        self,
+        rows: dict[str, Any],
+        hidden: torch.Tensor,
+        head: Head,
+        token_ids: torch.Tensor,
+        targets: Sequence[TokenTargets],
+    ) -> tuple[FusedDivergence | None, torch.Tensor]:
+        """What student and teacher say of some tokens, if both have read any, and the advantages that follow."""
+        found, scored = Found.nothing(rows["divergence_mask"], 0), None
+        if targets:
+            inside, nothing = (
+                torch.ones_like(token_ids, dtype=torch.bool),
+                torch.zeros(len(hidden), device=hidden.device),
+            )
+            groups = token_groups(inside, ~inside, targets, False, self._objective, None)
+            memory, kernel = self._args.divergence_memory, self._args.divergence_kernel
+            outputs = []
+            for tokens, states, teacher_head, objective in groups:
+                student, ids, factors = (_at(tokens, values) for values in (hidden, token_ids, nothing))
+                given = student, states, head, teacher_head, ids, factors, objective
+                outputs.append(fused_divergence(*given, memory_budget=memory, kernel=kernel))
+            scored = in_order(outputs, groups, inside)
+            numbers = torch.arange(len(rows["divergence_mask"]), device=rows["divergence_mask"].device)
+            found.add({**rows, "row": numbers}, scored, nothing)
+        return scored, shaped_advantages(self._signals, self._args, rows, found.scores(0))
 
     def _choices(
         self,
@@ -345,11 +381,17 @@ class SelfDistillationLoss:
         selected: torch.Tensor,
         hidden: torch.Tensor,
         head: Head,
-        targets: tuple[Any, Any],
+        targets: Sequence[TokenTargets],
         top_k: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = rows["divergence_mask"].bool()
-        return self.networks.choices_of(hidden[tokens[selected]], head, *targets, tokens, top_k)
+        inside = rows["divergence_mask"].bool()
+        one, other = torch.zeros(2, *inside.shape, device=hidden.device)
+        for states, teacher_head, tokens in targets:
+            place = inside if tokens is None else inside.masked_scatter(inside, tokens)
+            its = cast(torch.Tensor, states), cast(Head, teacher_head)  # no server's
+            found = self.networks.choices_of(hidden[place[selected]], head, *its, place, top_k)
+            one, other = one + found[0], other + found[1]
+        return one, other
 
     def _factors(
         self,
@@ -375,38 +417,6 @@ class SelfDistillationLoss:
         return _Factors(divergence[selected], None if likelihood is None else likelihood[selected], slope, value)
 
 
-class _Found(NamedTuple):
-    # What passes have said of tokens, where these stand: the statistics and the factor of each, (7, B, T); the most
-    # probable tokens of both sides and their log-probabilities, (B, T, 2, k)
-    values: torch.Tensor
-    tokens: torch.Tensor
-    log_probs: torch.Tensor
-
-    @classmethod
-    def nothing(cls, mask: torch.Tensor, num_listed: int) -> "_Found":
-        shape, device = (*mask.shape, 2, num_listed), mask.device
-        values = torch.zeros(len(_SCORES) + 2, *mask.shape, device=device)
-        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        return cls(values, tokens, torch.full(shape, -torch.inf, device=device))
-
-    def add(self, rows: dict[str, Any], output: PassLoss) -> None:
-        found, mask = output.divergence, rows["divergence_mask"].bool()
-        given = [*(getattr(found, name) for name in ("finite", *_SCORES)), output.divergence_factors]
-        row, column = rows["row"].unsqueeze(1).expand(mask.shape)[mask], mask.nonzero()[:, 1]
-        for place, values in zip(self.values, given, strict=True):
-            place[row, column] = values.to(place).where(found.finite.bool().to(place.device), 0.0)
-        k = found.listed_tokens.size(2)  # no more than the vocabulary has
-        self.tokens[row, column, :, :k] = found.listed_tokens.to(self.tokens)
-        self.log_probs[row, column, :, :k] = found.listed_log_probs.to(self.log_probs)
-
-    def scores(self, num_listed: int) -> TokenScores:
-        *values, factors = self.values
-        scores = TokenScores(values[0].bool(), *values[1:])
-        if not num_listed:
-            return scores
-        return replace(scores, listed_tokens=self.tokens, listed_log_probs=self.log_probs, teacher_weights=factors)
-
-
 class _Factors(NamedTuple):
     # Of each selected token: in the divergence, in −log p_S, and GRPO's part of that, whose loss is `policy_value`
     divergence: torch.Tensor
@@ -429,11 +439,13 @@ def make_loss(
     Raises:
         ValueError: If what the backbone gives makes other logits than the model's.
     """
-    shares_prompts, packs_rows = False, can_pack(causal_lm(accelerator.unwrap_model(policy)))
-    with teacher.weights(policy) as module:
-        if module is not None:
-            model = causal_lm(accelerator.unwrap_model(module))
-            shares_prompts, packs_rows = can_share_prompts(model), packs_rows and can_pack(model)
+    shares_prompts, packs_rows = [], can_pack(causal_lm(accelerator.unwrap_model(policy)))
+    for one in teacher.members.values() or [teacher]:
+        with one.weights(policy) as module:
+            if module is not None:
+                model = causal_lm(accelerator.unwrap_model(module))
+                shares_prompts.append(can_share_prompts(model))
+                packs_rows = packs_rows and can_pack(model)
     if args.process_index == 0 and reads_more_than_text(causal_lm(policy).config):
         logger.warning_once(
             f"{type(causal_lm(policy)).__name__} reads more than text, so rows are padded, whatever the attention, "
@@ -442,7 +454,7 @@ def make_loss(
     networks = Networks(
         accelerator,
         teacher,
-        shares_prompts,
+        bool(shares_prompts) and all(shares_prompts),
         packs_rows,
         pad_to_multiple_of,
         args.max_tokens_per_microbatch,

@@ -99,7 +99,9 @@ class Metrics:
         return values
 
 
-def add_divergence(metrics: Metrics, output: FusedDivergence, knows_teacher_entropy: bool, clips: bool) -> None:
+def add_divergence(
+    metrics: Metrics, output: FusedDivergence, knows_teacher_entropy: bool, clips: bool, prefix: str = ""
+) -> None:
     """
     Add what a pass over some tokens tells of them. A statistic is averaged over the tokens for which it is finite, of
     those whose divergence is.
@@ -113,6 +115,8 @@ def add_divergence(metrics: Metrics, output: FusedDivergence, knows_teacher_entr
             Whether the teacher's distribution is known to the last token.
         clips (`bool`):
             Whether there is a clip.
+        prefix (`str`, *optional*, defaults to `""`):
+            What the names begin with.
     """
     statistics = {
         "distillation_loss": output.divergence,
@@ -130,27 +134,31 @@ def add_divergence(metrics: Metrics, output: FusedDivergence, knows_teacher_entr
     finite = output.finite.bool()
     for name, values in statistics.items():
         known = finite & values.isfinite()
-        metrics.add_rate(name, values.where(known, 0.0).sum(), known.sum())
-    metrics.add_rate("skipped_token_rate", (~finite).sum(), finite.new_tensor(len(finite), dtype=torch.int64))
+        metrics.add_rate(prefix + name, values.where(known, 0.0).sum(), known.sum())
+    metrics.add_rate(f"{prefix}skipped_token_rate", (~finite).sum(), finite.new_tensor(len(finite), dtype=torch.int64))
 
 
-def add_contexts(metrics: Metrics, batch: Mapping[str, torch.Tensor], num_empty: int) -> None:
+def add_contexts(metrics: Metrics, batch: Mapping[str, torch.Tensor], num_empty: int, has_rewards: bool) -> None:
     """
-    Add how many rows have a context, and how long the teacher's prompts are.
+    Add how many rows have a context, and a reward, and how long the teacher's prompts are.
 
     Args:
         metrics ([`Metrics`]):
             Where it goes.
         batch (`Mapping[str, torch.Tensor]`):
-            With `has_context` and `teacher_prompt_mask`.
+            With `has_context`, `rewards` and `teacher_prompt_mask`.
         num_empty (`int`):
             Rows whose completion is empty, which have none.
+        has_rewards (`bool`):
+            Whether there are reward functions.
     """
     has_context = batch["has_context"]
     num_rows, empty = torch.tensor([len(has_context), num_empty], device=has_context.device)
     lengths = batch["teacher_prompt_mask"].sum(1)[has_context]
     metrics.add_rate("context_rate", has_context.sum(), num_rows - empty)
     metrics.add_rate("empty_completion_rate", empty, num_rows)
+    if has_rewards:
+        metrics.add_rate("rewards/unknown_rate", batch["rewards"].isnan().sum(), num_rows)
     metrics.add_rate("teacher_prompts/mean_length", lengths.sum(), has_context.sum())
     metrics.add_maximum("teacher_prompts/max_length", lengths)
 
@@ -176,10 +184,15 @@ def add_peak_memory(metrics: Metrics, device: torch.device) -> None:
 
 
 def add_degeneration(
-    metrics: Metrics, texts: Sequence[str], mask: torch.Tensor, truncated: torch.Tensor, counted: torch.Tensor
+    metrics: Metrics,
+    texts: Sequence[str],
+    mask: torch.Tensor,
+    truncated: torch.Tensor,
+    correct: torch.Tensor,
+    counted: torch.Tensor,
 ) -> None:
     """
-    Add how long the student's rollouts are, how many were cut off, and how many end in a loop.
+    Add how long the student's rollouts are, how many were cut off, end in a loop, and are right.
 
     Args:
         metrics ([`Metrics`]):
@@ -190,6 +203,8 @@ def add_degeneration(
             1 for their tokens.
         truncated (`torch.Tensor` of shape `(B,)`, bool):
             Whether they were cut off before their end.
+        correct (`torch.Tensor` of shape `(B,)`):
+            1 if they are right, 0 if not, NaN where unknown.
         counted (`torch.Tensor` of shape `(B,)`, bool):
             Whether they are the student's own, and have a token.
     """
@@ -197,6 +212,8 @@ def add_degeneration(
     metrics.add_rate("rollouts/mean_length", (mask.sum(1) * counted).sum(), counted.sum())
     metrics.add_rate("rollouts/truncated_rate", (truncated & counted).sum(), counted.sum())
     metrics.add_rate("rollouts/repetition_rate", (loops & counted).sum(), counted.sum())
+    known = counted & ~correct.isnan()
+    metrics.add_rate("rollouts/correct_rate", (correct.nan_to_num() * known).sum(), known.sum())
 
 
 def add_sampler_difference(metrics: Metrics, log_prob: torch.Tensor, sampled: torch.Tensor) -> None:

@@ -1,6 +1,6 @@
 """What is known before the model is loaded: the method's parts, the tokenizer, the teacher's prompts, the data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from .checks.parts import (
     check_completions,
     check_context,
     check_curriculum,
+    check_named_teachers,
     check_number_of_rows,
     check_parts_and_context,
     check_prompts,
@@ -33,8 +34,9 @@ from .checks.parts import (
 from .config import SelfDistillationConfig
 from .guards import make_guards
 from .lengths import fit_completions, prompt_budget
+from .several import has_served_teacher, teacher_names
 from .signals import make_signals
-from .teachers import connect_teacher
+from .teachers import connect_teachers
 
 
 logger = logging.get_logger(__name__)
@@ -60,8 +62,8 @@ class Prepared:
             Of the policy and the teacher.
         teacher_prompt ([`TeacherPrompt`]):
             Renders what the teacher reads.
-        served_teacher ([`ServedTeacher`], *optional*):
-            The teacher, if it is on a server.
+        served_teachers (`list[ServedTeacher | None]`):
+            Each teacher, if it is on a server.
         columns (`tuple[str, ...]`):
             Dataset columns that are read beside the prompt.
         train_dataset (`Any`):
@@ -77,7 +79,7 @@ class Prepared:
     guards: Guards
     processing_class: PreTrainedTokenizerBase | ProcessorMixin
     teacher_prompt: TeacherPrompt
-    served_teacher: ServedTeacher | None
+    served_teachers: list[ServedTeacher | None]
     columns: tuple[str, ...]
     train_dataset: Any
     eval_dataset: Any
@@ -145,9 +147,7 @@ def prepare(
     Raises:
         ValueError: If the data, the tokenizer or the configuration cannot work, naming what and the way out.
     """
-    check_model(model, peft_config)
-    if args.use_vllm or args.teacher_server_base_url is not None:
-        check_vllm_installed()
+    _check_engines_and_model(args, model, peft_config)
     has_rewards = bool(reward_funcs or environment_factory)
     context = make_context(args.privileged_context, cast(dict[str, Any] | None, args.context_kwargs))
     has_feedback = has_rewards or rollout_func is not None
@@ -161,22 +161,30 @@ def prepare(
     processing_class, model_config = load_processing_class_and_config(args, model, processing_class, bool(images))
     check_images(args, images, processing_class, model_config, context, reward_funcs)
     check_completion_length(args, model_config, samples_itself=rollout_func is None)
-    served = connect_teacher(args, tokenizer_of(processing_class), model_config, bool(images))
+    served = connect_teachers(args, tokenizer_of(processing_class), model_config, bool(images))
     context_length = _teacher_context(model_config, served)
     teacher_prompt = make_teacher_prompt(args, context, processing_class, model_config, context_length)
-    columns = (*context.columns, *completions.columns)
+    names = teacher_names(args)
+    columns = (*context.columns, *completions.columns, *names)
     if environment_factory is None:  # otherwise the prompt comes from the environment
         train_dataset, eval_dataset = (
-            checked_rows(data, name, teacher_prompt, columns, tools)
+            checked_rows(data, name, teacher_prompt, columns, tools, names)
             for data, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset"))
         )
         check_number_of_rows(args, train_dataset)
+    check_named_teachers(names, train_dataset, environment_factory)
     fit_completions(args, context_length, teacher_prompt.longest or teacher_prompt.max_length or 0)
     check_served_live_teacher(args, rollout_func)
     if args.use_vllm and args.vllm_mode == "server":
         wait_for_sampler(args.sampler_url, args.vllm_server_timeout, is_main_process=args.process_index == 0)
     parts = context, completions, prompts, signals, guards, processing_class, teacher_prompt, served
     return Prepared(*parts, columns, train_dataset, eval_dataset)
+
+
+def _check_engines_and_model(args: SelfDistillationConfig, model: Any, peft_config: Any) -> None:
+    check_model(model, peft_config)
+    if args.use_vllm or has_served_teacher(args):
+        check_vllm_installed()
 
 
 def _make_sources(
@@ -253,9 +261,9 @@ def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> 
     return processing_class
 
 
-def _teacher_context(model_config: Any, served: ServedTeacher | None) -> int | None:
+def _teacher_context(model_config: Any, served: Sequence[ServedTeacher | None]) -> int | None:
     own = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    limits = (own, None if served is None else served.context_length)
+    limits = (own, *(one.context_length for one in served if one is not None))
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -306,7 +314,12 @@ def make_teacher_prompt(
 
 
 def checked_rows(
-    dataset: Any, name: str, teacher_prompt: TeacherPrompt, columns: tuple[str, ...], tools: list[Callable] | None
+    dataset: Any,
+    name: str,
+    teacher_prompt: TeacherPrompt,
+    columns: tuple[str, ...],
+    tools: list[Callable] | None,
+    choices: Mapping[str, Sequence[str]],
 ) -> Any:
     """
     A data set whose rows have what they are asked for, those of a stream as they arrive.
@@ -322,6 +335,8 @@ def checked_rows(
             What is read beside the prompt.
         tools (`list[Callable]`, *optional*):
             Tools that prompts show.
+        choices (`Mapping[str, Sequence[str]]`):
+            What may be in some of the columns.
 
     Raises:
         ValueError: Naming the column or the row, and the way out.
@@ -331,7 +346,7 @@ def checked_rows(
     if isinstance(dataset, dict):
         return type(dataset)(
             {
-                key: checked_rows(data, f"{name}[{key!r}]", teacher_prompt, columns, tools)
+                key: checked_rows(data, f"{name}[{key!r}]", teacher_prompt, columns, tools, choices)
                 for key, data in dataset.items()
             }
         )
@@ -339,7 +354,9 @@ def checked_rows(
     texts = teacher_prompt.context.columns if isinstance(teacher_prompt.context, TextContext) else ()
     structured = [column for column in columns if column not in texts]
     reads_images = teacher_prompt.processor is not None
-    dataset = validate_rows(dataset, columns, name=name, structured=structured, reads_images=reads_images)
+    dataset = validate_rows(
+        dataset, columns, name=name, structured=structured, reads_images=reads_images, choices=choices
+    )
     first = next(iter(dataset))
     if not isinstance(first["prompt"], str):
         check_chat_template(name, teacher_prompt.processor or teacher_prompt.tokenizer)

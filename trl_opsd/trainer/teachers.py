@@ -1,5 +1,6 @@
 """From the configuration to the teacher."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from accelerate import Accelerator
@@ -7,15 +8,16 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..serving import TeacherServer, check_tokenizer, connect
-from ..teacher import ServedTeacher, Teacher, check_external_teacher, make_teacher
+from ..teacher import ServedTeacher, SeveralTeachers, Teacher, check_external_teacher, make_teacher
 from .config import SelfDistillationConfig
+from .several import each_teacher, naming
 
 
-def connect_teacher(
+def connect_teachers(
     args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any, has_images: bool
-) -> ServedTeacher | None:
+) -> list[ServedTeacher | None]:
     """
-    The teacher on a server, if that is where it is. One that is yet to be loaded here is checked.
+    Each of the teachers, if it is on a server. One that is yet to be loaded here is checked.
 
     Args:
         args ([`SelfDistillationConfig`]):
@@ -30,6 +32,16 @@ def connect_teacher(
     Raises:
         ValueError: If it scores other tokens than the policy's, or there is no such server.
     """
+    found = []
+    for name, its in each_teacher(args).items():
+        with naming(name):
+            found.append(_connect(its, tokenizer, model_config, has_images))
+    return found
+
+
+def _connect(
+    args: SelfDistillationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any, has_images: bool
+) -> ServedTeacher | None:
     is_external = args.teacher == "external"
     if args.teacher_server_base_url is not None:
         url, timeouts = args.teacher_server_base_url, (args.vllm_server_timeout, args.vllm_server_request_timeout)
@@ -48,24 +60,45 @@ def load_teacher(
     accelerator: Accelerator,
     policy: PreTrainedModel | PeftModel,
     adapter_starts_at_zero: bool,
+    served: Sequence[ServedTeacher | None],
 ) -> Teacher:
     """
-    The teacher whose weights are here. See [`~trl_opsd.teacher.make_teacher`] for the arguments.
+    The teacher, or several. See [`~trl_opsd.teacher.make_teacher`] for the arguments.
+
+    Args:
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+        accelerator ([`~accelerate.Accelerator`]):
+            The processes.
+        policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy, not yet wrapped.
+        adapter_starts_at_zero (`bool`):
+            Whether its adapter changes nothing yet.
+        served (`Sequence[ServedTeacher | None]`):
+            What [`connect_teachers`] has found.
 
     Raises:
         ValueError: If these processes cannot hold it, or training would change it unasked.
     """
-    return make_teacher(
-        args.teacher,
-        accelerator,
-        policy,
-        adapter_starts_at_zero=adapter_starts_at_zero,
-        update_steps=cast(int, args.teacher_update_steps),
-        update_rate=cast(float, args.teacher_update_rate),
-        model_name_or_path=args.teacher_model_name_or_path,
-        model_init_kwargs=_external_kwargs(args),
-        offloads=args.teacher_offload,
-    )
+    teachers = {}
+    for (name, its), found in zip(each_teacher(args).items(), served, strict=True):
+        with naming(name):
+            teachers[name] = found or make_teacher(
+                its.teacher,
+                accelerator,
+                policy,
+                adapter_starts_at_zero=adapter_starts_at_zero,
+                update_steps=cast(int, its.teacher_update_steps),
+                update_rate=cast(float, its.teacher_update_rate),
+                model_name_or_path=its.teacher_model_name_or_path,
+                model_init_kwargs=_external_kwargs(its),
+                offloads=its.teacher_offload,
+                name=name,
+            )
+    if args.teacher != "several":
+        return teachers[None]
+    members = {cast(str, name): one for name, one in teachers.items()}
+    return SeveralTeachers(members, cast(str, args.teacher_column), is_alone=accelerator.num_processes == 1)
 
 
 def _external_kwargs(args: SelfDistillationConfig) -> dict[str, Any]:

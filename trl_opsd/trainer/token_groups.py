@@ -1,4 +1,4 @@
-"""Tokens of a pass that differ in their objective, or in having a teacher: one call of the fused loss each."""
+"""Tokens of a pass that differ in their objective, or in their teacher: one call of the fused loss each."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from ..objective import FusedDivergence, Head, Objective, Readings, TopLogProbs
+from ..teacher import NUMBER, TokenTargets
 
 
 class TokenGroup(NamedTuple):
@@ -34,10 +35,16 @@ def replaced_tokens(rows: dict[str, Any]) -> torch.Tensor:
     return rows["replaced"].unsqueeze(1).expand_as(rows["completion_mask"])
 
 
+def teacher_numbers(rows: dict[str, Any]) -> torch.Tensor:
+    """The position of each token's teacher among several, of shape `(B, T)`: 0 where there is one."""
+    mask = rows["completion_mask"]
+    return rows[NUMBER].unsqueeze(1).expand_as(mask) if NUMBER in rows else torch.zeros_like(mask)
+
+
 def token_groups(
     inside: torch.Tensor,
     replaced: torch.Tensor,
-    targets: tuple[torch.Tensor | Readings | TopLogProbs | None, Head | None],
+    targets: Sequence[TokenTargets],
     counts_others: bool,
     objective: Objective,
     replaced_objective: Objective | None,
@@ -50,8 +57,8 @@ def token_groups(
             Those that the divergence counts.
         replaced (`torch.Tensor` of shape `(N,)`, bool):
             Those of completions that took the place of rollouts.
-        targets (`tuple`):
-            What the teacher says of those inside, and its head.
+        targets (`Sequence[TokenTargets]`):
+            What the teachers say of those inside, or nothing.
         counts_others (`bool`):
             Whether the likelihood of the others counts.
         objective ([`Objective`]):
@@ -59,15 +66,23 @@ def token_groups(
         replaced_objective ([`Objective`], *optional*):
             That of replaced completions, if it is another.
     """
-    states, head = targets
-    if states is None:
+    if not targets:
         return [TokenGroup(None, None, None, objective)]
     others = [TokenGroup(~inside, None, None, objective)] if counts_others and not inside.all() else []
-    if replaced_objective is not None and (replaced & inside).any():
-        assert not isinstance(states, TopLogProbs)  # no server's
-        own = TokenGroup(inside & ~replaced, states[~replaced[inside]], head, objective)
-        return [own, TokenGroup(inside & replaced, states[replaced[inside]], head, replaced_objective), *others]
-    return [TokenGroup(inside if others else None, states, head, objective), *others]
+    groups = []
+    # Where all teachers have run, some have no token
+    for states, head, tokens in [its for its in targets if its.tokens is None or its.tokens.any()] or targets[:1]:
+        own = inside if tokens is None else inside.masked_scatter(inside, tokens)
+        if replaced_objective is not None and (replaced & own).any():
+            assert not isinstance(states, TopLogProbs)  # no server's
+            groups += [
+                TokenGroup(own & ~replaced, states[~replaced[own]], head, objective),
+                TokenGroup(own & replaced, states[replaced[own]], head, replaced_objective),
+            ]
+        else:
+            is_all = not others and (tokens is None or bool(tokens.all()))
+            groups.append(TokenGroup(None if is_all else own, states, head, objective))
+    return groups + others
 
 
 def in_order(
@@ -82,9 +97,9 @@ def in_order(
     return FusedDivergence(together.loss, *(values[places.argsort()] for values in together[1:]))
 
 
-def none_of(output: FusedDivergence) -> FusedDivergence:
-    """Its loss, and what it says of no token."""
-    return FusedDivergence(output.loss, *(values[:0] for values in output[1:]))
+def some_of(output: FusedDivergence, tokens: torch.Tensor | slice) -> FusedDivergence:
+    """The loss, and what is said of some of the tokens."""
+    return FusedDivergence(output.loss, *(values[tokens] for values in output[1:]))
 
 
 def joined(outputs: Sequence[FusedDivergence]) -> FusedDivergence:

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from ...context import AnsweredContext, PrivilegedContext, SampledContext
 from ...scoring import reads_more_than_text
 from ..config import SelfDistillationConfig
+from ..several import has_served_teacher
 
 
 def check_processing_class(processing_class: Any) -> None:
@@ -74,8 +75,7 @@ def check_images(
         f"`completions={args.completions!r}` samples from prompts of text": args.completions != "on_policy",
         f"`prompts={args.prompts!r}` makes prompts of text": args.prompts is not None,
         f"`curriculum={args.curriculum!r}` knows prompts by their text": args.curriculum is not None,
-        "a teacher on a server (`teacher_server_base_url`) is sent token ids": args.teacher_server_base_url
-        is not None,
+        "a teacher on a server (`teacher_server_base_url`) is sent token ids": has_served_teacher(args),
     }
     functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     text_alone["a reward reads the policy's attention to text"] = any(hasattr(its, "read_policy") for its in functions)

@@ -1,7 +1,7 @@
 """What a method's parts, its rows and its rewards cannot do together, known before the model is loaded."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from datasets import Dataset
@@ -11,6 +11,7 @@ from ...sampling.prompts import PromptSource, RewardingPromptSource
 from ...sampling.sources import CompletionSource
 from ...signal import Advantage, Signals, TokenWeighting
 from ..config import SelfDistillationConfig
+from ..several import each_teacher, has_served_teacher
 
 
 def check_number_of_rows(args: SelfDistillationConfig, train_dataset: Any) -> None:
@@ -50,6 +51,36 @@ def check_curriculum(
         )
 
 
+def check_named_teachers(names: Mapping[str, Sequence[str]], train_dataset: Any, environment_factory: Any) -> None:
+    """
+    Refuse environments where rows choose their teacher, and say which teachers no row chooses.
+
+    Args:
+        names (`Mapping[str, Sequence[str]]`):
+            The column in which rows name one of several teachers, and the names. Empty for one teacher.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Training set.
+        environment_factory (`Any`):
+            Makes environments, if there are any.
+
+    Raises:
+        ValueError: If environments make the rows.
+    """
+    for column, known in names.items():
+        if environment_factory is not None:
+            raise ValueError(
+                f"`teacher='several'` reads the column {column!r} of each row, and environments make their own rows. "
+                "Leave `environment_factory` out, or choose one teacher."
+            )
+        if isinstance(train_dataset, Dataset) and train_dataset.format["type"] != "custom":
+            for name in sorted({*known} - {*train_dataset.unique(column)}):
+                warnings.warn(
+                    f"No row of `train_dataset` has the teacher {name!r} in its column {column!r}: it is loaded, and "
+                    "reads nothing.",
+                    stacklevel=2,
+                )
+
+
 def check_served_live_teacher(args: SelfDistillationConfig, rollout_func: Any) -> None:
     """
     Refuse a live teacher on a server that is not sent the current weights.
@@ -57,7 +88,9 @@ def check_served_live_teacher(args: SelfDistillationConfig, rollout_func: Any) -
     Raises:
         ValueError: If something else samples the rollouts.
     """
-    if args.teacher == "live" and args.teacher_server_base_url is not None and rollout_func is not None:
+    teachers = each_teacher(args).values()
+    is_live = any(its.teacher == "live" and its.teacher_server_base_url is not None for its in teachers)
+    if is_live and rollout_func is not None:
         raise ValueError(
             "`teacher_server_base_url` with `teacher='live'` cannot be combined with `rollout_func`: the server is "
             "sent the current weights when it samples the rollouts. Drop one of them."
@@ -143,13 +176,24 @@ def check_completions(
         raise ValueError(f"{setting} has to tell right from wrong. Pass `reward_funcs`.")
     if source.needs_context:
         _check_context_of(source, setting, args, context)
-    if args.teacher_server_base_url is not None:
+    _check_teachers_of(source, setting, args)
+
+
+def _check_teachers_of(source: CompletionSource, setting: str, args: SelfDistillationConfig) -> None:
+    if source.samples_teacher and args.teacher == "several":
+        raise ValueError(
+            f"{setting} samples from the teacher, and `teacher='several'` has one for some rows and another for "
+            "others. Choose other completions, or one teacher."
+        )
+    for its in each_teacher(args).values():
+        if its.teacher_server_base_url is None:
+            continue
         if source.samples_teacher:
             raise ValueError(
                 f"{setting} samples from weights that `teacher_server_base_url` keeps elsewhere. Choose other "
                 "completions."
             )
-        if args.teacher == "live":
+        if its.teacher == "live":
             raise ValueError(
                 f"`teacher_server_base_url` with `teacher='live'` needs `completions='on_policy'`, not {setting}: the "
                 "server is sent the current weights when it samples rollouts, which other completions may not need."
@@ -247,7 +291,7 @@ def check_parts_and_context(signals: Signals, context: PrivilegedContext, args: 
             "`context_kwargs={'contrast': 4}`, to 'trl_opsd.methods.purified_opsd.ReferenceAlone', or to a class of "
             "yours with `contrast_messages`."
         )
-    if args.teacher_server_base_url is not None:
+    if has_served_teacher(args):
         raise ValueError(
             "The method contrasts what the teacher says after several prompts, and a server is asked for one. Leave "
             "`teacher_server_base_url` unset."
@@ -283,7 +327,7 @@ def check_signals(signals: Signals, args: SelfDistillationConfig, has_reward: bo
             raise ValueError(
                 f"`policy_loss_coef={args.policy_loss_coef}` needs `reward_funcs`. Pass some, or set it to 0."
             )
-    if args.teacher_server_base_url is not None:
+    if has_served_teacher(args):
         _check_signals_of_a_server(signals)
     for part in signals.teacher_weightings if signals.target is not None else ():
         raise ValueError(

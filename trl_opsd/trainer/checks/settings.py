@@ -3,9 +3,11 @@
 import math
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ...help import did_you_mean
 from ...objective.top_log_probs import SERVED_SUPPORTS
+from ..several import FIELDS, each_teacher, naming
 
 
 if TYPE_CHECKING:
@@ -45,11 +47,13 @@ _OF_ONE_TEACHER = {
     "teacher_update_rate": "ema",
     "teacher_model_name_or_path": "external",
     "teacher_model_init_kwargs": "external",
+    "teachers": "several",
+    "teacher_column": "several",
 }
 
 
 def known_choices(args: "SelfDistillationConfig") -> None:
-    for name in ("loss_type", "overlong_teacher_prompt", "teacher", "divergence_kernel"):
+    for name in ("loss_type", "overlong_teacher_prompt", "teacher", "vllm_lora_sync", "divergence_kernel"):
         field = type(args).__dataclass_fields__[name]
         choices, value = field.metadata["choices"], getattr(args, name)
         if value not in choices and (value is not None or field.default is not None):
@@ -80,6 +84,40 @@ def settings_of_another_teacher(args: "SelfDistillationConfig") -> None:
             )
 
 
+def several_teachers(args: "SelfDistillationConfig") -> None:
+    if args.teacher != "several":
+        return
+    if not isinstance(args.teachers, dict) or not args.teachers:
+        raise ValueError(
+            f"`teacher='several'` needs `teachers`, a mapping from names to the fields of each, got {args.teachers!r}."
+        )
+    if args.teacher_offload:
+        raise ValueError(
+            "`teacher_offload=True` is of one teacher. Set it among the fields of that one in `teachers`."
+        )
+    for name, given in args.teachers.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(
+                f"`teachers` has the name {name!r}, and metrics and files are named after it. Use letters, digits, "
+                "`_` and `-` alone, and write the column anew with `dataset.map`."
+            )
+        with naming(name):
+            _fields_of_one_teacher(given)
+
+
+def _fields_of_one_teacher(given: Any) -> None:
+    if not isinstance(given, dict) or given.get("teacher") in (None, "several"):
+        raise ValueError(
+            f"a mapping with a `teacher` is needed, which is a single one, such as {{'teacher': 'initial'}}, got "
+            f"{given!r}."
+        )
+    for field, value in given.items():
+        if field not in FIELDS:
+            raise ValueError(f"`{field}` is no field of one teacher. {did_you_mean(str(field), FIELDS)}")
+        if not isinstance(value, FIELDS[field]):
+            raise ValueError(f"`{field}` cannot be a {type(value).__name__}, got {value!r}.")
+
+
 def rate_of_ema(args: "SelfDistillationConfig") -> None:
     if args.teacher_update_rate is not None and not 0.0 < args.teacher_update_rate <= 1.0:
         raise ValueError(
@@ -107,6 +145,14 @@ def offload_of_nothing(args: "SelfDistillationConfig") -> None:
 def timeout_of_a_server(args: "SelfDistillationConfig") -> None:
     if args.vllm_server_request_timeout <= 0:
         raise ValueError(f"`vllm_server_request_timeout` must be positive, got {args.vllm_server_request_timeout}.")
+
+
+def adapter_of_no_engine(args: "SelfDistillationConfig") -> None:
+    if args.vllm_lora_sync != "auto" and not args.use_vllm:
+        raise ValueError(
+            f"`vllm_lora_sync='{args.vllm_lora_sync}'` has no effect with `use_vllm=False`. Leave it at its default, "
+            "or set `use_vllm=True`."
+        )
 
 
 def objective(args: "SelfDistillationConfig") -> None:
@@ -284,10 +330,12 @@ CHECKS: tuple[Check, ...] = (
     counts_of_at_least_one,
     normaliser_of_dr_grpo,
     settings_of_another_teacher,
+    several_teachers,
     rate_of_ema,
     external_teacher_without_a_model,
     offload_of_nothing,
     timeout_of_a_server,
+    adapter_of_no_engine,
     objective,
     divergence_of_replaced_completions,
     tail_of_no_top_k,
@@ -323,6 +371,14 @@ def check_config(args: "SelfDistillationConfig") -> None:
     Raises:
         ValueError: Naming the field and the way out.
     """
+    _check(args)
+    if args.teacher == "several":
+        for name, its in each_teacher(args).items():
+            with naming(name):
+                _check(its)
+
+
+def _check(args: "SelfDistillationConfig") -> None:
     is_served = args.teacher_server_base_url is not None
     checks = CHECKS + SERVED_TEACHER_CHECKS * is_served
     for check in checks + SERVED_LIVE_TEACHER_CHECKS * (is_served and args.teacher == "live"):

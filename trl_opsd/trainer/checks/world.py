@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..config import SelfDistillationConfig
+from ..several import each_teacher, naming
 
 
 def check_world(args: SelfDistillationConfig, accelerator: Accelerator, policy: PreTrainedModel | PeftModel) -> None:
@@ -18,7 +19,13 @@ def check_world(args: SelfDistillationConfig, accelerator: Accelerator, policy: 
         ValueError: Naming the setting and the way out.
     """
     _check_launch(accelerator)
-    trains_all, is_updated = not isinstance(policy, PeftModel), args.teacher in ("periodic", "ema")
+    for name, its in each_teacher(args).items():
+        with naming(name):
+            _check_teacher(its, accelerator, trains_all=not isinstance(policy, PeftModel))
+
+
+def _check_teacher(args: SelfDistillationConfig, accelerator: Accelerator, trains_all: bool) -> None:
+    is_updated = args.teacher in ("periodic", "ema")
     if is_updated:
         _check_updated_teacher(args, accelerator, trains_all)
     if args.teacher_offload:
