@@ -101,7 +101,7 @@ def main_panels(runs: Sequence[Run]) -> list[Panel]:
     panels = [
         *PANELS,
         Panel("Reward", "", "samples", together | rewards),
-        Panel("What guards saw", "measurements in a row beyond the limits", "", guards),
+        Panel("What guards saw", "in a row beyond the limits", "", guards),
     ]
     kept = [
         panel._replace(curves={name: label for name, label in panel.curves.items() if name in names})
