@@ -14,7 +14,9 @@ COLLAPSING = ("opsd_live_long", "opsdc_1-", "opsd_clip")
 
 def series(name):
     columns = RECORDED[name]["series"]
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    steps = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    # Rewards were not recorded to the end of every run
+    return [{metric: value for metric, value in step.items() if value is not None} for step in steps]
 
 
 @pytest.mark.parametrize("name", [name for name in RECORDED if not name.startswith(COLLAPSING)])
@@ -24,11 +26,15 @@ def test_no_false_alarm(name):
 
 @pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith(COLLAPSING)])
 def test_collapse_is_seen(name):
-    """At most a third later than 10 points are lost, but for the one run of which docs/guards.md says so."""
+    """At most a third later than 10 points are lost."""
     began, _ = collapse([{"step": step, "accuracy": accuracy} for step, accuracy in RECORDED[name]["curve"]])
     stop, since = next(iter(alarms(series(name)).values()))
-    assert since < stop
-    assert (stop <= began * 4 / 3) == (name != "opsd_live_long-middling-lr0.0003-seed2")
+    assert since < stop <= began * 4 / 3
+
+
+def test_only_rewards_show_in_time_that_a_live_teacher_forgets():
+    found = alarms(series("opsd_live_long-middling-lr0.0003-seed2"))
+    assert {name: stop for name, (stop, _) in found.items()} == {"correct": 22, "divergence": 31}
 
 
 def test_a_collapse_begins_where_ten_points_are_lost():

@@ -63,8 +63,9 @@ def load_config(name: str, path: Path | None, field: str, **kwargs: Any) -> Any:
     config = _read_config(name, path, field, **kwargs)
     if getattr(config, "vision_config", None) is not None:
         raise ValueError(
-            f"{path or name} reads images, whose tokens and passes are not planned. Name the config.json of a model "
-            f"of its text part alone by `{field}`, for what text takes."
+            f"{path or name} reads images, whose tokens and passes are not planned. For what text takes, name by "
+            f"`{field}` the config.json of a causal language model as large as its text part, such as Qwen3-8B's for "
+            f"Qwen3-VL-8B."
         )
     return config
 

@@ -71,12 +71,14 @@ HEALTHY = (
     Watched("opsd_sampled", "middling", 3e-4, 80, 80),
     Watched("opsd_answer", "middling", 1e-4, 80, 80),
     Watched("opsdc_50", "verbose", 3e-5, 60, 20),
+    Watched("opsdc_frozen", "verbose", 3e-5, 60, 60),
+    Watched("opsd", "weak", 1e-3, 80, 80),
 )
 
 
 def record(watched: Watched, seed: int, folder: Path) -> dict[str, Any]:
     """
-    Train an arm and keep what each step measured.
+    Train an arm and keep what each step measured, with the rewards of its rollouts, which leave the training as it is.
 
     Args:
         watched ([`Watched`]):
@@ -90,12 +92,10 @@ def record(watched: Watched, seed: int, folder: Path) -> dict[str, Any]:
         `dict[str, Any]`: `"series"`, the metrics of each step, and `"curve"`, the learning curve.
     """
     series: list[dict[str, float]] = []
-    spec = Run(
-        BASES[watched.base],
-        seed,
-        replace(ARMS[watched.arm], evaluate_every=watched.every),
-        watched.learning_rate,
-    )
+    arm = ARMS[watched.arm]
+    settings = {**arm.settings, "reward_funcs": "trl_opsd.playground.world.accuracy_reward"}
+    arm = replace(arm, settings=settings, evaluate_every=watched.every)
+    spec = Run(BASES[watched.base], seed, arm, watched.learning_rate)
     rows = spec.base.family.make(BASE_SEED)
 
     class Recorder(TrainerCallback):
