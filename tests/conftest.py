@@ -1,11 +1,13 @@
 """The device of the tests, and tiny, offline stand-ins for a model, its tokenizer and its data."""
 
 import gc
+import importlib.metadata
 import os
 import random
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import cache
 from importlib.util import find_spec
 
 
@@ -28,6 +30,9 @@ settings.register_profile(
     "reproducible", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("reproducible")
+
+# accelerate reads and parses that of the same packages in every pass through a model
+importlib.metadata.metadata = cache(importlib.metadata.metadata)
 
 
 def pytest_addoption(parser):

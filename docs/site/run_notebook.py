@@ -1,13 +1,15 @@
 """Runs docs/notebook.ipynb and writes into it what it shows, without progress bars, warnings and times."""
 
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
 
 
-def _is_noise(output: dict[str, str]) -> bool:
-    return output.get("name") == "stderr" or "[WARNING]" in output.get("text", "")
+def _is_noise(output: dict[str, Any]) -> bool:
+    shown = output.get("text", "") + output.get("data", {}).get("text/html", "")
+    return output.get("name") == "stderr" or "[WARNING]" in shown or "<progress" in shown
 
 
 def main() -> None:

@@ -218,13 +218,13 @@ PASSES = {
     "sort": (1, 2),
     "mopd": (1, 1),
     "correct_only": (1, 1),
-    "rlsd": (1, 2),
-    "rlrt": (1, 2),
+    "rlsd": (1, 1),
+    "rlrt": (1, 1),
     "trace": (1, 1),
     "resd": (1, 1),
     "rlcsd": (1, 4),  # of 4 rollouts, right ones are read after two wrong peers and wrong ones after one
-    "dasd": (1, 2),
-    "antisd": (1, 2),
+    "dasd": (1, 1),
+    "antisd": (1, 1),
     "antisd_code": (1, 2),
     "egrsd": (1, 2),
     "cl_egrsd": (1, 2),
@@ -232,8 +232,8 @@ PASSES = {
     "sdpg": (1, 2),  # teacher and reference
     "rethinking_opd": (1, 1),
     "rethinking_opd_code": (1, 1),
-    "stable_opd": (1, 3),  # reference too
-    "vopd": (1, 2),
+    "stable_opd": (1, 2),  # reference too
+    "vopd": (1, 1),
     "star": (1, 0),
 }
 

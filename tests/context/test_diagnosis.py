@@ -24,6 +24,10 @@ def always_key(row, rollout, start=0):
     return [{"start": start, "end": start + 3, "type": "key_formula"}]
 
 
+class Silent:
+    """No annotator: it cannot be asked."""
+
+
 class Broken:
     def __init__(self, says):
         self.says = says
@@ -100,7 +104,8 @@ def test_a_function_answers():
 
 
 @pytest.mark.parametrize(
-    ("says", "message"), [([1], "gave 1 annotations of 1 rollouts, of type int"), ([], "gave 0 annotations of 1")]
+    ("says", "message"),
+    [([1], "gave 1 annotations of 1 rollouts, of type int"), ([], r"gave 0 annotations of 1 rollouts\. It gives one")],
 )
 def test_an_annotator_that_says_something_else(says, message):
     context = make_context("diagnosis", {"annotator": f"{__name__}.Broken", "annotator_kwargs": {"says": says}})
@@ -113,6 +118,8 @@ def test_a_column_is_about_the_completion_of_the_dataset():
     assert context.columns == ("spans",)
     row = {**ROW, "spans": json.dumps(KEY), "completion": "Add {6} to 7. It is 13."}
     assert context.answers([(row, of(0)), (row, of(1))]) == [json.dumps(KEY), None]
+    as_messages = {**row, "completion": [{"role": "assistant", "content": row["completion"]}]}
+    assert context.answers([(as_messages, of(0)), (as_messages, of(1))]) == [json.dumps(KEY), None]
     context.read_dataset(Dataset.from_list([row]))
     with pytest.raises(ValueError, match=r"annotates the column `completion`, which the training set lacks\. Add it"):
         context.read_dataset(Dataset.from_list([{**ROW, "spans": "[]"}]))
@@ -123,6 +130,8 @@ def test_a_column_is_about_the_completion_of_the_dataset():
     [
         ({"annotator": "polcy"}, r"`annotator='polcy'` is none of \['columns', 'server'\]"),
         ({"annotator": "no_such_module.annotate"}, "cannot be imported"),
+        ({"annotator": f"{__name__}.KEY"}, "cannot be called. Name a function, or a class with `__call__`"),
+        ({"annotator": f"{__name__}.Silent"}, "cannot be called"),
         ({"annotator_kwargs": {"temprature": 1.0}}, r"takes \['max_new_tokens', 'temperature'\]"),
         ({"most_spans": 0}, "must be at least 1"),
         ({"most_of_it": 0.0}, "must be in"),

@@ -97,6 +97,14 @@ def test_a_lesson_is_added_once():
     learn(context, "Think.", "  think ", "none", "None.", "", "Look closely.", "A lesson that is too long to be kept.")
     learn(context, "THINK!")
     assert told(context) == ["Think.", "Look closely."]
+    assert context.rates([], [])["playbook/dropped_lessons"] == (0, 1)
+
+
+def test_a_lesson_that_is_too_long_is_counted():
+    context = PlaybookContext(most_characters=20)
+    learn(context, "Think.", "A lesson that is too long to be kept.", "A lesson that is too long to be kept!")
+    assert told(context) == ["Think."]
+    assert context.rates([], [])["playbook/dropped_lessons"] == (1, 1)
 
 
 def test_what_harms_as_much_as_it_helps_is_dropped():

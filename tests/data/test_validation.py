@@ -190,5 +190,8 @@ def test_values_that_are_written_as_themselves(value):
 def test_who_reads_lists_may_have_them():
     rows = Dataset.from_list([{"prompt": "2 + 2?", "solutions": ["4", "four"], "score": float("nan")}])
     assert validate_rows(rows, ["solutions"], structured=["solutions"]) is rows
+    says_nothing = Dataset.from_list([{"prompt": "2 + 2?", "completion": [{"role": "assistant", "content": " "}]}])
+    with pytest.raises(ValueError, match="row 0: `completion` has messages without text"):
+        validate_rows(says_nothing, ["completion"], structured=["completion"])
     with pytest.raises(ValueError, match="`score` is NaN"):
         validate_rows(rows, ["solutions", "score"], structured=["solutions", "score"])

@@ -27,6 +27,7 @@ from trl.trainer.utils import shuffle_sequence_dict
 from trl_opsd import SelfDistillationTrainer
 from trl_opsd.methods import config_class
 from trl_opsd.scripts.train import find_checkpoint
+from trl_opsd.serving.adapter import adapter_weights, obstacle
 from trl_opsd.serving.merged_weights import merged_weights
 from trl_opsd.teacher import EMA
 from trl_opsd.teacher.sharding import part_of, whole_value
@@ -232,12 +233,14 @@ def deepspeed_in_use(trainer) -> list[Any] | None:
 
 
 def merged_for_vllm(trainer, student: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What vLLM would be sent of an adapter, which must leave the weights as they are."""
+    """What vLLM would be sent of an adapter, merged and alone, which must leave the weights as they are."""
     if not isinstance(student, PeftModel):
         return {}
     before = [part_of(parameter).clone() for parameter in student.parameters()]
     gather = DistributedBackend(trainer.accelerator).gather_params
     merged = {name: value.cpu().clone() for name, value in merged_weights(student, gather)}
+    assert obstacle(student) is None
+    merged |= adapter_weights(student, gather)
     for part, parameter in zip(before, student.parameters(), strict=True):
         assert torch.equal(part, part_of(parameter))
     return merged

@@ -1,6 +1,7 @@
 """Every method, on a tiny model whose rollouts are made up: that it trains, by its formula, and resumes."""
 
 import math
+from collections import Counter
 
 import plain_loop
 import pytest
@@ -14,6 +15,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_opsd import SelfDistillationTrainer, cli
 from trl_opsd.context import AnsweredContext, Memory, Rollouts
 from trl_opsd.methods import METHODS, config_class
+from trl_opsd.scoring.passes import rows_of
+from trl_opsd.trainer.signals import may_shape_in_loss
 
 
 SMALL = {
@@ -463,7 +466,7 @@ def test_rlsd_takes_no_pass_of_the_teacher_in_the_end(make_trainer):
     for step, is_read in ((49, True), (50, False), (51, False)):
         passes.clear()
         trainer.signals.begin_step(step)
-        batch_of(trainer, rows_for(trainer))
+        gradient_of(trainer, batch_of(trainer, rows_for(trainer)))
         assert bool(passes) == is_read
 
     trainer = make_trainer("rlsd", schedules={"advantage.mix": {"start": 0.5, "end": 0.0, "num_steps": 1}})
@@ -473,8 +476,72 @@ def test_rlsd_takes_no_pass_of_the_teacher_in_the_end(make_trainer):
     assert ["teacher_entropy" in entry for entry in steps] == [True, False]
 
 
+@pytest.mark.parametrize("name", ["rlsd", "rlrt", "dasd", "antisd", "vopd", "stable_opd"])
+def test_advantages_are_shaped_where_the_student_reads_anyway(make_trainer, name, monkeypatch):
+    """As they would be before it, and without one more pass of the student's, unless it is another by then."""
+
+    def run(**settings):
+        trainer = make_trainer(name, per_device_train_batch_size=4, gradient_accumulation_steps=2, **SGD, **settings)
+        networks, reads = trainer.loss.networks, Counter()
+        states = networks.states
+
+        def counting(model, *args):
+            reads[model is trainer.model and not model.training] += 1
+            return states(model, *args)
+
+        networks.states = counting
+        return weights(trained(trainer)), logged(trainer), reads[True]
+
+    inside, entries, num_scoring = run()
+    with monkeypatch.context() as patch:
+        patch.setattr("trl_opsd.trainer.trainer.may_shape_in_loss", lambda *args: False)
+        before, expected, most = run()
+    assert most - num_scoring >= 4  # of a live teacher, the policy's are counted too
+    for key, value in before.items():
+        torch.testing.assert_close(inside[key], value, rtol=1e-5, atol=1e-6)
+    for own, others in zip(entries, expected, strict=True):
+        assert own == pytest.approx(others, rel=1e-4, abs=1e-6)
+
+
+def test_a_student_that_changes_before_the_loss_is_scored_before_it(make_trainer):
+    def may(trainer, shares_pass=True):
+        return may_shape_in_loss(trainer.args, shares_pass, trainer.model)
+
+    trainer = make_trainer("rlsd", gradient_accumulation_steps=2)
+    trainer.model.train()
+    assert may(trainer)
+    assert not may(trainer, shares_pass=False)
+    trainer.model.model.layers[0].self_attn.attention_dropout = 0.1
+    assert not may(trainer)
+    trainer.model.model.layers[0].self_attn.attention_dropout = 0.0
+    trainer.model.lora = torch.nn.Dropout(0.1)
+    assert not may(trainer)
+    for settings in ({"num_iterations": 2}, {"gradient_accumulation_steps": 2, "steps_per_generation": 4}):
+        other = make_trainer("rlsd", **settings)
+        other.model.train()
+        assert not may(other)
+    assert not may_shape_in_loss(make_trainer("rlsd").args, True, trainer.model.eval())
+
+
+def test_the_teacher_reads_nothing_that_no_term_uses(make_trainer):
+    """Neither gold completions, whose likelihood counts, nor any row of a micro-batch without a pair."""
+    trainer = make_trainer("stable_opd")
+    batch = batch_of(trainer, rows_for(trainer))
+    assert batch["has_context"].tolist() == (~batch["replaced"]).tolist() == [True, True, True, False] * 3
+
+    trainer = make_trainer("ssopd")
+    passes = count_teacher_passes(trainer)
+    batch = batch_of(trainer, rows_for(trainer))
+    pairs = batch["has_context"].view(3, 4).any(dim=1).tolist()
+    assert sorted(pairs) == [False, True, True]
+    for number, is_read in enumerate(pairs):
+        passes.clear()
+        gradient_of(trainer, rows_of(batch, list(range(4 * number, 4 * number + 4))))
+        assert bool(passes) == is_read
+
+
 def test_networks_are_checked_before_they_score(make_trainer):
-    trainer = make_trainer("rlsd")
+    trainer = make_trainer("egrsd")
     trainer.loss.networks.has_checked_logits = False  # as it is where weights are sharded
     batch_of(trainer, rows_for(trainer))
     assert trainer.loss.networks.has_checked_logits

@@ -1,18 +1,28 @@
 """What a method or one of its parts cannot be given ends in one clear error, before the model is loaded."""
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
+from methods.stand_ins import STAND_INS
 from tiny import make_model
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
-from trl_opsd.methods import config_class
+from trl_opsd.methods import METHODS, config_class
 from trl_opsd.signal import Advantage, TokenWeighting
 from trl_opsd.trainer.checks.parts import check_signals
 from trl_opsd.trainer.signals import make_signals
 
 
 ROW = {"prompt": [{"role": "user", "content": "What is 3 + 4?"}], "solution": "It is 7.", "answer": "7"}
+
+
+# They compare no rollouts of a prompt
+NEED_NO_GROUP = {
+    "opsd", "purified_opsd", "opsdc", "sdft", "correct_only", "resd", "egrsd", "cl_egrsd", "msd", "rethinking_opd",
+    "rethinking_opd_code", "vopd", "star",
+}  # fmt: skip
 
 
 def says_something(completions, **kwargs):
@@ -95,6 +105,18 @@ def test_arguments_that_do_not_fit(refused, name, settings, message):
 )
 def test_methods_that_need_a_reward(refused, name, message):
     refused(name, message, reward_funcs=None)
+
+
+@pytest.mark.parametrize("name", [name for name, stand_in in STAND_INS.items() if stand_in.has_reward])
+def test_no_method_that_needs_a_reward_begins_without(refused, name):
+    says = "needs rewards, which tell|needs `reward_funcs`|has to tell right from wrong|adds to rewards"
+    refused(name, says, reward_funcs=None, **STAND_INS[name].settings)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in NEED_NO_GROUP])
+def test_no_method_that_needs_a_group_begins_without(refused, name):
+    settings = {**STAND_INS[name].settings, "num_generations": 1}
+    refused(name, "`num_generations` (of at least 2|to be a multiple of)", **settings)
 
 
 @pytest.mark.parametrize(
@@ -190,3 +212,24 @@ def test_streams_of_the_first_batch(tokenizer, training_args, settings, message)
     )
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+def partly(completions, **kwargs):
+    return [None if index % 2 else float(index == 0) for index in range(len(completions))]
+
+
+def endless(completions, **kwargs):
+    return [float("inf")] * len(completions)
+
+
+@pytest.mark.parametrize("name", ["sdpo", "rlsd", "correct_only"])
+def test_rewards_that_are_not_known_are_counted(tokenizer, training_args, name):
+    args = config_class(name)(**{**training_args, **STAND_INS[name].settings})
+    given = {"train_dataset": Dataset.from_list([ROW] * 8), "processing_class": tokenizer}
+    trainer = SelfDistillationTrainer(make_model(tokenizer), partly, args, **given)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["rewards/unknown_rate"] for entry in steps] == [0.5, 0.5]
+    assert all(math.isfinite(entry["loss"]) for entry in steps)
+    with pytest.raises(ValueError, match=r"The reward function `endless` gave an infinite reward\. Give a finite"):
+        SelfDistillationTrainer(make_model(tokenizer), endless, args, **given).train()

@@ -49,7 +49,7 @@ def test_the_reference_takes_the_last_place_of_a_group_that_failed():
     assert completions.log_probs[2:4] == [[-0.5], [None]]
     assert completions.rates == {
         "completions/failed_group_rate": (1, 3),
-        "completions/overlong_reference_rate": (0, 1),
+        "completions/unfit_reference_rate": (0, 1),
     }
 
 
@@ -70,7 +70,7 @@ def test_a_reference_that_is_too_long_takes_no_place_and_is_counted():
 
     completions = completed([False] * 4, encode=encode)
     assert not completions.replaced
-    assert completions.rates["completions/overlong_reference_rate"] == (1, 1)
+    assert completions.rates["completions/unfit_reference_rate"] == (1, 1)
 
 
 def test_only_a_reference_has_a_plan():

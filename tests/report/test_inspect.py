@@ -75,3 +75,18 @@ def test_training_goes_on_as_it_would_have(make_trainer, tmp_path):
         trainer.model.load_state_dict(start)
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
     assert [path.name for path in (tmp_path / "True" / "inspect").iterdir()] == ["step-000002.html"]
+
+
+@pytest.mark.needs("tensorboard")
+def test_tensorboard_is_told_where_the_page_is(make_trainer, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    trainer = make_trainer(output_dir=str(out), report_to="tensorboard", max_steps=2)
+    trainer.add_callback(InspectCallback(trainer, steps=2))
+    trainer.train()
+    [events] = {file.parent for file in out.rglob("events.out.tfevents.*")}
+    logged = EventAccumulator(str(events)).Reload()
+    [told] = logged.Tensors("inspect/text_summary")
+    assert told.step == 2
+    assert told.tensor_proto.string_val[0].decode() == f"`{out / 'inspect' / 'step-000002.html'}`"

@@ -10,6 +10,7 @@ import torch
 from distributed.train import shard_small_weights, share_held, skip_unused_op
 from environment import SETTINGS, dataset, save_result
 from peft import LoraConfig
+from transformers import BitsAndBytesConfig
 from trl.generation import vllm_generation
 
 from trl_opsd import SelfDistillationTrainer
@@ -20,6 +21,10 @@ from trl_opsd.teacher.sharding import part_of
 
 
 NUM_SYNCS = 300
+# One that vLLM reads differently if left to itself: a factor of its own for each rank, and another base
+PISSA = {"r": 4, "rank_pattern": {"q_proj": 8}, "use_rslora": True, "init_lora_weights": "pissa"}
+ADAPTERS = {"lora": {"r": 8}, "pissa": PISSA, "4bit": {"r": 8}}
+FOUR_BITS = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
 def record_calls(llm) -> list[dict]:
@@ -166,8 +171,12 @@ def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
         REWARDS.get(reward),
         args=args,
         train_dataset=dataset(),
-        peft_config=LoraConfig(r=8, target_modules="all-linear") if weights == "lora" else None,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, **FOUR_BITS) if weights == "4bit" else None,
+        peft_config=LoraConfig(target_modules="all-linear", **ADAPTERS[weights]) if weights in ADAPTERS else None,
     )
+    if weights == "4bit":  # TRL rounds such an adapter to bf16, by which sampler and trainer would differ
+        for parameter in trainer.model.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     if evaluation is not None:
         trainer.add_callback(BenchmarkCallback(trainer, **evaluation))
     parameters = trainer.model.named_parameters()
@@ -192,6 +201,7 @@ def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
     result["world"] = [trainer.accelerator.num_processes, None if plugin is None else plugin.zero_stage]
     result["share"] = share_held(trainer.model)
     result["calls"] = calls
+    result["sent"] = trainer.sampler.sent
     result["loads"] = loads
     if evaluation is not None:
         result["expected"] = greedy_completions(trainer.model, calls[-1])

@@ -71,7 +71,7 @@ def main(base: str, output_dir: str, job: dict) -> dict:
         base,
         args=args,
         train_dataset=dataset(),
-        peft_config=LoraConfig(r=8, target_modules="all-linear") if job.get("lora") else None,
+        peft_config=LoraConfig(r=job["lora"], target_modules="all-linear") if "lora" in job else None,
         callbacks=[SendSignal(*job["signal"])] if "signal" in job else None,
     )
     differences: list[float] = []
@@ -89,6 +89,7 @@ def main(base: str, output_dir: str, job: dict) -> dict:
     return {
         **result,
         "world": trainer.accelerator.num_processes,
+        "sent": trainer.sampler.sent,
         "losses": [entry["loss"] for entry in steps],
         "sampler": [entry[name] for entry in steps if name in entry],
         "served": differences,

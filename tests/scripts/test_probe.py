@@ -202,6 +202,21 @@ def test_a_folder_of_other_settings_is_refused(probe, capsys):
     assert "Another run works in run" in capsys.readouterr().err
 
 
+def test_an_engine_that_has_no_room_for_the_teachers_answer_is_refused(probe, answers, monkeypatch, capsys):
+    answers(copying)
+    own = measure.Measuring.__init__
+
+    def with_engine(self, trainer, *args):
+        own(self, trainer, *args)
+        trainer.args.use_vllm, trainer.context_length = True, 40
+
+    monkeypatch.setattr(measure.Measuring, "__init__", with_engine)
+    assert probe() == 2
+
+    assert "tokens, and vLLM takes 40: raise `vllm_max_model_length` to that" in capsys.readouterr().err
+    assert {record["arm"] for record in written()} == {"student"}
+
+
 def test_contexts_that_read_rollouts_read_those_of_the_student(probe, answers, monkeypatch):
     turn = iter(range(1000))
 
@@ -282,7 +297,9 @@ def test_bad_input(probe, capsys, columns, flags, message):
     if "--teacher_server_base_url" in flags:
         fields = {"teacher": "external", "divergence_support": "sampled_token", "divergence": "reverse_kl"}
     assert probe(*flags, **fields) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert "tokens, and vLLM takes 40: raise `vllm_max_model_length` to that" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_which_method_a_recipe_is_for():

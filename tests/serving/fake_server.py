@@ -5,6 +5,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
+from safetensors.torch import load_file
 
 
 class FakeServer:
@@ -22,6 +23,8 @@ class FakeServer:
         self.info = {"model": model.name_or_path, "revision": None, "logprobs_mode": logprobs_mode}
         self.instance = "first"
         self.faults = []
+        self.lora_config = None
+        self.adapters = []  # what is loaded, and the prefix cache that is forgotten
         self.num_requests = 0
         self.lock = threading.Lock()
         self.closed = threading.Event()
@@ -32,7 +35,7 @@ class FakeServer:
                 self.answer(*server.get(self.path.split("?")[0]))
 
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "null")
                 self.answer(*server.post(self.path, body))
 
             def answer(self, status, body):
@@ -65,7 +68,8 @@ class FakeServer:
         if path == "/v1/models":
             return 200, {"data": [{"id": "served", "max_model_len": self.max_model_len}]}
         if path == "/server_info":
-            return 200, {"vllm_config": {"instance_id": self.instance, "model_config": self.info}}
+            info = {"instance_id": self.instance, "model_config": self.info, "lora_config": self.lora_config}
+            return 200, {"vllm_config": {**info, "parallel_config": {"data_parallel_size": 1}}}
         return 200, {}
 
     def post(self, path, body):
@@ -77,6 +81,9 @@ class FakeServer:
             fault = self.faults.pop(0) if self.faults else None
         if isinstance(fault, int):
             return fault, {"error": "told to fail"}
+        if path in ("/v1/load_lora_adapter", "/reset_prefix_cache"):
+            self.adapters.append(load_file(f"{body['lora_path']}/adapter_model.safetensors") if body else "forgotten")
+            return 200, "done"
         if fault == "stall":
             self.closed.wait()
         if fault is not None:

@@ -124,5 +124,7 @@ def test_quantised_base_is_refused(tokenizer):
     policy = get_peft_model(make_model(tokenizer), LoraConfig(target_modules=["q_proj"]))
     check_mergeable(policy)
     policy.get_base_model().model.layers[1].self_attn.q_proj.base_layer.weight.quant_state = object()
-    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj is quantised"):
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.self_attn\.q_proj\.base_layer\.weight is quantised.*vllm_lora_sync='adapter'"
+    ):
         check_mergeable(policy)

@@ -27,13 +27,13 @@ def generation(serve, model, tokenizer):
 
 
 def test_server_is_asked_by_the_main_process(generation, model, tokenizer, monkeypatch):
-    assert prepare_sampler(generation, model, tokenizer, request_timeout=7.0) == 512
+    assert prepare_sampler(generation, model, tokenizer, request_timeout=7.0) == (512, "all weights")
     session = generation.vllm_client.session
     assert session.get_adapter(generation.vllm_client.base_url)._timeout == 7.0
 
     generation.accelerator.is_main_process, generation.vllm_client = False, None
     monkeypatch.setattr(sampler, "broadcast_object_list", lambda objects: [256, None])
-    assert prepare_sampler(generation, model, tokenizer, request_timeout=7.0) == 256
+    assert prepare_sampler(generation, model, tokenizer, request_timeout=7.0) == (256, "all weights")
     monkeypatch.setattr(sampler, "broadcast_object_list", lambda objects: [None, "it will not do"])
     with pytest.raises(ValueError, match="it will not do"):
         prepare_sampler(generation, model, tokenizer, request_timeout=7.0)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny import make_tokenizer
 
-from trl_opsd.context import PeersContext, PlanContext, ReflectionContext, SolutionContext, TeacherPrompt
+from trl_opsd.context import PeersContext, PlanContext, ReflectionContext, Rollout, SolutionContext, TeacherPrompt
 from trl_opsd.serving import ServerError
 from trl_opsd.signal import COEFFICIENTS, Signals
 from trl_opsd.signal.advantage import GroupAdvantage
-from trl_opsd.trainer.asking import sample_once, together
+from trl_opsd.trainer.asking import BatchError, sample_once, together
 from trl_opsd.trainer.batch import (
     Generation,
     TeacherInputs,
@@ -193,9 +193,13 @@ def test_processes_read_what_one_process_reads():
     whole, tensors = read(context, make_generation(rewards))
     streams = reward_streams(torch.tensor(rewards), 1.0, 4)
     everything = make_rollouts(make_generation(rewards), streams, 0, 4, (END,))
+
+    def gather(own):
+        return everything if isinstance(own[0], Rollout) else own
+
     for process in range(4):
         generation = make_generation(rewards, first=2 * process, number=2)
-        texts, own = read(context, generation, process_index=process, num_processes=4, gather=lambda own: everything)
+        texts, own = read(context, generation, process_index=process, num_processes=4, gather=gather)
         assert texts == whole[2 * process : 2 * process + 2]
         for name in ("rewards", "correct", "success_rate", "has_context"):
             assert torch.equal(own[name], tensors[name][2 * process : 2 * process + 2])
@@ -209,7 +213,8 @@ class Blind(SolutionContext):
 
 def test_nothing_is_gathered_for_a_context_that_does_not_read_rollouts():
     def gather(values):
-        raise AssertionError("gathered")
+        assert not isinstance(values[0], Rollout), "gathered"
+        return values
 
     _, tensors = read(Blind(), make_generation([1.0, 0.0] * 2), size=2, num_processes=2, gather=gather)
     assert tensors["success_rate"].tolist() == [0.5] * 4
@@ -351,9 +356,9 @@ def test_if_one_process_fails_all_do():
         return lambda own: [*own, failure]
 
     assert together(lambda: [1, 2], elsewhere(None)) == [1, 2]
-    with pytest.raises(KeyError, match="spans"):
+    with pytest.raises(BatchError, match="spans"):
         together(fails, elsewhere(None))
-    with pytest.raises(RuntimeError, match="No spans"):
+    with pytest.raises(BatchError, match="No spans"):
         together(lambda: [1], elsewhere((False, "No spans")))
     with pytest.raises(ServerError, match="No answer"):
         together(lambda: [1], elsewhere((True, "No answer")))

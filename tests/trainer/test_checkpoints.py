@@ -16,8 +16,10 @@ from tiny import make_model
 from transformers import TrainerCallback
 
 from trl_opsd import SelfDistillationTrainer
+from trl_opsd.context import SolutionContext
 from trl_opsd.serving import ServerError
 from trl_opsd.teacher import make_teacher
+from trl_opsd.trainer.asking import BatchError
 from trl_opsd.trainer.checkpoints import STATE_FILE, begin, finish, newest_complete, read_state
 
 
@@ -230,6 +232,39 @@ def test_run_goes_on_where_a_server_failed(make_trainer, settings, failing_call,
     checkpoint = Path(failed.args.output_dir) / f"checkpoint-{step}"
     with pytest.raises(ServerError, match=f"The server failed. The run is saved in {checkpoint}"):
         failed.train()
+    resumed = make_trainer(rollout_func=FailingRollouts(), **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+class Tiring(SolutionContext):
+    """One that has nothing more to say after some rollouts."""
+
+    reads_rollouts = True
+    left = 100
+
+    def teacher_messages(self, row, rollouts):
+        if rollouts is not None:
+            type(self).left -= 1
+            if self.left < 0:
+                raise KeyError("lessons")
+        return super().teacher_messages(row, rollouts)
+
+
+def test_run_goes_on_where_a_context_failed(make_trainer, monkeypatch):
+    settings = {"save_steps": 100, "optim": "sgd", "learning_rate": 0.1}
+    settings |= {"privileged_context": f"{__name__}.Tiring"}
+    monkeypatch.setattr(Tiring, "left", 100)
+    whole = make_trainer(rollout_func=FailingRollouts(), **settings)
+    whole.train()
+    monkeypatch.setattr(Tiring, "left", 14)  # 4 for each step
+    failed = make_trainer(rollout_func=FailingRollouts(), **settings)
+    checkpoint = Path(failed.args.output_dir) / "checkpoint-3"
+    with pytest.raises(BatchError, match=f"'lessons' The run is saved in {checkpoint}") as raised:
+        failed.train()
+    assert isinstance(raised.value.__cause__.__cause__, KeyError)
+    monkeypatch.setattr(Tiring, "left", 100)
     resumed = make_trainer(rollout_func=FailingRollouts(), **settings)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     for name, value in whole.model.state_dict().items():

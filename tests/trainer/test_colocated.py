@@ -1,8 +1,14 @@
 """An engine in the process of the trainer: here one that does with transformers what TRL wants of vLLM."""
 
+import dataclasses
+import json
 import math
 import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 from unittest import mock
 
 import numpy as np
@@ -12,11 +18,13 @@ import yaml
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl.generation import vllm_generation
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.eval.in_training import BenchmarkCallback
+from trl_opsd.trainer.record import describe_run
 from trl_opsd.trainer.sampler import sampler_index
 
 
@@ -28,14 +36,21 @@ class Engine:
     Seeds the process when it starts, and takes the seed of each request from NumPy's generator, as vLLM does on a GPU.
     """
 
-    def __init__(self, model, seed, max_model_len, **kwargs):
+    faults: ClassVar[list[str]] = []
+
+    def __init__(self, model, seed, max_model_len, quantization, enable_lora=False, max_lora_rank=16, **kwargs):
         set_seed(seed)
+        if quantization is not None or (enable_lora and "no adapters" in self.faults):
+            raise RuntimeError(f"cannot: {quantization}, {enable_lora}")
+        self.max_lora_rank = max_lora_rank if enable_lora else None
+        self.lora_manager = SimpleNamespace(modules={}, get_adapter=lambda number: self.adapter)
         self.model = AutoModelForCausalLM.from_pretrained(model).eval()
         self.model_config = SimpleNamespace(max_model_len=max_model_len)
-        self.calls, self.loads, self.seeds = [], [], []
+        self.calls, self.loads, self.seeds, self.added = [], [], [], []
         self.while_loading = lambda: None
         worker = SimpleNamespace(model_runner=SimpleNamespace(model=self))
-        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+        executor = SimpleNamespace(driver_worker=worker)
+        self.llm_engine = SimpleNamespace(model_executor=executor, add_lora=self.add_lora)
 
     def load_weights(self, weights):
         names = []
@@ -48,8 +63,42 @@ class Engine:
     def reset_prefix_cache(self):
         pass
 
+    def add_lora(self, request):
+        """Of the weights that were loaded and the adapter, makes others: peft would read a factor for each rank."""
+        assert request.load_inplace
+        config = json.loads(Path(request.lora_path, "adapter_config.json").read_text())
+        assert config["r"] <= self.max_lora_rank
+        weights = load_file(Path(request.lora_path, "adapter_model.safetensors"))
+        names = {name.rpartition(".lora_")[0] for name in weights}
+        modules = {name.removeprefix("base_model.model."): name for name in names}
+        self.adapter = SimpleNamespace(loras=modules)
+        self.lora_manager.modules = {name: None for name in modules if "left out" not in self.faults}
+        self.deltas = {
+            name: config["lora_alpha"]
+            / config["r"]
+            * weights[f"{key}.lora_B.weight"]
+            @ weights[f"{key}.lora_A.weight"]
+            for name, key in modules.items()
+        }
+        self.added.append(request.lora_int_id)
+
+    @contextmanager
+    def adapted(self, request):
+        for sign in (1, -1) if request is not None else ():
+            assert request.lora_int_id == self.added[-1]
+            for name, delta in self.deltas.items():
+                self.model.get_submodule(name).weight.data += sign * delta.to(self.model.device)
+            if sign == 1:
+                yield
+        if request is None:
+            yield
+
     @torch.no_grad()
-    def generate(self, prompts, sampling_params, use_tqdm):
+    def generate(self, prompts, sampling_params, use_tqdm, lora_request=None):
+        with self.adapted(lora_request):
+            return self._generate(prompts, sampling_params)
+
+    def _generate(self, prompts, sampling_params):
         outputs = [self._complete(prompt["prompt_token_ids"], sampling_params) for prompt in prompts]
         self.calls.append([output.outputs[0].token_ids for output in outputs])
         return outputs
@@ -73,6 +122,11 @@ def make_trainer(model_path, dataset, tokenizer, training_args, monkeypatch):
     monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
     monkeypatch.setattr(vllm_generation, "LLM", Engine, raising=False)
     monkeypatch.setattr(vllm_generation, "SamplingParams", SimpleNamespace, raising=False)
+    monkeypatch.setattr(Engine, "faults", [])
+    request = dataclasses.make_dataclass(
+        "LoRARequest", ["lora_name", "lora_int_id", "lora_path", ("load_inplace", bool, False)]
+    )
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=request))
 
     def make(peft_config=None, eval_dataset=None, **settings):
         args = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 512, "max_steps": 4}
@@ -109,6 +163,55 @@ def test_all_weights_are_loaded_in_one_call(peft_config, make_trainer):
     differences = [entry[DIFFERENCE] for entry in steps_of(trainer)]
     assert len(differences) == 4
     assert 0.0 < max(differences) < 1e-4  # with the weights of a step ago, above 0.1
+
+
+def test_adapter_alone_is_loaded_after_each_step(make_trainer):
+    # vLLM knows one factor for all ranks, and has loaded the base that PiSSA changes
+    settings = {"rank_pattern": {"q_proj": 9}, "use_rslora": True, "init_lora_weights": "pissa"}
+    trainer = make_trainer(LoraConfig(r=4, target_modules="all-linear", **settings), vllm_lora_sync="adapter")
+    engine = trainer.vllm_generation.llm
+    assert engine.max_lora_rank == 16
+    assert ("rollout engine", "vLLM, colocate, sent its adapter alone, temperature 1") in describe_run(trainer, 4)
+
+    trainer.train()
+
+    assert engine.loads == [[name for name, _ in engine.model.named_parameters()]]
+    assert engine.added == [1] * 5  # once before the first step, so that it could be refused
+    differences = [entry[DIFFERENCE] for entry in steps_of(trainer)]
+    assert len(differences) == 4
+    assert 0.0 < max(differences) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "lora", "faults", "problem"),
+    [
+        ({}, {"use_dora": True}, [], r"q_proj it is a variant \(DoraLinearVariant\) that vLLM does not know"),
+        ({}, {"r": 513}, [], "its rank of 513 is above vLLM's 512"),
+        ({"vllm_enable_sleep_mode": True}, {}, [], "an engine that sleeps .* has lost the base"),
+        ({}, {}, ["no adapters"], "cannot: None, True"),
+        ({}, {}, ["left out"], r"it has no place for the adapter on model\.layers\.0\.mlp\.down_proj, "),
+    ],
+    ids=["dora", "rank", "sleep", "engine", "left-out"],
+)
+def test_adapter_that_the_engine_cannot_load_is_refused(settings, lora, faults, problem, make_trainer):
+    Engine.faults = faults
+    message = rf"`vllm_lora_sync='adapter'`: vLLM cannot load .* by itself: .*{problem}.*Set `vllm_lora_sync='merged'`"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(LoraConfig(target_modules="all-linear", **lora), vllm_lora_sync="adapter", **settings)
+    with pytest.raises(ValueError, match=message.replace(problem, "the policy has none")):
+        make_trainer(vllm_lora_sync="adapter")
+
+
+def test_adapter_that_cannot_be_merged_is_refused_before_an_engine_is_made(make_trainer, monkeypatch):
+    monkeypatch.setattr(vllm_generation, "LLM", None)
+    with pytest.raises(ValueError, match="`trainable_token_indices` unset, or set `use_vllm=False`"):
+        make_trainer(LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]))
+
+
+def test_adapter_is_merged_where_nothing_asks_for_it_alone(make_trainer):
+    trainer = make_trainer(LoraConfig(target_modules="all-linear"))
+    assert trainer.vllm_generation.llm.max_lora_rank is None
+    assert trainer.sampler.sent == "all weights, its adapter merged"
 
 
 @pytest.mark.usefixtures("deterministic")

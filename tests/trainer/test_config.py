@@ -103,6 +103,8 @@ def test_settings_of_one_kind_of_teacher(settings, name, default, tmp_path):
         ({"loss_type": "dr_grpo", "max_completion_length": None}, "divides by `max_completion_length`"),
         ({"teacher": "live", "teacher_offload": True}, "`teacher_offload=True` has no effect"),
         ({"vllm_server_request_timeout": 0.0}, "`vllm_server_request_timeout` must be positive"),
+        ({"vllm_lora_sync": "lora"}, r"`vllm_lora_sync` must be one of \['auto', 'merged', 'adapter'\], got 'lora'"),
+        ({"vllm_lora_sync": "merged"}, "`vllm_lora_sync='merged'` has no effect with `use_vllm=False`"),
     ],
 )
 def test_contradictory_settings_are_refused(settings, message, tmp_path):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 from trl.distributed import DistributedBackend
+from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import _ForwardRedirection
-from trl.trainer import utils
+from trl.trainer import grpo_trainer, utils
 
 from trl_opsd.scoring.images import IMAGES, OF_TOKENS
 
@@ -117,6 +118,20 @@ def test_weights_of_a_colocated_engine_are_asked_for_once_when_it_is_awake():
     )
     VLLMGeneration.sync_weights(generation)
     assert events == ["wake up", "weights", "reset"]
+
+
+def test_engine_is_made_by_names_that_can_be_exchanged():
+    """One of this process that loads adapters, as `trl_opsd/serving/adapter.py` has it."""
+    made = inspect.getsource(GRPOTrainer.__init__)
+    assert "self.vllm_generation = VLLMGeneration(\n                model=self.model," in made
+    assert grpo_trainer.VLLMGeneration is VLLMGeneration
+    for name in ("mode", "enable_sleep_mode"):
+        assert f"{name}=args.vllm_{name}," in made
+    engine = inspect.getsource(VLLMGeneration._init_vllm)
+    assert "self.llm = LLM(" in engine
+    assert "quantization=quantization," in engine
+    assert "self.llm.generate(" in inspect.getsource(VLLMGeneration.generate)
+    assert '"model": self.model,' in inspect.getsource(VLLMClient.generate)
 
 
 def test_vllm_samples_by_attributes_that_an_evaluation_changes():

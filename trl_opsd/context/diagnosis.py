@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from ..data import Template
 from ..parts import import_object, make_part
-from .base import Message
+from .base import Message, as_text
 from .rollouts import Rollout, Rollouts
 from .spans import Marks, by_characters, by_segments, read_marks, segments
 from .template import TextContext
@@ -103,7 +103,7 @@ class ColumnAnnotator:
         self, asked: Sequence[tuple[Mapping[str, Any], Rollout, list[Message]]]
     ) -> list[str | list[Any] | None]:
         return [
-            row[self.column] if rollout.text.strip() == str(row.get("completion", "")).strip() else None
+            row[self.column] if rollout.text.strip() == _as_plain(row.get("completion", "")).strip() else None
             for row, rollout, _ in asked
         ]
 
@@ -160,9 +160,11 @@ def diagnosis(annotator: str = "policy", annotator_kwargs: Mapping[str, Any] | N
         found = import_object(annotator)
     except ImportError as error:
         raise ValueError(f"`annotator={annotator!r}` cannot be imported: {error}.") from error
-    if isinstance(found, type):
-        return _AnnotatedContext(make_part("annotator", annotator, given, {}), **kwargs)
-    return _AnnotatedContext(_FunctionAnnotator(partial(found, **given)), **kwargs)
+    is_class = isinstance(found, type)
+    one = make_part("annotator", annotator, given, {}) if is_class else found
+    if not callable(one):
+        raise ValueError(f"`annotator={annotator!r}` cannot be called. Name a function, or a class with `__call__`.")
+    return _AnnotatedContext(one if is_class else _FunctionAnnotator(partial(one, **given)), **kwargs)
 
 
 class DiagnosisContext(TextContext):
@@ -315,11 +317,18 @@ class _AnnotatedContext(DiagnosisContext):
         if len(said) != len(asked) or not all(isinstance(its, str | list | None) for its in said):
             kinds = sorted({type(its).__name__ for its in said})
             raise ValueError(
-                f"The `annotator` gave {len(said)} annotations of {len(asked)} rollouts, of type {', '.join(kinds)}. "
-                "It gives one for each: a list of objects, text with such a list in JSON, or `None`."
+                f"The `annotator` gave {len(said)} annotations of {len(asked)} rollouts"
+                f"{', of type ' if kinds else ''}{', '.join(kinds)}. It gives one for each: a list of objects, text "
+                "with such a list in JSON, or `None`."
             )
         by_position = dict(zip(asked, said, strict=True))
         return [by_position.get(position) for position in range(len(rows))]
+
+
+def _as_plain(completion: Any) -> str:
+    if isinstance(completion, list):
+        return "".join(message["content"] for message in as_text(completion))
+    return str(completion)
 
 
 def _kind(rollout: Rollout) -> str:

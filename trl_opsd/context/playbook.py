@@ -67,7 +67,7 @@ class PlaybookContext(TextContext):
         most_solutions (`int`, *optional*, defaults to `50000`):
             Most problems of which a solution is kept, the latest ones.
         most_characters (`int`, *optional*, defaults to `400`):
-            Most characters of a lesson. A longer one is not added.
+            Most characters of a lesson. A longer one is dropped, and counted.
         strip_thinking (`bool`, *optional*, defaults to `True`):
             Whether to leave out the reasoning of rollouts up to `</think>` where they are shown.
         template (`str`, *optional*):
@@ -185,6 +185,7 @@ class PlaybookContext(TextContext):
     def remember(self, groups: Sequence[tuple[Mapping[str, Any], list[Rollout]]]) -> None:
         """Learn from a batch that is trained on, see [`Memory`]."""
         self._batches += 1
+        self._dropped = 0
         shown, known = list(self.lessons), {_plain(lesson["text"]) for lesson in self.lessons}
         for row, rollout in ((row, rollout) for row, rollouts in groups for rollout in rollouts):
             if rollout.correct and self._text(rollout):
@@ -196,13 +197,16 @@ class PlaybookContext(TextContext):
                     self._count(shown, name.lower(), value)
                     continue
                 text = " ".join(value.split())
-                if _plain(text) in known | {"", "none"} or len(text) > self.most_characters:
+                if _plain(text) in known | {"", "none"}:
                     continue
                 known.add(_plain(text))
+                if len(text) > self.most_characters:
+                    self._dropped += 1
+                    continue
                 self.lessons.append({"text": text, "helpful": 0, "harmful": 0, "used": self._batches})
         for key in list(self._solutions)[: -self.most_solutions]:
             del self._solutions[key]
-        self._dropped = len(self.lessons)
+        self._dropped += len(self.lessons)
         if self._batches % self.prune_every == 0 or len(self.lessons) > self.most_lessons:
             self._prune()
         self._dropped -= len(self.lessons)

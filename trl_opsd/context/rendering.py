@@ -253,8 +253,8 @@ class TeacherPrompt:
         raise ValueError(
             f"The teacher's prompt has {len(ids)} tokens{which} {len(ids) - self.max_length} more than the budget of "
             f"{self.max_length}. It is never truncated: raise `max_teacher_prompt_length` (and the model's context, "
-            f"or lower `max_completion_length`), {shorten}shorten the privileged column, drop the row, or set "
-            "`overlong_teacher_prompt='skip'` to leave such rows out of the loss."
+            f"or lower `max_completion_length`), {shorten}show less by `context_kwargs` or in the privileged column, "
+            "drop the row, or set `overlong_teacher_prompt='skip'` to leave such rows out of the loss."
         )
 
     def _teacher_reading(

@@ -75,7 +75,7 @@ def validate_rows(
 
     def check(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         for column in required:
-            find_problem = _problem if column in structured else _text_problem
+            find_problem = _structured_problem if column in structured else _text_problem
             if column == "prompt":
                 find_problem = partial(_prompt_problem, reads_images=reads_images)
             for index, value in zip(indices, rows[column], strict=True):
@@ -115,6 +115,14 @@ def _problem(value: Any) -> str | None:
     if isinstance(value, str | list | dict) and not (value.strip() if isinstance(value, str) else value):
         return "is empty"
     return None
+
+
+def _structured_problem(value: Any) -> str | None:
+    if isinstance(value, list) and value and all(isinstance(its, dict) and "content" in its for its in value):
+        texts = [_text(message["content"]) for message in value]
+        if not any(text is None or text.strip() for text in texts):
+            return "has messages without text"
+    return _problem(value)
 
 
 def _text_problem(value: Any) -> str | None:

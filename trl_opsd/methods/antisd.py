@@ -77,6 +77,7 @@ class AwayFromTeacher(Advantage):
     """
 
     strength: float = 0.5
+    reads_own_rollout: ClassVar[bool] = True
 
     @property
     def needs_scores(self) -> bool:

@@ -76,6 +76,7 @@ class DirectionByEntropy(Advantage):
     strength: float = 0.1
     quantile: float = 0.2
     epsilon: float = 1e-3
+    reads_own_rollout: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.quantile <= 1.0:

@@ -73,6 +73,7 @@ class ReversedTeacher(Advantage):
 
     mix: float = 0.5
     clip: float = 0.5
+    reads_own_rollout: ClassVar[bool] = True
 
     @property
     def needs_scores(self) -> bool:

@@ -74,6 +74,7 @@ class TeacherWeighted(Advantage):
 
     mix: float = 0.5
     clip: float = 0.2
+    reads_own_rollout: ClassVar[bool] = True
 
     @property
     def needs_scores(self) -> bool:

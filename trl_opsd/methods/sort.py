@@ -97,14 +97,14 @@ class ReferenceForFailure(CompletionSource):
                 completions.replace(row, ids)
         completions.rates = {
             "completions/failed_group_rate": (len(failed), len(last)),
-            "completions/overlong_reference_rate": (list(references.values()).count(None), len(failed)),
+            "completions/unfit_reference_rate": (list(references.values()).count(None), len(failed)),
         }
         return completions
 
     def _reference(self, prompts: Prompts, row: int) -> TokenIds | None:
         try:
             return prompts.encode(prompts.rows[row][self.columns[0]])
-        except ValueError:  # longer than a completion may be
+        except ValueError:  # longer than a completion may be, or nothing
             return None
 
 

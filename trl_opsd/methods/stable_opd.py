@@ -101,6 +101,8 @@ class TeacherReward(Advantage):
     """δ_t = log p_T(y_t) − log p_S(y_t) on the student's own rollouts, where the teacher has read them, else 0."""
 
     needs_reward: ClassVar[bool] = False
+    reads_own_rollout: ClassVar[bool] = True
+    reads_replaced: ClassVar[bool] = False
 
     def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         assert scores is not None

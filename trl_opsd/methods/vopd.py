@@ -67,6 +67,7 @@ class ValueBaseline(Advantage):
     """
 
     needs_reward: ClassVar[bool] = False
+    reads_own_rollout: ClassVar[bool] = True
 
     def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         assert scores is not None

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from ..trainer.signals import has_one_update
 from .memory import (
     VLLM_EXTRA,
     gradient_bytes,
@@ -81,7 +82,8 @@ def durations(setting: Setting) -> list[Duration]:
     if setting.args.use_vllm:
         found.append(_synchronisation(setting))
     if setting.signals.needs_scores:
-        found.append(_passes(setting, "scores", teacher=1, student=1))
+        reads_again = not (setting.signals.can_shape_in_loss and has_one_update(setting.args))
+        found.append(_passes(setting, "scores", teacher=1, student=int(reads_again)))
     if setting.args.beta != 0.0:
         found.append(_passes(setting, "reference model", teacher=0, student=1))
     if setting.has_teacher and setting.reads_teacher:

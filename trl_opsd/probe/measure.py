@@ -193,8 +193,20 @@ class Measuring:
     def _sampled(self, prompts: list[list[int]], stream: int) -> list[list[int]]:
         trainer = self._trainer
         if trainer.args.teacher != "external":  # before training, all others have the student's weights
+            self._check_lengths(prompts)
             return trainer.sample(prompts, self._sampling, stream)
         return trainer.sampler.sample(prompts, self._sampling, stream, trainer.teacher)
+
+    def _check_lengths(self, prompts: list[list[int]]) -> None:
+        """In training, an engine does not answer the teacher's prompts."""
+        args, limit = self._trainer.args, self._trainer.context_length
+        needed = max(map(len, prompts)) + self._sampling.max_new_tokens
+        if args.use_vllm and limit is not None and needed > limit:
+            field = "vllm_max_model_length" if args.vllm_mode == "colocate" else "--max-model-len"
+            raise ValueError(
+                f"A prompt of the teacher and its answer may have {needed} tokens, and vLLM takes {limit}: raise "
+                f"`{field}` to that, lower `max_completion_length`, or have the teacher read less."
+            )
 
     def _filled(self, completions: list[list[int]]) -> list[list[int]]:
         return [ids or [self._trainer.eos_token_ids[0]] for ids in completions]

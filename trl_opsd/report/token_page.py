@@ -1,6 +1,7 @@
 """The token page: what the teacher wants of every token of a few rollouts, in one file."""
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from markupsafe import Markup
 
+from ..trainer.rewards import total_rewards
 from ..trainer.score import Scored
 from .page import asset, page, table
 from .token_text import token_bytes
@@ -158,18 +160,31 @@ def rollout_facts(
     first = trainer.accelerator.process_index * len(batch["rewards"])
     facts = []
     for row in rows:
-        its: dict[str, Any] = {"reward": _number(batch["rewards"][row])}
-        if len(trainer.reward_func_names) > 1:
-            pairs = zip(trainer.reward_func_names, generation.rewards[first + row], strict=True)
-            its |= {name: _number(value) for name, value in pairs}
+        its = reward_facts(generation.rewards[first + row], trainer.reward_func_names, trainer.reward_weights)
         its |= {name: "yes" for name in ("truncated", "replaced") if bool(batch[name][row])}
         its["feedback"] = generation.feedback[row] if generation.feedback else None
         facts.append(its)
     return facts
 
 
-def _number(value: torch.Tensor) -> float | None:
-    return None if value.isnan() else float(value)
+def reward_facts(rewards: torch.Tensor, names: Sequence[str], weights: torch.Tensor) -> dict[str, Any]:
+    """
+    What reward functions say of a rollout, `None` where they do not apply.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(num_reward_funcs,)`):
+            NaN where a function did not apply.
+        names (`Sequence[str]`):
+            Names of the functions.
+        weights (`torch.Tensor` of shape `(num_reward_funcs,)`):
+            Their weights.
+
+    Returns:
+        `dict[str, Any]`: the total as `reward`, and that of each function where there are several.
+    """
+    parts = zip(names, rewards.tolist(), strict=True) if len(names) > 1 else ()
+    given = {"reward": total_rewards(rewards[None], weights).item(), **dict(parts)}
+    return {name: None if math.isnan(value) else value for name, value in given.items()}
 
 
 def rollout_losses(

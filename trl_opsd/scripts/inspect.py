@@ -9,11 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from trl_opsd.files import write_whole
-from trl_opsd.methods import TRAINABLE, method_of_recipe
+from trl_opsd.methods import TRAINABLE, config_class, method_of_recipe
 
 
 if TYPE_CHECKING:
     from trl_opsd import SelfDistillationTrainer
+    from trl_opsd.scripts.recipe import RecipeParser
 
 
 def make_parser() -> ArgumentParser:
@@ -45,7 +46,13 @@ def make_parser() -> ArgumentParser:
         metavar="METHOD",
         help="training command the recipe is for (default: what its folder, or else the file, is called)",
     )
-    parser.add_argument("--rollouts", type=int, default=16, help="number of rollouts to sample (default: 16)")
+    parser.add_argument(
+        "--rollouts",
+        type=int,
+        default=16,
+        help="number of rollouts to sample, `num_generations` each of rows spread evenly over the dataset, the same "
+        "ones each time; of a stream, the first (default: 16)",
+    )
     parser.add_argument(
         "--held_out", action="store_true", help="take rows of `dataset_test_split`, not those that are trained on"
     )
@@ -93,13 +100,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _page(asked: Namespace, fields: list[str]) -> str:
-    from trl_opsd.report.token_page import inspected_rollouts, token_page
+    from trl_opsd.report.token_page import inspected_rollouts, reward_facts, token_page
     from trl_opsd.scripts.inputs import load_datasets, load_reward_funcs
-    from trl_opsd.scripts.train import make_parser as training_parser
     from trl_opsd.scripts.train import make_trainer
     from trl_opsd.trainer.score import reward, score
 
-    parser = training_parser(asked.method or method_of_recipe(asked.config), prog="trl-opsd inspect")
+    parser = _recipe_parser(asked.method or method_of_recipe(asked.config))
     script_args, args, model_args, dataset_args = parser.parse_args_and_config(
         ["--config", str(asked.config), *fields]
     )
@@ -114,12 +120,18 @@ def _page(asked: Namespace, fields: list[str]) -> str:
 
         restore(trainer, run)
     dataset = held_out if asked.held_out else train
-    rows, ids = _given(asked.completions, dataset, trainer) if asked.completions else _sampled(asked, dataset, trainer)
+    if asked.completions:
+        numbers, rows, ids = _given(asked.completions, dataset, trainer)
+    else:
+        numbers, rows, ids = _sampled(asked, dataset, trainer)
     size = 1 if asked.completions else trainer.num_generations
     rewards = reward(trainer, rows, ids) if trainer.reward_funcs else None
     scored = score(trainer, rows, ids, rewards, size, num_listed=asked.top_k, with_streams=True)
-    totals = [None] * len(rows) if rewards is None else (rewards * trainer.reward_weights).nansum(dim=1).tolist()
-    facts = [{"reward": total} for total in totals]
+    names = trainer.reward_func_names, trainer.reward_weights
+    facts: list[dict[str, Any]] = [{"row": number} for number in numbers]
+    for its, completion, values in zip(facts, ids, [None] * len(rows) if rewards is None else rewards, strict=True):
+        its |= {} if values is None else reward_facts(values, *names)
+        its |= {} if completion[-1] in trainer.eos_token_ids else {"truncated": "yes"}
     given = trainer.signals.coefficients, trainer.teacher.knows_entropy, facts
     rollouts = inspected_rollouts(scored, ids, *given)
     about = [
@@ -134,6 +146,21 @@ def _page(asked: Namespace, fields: list[str]) -> str:
     return token_page(f"Rollouts of {asked.model}", rollouts, about, trainer.teacher_prompt.tokenizer)
 
 
+def _recipe_parser(method: str) -> "RecipeParser":
+    from trl import DatasetMixtureConfig, ModelConfig
+
+    from trl_opsd.scripts.inputs import SelfDistillationScriptArguments
+    from trl_opsd.scripts.recipe import RecipeParser
+    from trl_opsd.trainer.checks.settings import RETIRED
+
+    return RecipeParser(
+        (SelfDistillationScriptArguments, config_class(method), ModelConfig, DatasetMixtureConfig),
+        prog="trl-opsd inspect",
+        retired=RETIRED,
+        launch_hint="It has no meaning here: a page is made in one process.",
+    )
+
+
 def _checkpoint(folder: Path) -> Path | None:
     """The checkpoint that a run, or a folder of its own, has; `None` for a model."""
     from trl_opsd.trainer.checkpoints import STATE_FILE, newest_complete
@@ -146,14 +173,19 @@ def _checkpoint(folder: Path) -> Path | None:
     return None if newest is None else Path(newest)
 
 
-def _sampled(asked: Namespace, dataset: Any, trainer: "SelfDistillationTrainer") -> tuple[list[Any], list[list[int]]]:
+Completions = tuple[list[int], list[Any], list[list[int]]]
+"""Of each completion: position of its row, the row, and its token ids."""
+
+
+def _sampled(asked: Namespace, dataset: Any, trainer: "SelfDistillationTrainer") -> Completions:
     from trl_opsd.sampling import Sampling
 
     args, size = trainer.args, int(trainer.num_generations)
-    number = -(-asked.rollouts // size)
     if args.max_completion_length is None:
         raise ValueError("Set `max_completion_length`: nothing limits the rollouts.")
-    rows = [row for row in dataset.take(number) for _ in range(size)]
+    chosen = _spread(dataset, -(-asked.rollouts // size))
+    numbers = [number for number, _ in chosen for _ in range(size)]
+    rows = [row for _, row in chosen for _ in range(size)]
     sampling = Sampling(
         temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_new_tokens=args.max_completion_length
     )
@@ -162,16 +194,35 @@ def _sampled(asked: Namespace, dataset: Any, trainer: "SelfDistillationTrainer")
     batch = args.per_device_eval_batch_size
     for start in range(0, len(prompts), batch):
         ids += trainer.sample(prompts[start : start + batch], sampling, stream=3)
-    return rows, ids
+    return numbers, rows, ids
 
 
-def _given(file: Path, dataset: Any, trainer: "SelfDistillationTrainer") -> tuple[list[Any], list[list[int]]]:
+def _spread(dataset: Any, number: int) -> list[tuple[int, Any]]:
+    """So many rows, evenly spread, with their positions; the first ones of a stream, whose end nobody knows."""
+    from datasets import IterableDataset
+
+    if isinstance(dataset, IterableDataset):
+        return list(enumerate(dataset.take(number)))
+    number = min(number, len(dataset))
+    return [
+        (place, dataset[place]) for place in ((2 * turn + 1) * len(dataset) // (2 * number) for turn in range(number))
+    ]
+
+
+def _given(file: Path, dataset: Any, trainer: "SelfDistillationTrainer") -> Completions:
+    from datasets import IterableDataset
+
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            "Rows of a stream have no position for `--completions` to name: set `dataset_streaming: false`."
+        )
     tokenizer: Any = trainer.teacher_prompt.tokenizer
-    rows, ids = [], []
+    numbers, rows, ids = [], [], []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             its = json.loads(line)
-            rows.append(dataset[its["row"]])
+            numbers.append(range(len(dataset))[its["row"]])
+            rows.append(dataset[numbers[-1]])
             given = its.get("completion_ids")
             ids.append(given or tokenizer(its["completion"], add_special_tokens=False)["input_ids"])
         except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -181,4 +232,4 @@ def _given(file: Path, dataset: Any, trainer: "SelfDistillationTrainer") -> tupl
             ) from error
     if not rows:
         raise ValueError(f"{file} has no completions.")
-    return rows, ids
+    return numbers, rows, ids

@@ -1,5 +1,6 @@
 """vLLM servers: which of them will do, what happens when one fails, and teachers that are scored on one."""
 
+from .adapter import engine_for_adapters
 from .client import (
     ServerError,
     check_holds_policy,
@@ -25,6 +26,7 @@ __all__ = [
     "check_vllm_installed",
     "connect",
     "context_length",
+    "engine_for_adapters",
     "limit_requests",
     "longest_prompt",
     "prepare_sampler",

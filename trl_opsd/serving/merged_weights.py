@@ -1,19 +1,22 @@
 """The policy's weights as an inference engine wants them: its adapter merged, under the names of the base model."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_bnb_weight
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 
 def merged_weights(
-    policy: PeftModel, gathered: Callable[[list[nn.Parameter]], AbstractContextManager[None]]
+    policy: PeftModel,
+    gathered: Callable[[list[nn.Parameter]], AbstractContextManager[None]],
+    merges: bool = True,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """
     Every parameter of the base model, with the active adapter merged into it.
@@ -29,6 +32,9 @@ def merged_weights(
             Policy, not wrapped, with an adapter that can be merged.
         gathered (`Callable`):
             Context manager that makes the given parameters whole, where ZeRO-3 shards them. All processes enter it.
+        merges (`bool`, *optional*, defaults to `True`):
+            Whether the adapter is merged. Without it, the base may be one of 4 bits: what is yielded are the values
+            that its layers compute with.
 
     Yields:
         `tuple[str, torch.Tensor]`: name and whole value of a parameter.
@@ -37,7 +43,7 @@ def merged_weights(
 
     def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         if isinstance(module, BaseTunerLayer):
-            with gathered(list(module.parameters())), _merged(module):
+            with gathered(list(module.parameters())), _merged(module) if merges else nullcontext():
                 yield from values(module.get_base_layer().named_parameters(), prefix)
             return
         if isinstance(module, ModulesToSaveWrapper):
@@ -55,13 +61,25 @@ def merged_weights(
             if id(parameter) not in seen:  # tied weights have one name
                 seen.add(id(parameter))
                 name = f"{prefix}{name}".replace("_checkpoint_wrapped_module.", "")
-                if isinstance(parameter, DTensor):
-                    on_device = parameter.to(parameter.device_mesh.device_type)  # it may be offloaded
-                    yield name, cast(DTensor, on_device).full_tensor()
-                else:
-                    yield name, parameter.data
+                yield name, whole(parameter)
 
     yield from walk(policy.get_base_model(), "")
+
+
+def whole(parameter: nn.Parameter) -> torch.Tensor:
+    """The value of a parameter that FSDP2 may have sharded, and bitsandbytes have brought to 4 bits."""
+    if isinstance(parameter, DTensor):
+        on_device = parameter.to(parameter.device_mesh.device_type)  # it may be offloaded
+        return cast(DTensor, on_device).full_tensor()
+    return dequantize_bnb_weight(parameter) if hasattr(parameter, "quant_state") else parameter.data
+
+
+def quantized_parameter(policy: nn.Module) -> str | None:
+    """The name of a parameter that is quantised, if there is one."""
+    for name, parameter in policy.named_parameters():
+        if hasattr(parameter, "quant_state") or not parameter.is_floating_point():
+            return name
+    return None
 
 
 def check_mergeable(policy: PeftModel) -> None:
@@ -77,13 +95,14 @@ def check_mergeable(policy: PeftModel) -> None:
                 f"The adapter on {name} ({type(module).__name__}) cannot be merged into the weights that vLLM samples "
                 "with. Leave `trainable_token_indices` unset, or set `use_vllm=False`."
             )
+    if (quantized := quantized_parameter(policy)) is not None:
+        raise ValueError(
+            f"{quantized} is quantised: merging an adapter into it for vLLM would quantise it anew at every "
+            "synchronisation. Set `vllm_lora_sync='adapter'` (a server needs `--enable-lora`), train on an "
+            "unquantised base, or set `use_vllm=False`."
+        )
     layers = {name: module for name, module in policy.named_modules() if isinstance(module, BaseTunerLayer)}
     for name, layer in layers.items():
-        if any(hasattr(parameter, "quant_state") for parameter in layer.get_base_layer().parameters()):
-            raise ValueError(
-                f"{name} is quantised: merging its adapter for vLLM would quantise it anew at every synchronisation. "
-                "Train on an unquantised base, or set `use_vllm=False`."
-            )
         has_bias = getattr(layer.get_base_layer(), "bias", None) is not None
         if not has_bias and any(getattr(layer, "lora_bias", {}).get(adapter) for adapter in policy.active_adapters):
             raise ValueError(

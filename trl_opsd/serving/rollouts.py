@@ -1,6 +1,8 @@
 """Rollouts from a server that may fail: on one process, while all others wait for it."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
+from .adapter import AdapterSync
 from .client import ServerError
 
 
@@ -25,6 +28,9 @@ def report_failures(generation: VLLMGeneration) -> None:
     watched = None
     if generation.accelerator.is_main_process:
         watched = generation.vllm_client = _WatchedClient(generation.vllm_client)
+        sync = generation.sync_weights
+        if isinstance(sync, AdapterSync) and sync.load is not None:
+            sync.load = partial(watched.load_adapter, sync.load)
     generate = generation.generate
 
     def generate_or_raise(*args: Any, **kwargs: Any) -> Any:
@@ -56,6 +62,10 @@ class _WatchedClient:
         self._attempt(self._client.update_named_params, metadata, named_params)
         for _ in named_params:  # the other processes are in the collective operations that gather them
             pass
+
+    def load_adapter(self, load: Callable[[Path], None], folder: Path) -> None:
+        self._check_instance()  # one that was restarted has its first base
+        self._attempt(load, folder)
 
     def reset_prefix_cache(self) -> None:
         self._attempt(self._client.reset_prefix_cache)

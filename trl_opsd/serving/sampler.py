@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.generation.vllm_generation import VLLMGeneration
 
 from ..data import prompts_of
+from .adapter import (
+    AdapterSync,
+    NotLoadedError,
+    load_in_process,
+    load_on_server,
+    needs_adapter,
+    obstacle,
+    refusal,
+    sample_with_adapter,
+    server_obstacle,
+)
 from .client import check_holds_policy, check_tokenizer, context_length, limit_requests, wait_for_server
 from .merged_weights import check_mergeable, merged_weights
 
@@ -36,9 +48,13 @@ def prepare_sampler(
     policy: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     request_timeout: float,
-) -> int:
+    lora_sync: str = "auto",
+    shared: Path = Path(),
+    told_otherwise: str | None = None,
+) -> tuple[int, str]:
     """
-    Have an engine take the policy's weights, with its adapter merged, and refuse one that cannot sample as the policy.
+    Have an engine take the policy's weights, its adapter merged or by itself, and refuse one that cannot sample as the
+    policy.
 
     Args:
         generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
@@ -49,20 +65,20 @@ def prepare_sampler(
             Its tokenizer.
         request_timeout (`float`):
             See [`limit_requests`].
+        lora_sync (`str`, *optional*, defaults to `"auto"`):
+            `vllm_lora_sync`.
+        shared (`Path`, *optional*):
+            Folder that a server sees too.
+        told_otherwise (`str`, *optional*):
+            Why a server may be asked for the base without the adapter, if so.
 
     Returns:
-        `int`: tokens it takes for prompt and completion together.
+        `tuple[int, str]`: tokens it takes for prompt and completion together, and what it is sent.
 
     Raises:
         ValueError: On every process, naming what does not fit.
     """
     sender: Any = generation
-    if isinstance(policy, PeftModel):
-        check_mergeable(policy)
-        sender._iter_named_params = partial(merged_weights, policy, sender._dist.gather_params)
-    if sender.mode == "colocate":
-        sender._iter_named_params = partial(_load_into_engine, sender.llm, sender._iter_named_params)
-        return sender.llm.model_config.max_model_len
 
     def ask() -> int:
         client = sender.vllm_client
@@ -72,7 +88,54 @@ def prepare_sampler(
         check_holds_policy(client, policy.config)
         return limit
 
-    return _asked_once(ask, sender.accelerator.is_main_process)
+    is_here = sender.mode == "colocate"
+    limit = sender.llm.model_config.max_model_len if is_here else _asked_once(ask, sender.accelerator.is_main_process)
+    must, sent = needs_adapter(lora_sync, policy), "all weights"
+    if isinstance(policy, PeftModel):
+        sent = "all weights, its adapter merged"
+    if must or (isinstance(policy, PeftModel) and lora_sync == "auto" and not is_here):
+        problem = obstacle(policy) or _send_adapter(sender, policy, shared, told_otherwise)
+        if problem is None:
+            return limit, "its adapter alone"
+        if must:
+            raise ValueError(refusal(lora_sync, policy, problem))
+        sent += f" ({problem})"
+    if isinstance(policy, PeftModel):
+        if not is_here:  # where it is, its engine was not made before
+            check_mergeable(policy)
+        sender._iter_named_params = partial(merged_weights, policy, sender._dist.gather_params)
+    if is_here:
+        sender._iter_named_params = partial(_load_into_engine, sender.llm, sender._iter_named_params)
+    return limit, sent
+
+
+def _send_adapter(sender: Any, policy: PeftModel, shared: Path, told_otherwise: str | None) -> str | None:
+    """Have an engine get the base once, now, and then the adapter alone, or say why it cannot."""
+    is_here, is_main_process = sender.mode == "colocate", sender.accelerator.is_main_process
+    load: Callable[[Path], None] | None = None
+    if is_here:
+        load = partial(load_in_process, sender.llm)
+    else:
+        ask: Callable[[], str | None] = lambda: server_obstacle(sender.vllm_client, policy)  # noqa: E731
+        problem = told_otherwise or _asked_once(ask, is_main_process)
+        if problem is not None:
+            return problem
+        load = partial(load_on_server, sender.vllm_client) if is_main_process else None
+    base = partial(merged_weights, policy, sender._dist.gather_params, merges=False)
+    sender._iter_named_params = partial(_load_into_engine, sender.llm, base) if is_here else base
+    sync = AdapterSync(sender.sync_weights, policy, sender._dist.gather_params, load, None if is_here else shared)
+    failure = None
+    try:
+        sync()
+    except Exception as error:  # the others wait to hear of it
+        failure = str(error) if isinstance(error, NotLoadedError) else repr(error)
+    failures = [failure for failure in gather_object([failure]) if failure is not None]
+    if failures:
+        return failures[0]
+    sender.sync_weights = sync
+    if is_here:
+        sample_with_adapter(sender.llm, sync.folder)
+    return None
 
 
 def check_engine_context(limit: int, longest_prompt: int, max_completion_length: int | None, field: str) -> None:

@@ -15,12 +15,18 @@ class Advantage(ABC):
     It says what it needs: scores, a reward and more than one rollout of a prompt, unless it says otherwise. Where
     `needs_scores` is False, which may depend on its own coefficients, it is called without scores, and costs no pass
     of the teacher. One that `needs_teacher_entropy` is refused with a teacher on a server, which does not tell it. One
-    with a memory has `state_dict` and `load_state_dict`, as a [`Schedule`] does.
+    with a memory has `state_dict` and `load_state_dict`, as a [`Schedule`] does. One that `reads_own_rollout` may be
+    asked about any rows of a batch, in the loss, where the student's pass gives the scores.
     """
 
     needs_reward: ClassVar[bool] = True
     needs_group: ClassVar[bool] = True
     needs_teacher_entropy: ClassVar[bool] = False
+    reads_own_rollout: ClassVar[bool] = False
+    """Whether that of a rollout follows from it and its scores alone: neither from others nor from what it remembers,
+    and it logs nothing."""
+    reads_replaced: ClassVar[bool] = True
+    """Whether it reads the scores of completions that took the place of rollouts."""
 
     @property
     def needs_scores(self) -> bool:

@@ -187,6 +187,14 @@ class Signals:
         )
 
     @property
+    def can_shape_in_loss(self) -> bool:
+        """Whether all that reads the scores in this step is an advantage that follows from its own rollout."""
+        reads_own = self.advantage.reads_own_rollout and not self.advantage.needs_contrast
+        others = any(part.needs_scores or (part.selects and "divergence" in part.terms) for part in self._asked)
+        terms = [self.coefficients[f"{term}_coef"] != 0.0 for term in ("policy_loss", "divergence")]
+        return self.needs_scores and reads_own and terms == [True, False] and not others
+
+    @property
     def needs_contrast(self) -> bool:
         """Whether a part reads the scores after the prompts that the context gives for contrast, in this step."""
         shapes = self.coefficients["policy_loss_coef"] != 0.0
@@ -201,11 +209,39 @@ class Signals:
         return reads or (shapes and self.advantage.needs_spans)
 
     @property
+    def reads_replaced(self) -> bool:
+        """Whether the teacher's word on completions that took the place of rollouts is for anything."""
+        others = self.has_term("divergence_coef") or any(part.needs_scores for part in self._asked)
+        return others or self.advantage.reads_replaced
+
+    @property
     def needs_context(self) -> bool:
         """Whether the teacher, or a part that reads what a context marks, takes part in this step."""
         return self.coefficients["divergence_coef"] != 0.0 or self.needs_scores or self.needs_spans
 
-    def streams(self, batch: Batch, scores: TokenScores | None) -> dict[str, torch.Tensor]:
+    def shaped(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
+        """
+        The advantages of rollouts.
+
+        Args:
+            batch ([`Batch`]):
+                Rollouts.
+            scores ([`TokenScores`], *optional*):
+                Scores of their tokens, if the advantage needs them.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)` or `(B, T)`.
+
+        Raises:
+            ValueError: If the part returns another shape, or numbers that are not finite.
+        """
+        shaped = self.advantage(batch, scores if self.advantage.needs_scores else None)
+        shaped = self._checked(self.advantage, shaped, batch)
+        return shaped.squeeze(1) if shaped.size(1) == 1 else torch.where(batch.mask, shaped, 0.0)
+
+    def streams(
+        self, batch: Batch, scores: TokenScores | None, shapes_in_loss: bool = False
+    ) -> dict[str, torch.Tensor]:
         """
         The streams of a generation batch.
 
@@ -214,6 +250,8 @@ class Signals:
                 Rollouts.
             scores ([`TokenScores`], *optional*):
                 Scores of their tokens, if a part needs them.
+            shapes_in_loss (`bool`, *optional*, defaults to `False`):
+                Whether the advantages stay GRPO's here.
 
         Returns:
             `dict[str, torch.Tensor]`: `advantages` of shape `(B,)` or `(B, T)`; `divergence_mask` and
@@ -236,10 +274,8 @@ class Signals:
                 if part.selects:
                     masks[term] = masks[term] & (factors != 0)
         advantages = batch.advantages.squeeze(1)
-        if self.coefficients["policy_loss_coef"] != 0.0:
-            shaped = self.advantage(batch, scores if self.advantage.needs_scores else None)
-            shaped = self._checked(self.advantage, shaped, batch)
-            advantages = shaped.squeeze(1) if shaped.size(1) == 1 else torch.where(batch.mask, shaped, 0.0)
+        if self.coefficients["policy_loss_coef"] != 0.0 and not shapes_in_loss:
+            advantages = self.shaped(batch, scores)
         streams = {"advantages": advantages}
         if any(part.reads_context for part in self._asked):
             streams["likelihood_reads_context"] = torch.tensor(True)

@@ -6,6 +6,10 @@ from typing import Any
 from ..serving import ServerError
 
 
+class BatchError(ValueError):
+    """What a batch is made of cannot be used. Every process raises it, and training ends after a checkpoint."""
+
+
 Gather = Callable[[list[Any]], list[Any]]
 """From a list of each process to the list of all."""
 
@@ -21,7 +25,8 @@ def together(function: Callable[[], list[Any]], gather: Gather) -> list[Any]:
             Collects from all processes.
 
     Raises:
-        Exception: Whatever it raised here, or a [`ServerError`] or `RuntimeError` with what it raised elsewhere.
+        ServerError: If a server failed on any process.
+        BatchError: If the function raised something else on any.
     """
     values, error = [], None
     try:
@@ -29,10 +34,8 @@ def together(function: Callable[[], list[Any]], gather: Gather) -> list[Any]:
     except Exception as caught:
         error = caught
     failures = gather([None if error is None else (isinstance(error, ServerError), str(error) or repr(error))])
-    if error is not None:
-        raise error
     for is_server, message in filter(None, failures):
-        raise (ServerError if is_server else RuntimeError)(message)
+        raise (ServerError if is_server else BatchError)(message) from error
     return values
 
 

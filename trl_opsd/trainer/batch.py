@@ -186,13 +186,13 @@ class TeacherInputs:
             generation.groups = groups
             for name, pair in self._rates(generation.rows, groups).items():
                 metrics.add_rate(name, *generation.rewards.new_tensor(pair))
-        groups = groups if is_read else [None] * len(generation.rows)
+        groups, gather = (groups, self.gather) if is_read else ([None] * len(generation.rows), list)
         generation.said = said = self._said(generation, groups, student_ids[0], metrics)
-        readings = self._readings(generation, groups)
+        readings = together(lambda: self._readings(generation, groups), gather)  # or they were made before the run
         prompts = [None if reading is None else reading.ids for reading in readings]
         has_target = self.signals.target is not None
         if self.signals.needs_contrast or has_target:
-            generation.contrasts = self._contrasts(generation, groups, prompts)
+            generation.contrasts = together(lambda: self._contrasts(generation, groups, prompts), gather)
         if has_target:  # which is made of both
             prompts = [its if some else None for its, some in zip(prompts, generation.contrasts, strict=True)]
         generation.teacher_images = [
@@ -212,9 +212,8 @@ class TeacherInputs:
 
     def _readings(self, generation: Generation, groups: Sequence[Rollouts | None]) -> list[Reading | None]:
         rows = zip(generation.rows, groups, generation.tools, generation.said, strict=True)
-        return [
-            None if index in generation.empty else self.teacher_prompt.reading(*its) for index, its in enumerate(rows)
-        ]
+        unread = generation.empty | (set() if self.signals.reads_replaced else generation.replaced)
+        return [None if index in unread else self.teacher_prompt.reading(*its) for index, its in enumerate(rows)]
 
     def _contrasts(
         self, generation: Generation, groups: Sequence[Rollouts | None], prompts: Sequence[list[int] | None]
@@ -278,7 +277,7 @@ class TeacherInputs:
         if any(batch.get("images", ())) or any(generation.teacher_images):
             given = generation.teacher_images, generation.completions, batch.get("images")
             batch["teacher_images"] = teacher_images(self.teacher_prompt, *given)
-        add_contexts(metrics, batch, len(generation.empty))
+        add_contexts(metrics, batch, len(generation.empty), has_rewards=generation.rewards.size(1) > 0)
         has_tokens = torch.tensor([position not in generation.empty for position in range(len(masks))])
         counted = has_tokens.to(masks.device) & ~batch["replaced"]
         texts = list(map(_text, generation.completions))

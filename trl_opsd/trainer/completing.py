@@ -179,11 +179,13 @@ def encoded(
             Text or messages.
 
     Raises:
-        ValueError: If it is longer.
+        ValueError: If it is longer, or nothing.
     """
     if not isinstance(completion, str):
         completion = "".join(message["content"] for message in as_text(completion))
     ids = [*tokenizer(completion, add_special_tokens=False)["input_ids"], end_token_id]
+    if len(ids) == 1:
+        raise ValueError(f"The completion {completion!r} of the dataset has no tokens. Correct the row, or drop it.")
     if max_completion_length is not None and len(ids) > max_completion_length:
         raise ValueError(
             f"The completion {completion[:60]!r}... of the dataset has {len(ids)} tokens, more than "

@@ -135,6 +135,10 @@ class SelfDistillationConfig(GRPOConfig):
             Seconds a vLLM server may take for an answer, such as all rollouts of a batch. One that takes longer is
             asked once more; then the run ends after a checkpoint. The other processes wait meanwhile: a `ddp_timeout`
             that is too short for that is raised.
+        vllm_lora_sync (`str`, *optional*, defaults to `"auto"`):
+            What vLLM is sent of a LoRA policy: `"merged"` weights; `"adapter"`, the base once and then the adapter
+            alone; `"auto"`, the adapter where a server with `--enable-lora` can load it or the base has 4 bits, and
+            merged weights elsewhere.
 
         > Parameters that control the objective
 
@@ -318,6 +322,7 @@ class SelfDistillationConfig(GRPOConfig):
     teachers: dict[str, Any] | str | None = None
     teacher_column: str | None = None
     vllm_server_request_timeout: float = 1800.0
+    vllm_lora_sync: str = field(default="auto", metadata={"choices": ["auto", "merged", "adapter"]})
 
     divergence: str = field(default="forward_kl", metadata={"choices": list(get_args(Divergence))})
     jsd_weight: float = 0.5
@@ -393,9 +398,7 @@ class SelfDistillationConfig(GRPOConfig):
 
     def __post_init__(self):
         if any(isinstance(value, Field) for value in vars(type(self)).values()):
-            raise TypeError(
-                f"{type(self).__name__} states defaults, and needs the decorator `@dataclass` to have them."
-            )
+            raise TypeError(f"{type(self).__name__} states defaults, and needs `@dataclass` to have them.")
         # Before any is derived from others
         names = [one.name for one in fields(self) if one.init]
         self.chosen = {name for name in names if getattr(self, name) != default_of(type(self), name)}

@@ -34,14 +34,13 @@ from ..signal import Signals, TokenScores
 from ..teacher import Teacher, TokenTargets
 from .config import SelfDistillationConfig
 from .metrics import Metrics, add_divergence, add_sampler_difference
-from .pass_loss import MicroBatchLoss, PassLoss
+from .pass_loss import Found, MicroBatchLoss, PassLoss
 from .policy import PolicyTerm, scaled_term
+from .signals import shaped_advantages
 from .token_groups import in_order, joined, replaced_tokens, some_of, teacher_numbers, token_groups
 
 
 logger = logging.get_logger(__name__)
-
-_SCORES = ("student_log_prob", "teacher_log_prob", "student_entropy", "teacher_entropy", "divergence")
 
 
 class SelfDistillationLoss:
@@ -114,14 +113,17 @@ class SelfDistillationLoss:
         inputs = self._with_factors(inputs, num_generation_batches, policy is not None)
         tokens = inputs["student_mask"]
         # Alike on all processes, whose passes meet in collective operations
-        has_divergence = self._signals.coefficients["divergence_coef"] and inputs["num_divergence_tokens"]
+        is_compared = self._signals.coefficients["divergence_coef"] or "shaped_mask" in inputs
+        has_targets = is_compared and inputs["num_divergence_tokens"]
+        is_shared = self._accelerator.num_processes > 1
         passes = self.networks.passes(inputs)
         outputs = []
         for index, rows in enumerate(passes):
             is_last = index == len(passes) - 1
             with nullcontext() if is_last else self._postponed_synchronisation(model):
                 scale = num_micro_batches * share_of_rows(rows["student_mask"], tokens, self._args.loss_type)
-                targets = self.networks.targets(model, rows) if has_divergence else []
+                is_read = has_targets and (is_shared or rows["divergence_mask"].any())
+                targets = self.networks.targets(model, rows) if is_read else []
                 scaled = None if policy is None else scaled_term(policy, scale)
                 output = self.networks.within(model, self._student_loss, rows, targets, scaled)
                 if torch.is_grad_enabled() and not is_last:
@@ -149,7 +151,7 @@ class SelfDistillationLoss:
             compares_sampler (`bool`):
                 Whether the sampler's log-probabilities, if there are any, are compared with the student's.
         """
-        if self._signals.coefficients["divergence_coef"]:
+        if self._signals.coefficients["divergence_coef"] or "shaped_mask" in result.passes[0]:
             self._add_divergence(metrics, result.divergence, result.passes)
         elif not self._signals.needs_scores:  # which say it
             known = result.log_probs.isfinite() & result.entropies.isfinite()
@@ -221,14 +223,14 @@ class SelfDistillationLoss:
             "student_mask": tokens,
             "row": torch.arange(len(tokens), device=tokens.device),
         }
-        found, outputs, passes = _Found.nothing(tokens, num_listed), [], []
+        found, outputs, passes = Found.nothing(tokens, num_listed), [], []
         for some in torch.arange(len(tokens)).split(batch_size):
             for rows in self.networks.passes(rows_of(inputs, some.tolist())):
                 targets = self.networks.targets(model, rows)
                 with evaluation_mode(self._accelerator.unwrap_model(model)):
                     given = model, self._student_loss, rows, targets, None, num_listed
                     output = self.networks.within(*given)
-                found.add(rows, output)
+                found.add(rows, output.divergence, output.divergence_factors)
                 outputs.append(output.divergence)
                 passes.append(rows)
         if not self._signals.coefficients["divergence_coef"]:
@@ -254,7 +256,7 @@ class SelfDistillationLoss:
         for name in ("divergence", "likelihood"):
             mask = inputs[f"{name}_mask"].bool()
             coefficient = self._signals.coefficients[f"{name}_coef"]
-            if coefficient == 0.0:
+            if coefficient == 0.0 and not (name == "divergence" and "shaped_mask" in inputs):
                 mask = torch.zeros_like(mask)
             num_rows, num_tokens = (
                 inputs[f"num_{name}_{what}"].clamp(min=1.0) / num_shares for what in ("rows", "tokens")
@@ -308,14 +310,15 @@ class SelfDistillationLoss:
                 TokenTargets(states.to(device), None if head is None else self.networks.whole(head), tokens)
                 for states, head, tokens in targets
             ]
+            inside, scored = rows["divergence_mask"].bool()[selected], None
+            if "shaped_mask" in rows:
+                scored, advantages = self._shaped(rows, hidden[inside], student_head, token_ids[inside], targets)
+                rows, targets = {**rows, "advantages": advantages}, []
             read = partial(self.networks.log_probs_of, hidden, student_head, token_ids, selected)
             choices = partial(self._choices, rows, selected, hidden, student_head, targets)
             factors = self._factors(rows, selected, read, choices, policy)
-            inside = rows["divergence_mask"].bool()[selected]
-            objectives = self._objective, self._replaced_objective
-            groups = token_groups(
-                inside, replaced_tokens(rows)[selected], targets, factors.likelihood is not None, *objectives
-            )
+            given = inside, replaced_tokens(rows)[selected], targets, factors.likelihood is not None
+            groups = token_groups(*given, self._objective, self._replaced_objective)
             loss, outputs = factors.policy_value, []
             log_probs, entropies = torch.zeros(2, len(hidden), device=device)
             for tokens, states, head, objective in groups:
@@ -340,9 +343,37 @@ class SelfDistillationLoss:
                 outputs.append(output)
             if factors.policy is not None:  # its likelihood is there for the gradient
                 loss = loss + (factors.policy * log_probs.nan_to_num(0.0)).sum()
-            divergence = in_order(outputs, groups, inside) if targets else some_of(outputs[0], slice(0))
+            said = in_order(outputs, groups, inside) if targets else some_of(outputs[0], slice(0))
             likelihood = -log_probs.nan_to_num(0.0)[rows["likelihood_mask"].bool()[selected]]
-            return PassLoss(loss, divergence, likelihood, log_probs, entropies, factors.divergence[inside])
+            return PassLoss(loss, scored or said, likelihood, log_probs, entropies, factors.divergence[inside])
+
+    @torch.no_grad()
+    def _shaped(
+        self,
+        rows: dict[str, Any],
+        hidden: torch.Tensor,
+        head: Head,
+        token_ids: torch.Tensor,
+        targets: Sequence[TokenTargets],
+    ) -> tuple[FusedDivergence | None, torch.Tensor]:
+        """What student and teacher say of some tokens, if both have read any, and the advantages that follow."""
+        found, scored = Found.nothing(rows["divergence_mask"], 0), None
+        if targets:
+            inside, nothing = (
+                torch.ones_like(token_ids, dtype=torch.bool),
+                torch.zeros(len(hidden), device=hidden.device),
+            )
+            groups = token_groups(inside, ~inside, targets, False, self._objective, None)
+            memory, kernel = self._args.divergence_memory, self._args.divergence_kernel
+            outputs = []
+            for tokens, states, teacher_head, objective in groups:
+                student, ids, factors = (_at(tokens, values) for values in (hidden, token_ids, nothing))
+                given = student, states, head, teacher_head, ids, factors, objective
+                outputs.append(fused_divergence(*given, memory_budget=memory, kernel=kernel))
+            scored = in_order(outputs, groups, inside)
+            numbers = torch.arange(len(rows["divergence_mask"]), device=rows["divergence_mask"].device)
+            found.add({**rows, "row": numbers}, scored, nothing)
+        return scored, shaped_advantages(self._signals, self._args, rows, found.scores(0))
 
     def _choices(
         self,
@@ -384,38 +415,6 @@ class SelfDistillationLoss:
         elif self._signals.coefficients["likelihood_coef"] == 0.0:
             likelihood = None
         return _Factors(divergence[selected], None if likelihood is None else likelihood[selected], slope, value)
-
-
-class _Found(NamedTuple):
-    # What passes have said of tokens, where these stand: the statistics and the factor of each, (7, B, T); the most
-    # probable tokens of both sides and their log-probabilities, (B, T, 2, k)
-    values: torch.Tensor
-    tokens: torch.Tensor
-    log_probs: torch.Tensor
-
-    @classmethod
-    def nothing(cls, mask: torch.Tensor, num_listed: int) -> "_Found":
-        shape, device = (*mask.shape, 2, num_listed), mask.device
-        values = torch.zeros(len(_SCORES) + 2, *mask.shape, device=device)
-        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        return cls(values, tokens, torch.full(shape, -torch.inf, device=device))
-
-    def add(self, rows: dict[str, Any], output: PassLoss) -> None:
-        found, mask = output.divergence, rows["divergence_mask"].bool()
-        given = [*(getattr(found, name) for name in ("finite", *_SCORES)), output.divergence_factors]
-        row, column = rows["row"].unsqueeze(1).expand(mask.shape)[mask], mask.nonzero()[:, 1]
-        for place, values in zip(self.values, given, strict=True):
-            place[row, column] = values.to(place).where(found.finite.bool().to(place.device), 0.0)
-        k = found.listed_tokens.size(2)  # no more than the vocabulary has
-        self.tokens[row, column, :, :k] = found.listed_tokens.to(self.tokens)
-        self.log_probs[row, column, :, :k] = found.listed_log_probs.to(self.log_probs)
-
-    def scores(self, num_listed: int) -> TokenScores:
-        *values, factors = self.values
-        scores = TokenScores(values[0].bool(), *values[1:])
-        if not num_listed:
-            return scores
-        return replace(scores, listed_tokens=self.tokens, listed_log_probs=self.log_probs, teacher_weights=factors)
 
 
 class _Factors(NamedTuple):

@@ -138,23 +138,27 @@ def add_divergence(
     metrics.add_rate(f"{prefix}skipped_token_rate", (~finite).sum(), finite.new_tensor(len(finite), dtype=torch.int64))
 
 
-def add_contexts(metrics: Metrics, batch: Mapping[str, torch.Tensor], num_empty: int) -> None:
+def add_contexts(metrics: Metrics, batch: Mapping[str, torch.Tensor], num_empty: int, has_rewards: bool) -> None:
     """
-    Add how many rows have a context, and how long the teacher's prompts are.
+    Add how many rows have a context, and a reward, and how long the teacher's prompts are.
 
     Args:
         metrics ([`Metrics`]):
             Where it goes.
         batch (`Mapping[str, torch.Tensor]`):
-            With `has_context` and `teacher_prompt_mask`.
+            With `has_context`, `rewards` and `teacher_prompt_mask`.
         num_empty (`int`):
             Rows whose completion is empty, which have none.
+        has_rewards (`bool`):
+            Whether there are reward functions.
     """
     has_context = batch["has_context"]
     num_rows, empty = torch.tensor([len(has_context), num_empty], device=has_context.device)
     lengths = batch["teacher_prompt_mask"].sum(1)[has_context]
     metrics.add_rate("context_rate", has_context.sum(), num_rows - empty)
     metrics.add_rate("empty_completion_rate", empty, num_rows)
+    if has_rewards:
+        metrics.add_rate("rewards/unknown_rate", batch["rewards"].isnan().sum(), num_rows)
     metrics.add_rate("teacher_prompts/mean_length", lengths.sum(), has_context.sum())
     metrics.add_maximum("teacher_prompts/max_length", lengths)
 

@@ -155,7 +155,7 @@ def describe_run(trainer: "SelfDistillationTrainer", max_steps: int) -> list[tup
     if args.context_kwargs:
         context += f" ({', '.join(f'{key}={value!r}' for key, value in args.context_kwargs.items())})"
     if args.use_vllm:
-        engine = f"vLLM, {args.vllm_mode}"
+        engine = f"vLLM, {args.vllm_mode}, sent {trainer.sampler.sent}"
     elif args.use_transformers_continuous_batching:
         engine = "transformers, continuous batching"
     else:

@@ -149,6 +149,22 @@ def total_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return totals.masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
 
+def check_finite(rewards: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """
+    The rewards as they are, of shape `(num_rollouts, num_reward_funcs)`.
+
+    Raises:
+        ValueError: If one is infinite, naming the function.
+    """
+    infinite = rewards.isinf().any(dim=0).tolist()
+    if any(infinite):
+        raise ValueError(
+            f"The reward function `{names[infinite.index(True)]}` gave an infinite reward. Give a finite number, or "
+            "`None`."
+        )
+    return rewards
+
+
 def reward_streams(rewards: torch.Tensor, success_threshold: float, num_generations: int) -> dict[str, torch.Tensor]:
     """
     What is known of each rollout's success.

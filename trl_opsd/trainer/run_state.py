@@ -22,6 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..files import locked
 from ..serving import ServerError
+from .asking import BatchError
 from .checkpoints import begin, finish, is_complete, move_later, newest_complete, read_state
 
 
@@ -250,8 +251,8 @@ class RunState:
     @contextmanager
     def rescuing(self, where: Callable[[], tuple[Path, int, bool]], save: Callable[[], None]) -> Iterator[None]:
         """
-        Ends with a checkpoint, where one can be made, when a server fails: of a sampler or a teacher, wherever it was
-        asked. All processes enter it.
+        Ends with a checkpoint, where one can be made, when a server fails, of a sampler or a teacher, wherever it was
+        asked, and when a batch cannot be made. All processes enter it.
 
         Args:
             where (`Callable[[], tuple[Path, int, bool]]`):
@@ -261,12 +262,12 @@ class RunState:
                 Makes the checkpoint.
 
         Raises:
-            ServerError: With what became of the run.
+            ServerError or BatchError: With what became of the run.
         """
         try:
             yield
-        except ServerError as error:
-            raise ServerError(f"{error} {self._rescued(*where(), save)}") from error
+        except (ServerError, BatchError) as error:
+            raise type(error)(f"{error} {self._rescued(*where(), save)}") from error
 
     def _rescued(self, directory: Path, num_steps: int, is_between: bool, save: Callable[[], None]) -> str:
         if num_steps == 0:
@@ -277,7 +278,7 @@ class RunState:
             only_model, self._args.save_only_model = self._args.save_only_model, False
             save()
             self._args.save_only_model = only_model
-        return f"The run is saved in {directory}: start the server and resume with `resume_from_checkpoint`."
+        return f"The run is saved in {directory}: mend that and resume with `resume_from_checkpoint`."
 
     @contextmanager
     def alone(self) -> Iterator[None]:

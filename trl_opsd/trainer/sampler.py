@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from ..sampling import Sampling
 from ..scoring import causal_lm, evaluation_mode
-from ..serving import check_engine_context, longest_prompt, prepare_sampler, report_failures
+from ..serving import check_engine_context, engine_for_adapters, longest_prompt, prepare_sampler, report_failures
 from ..teacher import Teacher
 from .config import SelfDistillationConfig
 from .random_numbers import Draws
@@ -55,6 +56,8 @@ class PolicySampler:
             Attributes of what samples the teacher meanwhile: of the engine, if it holds the teacher, or GRPOTrainer's.
     """
 
+    made_ready = staticmethod(engine_for_adapters)
+
     def __init__(
         self,
         args: SelfDistillationConfig,
@@ -80,6 +83,7 @@ class PolicySampler:
         self._end_token_ids = end_token_ids
         self._where = where
         self._teacher_settings = teacher_settings
+        self.sent: str | None = None
         self._seconds = 0.0
         self._draws = Draws(args.seed, sampler_index(args, accelerator.process_index), accelerator.device)
 
@@ -112,8 +116,13 @@ class PolicySampler:
         args, accelerator = self._args, self._accelerator
         if self._engine is None:
             return getattr(self._policy.config.get_text_config(), "max_position_embeddings", None)
-        limit = prepare_sampler(self._engine, self._policy, tokenizer, args.vllm_server_request_timeout)
-        is_here = args.vllm_mode == "colocate"
+        is_here, told_otherwise = args.vllm_mode == "colocate", None
+        if not reports_failures:
+            told_otherwise = "a `rollout_func` may ask it for the base"
+        if args.teacher_server_base_url == args.sampler_url:
+            told_otherwise = "it scores the live teacher, for which it is asked for the base"
+        given = args.vllm_server_request_timeout, args.vllm_lora_sync, Path(args.output_dir), told_otherwise
+        limit, self.sent = prepare_sampler(self._engine, self._policy, tokenizer, *given)
         if is_here:
             # The engine has seeded this process anew, by its number alone
             set_seed(args.seed + sampler_index(args, accelerator.process_index))

@@ -16,7 +16,7 @@ from .batch import Generation
 from .checkpoints import read_state
 from .metrics import Metrics
 from .rewards import all_feedback, decoded, group_advantages
-from .signals import make_streams
+from .signals import make_streams, shaped_advantages
 
 
 if TYPE_CHECKING:
@@ -132,12 +132,11 @@ def score_rollouts(
     )
     has_context = some["has_context"].tolist()
     contrasts = [generation.contrasts[row] for row in rows] if generation.contrasts else []
-    return Scored(
-        student,
-        [ids if is_read else None for ids, is_read in zip(teacher, has_context, strict=True)],
-        _scores(trainer, some, contrasts, num_listed),
-        _of_rows(some),
-    )
+    scores = _scores(trainer, some, contrasts, num_listed)
+    if "shaped_mask" in some:  # which is left to the loss
+        some["advantages"] = shaped_advantages(trainer.signals, trainer.args, some, scores)
+    read = [ids if is_read else None for ids, is_read in zip(teacher, has_context, strict=True)]
+    return Scored(student, read, scores, _of_rows(some))
 
 
 def reward(

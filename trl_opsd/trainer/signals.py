@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from ..parts import make_part
 from ..scoring import Images
@@ -80,6 +81,7 @@ def make_streams(
     num_generations: int,
     is_training: bool,
     metrics: Metrics,
+    shapes_in_loss: bool = False,
 ) -> dict[str, torch.Tensor | None]:
     """
     What the parts make of a generation batch. All processes call this at once.
@@ -103,22 +105,80 @@ def make_streams(
             Whether the rollouts are trained on.
         metrics ([`Metrics`]):
             Where the share of rows that each term counts goes, and what the parts log.
+        shapes_in_loss (`bool`, *optional*, defaults to `False`):
+            Whether the policy in the loss is the one that sampled, and an advantage may be asked there.
 
     Returns:
         `dict[str, torch.Tensor | None]`: see [`Signals.streams`]; besides, the number of rows and tokens, on all
         processes, that the terms count; and, if a part reads them, `old_log_probs` of shape `(B, T)`, under the policy
-        that sampled, `None` where that is the student in every loss.
+        that sampled, `None` where that is the student in every loss; and `shaped_mask` of shape `(B, T)`, the tokens
+        of rollouts, if the advantages are shaped in the loss.
     """
     rollouts = _rollouts(args, batch, empty_rows, accelerator, num_generations, is_training, metrics)
     mask = rollouts.mask & rollouts.has_context
-    scores = score({**batch, "divergence_mask": mask}) if signals.needs_scores else None
-    streams = signals.streams(rollouts, scores)
+    shapes_in_loss = shapes_in_loss and signals.can_shape_in_loss
+    is_scored = signals.needs_scores and not shapes_in_loss
+    scores = score({**batch, "divergence_mask": mask}) if is_scored else None
+    streams = signals.streams(rollouts, scores, shapes_in_loss)
     counts = _counts(signals, streams, rollouts.gather, metrics)
     made: dict[str, torch.Tensor | None] = {**streams, **counts}
+    if shapes_in_loss:
+        made["shaped_mask"] = rollouts.mask
     if signals.policy_weightings:
         sampled = batch.get("sampling_per_token_logps") if args.sampler_is_comparable else None
         made["old_log_probs"] = batch.get("old_per_token_logps") if sampled is None else sampled
     return made
+
+
+def has_one_update(args: SelfDistillationConfig) -> bool:
+    """Whether the policy stays as it is from where a generation is sampled to its last micro-batch."""
+    steps = cast(int, args.steps_per_generation)
+    return args.num_iterations == 1 and steps <= args.gradient_accumulation_steps
+
+
+def may_shape_in_loss(args: SelfDistillationConfig, shares_pass: bool, policy: nn.Module) -> bool:
+    """
+    Whether the student that the loss reads says what it said when it sampled, so that advantages may be shaped there.
+
+    Args:
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+        shares_pass (`bool`):
+            Whether GRPO's loss takes the student's pass that is there.
+        policy (`nn.Module`):
+            Policy, not wrapped, in the mode that it samples in.
+    """
+    if not policy.training or not has_one_update(args):
+        return False
+    rates = (
+        getattr(its, "p", 0.0) if isinstance(its, nn.Dropout) else getattr(its, "attention_dropout", 0.0)
+        for its in policy.modules()
+    )
+    return shares_pass and not any(isinstance(rate, float) and rate for rate in rates)
+
+
+def shaped_advantages(
+    signals: Signals, args: SelfDistillationConfig, rows: dict[str, Any], scores: TokenScores
+) -> torch.Tensor:
+    """
+    The advantages of some rows, in the loss.
+
+    Args:
+        signals ([`Signals`]):
+            The parts.
+        args ([`SelfDistillationConfig`]):
+            Configuration.
+        rows (`dict[str, Any]`):
+            The rows, with the `shaped_mask` that [`make_streams`] made.
+        scores ([`TokenScores`]):
+            Of their tokens.
+    """
+    alone = partial(_of_all, "An advantage that `reads_own_rollout`")
+    return signals.shaped(_batch(args, rows, rows["shaped_mask"], 0, True, alone, alone, alone), scores)
+
+
+def _of_all(who: str, *asked: Any) -> Any:
+    raise ValueError(f"{who} asks for more than that. Leave it at False.")
 
 
 def _rollouts(
@@ -132,6 +192,21 @@ def _rollouts(
 ) -> Batch:
     mask = (batch.get("tool_mask", 1) * batch["completion_mask"]).bool()
     mask[sorted(empty_rows)] = False
+    first = accelerator.process_index * len(mask)
+    group = partial(_of_the_group, accelerator.gather, accelerator.process_index, num_generations)
+    return _batch(args, batch, mask, first, is_training, group, accelerator.gather, metrics.add_rate)
+
+
+def _batch(
+    args: SelfDistillationConfig,
+    batch: dict[str, Any],
+    mask: torch.Tensor,
+    first: int,
+    is_training: bool,
+    group: Callable[[torch.Tensor], torch.Tensor],
+    gather: Callable[[torch.Tensor], torch.Tensor],
+    log: Callable[[str, torch.Tensor, torch.Tensor], None],
+) -> Batch:
     return Batch(
         batch["completion_ids"],
         mask,
@@ -145,11 +220,11 @@ def _rollouts(
         spans={name.partition("/")[2]: mask for name, mask in batch.items() if name.startswith("spans/")},
         read_prompt_keys=cache(partial(prompt_keys, batch["prompt_ids"], batch["prompt_mask"], batch.get("images"))),
         max_length=args.max_completion_length,
-        first=accelerator.process_index * len(mask),
+        first=first,
         is_training=is_training,
-        group=partial(_of_the_group, accelerator.gather, accelerator.process_index, num_generations),
-        gather=accelerator.gather,
-        log=metrics.add_rate,
+        group=group,
+        gather=gather,
+        log=log,
     )
 
 

@@ -73,12 +73,12 @@ from .policy import GRPOLoss
 from .preparation import Prepared, checked_arguments, checked_rows, prepare
 from .prompts import PromptExchange, settled
 from .record import RunRecord
-from .rewards import added_feedback, all_feedback, forget_rewards, graded, hand_policy, no_reward
+from .rewards import added_feedback, all_feedback, check_finite, forget_rewards, graded, hand_policy, no_reward
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
 from .sampler import PolicySampler
 from .sampling_settings import changed, teacher_settings
 from .several import teacher_names
-from .signals import make_streams
+from .signals import make_streams, may_shape_in_loss
 from .steps import OrderOfEpochs, StepCallback
 from .teachers import load_teacher
 
@@ -153,31 +153,31 @@ class SelfDistillationTrainer(GRPOTrainer):
     ):
         args = checked_arguments(args, self.config_class, type(self), model)
         self._name, self._paper, self._tag_names = presented(args.method)
-        data = processing_class, train_dataset, eval_dataset
-        given = reward_funcs, peft_config, tools, rollout_func, environment_factory
-        run = prepare(args, model, *data, *given)
+        given = processing_class, train_dataset, eval_dataset, reward_funcs, peft_config, tools, rollout_func
+        run = prepare(args, model, *given, environment_factory)
         self.context, self.completion_source, self.signals = run.context, run.completions, run.signals
         self.guards, self.teacher_prompt, self._data_columns = run.guards, run.teacher_prompt, run.columns
         self._generation, self._generation_step, self._first_micro_batch = Generation([]), -1, 0
         self._num_generated_tokens, self.statistics = 0, {"train": Metrics(), "eval": Metrics()}
         self.observers: list[Callable[[dict[str, Any], Generation], None]] = []
         self.record = RunRecord(self)
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs or [no_reward],
-            args=args,
-            train_dataset=run.train_dataset,
-            eval_dataset=run.eval_dataset,
-            processing_class=run.processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=[*(callbacks or []), self.record],
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-            rollout_func=None if rollout_func is None else without_empty(rollout_func, self._mark_empty_rollouts),
-            environment_factory=environment_factory,
-        )
+        with PolicySampler.made_ready(args.vllm_lora_sync):
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs or [no_reward],
+                args=args,
+                train_dataset=run.train_dataset,
+                eval_dataset=run.eval_dataset,
+                processing_class=run.processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=[*(callbacks or []), self.record],
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=None if rollout_func is None else without_empty(rollout_func, self._mark_empty_rollouts),
+                environment_factory=environment_factory,
+            )
         self._settle_rewards(run, environment_factory)
         self._prepare_policy_term()
         check_world(args, self.accelerator, self.model)
@@ -363,12 +363,11 @@ class SelfDistillationTrainer(GRPOTrainer):
         given = inputs, prompts, completions, completion_ids_list
         rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 0, device=self.accelerator.device)
         if self.reward_funcs:
-            rewards = super()._calculate_rewards(*given)
+            rewards = check_finite(super()._calculate_rewards(*given), self.reward_func_names)
         rewards = self._exchange.rewards(rewards, self.reward_weights) if self.model.training else rewards
         feedback = all_feedback(self._pending_extra_logs.get("feedback"), self.environments, inputs)
-        tools = [self.tools] * len(inputs)
-        if self.environment_factories:
-            tools = [self._env_tools[name] for name in self._batch_environments]
+        names = self._batch_environments if self.environment_factories else []
+        tools = [self._env_tools[name] for name in names] or [self.tools] * len(inputs)
         self._generation.finish(*given, rewards, feedback, tools)
         return rewards
 
@@ -402,7 +401,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._num_generated_tokens += int(self.accelerator.reduce(num_sampled, "sum")) * (mode == "train")
         self._metrics[mode]["num_generated_tokens"] = [self._num_generated_tokens]
         given = self.signals, self.args, batch, self._generation.empty, partial(self._score, mode=mode)
-        batch |= make_streams(*given, self.accelerator, size, mode == "train", metrics)
+        in_loss = may_shape_in_loss(self.args, self.grpo_loss.shares_pass, self.model)
+        batch |= make_streams(*given, self.accelerator, size, mode == "train", metrics, in_loss)
         for observe in self.observers:
             observe(batch, self._generation)
         return batch

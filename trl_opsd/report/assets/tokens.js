@@ -165,6 +165,7 @@
     current = index;
     its = rollout(index);
     selected = 0;
+    find();
     const line = [["loss", number(its.given.loss)], ["tokens", its.tokens.length], ...Object.entries(its.given.facts)];
     $("facts").replaceChildren(...line.filter(([, value]) => value !== null).map(([name, value]) => {
       const span = element("span", `${name}: `, { class: "quiet" });
@@ -183,7 +184,6 @@
     if (blocks.length) { fill(0); heightOfBlock = blocks[0].offsetHeight; }
     blocks.forEach((block, number) => { if (!filled.has(number)) block.style.height = `${heightOfBlock}px`; watcher.observe(block); });
     $("strip").setAttribute("aria-valuemax", its.tokens.length);
-    find();
     draw();
     marked();
     select(0, false);

@@ -53,7 +53,7 @@ _OF_ONE_TEACHER = {
 
 
 def known_choices(args: "SelfDistillationConfig") -> None:
-    for name in ("loss_type", "overlong_teacher_prompt", "teacher", "divergence_kernel"):
+    for name in ("loss_type", "overlong_teacher_prompt", "teacher", "vllm_lora_sync", "divergence_kernel"):
         field = type(args).__dataclass_fields__[name]
         choices, value = field.metadata["choices"], getattr(args, name)
         if value not in choices and (value is not None or field.default is not None):
@@ -145,6 +145,14 @@ def offload_of_nothing(args: "SelfDistillationConfig") -> None:
 def timeout_of_a_server(args: "SelfDistillationConfig") -> None:
     if args.vllm_server_request_timeout <= 0:
         raise ValueError(f"`vllm_server_request_timeout` must be positive, got {args.vllm_server_request_timeout}.")
+
+
+def adapter_of_no_engine(args: "SelfDistillationConfig") -> None:
+    if args.vllm_lora_sync != "auto" and not args.use_vllm:
+        raise ValueError(
+            f"`vllm_lora_sync='{args.vllm_lora_sync}'` has no effect with `use_vllm=False`. Leave it at its default, "
+            "or set `use_vllm=True`."
+        )
 
 
 def objective(args: "SelfDistillationConfig") -> None:
@@ -327,6 +335,7 @@ CHECKS: tuple[Check, ...] = (
     external_teacher_without_a_model,
     offload_of_nothing,
     timeout_of_a_server,
+    adapter_of_no_engine,
     objective,
     divergence_of_replaced_completions,
     tail_of_no_top_k,

@@ -1,0 +1,10 @@
+"""Runs a training command, as `accelerate launch -m trl_opsd.scripts.train` would."""
+
+from distributed.train import skip_unused_op
+
+from trl_opsd.scripts.train import main
+
+
+if __name__ == "__main__":
+    skip_unused_op()
+    main()
