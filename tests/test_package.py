@@ -1,13 +1,16 @@
 """What a user gets by installing the package and importing it."""
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import trl_opsd
 from trl_opsd.methods import METHODS
@@ -75,3 +78,17 @@ def test_wheel(tmp_path):
     }
     assert recipes | modules | {"trl_opsd/py.typed"} <= shipped
     assert not [name for name in shipped if name.startswith(("tests/", "recipes/", "docs/"))]
+
+
+def test_the_page_of_versions_says_what_is_allowed_and_tested():
+    """The range is pyproject's, the release tested that of the development environment."""
+    allowed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    ranges = {its.name: str(its.specifier) for its in map(Requirement, allowed)}
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    table = (ROOT / "docs" / "quickstart.md").read_text().split("\n## Versions\n")[1]
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| ([\d.]+\d)", table, re.MULTILINE)
+    assert {"trl", "transformers", "torch", "peft", "accelerate", "datasets"} == {name for name, *_ in rows}
+    for name, said, tested in rows:
+        assert Requirement(f"{name}{said}") == Requirement(f"{name}{ranges[name]}")
+        assert tested == pinned[name]
+        assert tested in Requirement(f"{name}{said}").specifier
