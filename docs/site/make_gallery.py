@@ -21,7 +21,7 @@ def main() -> None:
         parser.error(f"{unknown[0]} is none of: {', '.join(pages)}")
     for name in names:
         print(f"{name}: {pages[name]['command']}", flush=True)
-        subprocess.run(pages[name]["command"], shell=True, check=True, cwd=ROOT)
+        subprocess.run(f"set -e\n{pages[name]['command']}", shell=True, check=True, cwd=ROOT)
         shutil.copyfile(ROOT / pages[name]["writes"], GALLERY / f"{name}.html")
 
 

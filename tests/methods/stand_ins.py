@@ -398,7 +398,11 @@ STAND_INS = {
         has_reward=True,
     ),
     "rlsd": StandIn(
-        plain_loop.Method(**GRPO, epsilon_high=0.28), with_the_teacher, GROUPS, has_reward=True, metrics=SHAPED
+        plain_loop.Method(**GRPO, epsilon_high=0.28),
+        with_the_teacher,
+        GROUPS,
+        has_reward=True,
+        metrics=(*SHAPED, "teacher_ratio_clipped_rate", "schedules/advantage.mix"),
     ),
     "rlrt": StandIn(
         plain_loop.Method(**GRPO, epsilon_high=0.28),
@@ -406,7 +410,7 @@ STAND_INS = {
         GROUPS,
         has_reward=True,
         has_live_teacher=True,
-        metrics=SHAPED,
+        metrics=(*SHAPED, "schedules/advantage.mix"),
     ),
     "rlcsd": StandIn(
         plain_loop.Method(**{**GRPO, "loss_type": "grpo"}),

@@ -516,8 +516,9 @@ def test_a_student_that_changes_before_the_loss_is_scored_before_it(make_trainer
     trainer.model.model.layers[0].self_attn.attention_dropout = 0.0
     trainer.model.lora = torch.nn.Dropout(0.1)
     assert not may(trainer)
-    for settings in ({"num_iterations": 2}, {"gradient_accumulation_steps": 2, "steps_per_generation": 4}):
-        other = make_trainer("rlsd", **settings)
+    for accumulated, per_generation, num_iterations in ((1, 1, 2), (2, 4, 1), (4, 3, 1)):
+        lengths = {"gradient_accumulation_steps": accumulated, "steps_per_generation": per_generation}
+        other = make_trainer("rlsd", **lengths, num_iterations=num_iterations)
         other.model.train()
         assert not may(other)
     assert not may_shape_in_loss(make_trainer("rlsd").args, True, trainer.model.eval())

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from three_tokens import P_S, P_T, advantages_of, make_scores
+from three_tokens import P_S, P_T, advantages_of, make_batch, make_scores
 
 from trl_opsd.methods.rlrt import ReversedTeacher
 from trl_opsd.methods.rlsd import TeacherWeighted
@@ -43,3 +43,22 @@ def test_unclipped_ratios_are_each_others_inverse():
     scores = make_scores()
     product = advantages_of(ReversedTeacher(**wide), 1.0, scores) * advantages_of(TeacherWeighted(**wide), 1.0, scores)
     torch.testing.assert_close(product, torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("part", "is_right", "rate"),
+    [
+        (ReversedTeacher(clip=1.0), True, (1, 3)),
+        (ReversedTeacher(clip=0.2), True, (3, 3)),
+        (ReversedTeacher(clip=0.2), False, (0, 0)),
+        (TeacherWeighted(clip=0.7), False, (1, 3)),
+    ],
+    ids=str,
+)
+def test_clipped_ratios_are_counted(part, is_right, rate):
+    logged = {}
+    batch = make_batch(
+        torch.ones(1, 3, dtype=torch.bool), correct=is_right, log=lambda name, *its: logged.update({name: its})
+    )
+    part(batch, make_scores())
+    assert logged == {"teacher_ratio_clipped_rate": rate}

@@ -213,6 +213,13 @@ def test_what_guards_saw_is_drawn(tmp_path):
     assert lines(panel("What guards saw", runs), runs) == {"entropy": [[3], [2]]}
 
 
+def test_divergences_from_several_teachers_share_a_panel(tmp_path):
+    values = {f"teachers/{name}/distillation_loss": loss for name, loss in {"maths": 0.5, "code": 0.25}.items()}
+    runs = read_runs([make_run(tmp_path / "run", steps(1.0, 0.5, **values))])
+    found = lines(panel("Divergence from each teacher", runs), runs)
+    assert {name: line[1] for name, line in found.items()} == {"maths": [0.5, 0.5], "code": [0.25, 0.25]}
+
+
 def test_long_curves_are_thinned():
     steps, values = curves.thinned(range(1, 1001), [float(step) for step in range(1, 1001)])
     assert len(steps) == 334

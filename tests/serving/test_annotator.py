@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -17,6 +16,7 @@ class Chat:
 
     def __init__(self):
         self.asked, self.faults, self.served = [], [], ["annotator", "other"]
+        self.closed = threading.Event()
         chat = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -28,7 +28,7 @@ class Chat:
                 chat.asked.append(body)
                 fault = chat.faults.pop(0) if chat.faults else None
                 if fault == "stall":
-                    time.sleep(1.0)
+                    chat.closed.wait()
                 if isinstance(fault, tuple):
                     self.answer(*fault)
                 else:
@@ -54,6 +54,7 @@ class Chat:
 def chat():
     chat = Chat()
     yield chat
+    chat.closed.set()
     chat.http.shutdown()
     chat.http.server_close()
 
@@ -88,7 +89,7 @@ def test_an_answer_without_text_is_one_that_cannot_be_read(chat):
 
 
 def test_it_is_asked_again_where_it_was_busy_or_slow(chat):
-    annotator = ServerAnnotator(chat.url, "annotator", timeout=0.3)
+    annotator = ServerAnnotator(chat.url, "annotator", timeout=3.0)  # in which a slow machine answers
     for fault in ((503, {}), "stall"):
         chat.faults = [fault]
         assert ask(annotator, "a") == ["a"]
@@ -104,7 +105,7 @@ def test_it_is_asked_again_where_it_was_busy_or_slow(chat):
     ids=["slow", "refuses", "no completion"],
 )
 def test_failure(chat, faults, message):
-    annotator = ServerAnnotator(chat.url, "annotator", timeout=0.3)
+    annotator = ServerAnnotator(chat.url, "annotator", timeout=0.3 if "stall" in faults else 60.0)
     chat.faults = faults
     with pytest.raises(ServerError, match=f"The annotator at {chat.url} .*{message}"):
         ask(annotator, "a")

@@ -25,7 +25,7 @@ from trl.generation import vllm_generation
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.eval.in_training import BenchmarkCallback
 from trl_opsd.trainer.record import describe_run
-from trl_opsd.trainer.sampler import sampler_index
+from trl_opsd.trainer.sampler import _why_asked_for_the_base, sampler_index
 
 
 DIFFERENCE = "sampling/sampling_logp_difference/max"
@@ -212,6 +212,23 @@ def test_adapter_is_merged_where_nothing_asks_for_it_alone(make_trainer):
     trainer = make_trainer(LoraConfig(target_modules="all-linear"))
     assert trainer.vllm_generation.llm.max_lora_rank is None
     assert trainer.sampler.sent == "all weights, its adapter merged"
+
+
+def test_server_that_is_asked_for_the_base_is_known(training_args):
+    def why(reports_failures=True, **teacher):
+        url = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://sampler"}
+        served = {"divergence_support": "sampled_token", "distillation_temperature": 1.0, "temperature": 1.0}
+        return _why_asked_for_the_base(
+            SelfDistillationConfig(**training_args, **url, **served, **teacher), reports_failures
+        )
+
+    live = {"teacher": "live", "teacher_server_base_url": "http://sampler/"}
+    other = {"teacher": "external", "teacher_server_base_url": "http://other"}
+    assert why() is None
+    assert why(**other) is None
+    assert "`rollout_func`" in why(reports_failures=False)
+    assert "the live teacher" in why(**live)
+    assert "the live teacher" in why(teacher="several", teachers={"one": other, "two": live})
 
 
 @pytest.mark.usefixtures("deterministic")

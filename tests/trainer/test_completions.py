@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -13,7 +14,7 @@ from trl_opsd import OPSDConfig, OPSDTrainer
 from trl_opsd.sampling.sources import CompletionSource
 from trl_opsd.signal import Advantage, Batch
 from trl_opsd.trainer.batch import Generation
-from trl_opsd.trainer.completing import Completing, Engines
+from trl_opsd.trainer.completing import Completing, Engines, encoded
 
 
 ROW = {"prompt": [{"role": "user", "content": "What is 3 + 4?"}], "solution": "It is 7.", "answer": "7"}
@@ -311,3 +312,12 @@ def test_what_makes_up_for_uneven_processes_is_not_counted():
     assert asked[:2] == [[[1, 1], [5, 6, 7], [5, 6, 7]], [[5, 6, 7]] * 3]
     assert completing.num_sampled == 2 + 0 + 4
     assert generation.num_discarded_tokens == 2
+
+
+def test_a_completion_without_tokens_is_refused(tokenizer):
+    encode = partial(encoded, tokenizer, tokenizer.eos_token_id, 3)
+    assert encode([{"role": "assistant", "content": "ab"}]) == [*tokenizer("ab")["input_ids"], tokenizer.eos_token_id]
+    with pytest.raises(ValueError, match=r"The completion .. of the dataset has no tokens\. Correct the row"):
+        encode([{"role": "assistant", "content": ""}])
+    with pytest.raises(ValueError, match="never truncated"):
+        encode("abc")

@@ -215,4 +215,5 @@ class TestLog:
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert all("teacher_entropy" in entry for entry in steps)
         assert [entry["grad_norm"] > 0 for entry in steps] == [False, False, True, True]
+        assert [entry["schedules/divergence_coef"] for entry in steps] == [0.0, 0.0, 0.5, 0.5]
         assert trainer.signals.coefficients["divergence_coef"] == 0.5

@@ -172,6 +172,30 @@ def test_one_of_several_is_that_one(make_trainer, dataset, external, lora, singl
     assert "teachers/code/distillation_loss" not in also  # nothing was counted
 
 
+def test_advantages_that_are_shaped_in_the_loss(make_trainer, rows, teachers):
+    """Of tokens whose teachers are two, and the same model."""
+    settings = {
+        "advantage": "trl_opsd.methods.rlrt.ReversedTeacher",
+        "policy_loss_coef": 1.0,
+        "divergence_coef": 0.0,
+        "num_generations": 2,
+        "rollout_func": rollout,
+        "reward_funcs": reward,
+    }
+    rows = [{**row, "teacher": name} for row, name in zip(rows, ("maths", "code", "code", "maths"), strict=True)]
+    gradients = []
+    for given in (teachers["maths"], {"teachers": dict.fromkeys(["maths", "code"], teachers["maths"])}):
+        data = Dataset.from_list(rows * 4)
+        trainer = make_trainer(data=data, **settings, **given)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.model.train()
+        trainer._compute_loss(trainer.model, trainer._generate_and_score_completions(rows)).backward()
+        gradients.append({name: value.grad for name, value in trainer.model.named_parameters()})
+    assert gradients[0]["lm_head.weight"].abs().max() > 1e-4
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_metrics_of_each_teacher(make_trainer, rows):
     trainer = make_trainer(rollout_func=rollout)
     trainer.current_gradient_accumulation_steps = 1

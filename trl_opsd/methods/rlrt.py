@@ -38,7 +38,8 @@ class RLRTConfig(
     models (`schedules: {}`), 0.2 for thinking ones. It needs a reward.
 
     Chosen here: λ falls in a straight line, and a rollout is not shown to the teacher that scores it; the paper does
-    not say. A group with one correct rollout then keeps that rollout's advantage as it is.
+    not say. A group with one correct rollout then keeps that rollout's advantage as it is. The wording of the
+    teacher's prompt is this library's.
 
     All parameters are those of [`SelfDistillationConfig`].
     """
@@ -82,6 +83,7 @@ class ReversedTeacher(Advantage):
     def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         if scores is None:
             return batch.advantages
-        ratio = (-batch.advantages.sign() * scores.delta).exp().clamp(1 - self.clip, 1 + self.clip)
-        shaped = batch.advantages * (1 - self.mix + self.mix * ratio)
-        return torch.where(batch.correct & scores.known, shaped, batch.advantages)
+        ratio, used = (-batch.advantages.sign() * scores.delta).exp(), batch.correct & scores.known
+        clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
+        batch.log("teacher_ratio_clipped_rate", (clipped != ratio)[used].sum(), used.sum())
+        return torch.where(used, batch.advantages * (1 - self.mix + self.mix * clipped), batch.advantages)

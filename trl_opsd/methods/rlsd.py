@@ -83,5 +83,7 @@ class TeacherWeighted(Advantage):
     def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         if scores is None:
             return batch.advantages
-        ratio = (batch.advantages.sign() * scores.delta).exp().clamp(1 - self.clip, 1 + self.clip)
-        return torch.where(scores.known, batch.advantages * (1 - self.mix + self.mix * ratio), batch.advantages)
+        ratio = (batch.advantages.sign() * scores.delta).exp()
+        clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
+        batch.log("teacher_ratio_clipped_rate", (clipped != ratio)[scores.known].sum(), scores.known.sum())
+        return torch.where(scores.known, batch.advantages * (1 - self.mix + self.mix * clipped), batch.advantages)

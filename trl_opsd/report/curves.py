@@ -75,6 +75,7 @@ PANELS = (
     Panel("Samples with a context", "%", "samples with at least one token", {"context_rate": "with a context"}),
 )
 _REWARD = re.compile(r"rewards/(.+)/mean")
+_TEACHER = re.compile(r"teachers/(.+)/distillation_loss")
 _ACCURACY = re.compile(r"eval_(.+)/(avg@\d+)")
 # Not a measurement of the run, or in the table of what it cost
 _NOT_DRAWN = {"step", "epoch", "total_flos", "num_tokens", "num_generated_tokens", "step_time"} | {
@@ -97,11 +98,13 @@ def main_panels(runs: Sequence[Run]) -> list[Panel]:
     names = names_of(runs)
     rewards = {name: match[1] for name in names if (match := _REWARD.fullmatch(name))}
     together = {"reward": "sum, weighted"} if len(rewards) != 1 else {}
+    teachers = {name: match[1] for name in names if (match := _TEACHER.fullmatch(name))}
     guards = {name: name.removeprefix("guards/") for name in names if name.startswith("guards/")}
     panels = [
         *PANELS,
+        Panel("Divergence from each teacher", "nats", "scored tokens of its rows", teachers),
         Panel("Reward", "", "samples", together | rewards),
-        Panel("What guards saw", "measurements in a row beyond the limits", "", guards),
+        Panel("What guards saw", "in a row beyond the limits", "", guards),
     ]
     kept = [
         panel._replace(curves={name: label for name, label in panel.curves.items() if name in names})

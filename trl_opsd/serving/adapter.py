@@ -214,10 +214,11 @@ def load_on_server(client: VLLMClient, folder: Path) -> None:
     """
     request = {"lora_name": NAME, "lora_path": str(folder), "load_inplace": True}
     response = client.session.post(f"{client.base_url}/v1/load_lora_adapter", json=request)
+    where = f"the server at {client.base_url}"
+    if response.status_code == 404 and "lora" not in response.text.lower():  # of the adapter, it would name it
+        raise NotLoadedError(f"{where} was started without `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1` in its environment")
     if response.status_code != 200:
-        raise NotLoadedError(
-            f"the server at {client.base_url} answers with status {response.status_code}: {response.text[:500]}"
-        )
+        raise NotLoadedError(f"{where} answers with status {response.status_code}: {response.text[:500]}")
     client.reset_prefix_cache()
     client.model = NAME
 

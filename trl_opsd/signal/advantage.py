@@ -23,8 +23,7 @@ class Advantage(ABC):
     needs_group: ClassVar[bool] = True
     needs_teacher_entropy: ClassVar[bool] = False
     reads_own_rollout: ClassVar[bool] = False
-    """Whether that of a rollout follows from it and its scores alone: neither from others nor from what it remembers,
-    and it logs nothing."""
+    """Whether that of a rollout follows from it and its scores alone, not from others nor from what it remembers."""
     reads_replaced: ClassVar[bool] = True
     """Whether it reads the scores of completions that took the place of rollouts."""
 

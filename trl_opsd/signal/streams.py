@@ -58,6 +58,8 @@ class Signals:
     ):
         self.coefficients = dict(coefficients)
         self.schedules = dict(schedules)
+        self.scheduled: dict[str, float] = {}
+        """What follows a schedule, and its value in this step."""
         self._parts: dict[str, Any] = {"advantage": advantage}
         self._parts |= {f"token_weights.{name}": weighting for name, weighting in weightings.items()}
         self._parts |= {} if curriculum is None else {"curriculum": curriculum}
@@ -112,7 +114,7 @@ class Signals:
     def begin_step(self, step: int) -> None:
         """Set all coefficients to what they are in the step after `step` others."""
         for name, schedule in self.schedules.items():
-            value = schedule(step)
+            value = self.scheduled[name] = schedule(step)
             if name in COEFFICIENTS:
                 self.coefficients[name] = value
             else:

@@ -80,6 +80,7 @@ class SelfDistillationLoss:
         self._accelerator = accelerator
         self._objective, self._replaced_objective = objective, replaced_objective
         self._signals = signals
+        self._logged: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # by parts that are asked in the loss
         self._is_deepspeed = accelerator.state.deepspeed_plugin is not None
 
     def __call__(
@@ -151,6 +152,9 @@ class SelfDistillationLoss:
             compares_sampler (`bool`):
                 Whether the sampler's log-probabilities, if there are any, are compared with the student's.
         """
+        for rate in self._logged:
+            metrics.add_rate(*rate)
+        self._logged.clear()
         if self._signals.coefficients["divergence_coef"] or "shaped_mask" in result.passes[0]:
             self._add_divergence(metrics, result.divergence, result.passes)
         elif not self._signals.needs_scores:  # which say it
@@ -373,7 +377,8 @@ class SelfDistillationLoss:
             scored = in_order(outputs, groups, inside)
             numbers = torch.arange(len(rows["divergence_mask"]), device=rows["divergence_mask"].device)
             found.add({**rows, "row": numbers}, scored, nothing)
-        return scored, shaped_advantages(self._signals, self._args, rows, found.scores(0))
+        scores, log = found.scores(0), lambda *rate: self._logged.append(rate)
+        return scored, shaped_advantages(self._signals, self._args, rows, scores, log)
 
     def _choices(
         self,

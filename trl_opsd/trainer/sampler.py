@@ -19,11 +19,21 @@ from ..teacher import Teacher
 from .config import SelfDistillationConfig
 from .random_numbers import Draws
 from .sampling_settings import changed, sharded_after, transformers_settings, vllm_settings, without_own_settings
+from .several import each_teacher
 
 
 def sampler_index(args: SelfDistillationConfig, process_index: int) -> int:
     """Which of several streams of random numbers a process samples by: tensor-parallel ones share theirs."""
     return process_index // (args.vllm_tensor_parallel_size if args.use_vllm else 1)
+
+
+def _why_asked_for_the_base(args: SelfDistillationConfig, reports_failures: bool) -> str | None:
+    """Why a server that has the adapter beside its base may be asked for the base alone, if so."""
+    if not reports_failures:
+        return "a `rollout_func` may ask it for the base"
+    if any(its.teacher_server_base_url == args.sampler_url for its in each_teacher(args).values()):
+        return "it scores the live teacher, for which it is asked for the base"
+    return None
 
 
 class PolicySampler:
@@ -116,13 +126,10 @@ class PolicySampler:
         args, accelerator = self._args, self._accelerator
         if self._engine is None:
             return getattr(self._policy.config.get_text_config(), "max_position_embeddings", None)
-        is_here, told_otherwise = args.vllm_mode == "colocate", None
-        if not reports_failures:
-            told_otherwise = "a `rollout_func` may ask it for the base"
-        if args.teacher_server_base_url == args.sampler_url:
-            told_otherwise = "it scores the live teacher, for which it is asked for the base"
-        given = args.vllm_server_request_timeout, args.vllm_lora_sync, Path(args.output_dir), told_otherwise
-        limit, self.sent = prepare_sampler(self._engine, self._policy, tokenizer, *given)
+        is_here = args.vllm_mode == "colocate"
+        given = args.vllm_server_request_timeout, args.vllm_lora_sync, Path(args.output_dir)
+        otherwise = _why_asked_for_the_base(args, reports_failures)
+        limit, self.sent = prepare_sampler(self._engine, self._policy, tokenizer, *given, otherwise)
         if is_here:
             # The engine has seeded this process anew, by its number alone
             set_seed(args.seed + sampler_index(args, accelerator.process_index))

@@ -134,7 +134,7 @@ def score_rollouts(
     contrasts = [generation.contrasts[row] for row in rows] if generation.contrasts else []
     scores = _scores(trainer, some, contrasts, num_listed)
     if "shaped_mask" in some:  # which is left to the loss
-        some["advantages"] = shaped_advantages(trainer.signals, trainer.args, some, scores)
+        some["advantages"] = shaped_advantages(trainer.signals, trainer.args, some, scores, Metrics().add_rate)
     read = [ids if is_read else None for ids, is_read in zip(teacher, has_context, strict=True)]
     return Scored(student, read, scores, _of_rows(some))
 

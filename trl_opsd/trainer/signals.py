@@ -132,8 +132,7 @@ def make_streams(
 
 def has_one_update(args: SelfDistillationConfig) -> bool:
     """Whether the policy stays as it is from where a generation is sampled to its last micro-batch."""
-    steps = cast(int, args.steps_per_generation)
-    return args.num_iterations == 1 and steps <= args.gradient_accumulation_steps
+    return args.gradient_accumulation_steps % (cast(int, args.steps_per_generation) * args.num_iterations) == 0
 
 
 def may_shape_in_loss(args: SelfDistillationConfig, shares_pass: bool, policy: nn.Module) -> bool:
@@ -158,7 +157,11 @@ def may_shape_in_loss(args: SelfDistillationConfig, shares_pass: bool, policy: n
 
 
 def shaped_advantages(
-    signals: Signals, args: SelfDistillationConfig, rows: dict[str, Any], scores: TokenScores
+    signals: Signals,
+    args: SelfDistillationConfig,
+    rows: dict[str, Any],
+    scores: TokenScores,
+    log: Callable[[str, torch.Tensor, torch.Tensor], None],
 ) -> torch.Tensor:
     """
     The advantages of some rows, in the loss.
@@ -172,13 +175,17 @@ def shaped_advantages(
             The rows, with the `shaped_mask` that [`make_streams`] made.
         scores ([`TokenScores`]):
             Of their tokens.
+        log (`Callable[[str, torch.Tensor, torch.Tensor], None]`):
+            Adds to a rate that is logged.
+
+    Raises:
+        ValueError: If the advantage asks for other rollouts.
     """
-    alone = partial(_of_all, "An advantage that `reads_own_rollout`")
-    return signals.shaped(_batch(args, rows, rows["shaped_mask"], 0, True, alone, alone, alone), scores)
+    return signals.shaped(_batch(args, rows, rows["shaped_mask"], 0, True, _alone, _alone, log), scores)
 
 
-def _of_all(who: str, *asked: Any) -> Any:
-    raise ValueError(f"{who} asks for more than that. Leave it at False.")
+def _alone(values: torch.Tensor) -> Any:
+    raise ValueError("`advantage` says that it `reads_own_rollout`, and asks for others. Leave that False.")
 
 
 def _rollouts(

@@ -48,6 +48,8 @@ class StepCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self._mark()
         self._signals.begin_step(state.global_step)
+        for name, value in self._signals.scheduled.items():
+            self._metrics.add_rate(f"schedules/{name}", *torch.tensor([value, 1.0], device=args.device))
 
     def on_step_end(self, args, state, control, **kwargs):
         self._teacher.on_step_end(state.global_step)
