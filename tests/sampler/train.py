@@ -174,9 +174,6 @@ def main(folder: str, weights: str, dtype: str, settings: dict) -> dict:
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, **FOUR_BITS) if weights == "4bit" else None,
         peft_config=LoraConfig(target_modules="all-linear", **ADAPTERS[weights]) if weights in ADAPTERS else None,
     )
-    if weights == "4bit":  # TRL rounds such an adapter to bf16, by which sampler and trainer would differ
-        for parameter in trainer.model.parameters():
-            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     if evaluation is not None:
         trainer.add_callback(BenchmarkCallback(trainer, **evaluation))
     parameters = trainer.model.named_parameters()

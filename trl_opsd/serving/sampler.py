@@ -93,13 +93,11 @@ def prepare_sampler(
     must, sent = needs_adapter(lora_sync, policy), "all weights"
     if isinstance(policy, PeftModel):
         sent = "all weights, its adapter merged"
-    if must or (isinstance(policy, PeftModel) and lora_sync == "auto" and not is_here):
+    if must:
         problem = obstacle(policy) or _send_adapter(sender, policy, shared, told_otherwise)
         if problem is None:
             return limit, "its adapter alone"
-        if must:
-            raise ValueError(refusal(lora_sync, policy, problem))
-        sent += f" ({problem})"
+        raise ValueError(refusal(lora_sync, policy, problem))
     if isinstance(policy, PeftModel):
         if not is_here:  # where it is, its engine was not made before
             check_mergeable(policy)

@@ -137,7 +137,7 @@ class SelfDistillationConfig(GRPOConfig):
             that is too short for that is raised.
         vllm_lora_sync (`str`, *optional*, defaults to `"auto"`):
             What vLLM is sent of a LoRA policy: `"merged"` weights; `"adapter"`, the base once and then the adapter
-            alone; `"auto"`, the adapter where a server with `--enable-lora` can load it or the base has 4 bits, and
+            alone; `"auto"`, the adapter alone where the base has 4 bits, into which nothing is merged, and
             merged weights elsewhere.
 
         > Parameters that control the objective
