@@ -116,6 +116,7 @@ def test_benchmarks_are_sampled_as_they_say_and_rollouts_as_before(tmp_path):
 
 
 @pytest.mark.slow
+# On a CPU, layers of 4 bits compute in bf16 once they have been in evaluation mode, the engine in fp32
 @pytest.mark.parametrize(("weights", "sync", "limit"), [("pissa", "adapter", 1e-3), ("4bit", "auto", 0.1)])
 def test_adapter_alone_makes_the_policy_of_the_engines_base(weights, sync, limit, tmp_path):
     greedy = {"temperature": 0.0, "max_new_tokens": 24}
