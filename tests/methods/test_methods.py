@@ -88,7 +88,7 @@ def test_defaults_without_the_decorator(tmp_path):
     class Hints(SelfDistillationConfig, defaults={"top_k": 1}):
         pass
 
-    with pytest.raises(TypeError, match="Hints states defaults, and needs the decorator `@dataclass`"):
+    with pytest.raises(TypeError, match="Hints states defaults, and needs `@dataclass`"):
         Hints(str(tmp_path), use_cpu=True)
 
 
