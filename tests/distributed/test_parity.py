@@ -101,8 +101,13 @@ SEVERAL = [
         teachers={"maths": EMA, "code": INITIAL, "chat": {"teacher": "live"}},
     ),
 ]
+IMAGES = [
+    job("opsd", "full", name="images", family="qwen2_5_vl", max_steps=4),
+    job("opsd", "full", name="images-cut", family="qwen2_5_vl", max_steps=4, max_tokens_per_microbatch=500),
+]
 VARIANTS = [
     RETRIES,
+    *IMAGES,
     *SEVERAL,
     BUDGET,
     PEERS,

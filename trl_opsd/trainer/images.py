@@ -1,7 +1,10 @@
-"""The images beside what the teacher reads."""
+"""The images beside what the teacher reads, and those in the table of completions."""
 
 from collections.abc import Sequence
 from typing import Any
+
+from accelerate.utils import gather_object
+from trl import GRPOTrainer
 
 from ..context import TeacherPrompt
 from ..scoring import Images, joined_images
@@ -31,3 +34,26 @@ def teacher_images(
         student if its is None else joined_images([its, teacher_prompt.completion_images(completion)])
         for its, completion, student in zip(own, completions, students, strict=True)
     ]
+
+
+class LogsImages(GRPOTrainer):
+    """
+    Has every process log the images of its rollouts. GRPOTrainer has those do it whose rows have any, and they would
+    wait for the others forever.
+    """
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        *made, images, tool_images = super()._generate(prompts)
+        self.log_multimodal = False  # GRPOTrainer's
+        if self._is_vlm and self.args.log_multimodal:
+            own, tools = map(images_of, prompts), tool_images or [[]] * len(prompts)
+            shown = [[*of_prompt, *of_tools] for of_prompt, of_tools in zip(own, tools, strict=True)]
+            self._logs["images"].extend(gather_object(shown))
+        return *made, images, tool_images
+
+
+def images_of(prompt: Any) -> list[Any]:
+    """Images in the messages of a prompt."""
+    contents = [] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part["image"] for part in parts if part["type"] == "image"]

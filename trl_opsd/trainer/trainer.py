@@ -1,4 +1,4 @@
-"""The trainer all methods share, and the only place that overrides TRL's private methods.
+"""The trainer all methods share, and, with `LogsImages`, the only place that overrides TRL's private methods.
 
 What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_contract.py`):
 
@@ -48,7 +48,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 
 from ..context import Memory, SampledContext, as_text, check_embedded, without_end
 from ..data import TEACHER_IMAGES, prompt_of
@@ -66,6 +65,7 @@ from .completing import Completing, Engines, encoded, with_stand_ins, without_em
 from .config import SelfDistillationConfig
 from .curriculum import DrawnRows
 from .guards import roll_back
+from .images import LogsImages
 from .loss import make_loss
 from .method import presented
 from .metrics import Metrics
@@ -83,7 +83,7 @@ from .steps import OrderOfEpochs, StepCallback
 from .teachers import load_teacher
 
 
-class SelfDistillationTrainer(GRPOTrainer):
+class SelfDistillationTrainer(LogsImages):
     """
     Trainer for on-policy self-distillation.
 
@@ -214,7 +214,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             self.accelerator,
             self.model,
             wrapped=lambda: self.model_wrapped,
-            generate=lambda *asked: GRPOTrainer._generate_single_turn(self, *asked),
+            generate=super()._generate_single_turn,
             changing=partial(changed, self),
             engine=self.vllm_generation if self.use_vllm else None,
             generation_kwargs=None if self.use_vllm else self.generation_kwargs,
