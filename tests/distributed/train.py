@@ -115,10 +115,10 @@ def right_at_last():
     return reward
 
 
-def images(number: int) -> dict[str, list[Any]]:
+def images(number: int, least: int) -> dict[str, list[Any]]:
     """Of the rows of a step, one of either process, both of the second, none of the first: any but the same."""
     students, teachers = [(0, 2, 1, 0), (0, 0, 1, 1), (1, 1, 0, 0), (0, 1, 1, 2)][number // 4], (0, 1, 0, 0)
-    made = {"images": students[number % 4], "teacher_images": teachers[number % 4]}
+    made = {"images": max(students[number % 4], least), "teacher_images": teachers[number % 4]}
     return {
         name: [make_image(10 * number + seed, (20, 28 - 7 * seed)) for seed in range(count)]
         for name, count in made.items()
@@ -138,9 +138,10 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
         for a in range(1, 17)
     ]
     tokenizer, vlm = make_tokenizer(), None
-    if job["family"]:
-        vlm, tokenizer = make_vlm(job["family"])
-        rows = [{**row, **images(number)} for number, row in enumerate(rows)]
+    if job["images"]:
+        vlm, tokenizer = make_vlm("qwen2_5_vl")
+        least = int(job["images"] == "all")
+        rows = [{**row, **images(number, least)} for number, row in enumerate(rows)]
     settings = {
         "output_dir": str(output_dir / "run"),
         "use_cpu": True,

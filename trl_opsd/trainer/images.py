@@ -7,6 +7,7 @@ from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
 from ..context import TeacherPrompt
+from ..data import image_parts
 from ..scoring import Images, joined_images
 
 
@@ -46,14 +47,8 @@ class LogsImages(GRPOTrainer):
         *made, images, tool_images = super()._generate(prompts)
         self.log_multimodal = False  # GRPOTrainer's
         if self._is_vlm and self.args.log_multimodal:
-            own, tools = map(images_of, prompts), tool_images or [[]] * len(prompts)
-            shown = [[*of_prompt, *of_tools] for of_prompt, of_tools in zip(own, tools, strict=True)]
+            parts = [[] if isinstance(prompt, str) else image_parts(prompt) for prompt in prompts]
+            own, tools = [[part["image"] for part in its] for its in parts], tool_images or [[]] * len(prompts)
+            shown = [[*its, *of_tools] for its, of_tools in zip(own, tools, strict=True)]
             self._logs["images"].extend(gather_object(shown))
         return *made, images, tool_images
-
-
-def images_of(prompt: Any) -> list[Any]:
-    """Images in the messages of a prompt."""
-    contents = [] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return [part["image"] for part in parts if part["type"] == "image"]

@@ -180,7 +180,7 @@ class SelfDistillationTrainer(LogsImages):
             )
         self._settle_rewards(run, environment_factory)
         self._prepare_policy_term()
-        check_world(args, self.accelerator, self.model)
+        check_world(args, self.accelerator, self.model, run.train_dataset, run.eval_dataset)
         self._prepare_sampling(run)
         self._prepare_loss(run, getattr(peft_config, "init_lora_weights", False) in (True, "gaussian"))
         hand_policy(self.reward_funcs, self.model, self._tokenizer, self.tokenize_prompts, args)
