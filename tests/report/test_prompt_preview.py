@@ -105,9 +105,13 @@ def test_who_trains_whom(preview):
 
 @pytest.mark.parametrize("teacher", SelfDistillationConfig.__dataclass_fields__["teacher"].metadata["choices"])
 def test_every_teacher_is_described(preview, teacher, model_path):
-    settings = {"teacher_model_name_or_path": model_path} if teacher == "external" else {}
+    settings = {
+        "external": {"teacher_model_name_or_path": model_path},
+        "several": {"teachers": {"sums": {"teacher": "initial"}, "code": {"teacher": "live"}}},
+    }
+    row = {"prompt": messages("2 + 2?"), "solution": "4", "teacher": "sums"}
 
-    output, _ = preview({"prompt": messages("2 + 2?"), "solution": "4"}, teacher=teacher, **settings)
+    output, _ = preview(row, teacher=teacher, **settings.get(teacher, {}))
 
     assert f"│ {teacher}: " in output
 

@@ -70,8 +70,8 @@ HEALTHY = (
     Watched("opsd_jsd", "middling", 3e-4, 80, 80),
     Watched("opsd_sampled", "middling", 3e-4, 80, 80),
     Watched("opsd_answer", "middling", 1e-4, 80, 80),
-    Watched("opsdc_50", "verbose", 3e-5, 60, 20),
-    Watched("opsdc_frozen", "verbose", 3e-5, 60, 60),
+    Watched("opsdc_50", "verbose", 3e-5, 60, 12),
+    Watched("opsdc_frozen", "verbose", 3e-5, 60, 12),
     Watched("opsd", "weak", 1e-3, 80, 80),
 )
 
@@ -160,9 +160,9 @@ def row(watched: Watched, seed: int, recorded: Mapping[str, Any]) -> str:
     """A line of the table."""
     found, curve = alarms(recorded["series"]), recorded["curve"]
     fell = collapse(curve)
-    cells = [ARMS[watched.arm].title, f"{watched.learning_rate:g}", str(seed), f"{100 * curve[0]['accuracy']:.0f}"]
-    cells.append(f"{100 * max(point['accuracy'] for point in curve):.0f}")
-    cells.append(f"{100 * curve[-1]['accuracy']:.0f} at {curve[-1]['step']}")
+    first, best, last = curve[0], max(point["accuracy"] for point in curve), curve[-1]
+    accuracy = f"{100 * first['accuracy']:.0f}, {100 * best:.0f}, {100 * last['accuracy']:.0f} at {last['step']}"
+    cells = [f"{ARMS[watched.arm].title}, at {watched.learning_rate:g}", str(seed), accuracy]
     cells.append("–" if fell is None else str(fell[0]))
     if not found:
         return f"| {' | '.join([*cells, 'never', '–', '–', '–'])} |"
@@ -176,8 +176,8 @@ def row(watched: Watched, seed: int, recorded: Mapping[str, Any]) -> str:
 
 
 HEAD = (
-    "| arm | rate | seed | accuracy before, % | best, % | last, % | collapse | stop | by | stop / collapse | "
-    "accuracy before the trouble, % |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| arm, at its rate | seed | accuracy: first, best, last, % | collapse | stop | by | stop / collapse | "
+    "back to, % |\n|---|---|---|---|---|---|---|---|"
 )
 
 

@@ -262,7 +262,7 @@ class RunState:
                 Makes the checkpoint.
 
         Raises:
-            ServerError or BatchError: With what became of the run.
+            ServerError, BatchError: With what became of the run.
         """
         try:
             yield
