@@ -51,4 +51,5 @@ class LogsImages(GRPOTrainer):
             own, tools = [[part["image"] for part in its] for its in parts], tool_images or [[]] * len(prompts)
             shown = [[*its, *of_tools] for its, of_tools in zip(own, tools, strict=True)]
             self._logs["images"].extend(gather_object(shown))
-        return *made, images, tool_images
+        # Processors know rows without images by an empty list
+        return *made, images and [its or [] for its in images], tool_images
