@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,13 @@ from tiny import make_model, make_tokenizer
 
 TESTS = Path(__file__).parents[1]
 RECIPES = TESTS.parent / "recipes" / "accelerate"
-PATH = [str(TESTS), str(TESTS.parent)]
-# With these, processes find torchvision, which processors of images take
-TORCHVISION = [Path(__file__).with_name("torchvision_on_cpu"), Path(sys.prefix, "torchvision")]
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "PYTHONPATH": os.pathsep.join(PATH),
+    "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
 }
 SETTINGS = {
     "use_cpu": True,
@@ -62,13 +59,8 @@ def dataset() -> Dataset:
     return Dataset.from_list(rows)
 
 
-def run_script(
-    name: str, *arguments: str, num_processes: int = 1, recipe: str | None = None, path: Sequence[Path] = ()
-) -> Any:
-    """
-    The result that a script beside this file saves, run by one process or by several: DDP's, or a recipe's. Modules
-    are looked for in `path` too.
-    """
+def run_script(name: str, *arguments: str, num_processes: int = 1, recipe: str | None = None) -> Any:
+    """The result that a script beside this file saves, run by one process or by several: DDP's, or a recipe's."""
     with tempfile.TemporaryDirectory() as results:
         launcher = []
         if recipe is not None:
@@ -81,7 +73,7 @@ def run_script(
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
         done = subprocess.run(
             [sys.executable, *launcher, str(Path(__file__).with_name(name)), *arguments],
-            env=ENVIRONMENT | {"RESULTS": results, "PYTHONPATH": os.pathsep.join([*PATH, *map(str, path)])},
+            env=ENVIRONMENT | {"RESULTS": results},
             capture_output=True,
             text=True,
             timeout=1200,

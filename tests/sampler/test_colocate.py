@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from sampler.environment import TORCHVISION, run_script, save_model
+from sampler.environment import run_script, save_model
 from tiny import make_tokenizer
 
 from trl_opsd.eval.run_folder import read_samples
@@ -83,16 +83,6 @@ def test_sampler_has_the_trainers_weights(weights, zero3, settings, tmp_path):
         assert_reflects(result)
     for ratio in result["ratios"] if "vllm_importance_sampling_correction" in settings else []:
         assert ratio == pytest.approx(1.0, abs=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("weights", ["lora", "full"])
-def test_sampler_reads_images(weights, tmp_path):
-    result = run_script("train_on_images.py", str(tmp_path), weights, path=TORCHVISION)
-
-    assert_same_weights(result)
-    for call, batch in zip(result["calls"], result["batches"], strict=True):
-        assert batch["completions"] == call["completions"]
 
 
 @pytest.mark.slow
