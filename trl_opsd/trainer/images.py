@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from accelerate.utils import gather_object
-from trl import GRPOTrainer
 
 from ..context import TeacherPrompt
 from ..data import image_parts
@@ -37,19 +36,25 @@ def teacher_images(
     ]
 
 
-class LogsImages(GRPOTrainer):
+def log_images(prompts: Sequence[Any], *made: Any, logs: Any) -> tuple[Any, ...]:
     """
-    Has every process log the images of its rollouts. GRPOTrainer has those do it whose rows have any, and they would
-    wait for the others forever.
-    """
+    Log the images of rollouts, on every process. GRPOTrainer has those do it whose rows have any, and they would wait
+    for the others forever.
 
-    def _generate(self, prompts: list[Any]) -> Any:
-        *made, images, tool_images = super()._generate(prompts)
-        self.log_multimodal = False  # GRPOTrainer's
-        if self._is_vlm and self.args.log_multimodal:
-            parts = [[] if isinstance(prompt, str) else image_parts(prompt) for prompt in prompts]
-            own, tools = [[part["image"] for part in its] for its in parts], tool_images or [[]] * len(prompts)
-            shown = [[*its, *of_tools] for its, of_tools in zip(own, tools, strict=True)]
-            self._logs["images"].extend(gather_object(shown))
-        # Processors know rows without images by an empty list
-        return *made, images and [its or [] for its in images], tool_images
+    Args:
+        prompts (`Sequence[str]` or `Sequence[list[dict[str, Any]]]`):
+            Prompts, as text or messages.
+        made (`tuple`):
+            What GRPOTrainer's `_generate` returns: in the end, the images of each row and those of its tools.
+        logs (`deque`, *optional*):
+            Where they go, if they are logged.
+
+    Returns:
+        `tuple`: the same, with an empty list for rows without images, which processors know, in place of `None`.
+    """
+    *rest, images, tool_images = made
+    if logs is not None:
+        parts = [[] if isinstance(prompt, str) else image_parts(prompt) for prompt in prompts]
+        own, tools = [[part["image"] for part in its] for its in parts], tool_images or [[]] * len(prompts)
+        logs.extend(gather_object([[*its, *of_tools] for its, of_tools in zip(own, tools, strict=True)]))
+    return *rest, images and [its or [] for its in images], tool_images

@@ -1,4 +1,4 @@
-"""The trainer all methods share, and, with `LogsImages`, the only place that overrides TRL's private methods.
+"""The trainer all methods share, and the only place that overrides TRL's private methods.
 
 What it relies on in `trl.GRPOTrainer` 1.16 (held by `tests/trainer/test_trl_contract.py`):
 
@@ -48,6 +48,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
 
 from ..context import Memory, SampledContext, as_text, check_embedded, without_end
 from ..data import TEACHER_IMAGES, prompt_of
@@ -65,7 +66,7 @@ from .completing import Completing, Engines, encoded, with_stand_ins, without_em
 from .config import SelfDistillationConfig
 from .curriculum import DrawnRows
 from .guards import roll_back
-from .images import LogsImages
+from .images import log_images
 from .loss import make_loss
 from .method import presented
 from .metrics import Metrics
@@ -83,7 +84,7 @@ from .steps import OrderOfEpochs, StepCallback
 from .teachers import load_teacher
 
 
-class SelfDistillationTrainer(LogsImages):
+class SelfDistillationTrainer(GRPOTrainer):
     """
     Trainer for on-policy self-distillation.
 
@@ -214,7 +215,7 @@ class SelfDistillationTrainer(LogsImages):
             self.accelerator,
             self.model,
             wrapped=lambda: self.model_wrapped,
-            generate=super()._generate_single_turn,
+            generate=lambda *asked: GRPOTrainer._generate_single_turn(self, *asked),
             changing=partial(changed, self),
             engine=self.vllm_generation if self.use_vllm else None,
             generation_kwargs=None if self.use_vllm else self.generation_kwargs,
@@ -282,9 +283,7 @@ class SelfDistillationTrainer(LogsImages):
         self._signature_columns = list(dict.fromkeys(columns))
 
     def preview_prompts(self) -> tuple[list[int], list[int] | None]:
-        """
-        The prompts of the first training row, as token ids: no teacher's if it needs rollouts or the row is left out.
-        """
+        """Token ids of the first training row's prompts: no teacher's if it needs rollouts or the row is left out."""
         row = next(iter(self.train_dataset))
         return list(self.tokenize_prompts([prompt_of(row)])[0]), self.teacher_prompt.token_ids(row, None, self.tools)
 
@@ -302,9 +301,12 @@ class SelfDistillationTrainer(LogsImages):
         """Token ids of the student's prompts, text or messages."""
         return self._tokenize_prompts(prompts)[0]
 
-    def _generate_single_turn(
-        self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
-    ) -> tuple[list[list[int]], list[list[float | None]] | None]:
+    def _generate(self, prompts):
+        self.log_multimodal = False  # GRPOTrainer's
+        logs = self._logs["images"] if self._is_vlm and self.args.log_multimodal else None
+        return log_images(prompts, *super()._generate(prompts), logs=logs)
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         asked = prompt_ids, images, multimodal_fields, num_generations, has_tool_images
         generation = self._generation
         if generation.has_turns:
@@ -440,8 +442,7 @@ class SelfDistillationTrainer(LogsImages):
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
         values = self.statistics[mode].take()
-        if values and mode == "train":
-            values |= self.guards.current()
+        values |= self.guards.current() if values and mode == "train" else {}
         self._metrics[mode].update({name: [value] for name, value in values.items()})
         super().log(logs, start_time)
 
@@ -466,8 +467,7 @@ class SelfDistillationTrainer(LogsImages):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
-            # The checkpoint is of the last step, and within an epoch transformers would take one more
-            self.control.should_training_stop = True
+            self.control.should_training_stop = True  # in a checkpoint of the last step, or one more would be taken
             return
         super()._run_epoch(*args, **kwargs)
 
