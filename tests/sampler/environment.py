@@ -26,6 +26,7 @@ ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
     "TRL_EXPERIMENTAL_SILENCE": "1",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),

@@ -36,6 +36,11 @@ def server(base, servers):
     running, started = servers
     if started and started[-1][1].poll() is None:
         return started[-1]
+    started.append(running.enter_context(serve(base, base.parent / f"server{len(started)}.log")))
+    return started[-1]
+
+
+def serve(base, log, *more):
     arguments = [
         "--model",
         str(base),
@@ -45,10 +50,9 @@ def server(base, servers):
         str(CONTEXT),
         "--enforce_eager",
         "true",
+        *more,
     ]
-    log = base.parent / f"server{len(started)}.log"
-    started.append(running.enter_context(environment.server(log, "trl.scripts.vllm_serve", *arguments)))
-    return started[-1]
+    return environment.server(log, "trl.scripts.vllm_serve", *arguments)
 
 
 def train(base, folder, num_processes=1, **job):
@@ -132,3 +136,19 @@ def test_dead_server_ends_the_run_on_every_process(base, server, tmp_path):
     assert is_complete(tmp_path / "checkpoint-2")
     refused = train(base, tmp_path, settings=scoring_on(url) | {"teacher": "external", "vllm_server_timeout": 3.0})
     assert "within 3 seconds" in refused["refused"]
+
+
+@pytest.mark.slow
+def test_server_samples_alike_with_the_adapter_merged_or_alone(base, tmp_path):
+    with serve(base, tmp_path / "server.log", "--enable-lora") as (url, _):
+        settings = sampling_on(url) | {"generation_kwargs": {"seed": 3}}
+        alone, merged = (
+            train(base, tmp_path / how, lora=8, settings=settings | {"vllm_lora_sync": how})
+            for how in ("adapter", "merged")
+        )
+
+    assert (alone["sent"], merged["sent"]) == ("its adapter alone", "all weights, its adapter merged")
+    assert len(alone["completions"]) == 4
+    assert alone["completions"] == merged["completions"]
+    assert alone["losses"] == pytest.approx(merged["losses"], rel=1e-3)
+    assert max(alone["sampler"] + merged["sampler"]) < 1e-4  # with the weights of a step ago, above 1

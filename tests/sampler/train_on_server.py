@@ -22,6 +22,15 @@ from trl_opsd.teacher import ExternalTeacher, LiveTeacher
 
 
 class FileClient(VLLMClient):
+    """Also keeps what was sampled."""
+
+    completions: list = []
+
+    def generate(self, *args, **kwargs):
+        output = super().generate(*args, **kwargs)
+        self.completions.append(output["completion_ids"])
+        return output
+
     def init_communicator(self, device=0):
         pass
 
@@ -93,6 +102,7 @@ def main(base: str, output_dir: str, job: dict) -> dict:
         "losses": [entry["loss"] for entry in steps],
         "sampler": [entry[name] for entry in steps if name in entry],
         "served": differences,
+        "completions": FileClient.completions,
         "metrics": sorted(steps[-1]) if steps else [],
     }
 
