@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+from typing import ClassVar
 
 import torch
 from environment import SETTINGS, dataset, save_result
@@ -24,7 +25,7 @@ from trl_opsd.teacher import ExternalTeacher, LiveTeacher
 class FileClient(VLLMClient):
     """Also keeps what was sampled."""
 
-    completions: list = []
+    completions: ClassVar[list[list[list[int]]]] = []
 
     def generate(self, *args, **kwargs):
         output = super().generate(*args, **kwargs)
