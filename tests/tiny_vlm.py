@@ -24,9 +24,11 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -34,6 +36,7 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 
 TEXT = {
@@ -103,7 +106,15 @@ def _qwen_processor(processor: type[ProcessorMixin]) -> Callable[[Any, str], Pro
     images = Qwen2VLImageProcessorPil(
         patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=1024
     )
-    return lambda tokenizer, template: _without_videos(processor)(images, tokenizer, None, chat_template=template)
+
+    def make(tokenizer: Any, template: str) -> ProcessorMixin:
+        if not is_torchvision_available():
+            return _without_videos(processor)(images, tokenizer, None, chat_template=template)
+        videos = Qwen2VLVideoProcessor if processor is Qwen2_5_VLProcessor else Qwen3VLVideoProcessor
+        given = videos(patch_size=4, merge_size=2, temporal_patch_size=2)
+        return processor(images, tokenizer, given, chat_template=template)
+
+    return make
 
 
 def _ids(tokenizer: Any, **names: str) -> dict[str, int]:
@@ -116,24 +127,26 @@ QWEN_TOKENS = {
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }
-QWEN_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
-ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+QWEN_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+QWEN_VISION |= {"patch_size": 4, "spatial_merge_size": 2}
+
+
+def _of_qwen(text: dict[str, Any]) -> dict[str, Any]:
+    sections = [text["head_dim"] // 16 * share for share in (2, 3, 3)]
+    return {**text, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}}
 
 
 def _qwen2_5_vl(tokenizer: Any, text: dict[str, Any]) -> PreTrainedModel:
-    vision = {**QWEN_VISION, "patch_size": 4, "spatial_merge_size": 2, "window_size": 16, "fullatt_block_indexes": [1]}
-    config = Qwen2_5_VLConfig(
-        text_config={**text, "rope_parameters": ROPE}, vision_config=vision, **_ids(tokenizer, **QWEN_TOKENS)
-    )
+    own = {"out_hidden_size": text["hidden_size"], "window_size": 16, "fullatt_block_indexes": [1]}
+    vision = {**QWEN_VISION, **own}
+    config = Qwen2_5_VLConfig(text_config=_of_qwen(text), vision_config=vision, **_ids(tokenizer, **QWEN_TOKENS))
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
 def _qwen3_vl(tokenizer: Any, text: dict[str, Any]) -> PreTrainedModel:
-    vision = {**QWEN_VISION, "patch_size": 4, "spatial_merge_size": 2, "deepstack_visual_indexes": [0]}
+    vision = {**QWEN_VISION, "out_hidden_size": text["hidden_size"], "deepstack_visual_indexes": [0]}
     vision["num_position_embeddings"] = 64
-    config = Qwen3VLConfig(
-        text_config={**text, "rope_parameters": ROPE}, vision_config=vision, **_ids(tokenizer, **QWEN_TOKENS)
-    )
+    config = Qwen3VLConfig(text_config=_of_qwen(text), vision_config=vision, **_ids(tokenizer, **QWEN_TOKENS))
     return Qwen3VLForConditionalGeneration(config)
 
 

@@ -28,15 +28,16 @@ def job(
     name: str = "",
     resume: str | None = None,
     model: str | None = None,
+    images: str | None = None,
     rows: int = 4,
     shuffle: bool = True,
     packed: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """
-    A training run: its folder, what it resumes from, the folder of its model, rollouts of an optimizer step, whether a
-    generation is shuffled before it is cut into micro-batches, whether a stand-in for flash attention has rows packed,
-    and fields of the configuration.
+    A training run: its folder, what it resumes from, the folder of its model, which rows have images ("some" or "all",
+    none otherwise), rollouts of an optimizer step, whether a generation is shuffled before it is cut into
+    micro-batches, whether a stand-in for flash attention has rows packed, and fields of the configuration.
     """
     return {
         "name": name or f"{method}-{weights}",
@@ -44,6 +45,7 @@ def job(
         "weights": weights,
         "resume": resume,
         "model": model,
+        "images": images,
         "rows": rows,
         "shuffle": shuffle,
         "packed": packed,

@@ -101,8 +101,12 @@ SEVERAL = [
         teachers={"maths": EMA, "code": INITIAL, "chat": {"teacher": "live"}},
     ),
 ]
+# In some steps, one process has no images: with DDP alone. With the others, every row has some
+IMAGES = job("opsd", "full", name="images", images="some", max_steps=4, max_tokens_per_microbatch=500)
+ALL_IMAGES = job("opsd", "lora", name="all-images", images="all", max_steps=4, max_tokens_per_microbatch=500)
 VARIANTS = [
     RETRIES,
+    ALL_IMAGES,
     *SEVERAL,
     BUDGET,
     PEERS,
@@ -217,7 +221,7 @@ SPLIT = [
 
 @pytest.fixture(scope="session")
 def one_process(tmp_path_factory):
-    jobs = [*JOBS, *SPLIT, *VARIANTS, *METHODS, *ON_CPU, OFFLOADED]
+    jobs = [*JOBS, *SPLIT, *VARIANTS, *METHODS, *ON_CPU, OFFLOADED, IMAGES]
     found = launch("single", jobs, tmp_path_factory.mktemp("parity") / "single")
     assert all(result["world"] == [1, "NO"] for result in found.values())
     return found
@@ -228,7 +232,7 @@ METRICS += ("teacher_prompts/max_length", "completions/retry_rate", "completions
 METRICS += ("replaced_distillation_loss", "completions/tier_2_rate", "e_step/loss")
 METRICS += ("teachers/maths/distillation_loss", "teachers/code/distillation_loss", "teachers/code/token_rate")
 # Whose micro-batches take more than one pass
-CUT = ("budget", "packed", "masked", "composed-masked", "several-lora")
+CUT = ("budget", "packed", "masked", "composed-masked", "several-lora", "images", "all-images")
 
 
 def assert_same(found, expected, metrics=METRICS):
@@ -254,7 +258,7 @@ DEEPSPEED = {
 @pytest.mark.parametrize(
     ("backend", "world", "jobs", "resumed"),
     [
-        ("ddp", "MULTI_CPU", [*JOBS, *VARIANTS, *METHODS, OFFLOADED], RESUMED),
+        ("ddp", "MULTI_CPU", [*JOBS, *VARIANTS, *METHODS, OFFLOADED, IMAGES], RESUMED),
         ("zero2", "DEEPSPEED", [*JOBS, *VARIANTS, *ZERO1, BF16], []),
         ("zero3", "DEEPSPEED", [*JOBS, *VARIANTS, *METHODS, *OFFLOAD, BF16], []),
         ("fsdp2", "FSDP", [*JOBS, *VARIANTS, BF16], RESUMED),

@@ -18,6 +18,7 @@ from flash_attention import FlashAttention, use_flash_attention
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from tiny import make_model, make_tokenizer
+from tiny_vlm import make_image, make_vlm
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
 from trl.distributed import DistributedBackend
@@ -34,13 +35,18 @@ from trl_opsd.teacher.sharding import part_of, whole_value
 
 
 def fixed_rollouts(prompts, trainer):
-    completions = [f"It is {prompt[-1]['content'][8:]}" for prompt in prompts]
-    ids = trainer.processing_class(completions, add_special_tokens=False)["input_ids"]
+    completions = [f"It is {text_of(prompt[-1])[8:]}" for prompt in prompts]
+    ids = trainer._tokenizer(completions, add_special_tokens=False)["input_ids"]
     # With rewards, the rollouts of a prompt differ, or their advantages would cancel out
     context = trainer.args.privileged_context
     apart = 2 if trainer.args.policy_loss_coef or context == "peers" or "." in context else 0
     ids = [row[: 3 + (sum(row) + index % 2 * apart) % 5] for index, row in enumerate(ids)]
     return {"prompt_ids": trainer._tokenize_prompts(prompts)[0], "completion_ids": ids, "logprobs": None}
+
+
+def text_of(message):
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def every_other(completions, **kwargs):
@@ -57,7 +63,7 @@ def of_odd_problems(prompts, completions, **kwargs):
 
 def problem(prompt):
     """Number of a row, from 1."""
-    return int(prompt[0]["content"].split()[2])
+    return int(text_of(prompt[0]).split()[2])
 
 
 def relabel_cpu_world() -> None:
@@ -109,6 +115,16 @@ def right_at_last():
     return reward
 
 
+def images(number: int, least: int) -> dict[str, list[Any]]:
+    """Of the rows of a step, one of either process, both of the second, none of the first: any but the same."""
+    students, teachers = [(0, 2, 1, 0), (0, 0, 1, 1), (1, 1, 0, 0), (0, 1, 1, 2)][number // 4], (0, 1, 0, 0)
+    made = {"images": max(students[number % 4], least), "teacher_images": teachers[number % 4]}
+    return {
+        name: [make_image(10 * number + seed, (20, 28 - 7 * seed)) for seed in range(count)]
+        for name, count in made.items()
+    }
+
+
 def make_trainer(job: dict[str, Any], output_dir: Path):
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     num_micro_batches = job["settings"].get("gradient_accumulation_steps", 1)
@@ -121,7 +137,11 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
         }
         for a in range(1, 17)
     ]
-    tokenizer = make_tokenizer()
+    tokenizer, vlm = make_tokenizer(), None
+    if job["images"]:
+        vlm, tokenizer = make_vlm("qwen2_5_vl")
+        least = int(job["images"] == "all")
+        rows = [{**row, **images(number, least)} for number, row in enumerate(rows)]
     settings = {
         "output_dir": str(output_dir / "run"),
         "use_cpu": True,
@@ -147,7 +167,7 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
         shuffle_sequence_dict if job["shuffle"] else partial(deal, num_micro_batches=args.steps_per_generation)
     )
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
-    model = job["model"] or make_model(tokenizer)
+    model = job["model"] or vlm or make_model(tokenizer)
     trainer = SelfDistillationTrainer(
         model=use_flash_attention(model) if job["packed"] else model,
         args=args,

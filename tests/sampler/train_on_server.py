@@ -25,7 +25,7 @@ from trl_opsd.teacher import ExternalTeacher, LiveTeacher
 class FileClient(VLLMClient):
     """Also keeps what was sampled."""
 
-    completions: ClassVar[list] = []
+    completions: ClassVar[list[list[list[int]]]] = []
 
     def generate(self, *args, **kwargs):
         output = super().generate(*args, **kwargs)

@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import make_model, make_tokenizer
+from tiny_vlm import make_image
 from trl import GRPOConfig
 
 from trl_opsd import OPSDConfig, OPSDTrainer
@@ -252,3 +253,28 @@ def test_sharding_that_cannot_work(kind, plugin, teacher, message, monkeypatch, 
             accelerator,
             get_peft_model(policy, LoraConfig()) if kind == "lora" else policy,
         )
+
+
+@pytest.mark.parametrize(
+    ("images", "teacher_images", "message"),
+    [
+        ([1, 0, 2], [0, 0, 0], "The student reads images in row 0 of the data and none in row 1"),
+        ([0, 0, 0], [0, 1, 1], "The teacher reads images in row 1 of the data and none in row 0"),
+        ([1, 1, 2], [0, 1, 1], None),
+        ([0, 0, 0], [1, 1, 2], None),
+    ],
+)
+def test_rows_without_images_under_deepspeed(images, teacher_images, message, tmp_path):
+    rows = [
+        {**ROW, "images": [make_image(1)] * number, "teacher_images": [make_image(2)] * its}
+        for number, its in zip(images, teacher_images, strict=True)
+    ]
+    zero2 = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}})
+    state = SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=zero2)
+    accelerator = SimpleNamespace(state=state, num_processes=2, mixed_precision="no")
+    given = OPSDConfig(str(tmp_path), use_cpu=True), accelerator, make_model(make_tokenizer()), Dataset.from_list(rows)
+    if message is None:
+        check_world(*given)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_world(*given)

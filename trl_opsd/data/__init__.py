@@ -8,6 +8,7 @@ from .images import (
     prompt_of,
     prompts_of,
     teacher_images_of,
+    undecoded,
 )
 from .loading import load_rows
 from .template import Template
@@ -26,5 +27,6 @@ __all__ = [
     "prompts_of",
     "teacher_images_of",
     "to_prompts",
+    "undecoded",
     "validate_rows",
 ]

@@ -32,6 +32,8 @@ def draw_curves(axes: Any, runs: Mapping[str, Mapping[int, Result]], name: str, 
         `bool`:
             Whether there was something to draw.
     """
+    from matplotlib.ticker import EngFormatter
+
     with_curve = {
         arm: [result["curve"] for result in done.values()]
         for arm, done in runs.items()
@@ -46,6 +48,7 @@ def draw_curves(axes: Any, runs: Mapping[str, Mapping[int, Result]], name: str, 
         lows, highs = ([pick(point[name] for point in at_step) for at_step in points] for pick in (min, max))
         axes.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.12, linewidth=0)
     axes.set_xlabel(_AXES[x])
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return bool(with_curve)

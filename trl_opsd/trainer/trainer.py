@@ -66,6 +66,7 @@ from .completing import Completing, Engines, encoded, with_stand_ins, without_em
 from .config import SelfDistillationConfig
 from .curriculum import DrawnRows
 from .guards import roll_back
+from .images import log_images
 from .loss import make_loss
 from .method import presented
 from .metrics import Metrics
@@ -180,7 +181,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             )
         self._settle_rewards(run, environment_factory)
         self._prepare_policy_term()
-        check_world(args, self.accelerator, self.model)
+        check_world(args, self.accelerator, self.model, run.train_dataset, run.eval_dataset)
         self._prepare_sampling(run)
         self._prepare_loss(run, getattr(peft_config, "init_lora_weights", False) in (True, "gaussian"))
         hand_policy(self.reward_funcs, self.model, self._tokenizer, self.tokenize_prompts, args)
@@ -282,9 +283,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._signature_columns = list(dict.fromkeys(columns))
 
     def preview_prompts(self) -> tuple[list[int], list[int] | None]:
-        """
-        The prompts of the first training row, as token ids: no teacher's if it needs rollouts or the row is left out.
-        """
+        """Token ids of the first training row's prompts: no teacher's if it needs rollouts or the row is left out."""
         row = next(iter(self.train_dataset))
         return list(self.tokenize_prompts([prompt_of(row)])[0]), self.teacher_prompt.token_ids(row, None, self.tools)
 
@@ -302,9 +301,12 @@ class SelfDistillationTrainer(GRPOTrainer):
         """Token ids of the student's prompts, text or messages."""
         return self._tokenize_prompts(prompts)[0]
 
-    def _generate_single_turn(
-        self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
-    ) -> tuple[list[list[int]], list[list[float | None]] | None]:
+    def _generate(self, prompts):
+        self.log_multimodal = False  # GRPOTrainer's
+        logs = self._logs["images"] if self._is_vlm and self.args.log_multimodal else None
+        return log_images(prompts, *super()._generate(prompts), logs=logs)
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         asked = prompt_ids, images, multimodal_fields, num_generations, has_tool_images
         generation = self._generation
         if generation.has_turns:
@@ -440,8 +442,7 @@ class SelfDistillationTrainer(GRPOTrainer):
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
         values = self.statistics[mode].take()
-        if values and mode == "train":
-            values |= self.guards.current()
+        values |= self.guards.current() if values and mode == "train" else {}
         self._metrics[mode].update({name: [value] for name, value in values.items()})
         super().log(logs, start_time)
 
@@ -466,8 +467,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
-            # The checkpoint is of the last step, and within an epoch transformers would take one more
-            self.control.should_training_stop = True
+            self.control.should_training_stop = True  # in a checkpoint of the last step, or one more would be taken
             return
         super()._run_epoch(*args, **kwargs)
 

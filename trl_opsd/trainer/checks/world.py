@@ -4,16 +4,21 @@ import os
 from typing import Any
 
 from accelerate import Accelerator
+from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ...data import image_columns, image_parts, prompt_of, teacher_images_of, undecoded
 from ..config import SelfDistillationConfig
 from ..several import each_teacher, naming
 
 
-def check_world(args: SelfDistillationConfig, accelerator: Accelerator, policy: PreTrainedModel | PeftModel) -> None:
+def check_world(
+    args: SelfDistillationConfig, accelerator: Accelerator, policy: PreTrainedModel | PeftModel, *datasets: Any
+) -> None:
     """
-    Refuse processes that are not those asked for, and sharding or precision that the teacher does not work with.
+    Refuse processes that are not those asked for, and sharding or precision that the teacher, or images in the data,
+    do not work with.
 
     Raises:
         ValueError: Naming the setting and the way out.
@@ -22,6 +27,43 @@ def check_world(args: SelfDistillationConfig, accelerator: Accelerator, policy: 
     for name, its in each_teacher(args).items():
         with naming(name):
             _check_teacher(its, accelerator, trains_all=not isinstance(policy, PeftModel))
+    for data in datasets:
+        _check_images_everywhere(accelerator, data)
+
+
+def _check_images_everywhere(accelerator: Accelerator, datasets: Any) -> None:
+    """
+    Refuse rows without images beside rows with some under DeepSpeed and FSDP2: a process whose rows have none does not
+    run the layers that read them, and the others would wait for its part of their weights or gradients.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            The processes.
+        datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
+            Rows. Those of a stream are not checked.
+
+    Raises:
+        ValueError: Naming a row with images and one without.
+    """
+    if accelerator.num_processes == 1 or not (getattr(accelerator.state, "fsdp_plugin", None) or _zero(accelerator)):
+        return
+    for data in datasets.values() if isinstance(datasets, dict) else [datasets]:
+        if not isinstance(data, Dataset) or not image_columns(data):
+            continue
+        student: dict[bool, int] = {}
+        teacher: dict[bool, int] = {}
+        for index, row in enumerate(undecoded(data)):
+            prompt = prompt_of(row)
+            has_any = not isinstance(prompt, str) and bool(image_parts(prompt))
+            student.setdefault(has_any, index)
+            teacher.setdefault(has_any or bool(teacher_images_of(row)), index)
+        for who, rows in {"student": student, "teacher": teacher}.items():
+            if len(rows) == 2:
+                raise ValueError(
+                    f"The {who} reads images in row {rows[True]} of the data and none in row {rows[False]}. On "
+                    "several processes with DeepSpeed or FSDP2, all rows must have one, or none. Give the others an "
+                    "image, leave them out, or train with DDP."
+                )
 
 
 def _check_teacher(args: SelfDistillationConfig, accelerator: Accelerator, trains_all: bool) -> None:
