@@ -188,6 +188,8 @@ def test_rewards_are_shaped_by_scores_of_what_the_engine_sampled(tmp_path):
         reward="every_other",
         num_generations=4,
         per_device_train_batch_size=8,
+        num_iterations=2,  # with one, the loss gives the scores
+        max_steps=8,
     )
 
     assert len(result["batches"]) == 4
