@@ -5,17 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from trl_opsd.guard import GUARDS
 from trl_opsd.study.guards import alarms, collapse
 
 
 RECORDED = json.loads(Path(__file__).with_name("streams.json").read_text(encoding="utf-8"))
 COLLAPSING = ("opsd_live_long", "opsdc_1-", "opsd_clip")
-# 16 points or more below the best at the end, which is seen too late
-LOSING = {
-    "opsdc_50-verbose-lr3e-05-seed1": {"correct": 34},
-    "opsdc_50-verbose-lr3e-05-seed2": {"correct": 53},
-    "opsdc_frozen-verbose-lr3e-05-seed2": {"correct": 53},
-}
+# Sags to 70 % by step 18, and falls to 4 % by step 30: seen too late
+LATE = "opsd_live_long-middling-lr0.0003-seed2"
+# 16 points or more below the best at the end, which is not seen
+LOSING = ("opsdc_50", "opsdc_frozen")
 
 
 def series(name):
@@ -25,12 +24,12 @@ def series(name):
     return [{metric: value for metric, value in step.items() if value is not None} for step in steps]
 
 
-@pytest.mark.parametrize("name", [name for name in RECORDED if name not in LOSING and not name.startswith(COLLAPSING)])
+@pytest.mark.parametrize("name", [name for name in RECORDED if not name.startswith((*COLLAPSING, *LOSING))])
 def test_no_false_alarm(name):
     assert alarms(series(name)) == {}
 
 
-@pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith(COLLAPSING)])
+@pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith(COLLAPSING) and name != LATE])
 def test_collapse_is_seen(name):
     """At most a third later than 10 points are lost."""
     began, _ = collapse([{"step": step, "accuracy": accuracy} for step, accuracy in RECORDED[name]["curve"]])
@@ -38,14 +37,16 @@ def test_collapse_is_seen(name):
     assert since < stop <= began * 4 / 3
 
 
-@pytest.mark.parametrize("name", LOSING)
-def test_of_a_slow_loss_only_rewards_tell(name):
-    assert {guard: stop for guard, (stop, _) in alarms(series(name)).items()} == LOSING[name]
+@pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith(LOSING)])
+def test_of_a_slow_loss_nothing_tells(name):
+    assert alarms(series(name)) == {}
 
 
-def test_only_rewards_show_in_time_that_a_live_teacher_forgets():
-    found = alarms(series("opsd_live_long-middling-lr0.0003-seed2"))
-    assert {name: stop for name, (stop, _) in found.items()} == {"correct": 22, "divergence": 31}
+def test_a_lower_limit_of_what_is_right_sees_in_time_that_a_live_teacher_forgets():
+    assert {name: stop for name, (stop, _) in alarms(series(LATE)).items()} == {"correct": 30, "divergence": 31}
+    guard = GUARDS["correct"](fall=0.15)
+    stops = [step for step, its in enumerate(series(LATE), 1) if guard.observe(step, its) and guard.has_trouble]
+    assert stops[0] == 22
 
 
 def test_a_collapse_begins_where_ten_points_are_lost():

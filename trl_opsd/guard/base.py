@@ -259,7 +259,7 @@ class Falling(MetricGuard):
     A [`MetricGuard`] of a share, which may fall below its best mean so far by so much.
 
     Args:
-        fall (`float`, *optional*, defaults to `0.15`):
+        fall (`float`, *optional*, defaults to `0.25`):
             Most that is no trouble, in (0, 1].
 
     Attributes:
@@ -267,7 +267,7 @@ class Falling(MetricGuard):
             The best mean so far, of the first measurements or of later ones.
     """
 
-    fall: float = 0.15
+    fall: float = 0.25
     best: float = field(default=0.0, init=False, repr=False)
     _kept: ClassVar[tuple[str, ...]] = (*MetricGuard._kept, "best")
 
