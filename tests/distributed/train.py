@@ -21,6 +21,7 @@ from tiny import make_model, make_tokenizer
 from tiny_vlm import make_image, make_vlm
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.distributed import DistributedBackend
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import shuffle_sequence_dict
@@ -139,6 +140,7 @@ def make_trainer(job: dict[str, Any], output_dir: Path):
     ]
     tokenizer, vlm = make_tokenizer(), None
     if job["images"]:
+        unset_hf_deepspeed_config()  # of the job before, under which its parts would be made without weights
         vlm, tokenizer = make_vlm("qwen2_5_vl")
         least = int(job["images"] == "all")
         rows = [{**row, **images(number, least)} for number, row in enumerate(rows)]
