@@ -337,3 +337,5 @@ if __name__ == "__main__":
     gc.freeze()  # the libraries, which the collection of every job would pass over
     for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
         run(job, folder / (job["name"] or str(number)))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # or its threads may abort the process, which has done all it had to
