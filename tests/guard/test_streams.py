@@ -11,9 +11,9 @@ from trl_opsd.study.guards import alarms, collapse, evaluations, main, outcome
 
 RECORDED = json.loads(Path(__file__).with_name("streams.json").read_text(encoding="utf-8"))
 COLLAPSING = ("opsd_live_long", "opsdc_1-", "opsd_clip")
-# Sags to 70 % by step 18, and falls to 4 % by step 30: seen too late
+# Sags to 70 % by step 18, and falls to 4 % by step 30: what is measured anyway tells too late
 LATE = "opsd_live_long-middling-lr0.0003-seed2"
-# 16 points or more below the best at the end, which is not seen
+# 16 points or more below the best at the end, of which only evaluations tell
 LOSING = ("opsdc_50", "opsdc_frozen")
 
 
@@ -37,7 +37,7 @@ def test_no_false_alarm(name):
     assert alarms(series(name), held_out(name)) == {}
 
 
-@pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith(COLLAPSING) and name != LATE])
+@pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith(COLLAPSING)])
 def test_collapse_is_seen(name):
     """At most a third later than 10 points are lost."""
     began, _ = collapse([{"step": step, "accuracy": accuracy} for step, accuracy in RECORDED[name]["curve"]])
@@ -46,8 +46,9 @@ def test_collapse_is_seen(name):
 
 
 @pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith(LOSING)])
-def test_of_a_slow_loss_nothing_tells(name):
-    assert alarms(series(name)) == {}
+def test_of_a_slow_loss_only_evaluations_tell(name):
+    evaluated = "held_out" in RECORDED[name]
+    assert set(alarms(series(name), held_out(name))) == ({"benchmark"} if evaluated else set())
 
 
 def test_a_lower_limit_of_what_is_right_sees_in_time_that_a_live_teacher_forgets():
