@@ -76,7 +76,7 @@ COLLAPSING = (
     Watched("opsdc_1", "verbose", 3e-5, 36, 3),
     Watched("opsd_clip", "middling", 1e-3, 30, 2),
 )
-LOSING = (Watched("opsdc_50", "verbose", 3e-5, 60, 4), Watched("opsdc_frozen", "verbose", 3e-5, 60, 4))
+LOSING = (Watched("opsdc_50", "verbose", 3e-5, 60, 6), Watched("opsdc_frozen", "verbose", 3e-5, 60, 6))
 HEALTHY = (
     Watched("opsd", "middling", 3e-4, 80, 8),
     Watched("opsd_reverse_kl", "middling", 3e-4, 80, 8),
