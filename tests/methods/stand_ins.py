@@ -445,7 +445,12 @@ STAND_INS = {
         metrics=("distillation_loss", "divergence_row_rate", "playbook/lessons"),
     ),
     "dasd": StandIn(
-        plain_loop.Method(**GRPO), by_entropy, GROUPS, has_reward=True, has_live_teacher=True, metrics=SHAPED
+        plain_loop.Method(**GRPO),
+        by_entropy,
+        GROUPS,
+        has_reward=True,
+        has_live_teacher=True,
+        metrics=(*SHAPED, "direction/pulled_token_rate"),
     ),
     "antisd": StandIn(
         plain_loop.Method(**GRPO),

@@ -47,6 +47,12 @@ def test_divergence_is_a_mean_over_all_tokens_of_all_rollouts():
         InSpans(kinds=["keys"])(make_batch(MASK, spans=SPANS), None)
 
 
+def test_rollouts_are_those_of_all_processes():
+    """On another process there are three more, and none of them has a span."""
+    batch = make_batch(MASK, spans=SPANS, gather=lambda own: torch.cat([own, torch.zeros_like(own)]))
+    assert InSpans()(batch, None)[0].tolist() == [0.0, *[pytest.approx(2 * 1 / 6 * 1 / 4)] * 2, 0.0]
+
+
 # In a trainer
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -106,7 +107,10 @@ def test_star_end_to_end(generate, capsys):
         assert record["completion"] == completions[record["row"], record["seed"]]["completion"]
         assert (record["correct"], record["reward"], record["truncated"]) == (True, 1.0, False)
         assert record["model"]
-    assert f"{len(records)} records of 8 rows" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert f"{len(records)} records of 8 rows" in printed.out
+    for what in ("first tries", "hinted retries"):  # how far it is, how long it took, and how long it will take
+        assert re.search(rf"{what}: +\d+%.*[1-9]/\d \[\d+:\d+<\d+:\d+", printed.err)
 
 
 @pytest.mark.parametrize("maker", list(MAKERS))
