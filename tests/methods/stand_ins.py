@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -170,6 +170,17 @@ def routed(seen: Seen) -> dict[str, Any]:
         "advantage": [seen.advantage * (1 - k - e) for k, e in zip(key, error, strict=True)],
         "selected": key,
         "divergence_weights": [num_marked / size * 0.25] * size,
+    }
+
+
+def routed_to_errors(seen: Seen) -> dict[str, Any]:
+    """The same where wrong ones are pulled at, whose only marked token is the second, if they have three."""
+    errors = [known and reward == 0.0 for known, reward in zip(seen.all.has_context, seen.all.rewards, strict=True)]
+    size, weight = len(seen.token_ids), sum(errors) / len(errors)
+    return {
+        "advantage": routed(seen)["advantage"],
+        "selected": [int(not seen.is_right and t == 1 and size > 2) for t in range(size)],
+        "divergence_weights": [weight / size] * size,
     }
 
 
@@ -515,6 +526,20 @@ STAND_INS = {
         right_ones,
         has_reward=True,
         metrics=("likelihood_loss", "likelihood_row_rate", "completions/retry_rate"),
+    ),
+}
+
+# What else a paper has under the name of a method: its name, and something behind a colon
+VARIANTS = {
+    "trace:errors": replace(
+        STAND_INS["trace"],
+        loss=replace(STAND_INS["trace"].loss, divergence="reverse_kl"),
+        formula=routed_to_errors,
+        settings={
+            **STAND_INS["trace"].settings,
+            "divergence": "reverse_kl",
+            "token_weights": {"trl_opsd.methods.trace.InSpans": {"kinds": ["error"]}},
+        },
     ),
 }
 
