@@ -184,6 +184,14 @@ def routed_to_errors(seen: Seen) -> dict[str, Any]:
     }
 
 
+def routed_to_both(seen: Seen) -> dict[str, Any]:
+    """Each rollout with a span has one divergence, by whether it is right."""
+    one = routed(seen) if seen.is_right else routed_to_errors(seen)
+    share = sum(seen.all.has_context) / len(seen.all.has_context) / len(seen.token_ids)
+    weights = {"divergence_weights": [sum(one["selected"]) * share] * len(seen.token_ids)}
+    return one | weights | {"objective": {"divergence": "forward_kl" if seen.is_right else "reverse_kl"}}
+
+
 def by_success(seen: Seen) -> dict[str, Any]:
     """1 − s where it is right, s where it is wrong, with a mean of 1 over all."""
     right = [reward == 1.0 for reward in seen.all.rewards]
@@ -539,6 +547,17 @@ VARIANTS = {
             **STAND_INS["trace"].settings,
             "divergence": "reverse_kl",
             "token_weights": {"trl_opsd.methods.trace.InSpans": {"kinds": ["error"]}},
+        },
+    ),
+    "trace:both": replace(
+        STAND_INS["trace"],
+        formula=routed_to_both,
+        settings={
+            **STAND_INS["trace"].settings,
+            "spans_divergence": {
+                "error": {"divergence": "reverse_kl", "support": "teacher_top_k", "top_k": 100, "clip": 0.05}
+            },
+            "token_weights": {"trl_opsd.methods.trace.InSpans": {"kinds": ["key", "error"]}},
         },
     ),
 }

@@ -350,7 +350,7 @@ def test_without_its_teacher_it_is_grpo(make_trainer, tokenizer, dataset, traini
 )
 def test_without_its_part_it_is_grpo(make_trainer, name, off):
     without = {"token_weights": {}, "divergence_coef": 0.0, "likelihood_coef": 0.0, "completions": "on_policy"}
-    trainer, parent = make_trainer(name, **off), make_trainer(name, **WITHOUT_A_CONTEXT, **PLAIN, **without)
+    trainer, parent = make_trainer(name, **off), make_trainer(name, **PLAIN, **without)
     passes = count_teacher_passes(trainer)
     for one in (trainer, parent):
         trained(one)
@@ -433,6 +433,43 @@ def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
         of_none = {name: [] for name in ("rlsd", "rlrt", "rlcsd", "antisd_code", "cipo")}
         assert rates == {**of_none, "sdpg": [1.0], "vpd": [0.0, 0.0]}.get(name, [0.0])
     assert are_equal(weights(trainer), before)
+
+
+@pytest.mark.parametrize("name", LEARN_FROM_WRONG)
+def test_nothing_right_is_no_obstacle(make_trainer, sampler, name):
+    sampler.patterns = ("WWWW",)
+    assert moves(make_trainer(name)) == (name != "atmanrl")  # whose rewards are all the same
+
+
+def moves(trainer):
+    """Whether training changes anything. What it logs is finite."""
+    before = weights(trainer)
+    for entry in logged(trained(trainer)):
+        assert all(math.isfinite(value) for value in entry.values())
+        assert entry["skipped_steps/total"] == 0.0
+    return not are_equal(weights(trainer), before)
+
+
+# They compare right rollouts with wrong ones, or learn from the right about the wrong
+COMPARE = ["rlsd", "rlrt", "rlcsd", "sdpg", "atmanrl", "cipo", "sort", "ssopd", "sc_sdpo", "drift", "drift_code"]
+
+
+@pytest.mark.parametrize("name", REWARDED)
+def test_all_right_is_no_obstacle(make_trainer, sampler, name):
+    sampler.patterns = ("RRRR",)
+    assert moves(make_trainer(name)) == (name not in COMPARE)
+
+
+# Where the teacher has read nothing: their advantages, or what takes the place of a rollout
+LEARN_ALONE = [*SHAPES, "egrsd", "cl_egrsd", "antisd_code", *ADDS, "drift_code", "trace", "star", "stable_opd", "sort"]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("cipo", "atmanrl")])  # no teacher
+def test_no_context_is_no_obstacle(make_trainer, name):
+    skipped = {"max_teacher_prompt_length": 1, "overlong_teacher_prompt": "skip", "max_steps": 1}
+    trainer = make_trainer(name, **skipped)
+    assert moves(trainer) == (name in LEARN_ALONE)
+    assert {entry.get("context_rate", 0.0) for entry in logged(trainer)} == {0.0}
 
 
 @pytest.mark.parametrize("name", ["correct_only", "star"])

@@ -232,6 +232,32 @@ def test_a_context_without_spans(make_trainer):
         make_trainer(privileged_context="solution", context_kwargs=None)
 
 
+BOTH = {
+    "spans_divergence": {"error": {"divergence": "reverse_kl"}},
+    "token_weights": {"trl_opsd.methods.trace.InSpans": {"kinds": ["key", "error"]}},
+}
+
+
+def test_each_kind_of_spans_has_a_divergence_of_its_own_in_the_log(make_trainer):
+    trainers = [make_trainer(**settings) for settings in (BOTH, {})]
+    for trainer in trainers:
+        trained(trainer)
+    both, one = map(logged, trainers)
+    assert both[0]["distillation_loss"] == pytest.approx(one[0]["distillation_loss"])
+    assert both[0]["spans/error_distillation_loss"] > 0
+    assert "spans/error_distillation_loss" not in one[0]
+
+
+def test_a_divergence_of_spans_that_nobody_marks(make_trainer):
+    of_none = {**BOTH, "spans_divergence": {"erorr": {"divergence": "reverse_kl"}}}
+    with pytest.raises(ValueError, match=r"kinds \['erorr'\], and the method reads spans of \['error', 'key'\]"):
+        make_trainer(**of_none)
+    with pytest.raises(ValueError, match=r"`spans_divergence=.* is no divergence: .*divergnce"):
+        make_trainer(spans_divergence={"error": {"divergnce": "jsd"}})
+    with pytest.raises(ValueError, match="the method reads spans of no kind"):
+        make_trainer(spans_divergence=BOTH["spans_divergence"], token_weights={}, advantage="grpo", schedules={})
+
+
 def test_another_mean_is_refused(tmp_path):
     with pytest.raises(ValueError, match="are made for `loss_type='grpo'`"):
         config_class("trace")(str(tmp_path), use_cpu=True, bf16=False, loss_type="dapo")

@@ -11,9 +11,10 @@ REVERSE, FORWARD = {"divergence": "reverse_kl"}, {"divergence": "forward_kl"}
 TOP_1, TOP_2 = ({"support": "student_top_k", "top_k": k} for k in (1, 2))
 
 
-def divergence(**settings):
+def divergence(shift=0.0, **settings):
     """Of one token, and its gradient with respect to the student's logits."""
-    logits, teacher, head = torch.tensor([P_S]).log().requires_grad_(), torch.tensor([P_T]).log(), Head(torch.eye(3))
+    logits, teacher = torch.tensor([P_S]).log().requires_grad_(), torch.tensor([P_T]).log() + shift
+    head = Head(torch.eye(3))
     given = torch.tensor([0]), torch.ones(1), Objective(**settings)
     loss = fused_divergence(logits, teacher, head, head, *given).loss
     return loss.item(), torch.autograd.grad(loss, logits)[0][0].tolist()
@@ -42,4 +43,7 @@ def divergence(**settings):
 def test_exact_values(settings, value, gradient):
     found, slopes = divergence(**settings)
     assert found == pytest.approx(value, abs=2e-6)
+    # A constant more of all the teacher's logits is the same distribution
+    shifted, its_slopes = divergence(shift=3.0, **settings)
+    assert [shifted, *its_slopes] == pytest.approx([found, *slopes], abs=2e-6)
     assert gradient is None or slopes == pytest.approx(gradient, abs=1e-5)
