@@ -437,7 +437,8 @@ def test_help(args, capsys):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_the_shipped_recipe_makes_data(generate, model_path, tmp_path, recipe):
-    values, maker = yaml.safe_load(recipe.read_text()), recipe.stem.split("-")[1]
+    values, is_small = yaml.safe_load(recipe.read_text()), recipe.parent.name == "playground"
+    maker = recipe.stem.removeprefix("generate-") if is_small else recipe.parent.name
     assert f"generate {maker} --config {recipe.relative_to(ROOT)}" in recipe.read_text()
     (arguments,) = make_parser().parse_args_and_config(["--config", str(recipe)])
     parsed = values.keys() - {"reward_funcs", "column_mapping"}
@@ -445,9 +446,9 @@ def test_the_shipped_recipe_makes_data(generate, model_path, tmp_path, recipe):
     rows = [{**row, "solution": row["answer"]} for row in lines("rows.jsonl")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = {"model_name_or_path": model_path, "dataset_name": "rows.jsonl", "output_dir": "run", "limit": 2}
-    if recipe.parent.name != "playground":  # data, rewards and a second model of one's own
+    if not is_small:  # data, rewards and a second model of one's own
         small |= dict.fromkeys(("dataset_config", "column_mapping", "prompt_template"))
-        small |= {"backend": "transformers", "reward_funcs": "rewards_of_test_generate.even"}
+        small |= {"backend": "transformers", "reward_funcs": "rewards_of_test_generate.even", "temperature": 1.0}
         small |= {"teacher": {"model_name_or_path": model_path, "backend": "transformers"}} if maker == "tessy" else {}
     if maker == "tessy":  # what the tiny model says ends early, in no box
         spoken = {"end_of_thinking": "e", "answer_tokens": 150, "max_tries": 9}
@@ -457,4 +458,5 @@ def test_the_shipped_recipe_makes_data(generate, model_path, tmp_path, recipe):
 
 
 def test_there_is_a_recipe_of_every_maker():
-    assert {path.stem.split("-")[1] for path in RECIPES if path.parent.name == "playground"} == set(ALL_MAKERS)
+    small = {path.stem for path in RECIPES if path.parent.name == "playground"}
+    assert small == {f"generate-{maker}" for maker in ALL_MAKERS}
