@@ -34,7 +34,7 @@ def marked_tokens(rows: dict[str, Any], name: str) -> torch.Tensor:
     """The tokens that a batch has under a name, for themselves or for their rows, of shape `(B, T)`, bool."""
     mask = rows["completion_mask"]
     marked = rows[name] if name in rows else torch.zeros_like(mask).bool()  # nobody is asked about spans in a step
-    return marked.view(len(mask), -1).expand_as(mask)
+    return (marked if marked.dim() == 2 else marked.unsqueeze(1)).expand_as(mask)
 
 
 def teacher_numbers(rows: dict[str, Any]) -> torch.Tensor:
