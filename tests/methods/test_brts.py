@@ -217,6 +217,7 @@ def test_the_teacher_samples_by_its_own_settings(make_trainer, monkeypatch):
             "has no effect with `completions='on_policy'`",
         ),
         ({"replaced_divergence": {"divergnce": "jsd"}}, "is no divergence: .*divergnce"),
+        ({"spans_divergence": {"error": {}}}, "A span of a completion that took a rollout's place"),
         ({"replaced_divergence": {"top_k": 0}}, "is no divergence: `top_k` must be at least 1"),
         ({"replaced_divergence": {"support": "sampled_token"}}, "cannot have the support 'sampled_token'"),
         ({"replaced_divergence": {"temperature": 2.0}}, "nor a temperature of its own"),

@@ -177,6 +177,8 @@ def divergences_of_some_tokens(args: "SelfDistillationConfig") -> None:
     if not names:
         return
     given = " and ".join(f"`{name}={getattr(args, name)}`" for name in names)
+    if len(names) == 2:
+        raise ValueError(f"A span of a completion that took a rollout's place would have {given}. Leave one unset.")
     if args.teacher_server_base_url is not None:
         raise ValueError(f"{given} cannot be combined with {_server(args)}. Leave one unset.")
     try:
