@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from tqdm.auto import tqdm
 
+from ..changed import changed
 from ..context import PrivilegedContext, TeacherPrompt
 from ..context.spans import Marks
 from ..eval.chat import ChatFormat
 from ..eval.scorer import AnswerType, score
 from ..files import LineFile
 from ..sampling import Sampling
-from ..trainer.sampling_settings import changed
 from ..trainer.score import Scored, reward
 from ..trainer.score import score as score_tokens
 from .readings import OTHER, Reading
