@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.launch import launch
+from distributed.launch import job, launch
 from distributed.resume import BETWEEN, assert_resumed, pair
 from peft import PeftModel
 from tiny import make_model, make_tokenizer
@@ -74,15 +74,16 @@ def test_every_teacher_trains_saves_and_resumes(models, tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_an_external_teacher_among_several_under_fsdp2(models, tmp_path):
-    settings = {**several(models), "optim": "sgd", "learning_rate": 0.1}  # Adam would blow up rounding
-    jobs = [run for weights in ("lora", "full") for run in pair(weights, weights, str(models / "policy"), **settings)]
-    one, two = launch("single", jobs[::2], tmp_path / "one"), launch("fsdp2", jobs, tmp_path / "two")
+    policy, settings = str(models / "policy"), several(models)
+    jobs = [job("opsd", weights, weights, model=policy, **settings) for weights in ("lora", "full")]
+    one = launch("single", jobs, tmp_path / "one")
+    two = launch("fsdp2", [*jobs, *pair("full", "saved", policy, **settings)], tmp_path / "two")
 
+    assert_resumed(two, "saved")
     for weights in ("lora", "full"):
         found, expected = two[weights], one[weights]
         assert found["world"] == [2, "FSDP"]
         assert found["num_units"] > 1
-        assert_resumed(two, weights)
         for name in ("loss", *(f"teachers/{its}/distillation_loss" for its in settings["teachers"])):
             assert found[name] == pytest.approx(expected[name], rel=1e-5), name
         for name, value in expected["student"].items():

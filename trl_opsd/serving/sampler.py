@@ -27,6 +27,7 @@ from .adapter import (
     server_obstacle,
 )
 from .client import check_holds_policy, check_tokenizer, context_length, limit_requests, wait_for_server
+from .images import read_images
 from .merged_weights import check_mergeable, merged_weights
 
 
@@ -90,6 +91,8 @@ def prepare_sampler(
 
     is_here = sender.mode == "colocate"
     limit = sender.llm.model_config.max_model_len if is_here else _asked_once(ask, sender.accelerator.is_main_process)
+    if is_here:
+        read_images(sender.llm, getattr(policy.config, "image_token_id", None))
     must, sent = needs_adapter(lora_sync, policy), "all weights"
     if isinstance(policy, PeftModel):
         sent = "all weights, its adapter merged"
