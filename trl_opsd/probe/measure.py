@@ -18,7 +18,6 @@ from ..eval.chat import ChatFormat
 from ..eval.scorer import AnswerType, score
 from ..files import LineFile
 from ..sampling import Sampling
-from ..teacher import SeveralTeachers, Teacher
 from ..trainer.score import Scored, reward
 from ..trainer.score import score as score_tokens
 from ..trainer.several import each_teacher, teacher_names
@@ -210,14 +209,14 @@ class Measuring:
                 completions[place] = ids
         return completions
 
-    def _writer(self, row: Mapping[str, Any]) -> Teacher | None:
-        """The teacher of a row, if its weights are not the student's: before training, those of a copy are."""
+    def _writer(self, row: Mapping[str, Any]) -> Any:
+        """The teacher of a row, `None` where its weights are the student's: before training, those of a copy are."""
         trainer = self._trainer
         names = [row[column] for column in teacher_names(trainer.args)]
         name = names[0] if names else None
         if each_teacher(trainer.args)[name].teacher != "external":
             return None
-        return trainer.teacher if name is None else cast(SeveralTeachers, trainer.teacher).members[name]
+        return trainer.teacher if name is None else trainer.teacher.members[name]
 
     def _check_lengths(self, prompts: list[list[int]]) -> None:
         """In training, an engine does not answer the teacher's prompts."""

@@ -1,8 +1,10 @@
-"""Prompts with images, as an engine of this process has to be handed them."""
+"""Images that an engine reads: in their places, and with the weights that it has been sent."""
 
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
+
+from trl.generation.vllm_client import VLLMClient
 
 
 def read_images(llm: Any, image_token_id: int | None) -> None:
@@ -33,6 +35,28 @@ def read_images(llm: Any, image_token_id: int | None) -> None:
         return outputs
 
     llm.generate = generate_as_asked
+
+
+def forget_images(client: VLLMClient) -> None:
+    """
+    Have a server forget what the weights before made of images whenever it forgets what they made of prompts.
+
+    Args:
+        client ([`~trl.generation.vllm_client.VLLMClient`]):
+            Its client. `reset_prefix_cache` is replaced.
+    """
+    reset_prefix_cache = client.reset_prefix_cache
+
+    def reset() -> None:
+        reset_prefix_cache()
+        response = client.session.post(f"{client.base_url}/reset_encoder_cache")
+        if response.status_code != 200:
+            raise RuntimeError(
+                f"it keeps what earlier weights made of images: `/reset_encoder_cache` is answered with status "
+                f"{response.status_code}. Start it by `trl vllm-serve`, or with `VLLM_SERVER_DEV_MODE=1`"
+            )
+
+    client.reset_prefix_cache = reset
 
 
 def _with_places(prompt: dict[str, Any], image_token_id: int | None) -> dict[str, Any]:
