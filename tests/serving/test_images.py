@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trl_opsd.serving.images import read_images
+from trl_opsd.serving.images import forget_images, read_images
 
 
 IMAGE = 9
@@ -52,3 +52,36 @@ def test_another_prompt_is_refused(more, image_token_id, number):
     with pytest.raises(ValueError, match=f"it has {number} tokens instead of 8"):
         engine.generate(PROMPTS, sampling_params=None)
     assert engine.generate(PROMPTS[1:2], sampling_params=None)[0].prompt_token_ids == [4, 5]
+
+
+class Client:
+    base_url = "http://server"
+
+    def __init__(self, status_code=200):
+        self.asked = []
+        self.session = SimpleNamespace(
+            post=lambda url: self.asked.append(url) or SimpleNamespace(status_code=status_code)
+        )
+
+    def reset_prefix_cache(self):
+        self.asked.append("prompts")
+
+    def image_features(self, images):
+        self.asked.append(images)
+        return [{"features": image} for image in images]
+
+
+def test_a_server_makes_images_anew():
+    client = Client()
+    forget_images(client)
+    client.reset_prefix_cache()
+    assert client.image_features(["cat"]) == [{"features": "cat"}]
+    assert client.asked == ["prompts", "http://server/reset_encoder_cache", "http://server/reset_mm_cache", ["cat"]]
+
+
+def test_a_server_that_keeps_images_is_refused():
+    client = Client(404)
+    forget_images(client)
+    for call in (client.reset_prefix_cache, lambda: client.image_features(["cat"])):
+        with pytest.raises(RuntimeError, match=r"it keeps images of before: .*VLLM_SERVER_DEV_MODE=1"):
+            call()

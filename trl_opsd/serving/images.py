@@ -39,24 +39,33 @@ def read_images(llm: Any, image_token_id: int | None) -> None:
 
 def forget_images(client: VLLMClient) -> None:
     """
-    Have a server forget what the weights before made of images whenever it forgets what they made of prompts.
+    Have a server forget what the weights before made of images whenever it forgets what they made of prompts, and
+    those that it has seen before it is asked again: vLLM (0.31) leaves out what it thinks that its engine still has.
 
     Args:
         client ([`~trl.generation.vllm_client.VLLMClient`]):
-            Its client. `reset_prefix_cache` is replaced.
+            Its client, some of whose methods are replaced.
     """
-    reset_prefix_cache = client.reset_prefix_cache
+    reset_prefix_cache, image_features = client.reset_prefix_cache, client.image_features
 
     def reset() -> None:
         reset_prefix_cache()
-        response = client.session.post(f"{client.base_url}/reset_encoder_cache")
-        if response.status_code != 200:
-            raise RuntimeError(
-                f"it keeps what earlier weights made of images: `/reset_encoder_cache` is answered with status "
-                f"{response.status_code}. Start it by `trl vllm-serve`, or with `VLLM_SERVER_DEV_MODE=1`"
-            )
+        _post(client, "/reset_encoder_cache")
 
-    client.reset_prefix_cache = reset
+    def features(images: Any) -> Any:
+        _post(client, "/reset_mm_cache")
+        return image_features(images)
+
+    vars(client).update(reset_prefix_cache=reset, image_features=features)
+
+
+def _post(client: VLLMClient, path: str) -> None:
+    response = client.session.post(f"{client.base_url}{path}")
+    if response.status_code != 200:
+        raise RuntimeError(
+            f"it keeps images of before: `{path}` is answered with status {response.status_code}. Start it by `trl "
+            "vllm-serve`, or with `VLLM_SERVER_DEV_MODE=1`"
+        )
 
 
 def _with_places(prompt: dict[str, Any], image_token_id: int | None) -> dict[str, Any]:
