@@ -11,11 +11,11 @@ pytest.importorskip("vllm", reason="`make test-vllm` runs these in an environmen
 pytestmark = pytest.mark.skipif(not TORCHVISION[-1].exists(), reason="`make test-vllm` installs torchvision")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def base(request, tmp_path_factory):
     """Folder of a tiny model and its processor."""
     folder = tmp_path_factory.mktemp("images") / "base"
-    run_script("train_on_images.py", "save", str(folder), "qwen2_5_vl", path=TORCHVISION)
+    run_script("train_on_images.py", "save", str(folder), request.param, path=TORCHVISION)
     return str(folder)
 
 
