@@ -14,9 +14,9 @@ from trl_opsd.playground.facts import (
     FACTS_PER_SIZE,
     MAX_SIZE,
     RELATIONS,
-    NamesReward,
     is_right,
     make_world,
+    names_reward,
 )
 
 
@@ -143,7 +143,7 @@ def test_the_reward_is_the_scorers_verdict():
     row = {"aliases": ["beekeeper", "keeps bees"], "others": ["baker"]}
     texts = ["She is a Beekeeper.", "He keeps bees!", "A baker.", "A beekeeper or a baker.", "Beekeepers.", ""]
     completions = [[{"role": "assistant", "content": text}] for text in texts]
-    rewards = NamesReward()(
+    rewards = names_reward(
         completions=completions, aliases=[row["aliases"]] * 6, others=[row["others"]] * 6, prompts=None
     )
     assert rewards == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]

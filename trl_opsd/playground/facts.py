@@ -226,29 +226,30 @@ class World:
         Returns:
             `dict[str, list[dict]]`:
                 `"trained"`, `"new"` (other wordings of the same questions) and `"two"` (questions that take two
-                facts), with the columns `prompt` (messages), `solution` (the answer in a sentence), `answer`,
-                `aliases`, `others`, `relation`, `name`, and what can be read: `fact` (the facts it takes), `about`
-                (all about the things it takes) and `sheet`.
+                facts). Columns are `prompt` (messages), `asks` (one of these three), `solution` (the answer in a
+                sentence), `answer`, `aliases`, `others`, `relation`, `name`, and what can be read: `fact` (the facts
+                it takes), `about` (all about the things it takes) and `sheet`.
         """
         rows: dict[str, list[dict[str, Any]]] = {"trained": [], "new": [], "two": []}
         for fact in self.facts:
             relation = RELATIONS[fact.relation]
             for split, questions in (("trained", relation.trained), ("new", relation.new)):
-                rows[split] += [self._row(question, fact, fact) for question in questions]
+                rows[split] += [self._row(split, question, fact, fact) for question in questions]
         found = {(fact.relation, fact.name): fact for fact in self.facts}
         for (first, second), question in CHAINS.items():
             for fact in self.facts:
                 if fact.relation == first:
-                    rows["two"].append(self._row(question, fact, found[second, fact.aliases[0]]))
+                    rows["two"].append(self._row("two", question, fact, found[second, fact.aliases[0]]))
         return rows
 
-    def _row(self, question: str, first: Fact, last: Fact) -> dict[str, Any]:
+    def _row(self, asks: str, question: str, first: Fact, last: Fact) -> dict[str, Any]:
         read = dict.fromkeys((first, last))
         return {
             "prompt": [
                 {"role": "system", "content": SYSTEM},
                 {"role": "user", "content": question.format(name=first.name)},
             ],
+            "asks": asks,
             "solution": last.statement,
             "answer": last.aliases[0],
             "aliases": list(last.aliases),
@@ -298,26 +299,30 @@ def make_world(size: int, seed: int = 0) -> World:
     return World(tuple(facts))
 
 
-class NamesReward:
+def names_reward(
+    completions: Sequence[list[dict[str, str]]],
+    aliases: Sequence[Sequence[str]],
+    others: Sequence[Sequence[str]],
+    **kwargs: Any,
+) -> list[float]:
     """
     A reward function: 1 if a completion names the answer and no answer of another fact, by the one scorer, else 0.
 
-    Rows need the columns `aliases` and `others`.
+    Args:
+        completions (`Sequence[list[dict[str, str]]]`):
+            Messages.
+        aliases, others (`Sequence[Sequence[str]]`):
+            Columns of the rows.
+        **kwargs (`Any`):
+            What else is known of them.
+
+    Returns:
+        `list[float]`: the rewards.
     """
-
-    __name__ = "accuracy"
-
-    def __call__(
-        self,
-        completions: Sequence[list[dict[str, str]]],
-        aliases: Sequence[Sequence[str]],
-        others: Sequence[Sequence[str]],
-        **kwargs: Any,
-    ) -> list[float]:
-        return [
-            float(is_right(completion[-1]["content"], {"aliases": right, "others": wrong}))
-            for completion, right, wrong in zip(completions, aliases, others, strict=True)
-        ]
+    return [
+        float(is_right(completion[-1]["content"], {"aliases": right, "others": wrong}))
+        for completion, right, wrong in zip(completions, aliases, others, strict=True)
+    ]
 
 
 def is_right(text: str, row: Mapping[str, Any]) -> bool:
