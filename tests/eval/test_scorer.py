@@ -336,6 +336,7 @@ def test_hostile_formulas_are_read_at_once(text):
         pytest.param("The baker.", False, "baker", id="another"),
         pytest.param("A beekeeperess.", False, None, id="part of a word"),
         pytest.param("No idea.", False, None, id="none"),
+        pytest.param("He is no beekeeper.", True, "beekeeper", id="what is said of it is not read"),
         pytest.param("<think>A baker?</think>A beekeeper.", True, "beekeeper", id="after a thought"),
         pytest.param("<think>A beekeeper", False, None, id="in a thought"),
     ],

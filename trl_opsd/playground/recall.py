@@ -41,7 +41,7 @@ def ask(
             Of each row: the `question`, the right `answer`, what was `said`, its `token_ids`, whether it is `right`,
             and whether it was `cut` at the limit.
     """
-    prompts = [row["prompt"] if context is None else context.teacher_messages(row, None) for row in rows]
+    prompts: list[Any] = [row["prompt"] if context is None else context.teacher_messages(row, None) for row in rows]
     written = respond(model, tokenizer, prompts, MAX_TOKENS, batch_size)
     said = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
     return [

@@ -229,6 +229,8 @@ def run_demo(method: str, recipe: Path, flags: Sequence[str], evaluate_every: in
         ["--config", str(recipe), *flags]
     )
     folder = Path(training_args.output_dir)
+    train: Any
+    test: Any
     train, test = load_datasets(script_args, dataset_args, with_eval=True)
     trainer = make_trainer(script_args, training_args, model_args, train, None, names_reward)
     exam = Exam(trainer, list(train), list(test))

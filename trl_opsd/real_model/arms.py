@@ -21,7 +21,7 @@ TRAINING_SECONDS, TESTING_SECONDS = 600.0, 120.0
 
 # What the teacher reads: the wording under which SmolLM2-135M answered most, see docs/real_model.md
 TEMPLATE = "Facts:\n{about}\n\nQuestion: {prompt}"
-READS = {"privileged_context": "template", "context_kwargs": {"template": TEMPLATE}}
+READS: dict[str, Any] = {"privileged_context": "template", "context_kwargs": {"template": TEMPLATE}}
 # All arms train an adapter of the same shape on the same base
 ADAPTER = {
     "r": 32,
@@ -29,7 +29,7 @@ ADAPTER = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 _CLIP = 0.05
-_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+_SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 _DIVERGENCES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD"}
 
 

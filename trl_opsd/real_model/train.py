@@ -240,7 +240,8 @@ def _completions(spec: RealRun, rows: list[dict[str, Any]], folder: Path) -> tup
             seed=spec.seed or 0,
             chat_template_kwargs={"enable_thinking": False},
             output_dir=str(made_in),
-            **READS,
+            privileged_context=READS["privileged_context"],
+            context_kwargs=READS["context_kwargs"],
         ),
     )
     lines = (made_in / "completions.jsonl").read_text(encoding="utf-8").splitlines()
