@@ -51,7 +51,7 @@ def report(folder, plan=FULL, **kwargs):
 
 
 def cells(text, arm):
-    [line] = [line for line in text.splitlines() if line.startswith(f"| {ARMS[arm].title} |")]
+    line = next(line for line in text.splitlines() if line.startswith(f"| {ARMS[arm].title} |"))
     return dict(zip(COLUMNS, line.strip("| ").split(" | "), strict=True))
 
 
@@ -69,14 +69,24 @@ def test_the_table_has_every_arm_with_its_interval(tmp_path):
         assert len(cells(text, arm)) == len(COLUMNS)
 
 
-def test_sentences_are_what_the_figures_support(tmp_path):
+def test_arms_are_held_against_the_ceiling_and_sft(tmp_path):
     text = report(tmp_path)
     assert "The model itself answers 0.0 % of the questions in new wordings, and 90.0 % while it reads" in text
-    assert "SFT on the answers: 89 % of the ceiling in new wordings, at least two thirds with 3 of 3 seeds." in text
-    assert "SDFT: 56 % of the ceiling in new wordings, at least two thirds with 0 of 3 seeds." in text
-    assert "SDFT − SFT on the answers, new wordings: -30.0 ± 0.0 points (below)." in text
-    assert "SDFT − SFT on the answers, divergence from the base: -0.400 ± 0.000 nats (below)." in text
-    assert "SDFT − SFT on the answers, unrelated questions: +0.0 ± 0.0 points (not told apart)." in text
+    rows = {row[0]: row[1:] for row in against(text)}
+    assert rows["SFT on the answers"] == ["89 %", "3 of 3", "–", "–", "–", "–"]
+    different = ["-30.0 ± 0.0, below", "+0.0 ± 0.0", "-0.400 ± 0.000, below", "+0.0 ± 0.0"]
+    assert rows["SDFT"] == ["56 %", "0 of 3", *different]
+    assert set(rows) == {arm.title for arm in ARMS.values() if arm.trainer != "none"}
+
+
+def test_one_seed_is_no_difference(tmp_path):
+    text = report(tmp_path, replace(FULL, seeds=(1,)))
+    assert {tuple(row[3:]) for row in against(text)} == {("–", "–", "–", "–")}
+
+
+def against(text):
+    part = text.partition("## What the figures support")[2].partition("## What it says")[0]
+    return [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")][1:]
 
 
 def test_what_is_missing_is_said(tmp_path):
@@ -84,6 +94,7 @@ def test_what_is_missing_is_said(tmp_path):
     assert f"Not complete: 6 of the {3 * len(ARMS)} reported runs are there." in text
     assert cells(text, "sdft")["new wordings, %"] == "–"
     assert "SDFT" not in text.partition("## What the figures support")[2]
+    assert against(text) == []  # without a ceiling
 
 
 def test_a_page_without_results_claims_nothing(tmp_path):

@@ -102,6 +102,9 @@ def _arm(spec: RealRun, folder: Path) -> dict[str, Any]:
     assert spec.arm is not None
     assert spec.seed is not None
     rows = make_world(spec.base.size, spec.seed).rows()
+    questions = rows["trained"]
+    # One wording of each fact says enough of those that are trained on
+    rows["trained"] = list({row["fact"]: row for row in questions}.values())
     origin = json.loads((_made(spec, folder) / "responses.json").read_text(encoding="utf-8"))
     if spec.arm.trainer == "none":
         from ..context import TemplateContext
@@ -113,7 +116,7 @@ def _arm(spec: RealRun, folder: Path) -> dict[str, Any]:
         return {"final": final | {name: origin[name] for name in ("unrelated", "divergence")}, "answers": answers}
     with tempfile.TemporaryDirectory() as output_dir:
         started = _clock(spec)
-        trainer, sampled = make_trainer(spec, rows["trained"], output_dir)
+        trainer, sampled = make_trainer(spec, questions, output_dir)
         watch = make_watch(trainer, spec, rows, _clock(spec) - started)
         trainer.add_callback(watch)
         trainer.train()
