@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_opsd.experiment.runner import Results
 from trl_opsd.playground.facts import make_world
 from trl_opsd.real_model import retention, train
-from trl_opsd.real_model.arms import ARMS, PARTS, RealRun
+from trl_opsd.real_model.arms import ARMS, PARTS, TUNING_SEED, RealRun
 
 
 PART = replace(PARTS["facts"], size=1)
@@ -52,6 +52,15 @@ def test_an_arm_learns_and_is_tested(folder, model_path, arm, right_at_random):
     assert [answer["question"] for answer in result["answers"]] == [
         row["prompt"][-1]["content"] for row in make_world(1, 1).rows()["new"]
     ]
+
+
+@pytest.mark.cpu("so are the runs")
+def test_tuning_tests_what_it_is_for(folder, model_path):
+    run = spec(model_path, "sft", seed=TUNING_SEED)
+    result = train.run(run, folder)
+    assert set(result["final"]) == {"new", "mean_tokens"}
+    assert result["curve"] == []
+    assert run.score(result, {}) == result["final"]["new"]
 
 
 @pytest.mark.cpu("so are the runs")

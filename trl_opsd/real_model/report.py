@@ -235,8 +235,8 @@ def _row(plan: Plan, results: Results, arm: str, runs: Runs) -> list[str]:
 def _figures(result: Result) -> str:
     final = result["final"]
     shares = [f"{name} {100 * final[name]:.0f} %" for name in ("trained", "new", "two", "unrelated") if name in final]
-    cost = f"{result['cpu_seconds']:.0f} core-seconds, {result['peak_memory_gb']:.1f} GB"
-    return ", ".join([*shares, f"divergence {final['divergence']:.3f}", cost])
+    shares += [f"divergence {final['divergence']:.3f}"] if "divergence" in final else []
+    return ", ".join([*shares, f"{result['cpu_seconds']:.0f} core-seconds, {result['peak_memory_gb']:.1f} GB"])
 
 
 def reading(runs: Mapping[str, Runs]) -> str:

@@ -17,12 +17,14 @@ from ..files import whole_folder
 from ..playground.facts import make_world, names_reward
 from ..playground.recall import MAX_TOKENS, ask, recall
 from ..playground.smollm2 import MODEL_DIR, check_packages, peak_memory, prepare_model
-from .arms import ADAPTER, READS, RealRun
+from .arms import ADAPTER, READS, TUNING_SEED, RealRun
 
 
 # Data that SFT learns from, by the share of tokens that are drawn without the facts, see MixSDMaker
 _SHARES = {"teacher": 0.0, "mixsd": 0.5}
 _TRIES = 4
+# Of a pass forward and backward: less than half of the memory of a whole batch, in the same time
+_PASS_TOKENS = 400
 # Questions of each kind that are asked along the way
 _WATCHED = 14
 
@@ -122,14 +124,17 @@ def _arm(spec: RealRun, folder: Path) -> dict[str, Any]:
         trainer.train()
     model = trainer.accelerator.unwrap_model(trainer.model)
     base, tokenizer = load(spec)
+    if spec.seed == TUNING_SEED:
+        rows = {"new": rows["new"]}
     final, answers = _examined(model, tokenizer, rows)
+    kept = {} if spec.seed == TUNING_SEED else retention.figures(model, base, tokenizer, origin)
     generated = [log["num_generated_tokens"] for log in trainer.state.log_history if "num_generated_tokens" in log]
     return {
         "steps": trainer.state.global_step,
         "generated_tokens": int(generated[-1]) if generated else sampled,
         "seconds": watch.seconds,
         "curve": watch.curve,
-        "final": final | retention.figures(model, base, tokenizer, origin),
+        "final": final | kept,
         "answers": answers,
     }
 
@@ -198,7 +203,8 @@ def make_trainer(spec: RealRun, rows: list[dict[str, Any]], output_dir: str) -> 
             settings |= {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.2}
         no_thought = {"enable_thinking": False}
         settings |= {"chat_template_kwargs": no_thought, "teacher_chat_template_kwargs": no_thought}
-        args = config_class(arm.trainer)(**settings, max_completion_length=MAX_TOKENS)
+        settings |= {"max_completion_length": MAX_TOKENS, "max_tokens_per_microbatch": _PASS_TOKENS}
+        args = config_class(arm.trainer)(**settings)
         trainer = SelfDistillationTrainer(
             spec.model,
             reward_funcs=names_reward,
@@ -275,7 +281,7 @@ def make_watch(trainer: Any, spec: RealRun, rows: dict[str, Any], spent: float) 
     assert spec.arm is not None
     every = max(1, round(spec.scale * spec.arm.evaluate_every))
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
-    some = {name: its[:: max(1, len(its) // _WATCHED)] for name, its in rows.items()}
+    some = {name: rows[name][:: max(1, len(rows[name]) // _WATCHED)] for name in ("trained", "new")}
 
     class Watch(TrainerCallback):
         def __init__(self) -> None:
@@ -292,6 +298,9 @@ def make_watch(trainer: Any, spec: RealRun, rows: dict[str, Any], spent: float) 
                 self._ask(state.global_step)
 
         def _ask(self, step: int) -> None:
+            if spec.seed == TUNING_SEED:
+                self._since = _clock(spec)
+                return
             model = trainer.accelerator.unwrap_model(trainer.model)
             shares = {name: recall(ask(model, tokenizer, its)) for name, its in some.items()}
             self.curve.append({"step": step, "seconds": self.seconds, "memory_gb": peak_memory(), **shares})
