@@ -3,9 +3,10 @@
 from .aggregation import aggregation_weights, share_of_rows
 from .dense import generalized_jsd_loss
 from .divergence import Divergence, pointwise_divergence
-from .fused import FusedDivergence, fused_divergence, teacher_choices, token_log_probs, tokens_in_top_k
+from .fused import FusedDivergence, fused_divergence
 from .head import Head
 from .kernels import default_kernel
+from .lookups import teacher_choices, token_log_probs, tokens_in_top_k
 from .objective import Objective, Support, Tail
 from .readings import Combine, Readings
 from .top_log_probs import TopLogProbs

@@ -6,20 +6,18 @@ vocabulary-sized matrix products, three when the head is frozen. The backward pa
 left.
 """
 
-import logging
 import math
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from .blocks import Blocks, default_memory
+from .execution import Execution, slices
 from .head import Finish, Head
-from .kernel import STATISTICS, softmax
-from .kernels import default_kernel, load_kernel
+from .kernel import STATISTICS
+from .kernels import load_kernel
 from .memory import empty_block, reuse_freed_memory
 from .objective import Objective
 from .products import add_outer, project, project_back
@@ -34,8 +32,6 @@ NUM_SEARCHED = 64
 _LISTED_TOGETHER = 16
 # Blocks of logits that exist at once where a target is made of three distributions
 _COMBINED_SIDES = 8
-
-_logger = logging.getLogger(__name__)
 
 
 class FusedDivergence(NamedTuple):
@@ -175,193 +171,6 @@ def fused_divergence(
     return FusedDivergence(*outputs)
 
 
-def token_log_probs(
-    hidden: torch.Tensor,
-    head: Head,
-    token_ids: torch.Tensor,
-    temperature: float = 1.0,
-    memory_budget: float | None = None,
-    kernel: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Log-probabilities of tokens, and the entropies of the distributions they are from, without a gradient.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(N, H)`):
-            Hidden states, row n predicting token n.
-        head ([`Head`]):
-            Head, with V rows.
-        token_ids (`torch.Tensor` of shape `(N,)`):
-            Tokens, int64.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            The logits are divided by it.
-        memory_budget (`float`, *optional*):
-            See [`fused_divergence`].
-        kernel (`str`, *optional*):
-            See [`fused_divergence`].
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: both in nats, of shape `(N,)`, fp32 (fp64 for fp64 inputs).
-    """
-    plan = _Plan.make(hidden, head.weight, 1, memory_budget, kernel, head_gradient_bytes=0)
-    finish = _detached(head, plan.wide)
-    outputs = torch.empty(2, hidden.size(0), dtype=plan.wide, device=hidden.device)
-    for place, (products,) in _products(plan, [hidden], [head]):
-        outputs[:, place] = torch.stack(_log_probs(plan, products, finish, token_ids[place], temperature))
-    return outputs[0], outputs[1]
-
-
-def teacher_choices(
-    student_hidden: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    student_head: Head,
-    teacher_head: Head,
-    top_k: int,
-    temperature: float = 1.0,
-    memory_budget: float | None = None,
-    kernel: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    How undecided a teacher is between its most probable tokens, and what the student makes of the first of them,
-    without a gradient. It takes a vocabulary-sized product of each side.
-
-    Args:
-        student_hidden (`torch.Tensor` of shape `(N, H)`):
-            Student hidden states, row n predicting token n.
-        teacher_hidden (`torch.Tensor` of shape `(N, H_t)`):
-            Teacher hidden states for the same tokens.
-        student_head ([`Head`]):
-            Student head, with V rows.
-        teacher_head ([`Head`]):
-            Teacher head, with V rows.
-        top_k (`int`):
-            Number of the teacher's most probable tokens.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Both sets of logits are divided by it.
-        memory_budget (`float`, *optional*):
-            See [`fused_divergence`].
-        kernel (`str`, *optional*):
-            See [`fused_divergence`].
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the entropy of the teacher's distribution over its `top_k` tokens,
-        renormalised, and the student's log-probability of the most probable one, both in nats, of shape `(N,)`, fp32
-        (fp64 for fp64 inputs).
-
-    Raises:
-        ValueError: If the vocabulary has fewer tokens than `top_k`.
-    """
-    vocabulary = student_head.weight.size(0)
-    if top_k > vocabulary:
-        raise ValueError(f"`top_k` must be at most {vocabulary}, the tokens of the vocabulary, got {top_k}.")
-    heads = [student_head, teacher_head]
-    plan = _Plan.make(student_hidden, student_head.weight, 2, memory_budget, kernel, head_gradient_bytes=0)
-    student_finish, teacher_finish = (_detached(head, plan.wide) for head in heads)
-    outputs = torch.empty(2, student_hidden.size(0), dtype=plan.wide, device=student_hidden.device)
-    for place, (student_products, teacher_products) in _products(plan, [student_hidden, teacher_hidden], heads):
-        logits = teacher_finish.logits(teacher_products)
-        (tokens,) = top_k_tokens([logits], [chunk_maxima(logits)], top_k)
-        top = logits.gather(1, tokens)
-        first = tokens.gather(1, top.argmax(dim=1, keepdim=True)).squeeze(1)
-        _, _, outputs[0, place] = softmax(top, temperature)
-        outputs[1, place], _ = _log_probs(plan, student_products, student_finish, first, temperature)
-    return outputs[0], outputs[1]
-
-
-def tokens_in_top_k(
-    hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, k: int, memory_budget: float | None = None
-) -> torch.Tensor:
-    """
-    Whether tokens are among the k most probable ones, without a gradient.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(N, H)`):
-            Hidden states, row n predicting token n.
-        head ([`Head`]):
-            Head, with V rows.
-        token_ids (`torch.Tensor` of shape `(N,)`):
-            Tokens, int64.
-        k (`int`):
-            Fewer than so many tokens are more probable.
-        memory_budget (`float`, *optional*):
-            See [`fused_divergence`].
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`, bool.
-    """
-    plan = _Plan.make(hidden, head.weight, 1, memory_budget, "eager", head_gradient_bytes=0)
-    finish = _detached(head, plan.wide)
-    found = torch.empty(hidden.size(0), dtype=torch.bool, device=hidden.device)
-    for place, (products,) in _products(plan, [hidden], [head]):
-        logits = finish.logits(products)
-        found[place] = (logits > logits.gather(1, token_ids[place].unsqueeze(1))).sum(dim=1) < k
-    return found
-
-
-@torch.no_grad()
-def _products(
-    plan: "_Plan", states: Sequence[torch.Tensor], heads: Sequence[Head]
-) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-    """The products of hidden states and heads, a few rows at a time, and where these stand among all."""
-    device, (block_rows, slice_rows) = states[0].device, plan.blocks
-    blocks = [empty_block(block_rows, head.weight.size(0), plan.wide, device) for head in heads]
-    with torch.autocast(device.type, enabled=False):
-        for rows in _slices(len(states[0]), block_rows):
-            size = rows.stop - rows.start
-            for hidden, head, block in zip(states, heads, blocks, strict=True):
-                project(hidden[rows].to(plan.dtype), head.weight, block[:size], plan.dtype)
-            for part in _slices(size, slice_rows):
-                place = slice(rows.start + part.start, rows.start + part.stop)
-                yield place, [block[part] for block in blocks]
-
-
-def _log_probs(
-    plan: "_Plan", products: torch.Tensor, finish: Finish, token_ids: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if plan.kernel == "triton":
-        from .triton_kernel import triton_token_log_probs
-
-        return triton_token_log_probs(products, finish, token_ids, temperature)
-    log_p, _, entropy = softmax(finish.logits(products), temperature)
-    return log_p.gather(1, token_ids.unsqueeze(1)).squeeze(1), entropy
-
-
-class _Plan(NamedTuple):
-    # How a call is carried out: dtype of the operands of the products, dtype of all else, kernel and blocks
-    dtype: torch.dtype
-    wide: torch.dtype
-    kernel: str
-    blocks: Blocks
-
-    @classmethod
-    def make(
-        cls,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        num_sides: int,
-        memory_budget: float | None,
-        kernel: str | None,
-        head_gradient_bytes: int,
-    ) -> "_Plan":
-        device, vocabulary = hidden.device, weight.size(0)
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        else:
-            dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        if kernel is None:
-            kernel = default_kernel(device, vocabulary, wide)
-        elif kernel == "triton" and wide != torch.float32:
-            raise ValueError(f"`kernel='triton'` computes in fp32, and the inputs are {dtype}. Leave `kernel` unset.")
-        elif kernel == "compiled" and device.type != "cpu":
-            raise ValueError(f"`kernel='compiled'` is for CPUs, and the inputs are on {device}. Leave `kernel` unset.")
-        if memory_budget is None:
-            memory_budget = default_memory(device, head_gradient_bytes)
-        blocks = Blocks.fit(hidden.size(0), num_sides * vocabulary * wide.itemsize, memory_budget, kernel)
-        _log_once(kernel, round(memory_budget), str(device), vocabulary)
-        return cls(dtype, wide, kernel, blocks)
-
-
 class _Listed(NamedTuple):
     # The most probable tokens of both sides, and their log-probabilities, of shape (N, 2, k)
     tokens: torch.Tensor
@@ -380,7 +189,7 @@ class _Listed(NamedTuple):
             k = self.tokens.size(2)
             if side == 1 and isinstance(teacher, TopLogProbs):  # no others are known
                 k = min(k, teacher.top_tokens.size(1))
-            for part in _slices(len(products), _LISTED_TOGETHER):
+            for part in slices(len(products), _LISTED_TOGETHER):
                 logits = finish.logits(products[part])
                 (tokens,) = top_k_tokens([logits], [chunk_maxima(logits)], k)
                 top = (logits.gather(1, tokens) / temperature).sort(dim=1, descending=True)
@@ -388,26 +197,6 @@ class _Listed(NamedTuple):
                 self.tokens[rows, side, :k] = tokens.gather(1, top.indices)
                 total = (logits / temperature).logsumexp(dim=1, keepdim=True)
                 self.log_probs[rows, side, :k] = top.values - total
-
-
-@cache
-def _log_once(kernel: str, memory_budget: int, device: str, vocabulary: int) -> None:
-    _logger.info(
-        "Divergence over %s tokens on %s: %s kernel, %s MiB for blocks of logits.",
-        vocabulary,
-        device,
-        kernel,
-        memory_budget,
-    )
-
-
-def _slices(number: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, number)) for start in range(0, number, size)]
-
-
-def _detached(head: Head, dtype: torch.dtype) -> Finish:
-    bias = None if head.bias is None else head.bias.detach().to(dtype)
-    return Finish(bias, head.scale, head.softcap)
 
 
 class _FusedDivergenceFunction(torch.autograd.Function):
@@ -435,7 +224,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         trains_hidden, trains_weight, trains_bias = ctx.needs_input_grad[:3]
         needs_grad = trains_hidden or trains_weight or trains_bias
         is_combined = isinstance(teacher_states, Readings)
-        dtype, wide, kernel, (block_rows, slice_rows) = _Plan.make(
+        dtype, wide, kernel, (block_rows, slice_rows) = Execution.plan(
             hidden,
             weight,
             _COMBINED_SIDES if is_combined else 2,
@@ -481,7 +270,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         top_logits = torch.full((num_searched, top_k), math.nan, dtype=wide, device=device)
         listed = _Listed.empty(num_rows, min(num_listed, vocabulary), wide, device)
         finishes = [
-            Finish(None, 1.0, None) if head is None else _detached(head, wide)
+            Finish(None, 1.0, None) if head is None else head.detached(wide)
             for head in (
                 student_head,
                 student_head if teacher_states is None else None if is_combined else teacher_head,
@@ -495,7 +284,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         grad_bias = torch.zeros(vocabulary, dtype=wide, device=device) if trains_bias else None
 
         with torch.autocast(device.type, enabled=False):
-            for rows in _slices(num_rows, block_rows):
+            for rows in slices(num_rows, block_rows):
                 start, size = rows.start, rows.stop - rows.start
                 student_rows = hidden[rows].to(dtype)
                 project(student_rows, weight, student_block[:size], dtype)
@@ -505,7 +294,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                         teacher_block[:size] = student_block[:size]
                 elif is_combined:
                     teacher_rows = teacher_states[rows]
-                    teacher_finish = _detached(teacher_head, wide)
+                    teacher_finish = teacher_head.detached(wide)
                     teacher_rows.write_logits(
                         teacher_block[:size], teacher_head.weight, teacher_finish, dtype, objective.temperature
                     )
@@ -517,7 +306,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                     project(teacher_rows.to(dtype), teacher_head.weight, teacher_block[:size], dtype)
                 # Checked here, because a softcap hides infinite ones
                 valid = padded(finite_rows(hidden[rows]) & finite_rows(teacher_rows))
-                for part in _slices(size, slice_rows):
+                for part in slices(size, slice_rows):
                     first = part.start + -(start + part.start) % search_every
                     if teacher_states is not None and first < part.stop:
                         searched = slice(first, part.stop, search_every)

@@ -31,6 +31,11 @@ class Head:
         """What follows the matrix product."""
         return Finish(self.bias, self.scale, self.softcap)
 
+    def detached(self, dtype: torch.dtype) -> "Finish":
+        """The same without a gradient, its bias in a dtype."""
+        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        return Finish(bias, self.scale, self.softcap)
+
 
 @dataclass(frozen=True)
 class Finish:
