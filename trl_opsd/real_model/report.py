@@ -127,8 +127,8 @@ Nothing yet.
 
 {{ finished }} of {{ total }} reported runs are there. All runs that were made took {{ core_hours }} core-hours; the
 whole plan takes {{ planned }} core-hours on a CPU by the measured cost of a step of self-distillation, and estimates
-of SFT's and of the tests. Each run is a file `runs/NAME.json` in `{{ folder }}`, with its settings, seed, versions and answers; `{{ command }}` makes those that are
-missing, with `--only ARM` those of some arms.
+of SFT's and of the tests. Each run is a file `runs/NAME.json` in `{{ folder }}`, with its settings, seed, versions and
+answers; `{{ command }}` makes those that are missing, with `--only ARM` those of some arms.
 
 {% for name, figures in runs.items() %}
 - `{{ name }}`: {{ figures }}
