@@ -16,9 +16,9 @@ VERSION = 1
 SEEDS = (1, 2, 3)
 LEARNING_RATES = (2e-4, 5e-4, 1e-3)
 STEPS, BATCH_SIZE = 48, 16
-# Core-seconds of a step of the library's trainer, measured, of SFT, of all tests of a run, and of those of tuning: the
-# last three by estimate
-STEP_SECONDS, SFT_STEP_SECONDS, TESTING_SECONDS, TUNING_SECONDS = 18.0, 8.0, 250.0, 60.0
+# Core-seconds of a step of the library's trainer, as measured, and by estimate of SFT, of all tests of a run (31 were
+# measured for all questions with the facts, 17 for retention of the base) and of those of tuning
+STEP_SECONDS, SFT_STEP_SECONDS, TESTING_SECONDS, TUNING_SECONDS = 18.0, 8.0, 120.0, 40.0
 
 # What the teacher reads: the wording under which SmolLM2-135M answered most, see docs/real_model.md
 TEMPLATE = "Facts:\n{about}\n\nQuestion: {prompt}"
@@ -56,7 +56,7 @@ class Part:
     seconds: float
 
 
-PARTS = {"facts": Part("facts", f"{4 * FACTS_PER_SIZE} facts it cannot know", size=4, seconds=120.0)}
+PARTS = {"facts": Part("facts", f"{4 * FACTS_PER_SIZE} facts it cannot know", size=4, seconds=20.0)}
 
 
 @dataclass(frozen=True)
