@@ -5,8 +5,10 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 
+from trl_opsd.eval.statistics import proportion
 from trl_opsd.guard import GUARDS, MetricGuard
 
 
@@ -133,9 +135,10 @@ def test_skipped_steps():
 
 
 class TestBenchmark:
-    def see(self, guard, *values, **others):
+    def see(self, guard, *values, margin=0.0, **others):
         for step, value in enumerate(values):
-            assert guard.observe(50 * step, {"eval_aime24/avg@4": value, "eval_aime24/avg@4_low": 0.0, **others})
+            ends = {"eval_aime24/avg@4_low": value - margin, "eval_aime24/avg@4_high": value + margin}
+            assert guard.observe(50 * step, {"eval_aime24/avg@4": value, **ends, **others})
         return guard
 
     def test_a_fall_below_the_best_is_trouble(self):
@@ -143,9 +146,24 @@ class TestBenchmark:
         assert (guard.has_trouble, guard.since) == (True, 150)
         assert "is 0.44, and was 0.5 at step 50" in guard.seen
 
-    def test_a_fall_within_the_interval_is_none(self):
-        assert not self.see(GUARDS["benchmark"](), 0.3, 0.5, 0.2, 0.2, **{"eval_aime24/avg@4_high": 0.51}).since
-        assert self.see(GUARDS["benchmark"](), 0.3, 0.5, 0.2, 0.2, **{"eval_aime24/avg@4_high": 0.49}).has_trouble
+    def test_a_fall_within_the_interval_of_the_difference_is_none(self):
+        # 0.07 * sqrt(2) = 0.099, and 0.112 below the best of two before it
+        assert self.see(GUARDS["benchmark"](patience=1), 0.5, 0.4, margin=0.07).has_trouble
+        assert not self.see(GUARDS["benchmark"](patience=1), 0.5, 0.41, margin=0.07).has_trouble
+        assert not self.see(GUARDS["benchmark"](patience=1), 0.5, 0.5, 0.4, margin=0.07).has_trouble
+        assert self.see(GUARDS["benchmark"](patience=1), 0.5, 0.5, 0.38, margin=0.07).has_trouble
+
+    def test_luck_is_no_best(self):
+        """Thirty evaluations of a model that stays as it is, by one sample of each of 100 problems."""
+        rng, stopped = np.random.default_rng(0), 0
+        for _ in range(300):
+            guard, chances = GUARDS["benchmark"](), rng.random(100)
+            for step in range(30):
+                its = proportion((rng.random(100) < chances).astype(float), np.ones(100), 100)
+                bounds = {"eval_a/avg@1_low": its.low, "eval_a/avg@1_high": its.high}
+                guard.observe(step, {"eval_a/avg@1": its.value, **bounds})
+                stopped += guard.beyond == guard.patience
+        assert stopped <= 3
 
     def test_one_bad_evaluation_is_none(self):
         assert not self.see(GUARDS["benchmark"](), 0.5, 0.2, 0.5, 0.2).has_trouble

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 
 from trl_opsd.guard import GUARDS
-from trl_opsd.study.guards import alarms, collapse
+from trl_opsd.study.guards import alarms, collapse, evaluations, main, outcome
 
 
 RECORDED = json.loads(Path(__file__).with_name("streams.json").read_text(encoding="utf-8"))
 COLLAPSING = ("opsd_live_long", "opsdc_1-", "opsd_clip")
-# Sags to 70 % by step 18, and falls to 4 % by step 30: seen too late
+# Sags to 70 % by step 18, and falls to 4 % by step 30: what is measured anyway tells too late
 LATE = "opsd_live_long-middling-lr0.0003-seed2"
-# 16 points or more below the best at the end, which is not seen
+# Falls from 33 to 4 % within 6 steps, which two evaluations in a row tell 4 steps later
+SUDDEN = "opsd_clip-middling-lr0.001-seed1"
+# 16 points or more below the best at the end, of which only evaluations tell
 LOSING = ("opsdc_50", "opsdc_frozen")
 
 
@@ -24,22 +26,42 @@ def series(name):
     return [{metric: value for metric, value in step.items() if value is not None} for step in steps]
 
 
+def held_out(name):
+    ends = ("", "_low", "_high")
+    return [
+        {"step": step, **{f"eval_held_out/avg@1{end}": value for end, value in zip(ends, values, strict=True)}}
+        for step, *values in RECORDED[name].get("held_out", ())
+    ]
+
+
 @pytest.mark.parametrize("name", [name for name in RECORDED if not name.startswith((*COLLAPSING, *LOSING))])
 def test_no_false_alarm(name):
-    assert alarms(series(name)) == {}
+    assert alarms(series(name), held_out(name)) == {}
 
 
-@pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith(COLLAPSING) and name != LATE])
+@pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith(COLLAPSING) and name != SUDDEN])
 def test_collapse_is_seen(name):
     """At most a third later than 10 points are lost."""
     began, _ = collapse([{"step": step, "accuracy": accuracy} for step, accuracy in RECORDED[name]["curve"]])
-    stop, since = next(iter(alarms(series(name)).values()))
+    stop, since = next(iter(alarms(series(name), held_out(name)).values()))
     assert since < stop <= began * 4 / 3
 
 
+def test_of_a_sudden_collapse_all_tell_late():
+    assert {name: stop for name, (stop, _) in alarms(series(SUDDEN), held_out(SUDDEN)).items()} == {
+        "divergence": 10,
+        "benchmark": 10,
+        "correct": 13,
+        "teacher_gap": 13,
+    }
+    began, _ = collapse([{"step": step, "accuracy": accuracy} for step, accuracy in RECORDED[SUDDEN]["curve"]])
+    assert began == 6
+
+
 @pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith(LOSING)])
-def test_of_a_slow_loss_nothing_tells(name):
-    assert alarms(series(name)) == {}
+def test_of_a_slow_loss_only_evaluations_tell(name):
+    evaluated = "held_out" in RECORDED[name]
+    assert set(alarms(series(name), held_out(name))) == ({"benchmark"} if evaluated else set())
 
 
 def test_a_lower_limit_of_what_is_right_sees_in_time_that_a_live_teacher_forgets():
@@ -53,3 +75,25 @@ def test_a_collapse_begins_where_ten_points_are_lost():
     curve = [{"step": 10 * index, "accuracy": value} for index, value in enumerate((0.3, 0.8, 0.72, 0.7, 0.9))]
     assert collapse(curve) == (30, 0.8)
     assert collapse(curve[:3]) is None
+    assert [outcome(curve[:end]) for end in (3, 4, 5)] == ["never lost", "lost", "regained"]
+
+
+def test_curves_of_a_comparison(tmp_path, capsys):
+    """Every run counts once, by its seed and what became of it; the tuned ones do not."""
+    curves = {1: (0.5, 0.9, 0.9, 0.9), 2: (0.5, 0.9, 0.2, 0.2), 3: (0.9, 0.2, 0.2, 0.9), 0: (0.9, 0.2, 0.2, 0.2)}
+    for seed, values in curves.items():
+        curve = [{"step": 10 * index, "accuracy": value} for index, value in enumerate(values)]
+        run = {"settings": {"run": {"seed": seed, "base": "middling"}}, "curve": curve}
+        (tmp_path / f"opsd-seed{seed}.json").write_text(json.dumps(run))
+
+    main(["--curves", str(tmp_path)])
+
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == "| `drop` | `patience` | never lost, seed 1 (1) | regained, seed 3 (1) | lost, seed 2 (1) |"
+    assert {"| 0.05 | 2 | 0 | 1 | 1 |", "| 0.05 | 3 | 0 | 0 | 0 |"} <= set(rows)
+
+
+def test_a_curve_is_read_as_evaluations_are_logged():
+    [logged] = evaluations([{"step": 3, "accuracy": 0.5}], 100)
+    assert (logged["step"], logged["eval_curve/avg@1"]) == (3, 0.5)
+    assert logged["eval_curve/avg@1_low"] == pytest.approx(0.404, abs=1e-3)

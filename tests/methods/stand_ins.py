@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -171,6 +171,25 @@ def routed(seen: Seen) -> dict[str, Any]:
         "selected": key,
         "divergence_weights": [num_marked / size * 0.25] * size,
     }
+
+
+def routed_to_errors(seen: Seen) -> dict[str, Any]:
+    """The same where wrong ones are pulled at, whose only marked token is the second, if they have three."""
+    errors = [known and reward == 0.0 for known, reward in zip(seen.all.has_context, seen.all.rewards, strict=True)]
+    size, weight = len(seen.token_ids), sum(errors) / len(errors)
+    return {
+        "advantage": routed(seen)["advantage"],
+        "selected": [int(not seen.is_right and t == 1 and size > 2) for t in range(size)],
+        "divergence_weights": [weight / size] * size,
+    }
+
+
+def routed_to_both(seen: Seen) -> dict[str, Any]:
+    """Each rollout with a span has one divergence, by whether it is right."""
+    one = routed(seen) if seen.is_right else routed_to_errors(seen)
+    share = sum(seen.all.has_context) / len(seen.all.has_context) / len(seen.token_ids)
+    weights = {"divergence_weights": [sum(one["selected"]) * share] * len(seen.token_ids)}
+    return one | weights | {"objective": {"divergence": "forward_kl" if seen.is_right else "reverse_kl"}}
 
 
 def by_success(seen: Seen) -> dict[str, Any]:
@@ -445,7 +464,12 @@ STAND_INS = {
         metrics=("distillation_loss", "divergence_row_rate", "playbook/lessons"),
     ),
     "dasd": StandIn(
-        plain_loop.Method(**GRPO), by_entropy, GROUPS, has_reward=True, has_live_teacher=True, metrics=SHAPED
+        plain_loop.Method(**GRPO),
+        by_entropy,
+        GROUPS,
+        has_reward=True,
+        has_live_teacher=True,
+        metrics=(*SHAPED, "direction/pulled_token_rate"),
     ),
     "antisd": StandIn(
         plain_loop.Method(**GRPO),
@@ -510,6 +534,31 @@ STAND_INS = {
         right_ones,
         has_reward=True,
         metrics=("likelihood_loss", "likelihood_row_rate", "completions/retry_rate"),
+    ),
+}
+
+# What else a paper has under the name of a method: its name, and something behind a colon
+VARIANTS = {
+    "trace:errors": replace(
+        STAND_INS["trace"],
+        loss=replace(STAND_INS["trace"].loss, divergence="reverse_kl"),
+        formula=routed_to_errors,
+        settings={
+            **STAND_INS["trace"].settings,
+            "divergence": "reverse_kl",
+            "token_weights": {"trl_opsd.methods.trace.InSpans": {"kinds": ["error"]}},
+        },
+    ),
+    "trace:both": replace(
+        STAND_INS["trace"],
+        formula=routed_to_both,
+        settings={
+            **STAND_INS["trace"].settings,
+            "spans_divergence": {
+                "error": {"divergence": "reverse_kl", "support": "teacher_top_k", "top_k": 100, "clip": 0.05}
+            },
+            "token_weights": {"trl_opsd.methods.trace.InSpans": {"kinds": ["key", "error"]}},
+        },
     ),
 }
 

@@ -6,7 +6,7 @@ from collections import Counter
 import plain_loop
 import pytest
 import torch
-from methods.stand_ins import GROUPS, STAND_INS, Generated, Seen, begins_with_r, feedback_on
+from methods.stand_ins import GROUPS, STAND_INS, VARIANTS, Generated, Seen, begins_with_r, feedback_on
 from plain_loop import Row, loss_and_gradient, plain, probabilities
 from rollouts import make_rollouts
 from tiny import make_model
@@ -32,17 +32,18 @@ SGD = {"optim": "sgd", "learning_rate": 0.1}  # Adam would blow up the rounding 
 SHAPES = ["rlsd", "rlrt", "rlcsd", "dasd", "antisd", "sdpg"]  # GRPO's advantages, or adds to its loss
 HAS_ITS_OWN = ["egrsd", "cl_egrsd", "atmanrl"]  # advantages, which are there without a teacher
 ADDS = ["ssopd", "drift"]  # a divergence to GRPO's loss
+ALL = STAND_INS | VARIANTS
 REWARDED = [name for name, stand_in in STAND_INS.items() if stand_in.has_reward]
 
 
 @pytest.fixture
 def make_trainer(tokenizer, dataset, training_args, sampler):
     def make(name, **settings):
-        stand_in = STAND_INS[name]
+        stand_in = ALL[name]
         return SelfDistillationTrainer(
             make_model(tokenizer),
             reward_funcs=begins_with_r if stand_in.has_reward else None,
-            args=config_class(name)(**{**training_args, **SMALL, **stand_in.settings, **settings}),
+            args=config_class(name.partition(":")[0])(**{**training_args, **SMALL, **stand_in.settings, **settings}),
             train_dataset=dataset,
             processing_class=tokenizer,
         )
@@ -196,7 +197,7 @@ def read_by_the_teacher(trainer, sampler, rows, completions, texts, rewards, rep
 
 def plain_rows(trainer, name, rows, sampler, sampled_by, read_by):
     """What a method trains on, made here. The models are those that sampled, and that the teacher had at that time."""
-    tokenizer, stand_in, made = trainer.processing_class, STAND_INS[name], []
+    tokenizer, stand_in, made = trainer.processing_class, ALL[name], []
     prompts = [prompt_of(trainer, row) for row in rows]
     completions = sampler(prompts)
     if name == "star":
@@ -269,14 +270,14 @@ def best_of_two(trainer, sampler, rows, prompts, student):
     return chosen
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL)
 def test_loss_and_gradient_are_those_of_the_formula(make_trainer, sampler, name):
     """The policy has moved since the beginning when it samples, and once more before the loss."""
     trainer = make_trainer(name, num_iterations=2)
     initial, rows = plain(trainer.model), rows_for(trainer)
     shifted(trainer.model, 1)
     sampled_by = plain(trainer.model)
-    read_by = sampled_by if STAND_INS[name].has_live_teacher else initial
+    read_by = sampled_by if ALL[name].has_live_teacher else initial
     remembered = trainer.context.state_dict() if isinstance(trainer.context, Memory) else None
     batch = batch_of(trainer, rows)
     if remembered is not None:
@@ -284,8 +285,8 @@ def test_loss_and_gradient_are_those_of_the_formula(make_trainer, sampler, name)
     shifted(trainer.model, 2)
     with torch.no_grad():
         made = plain_rows(trainer, name, rows, sampler, sampled_by, read_by)
-    teacher = trainer.model if STAND_INS[name].has_live_teacher else initial  # a live one moves along
-    expected_loss, expected = loss_and_gradient(trainer.model, teacher, made, STAND_INS[name].loss)
+    teacher = trainer.model if ALL[name].has_live_teacher else initial  # a live one moves along
+    expected_loss, expected = loss_and_gradient(trainer.model, teacher, made, ALL[name].loss)
     loss, gradient = gradient_of(trainer, batch)
     assert loss == pytest.approx(expected_loss, rel=1e-4, abs=1e-6)
     assert gradient.keys() == expected.keys()
@@ -335,6 +336,28 @@ def test_without_its_teacher_it_is_grpo(make_trainer, tokenizer, dataset, traini
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "off"),
+    [
+        ("dasd", {"advantage_kwargs": {"strength": 0.0}}),
+        ("antisd", {"advantage_kwargs": {"strength": 0.0}}),
+        ("antisd_code", {"advantage_kwargs": {"strength": 0.0}}),
+        ("rlcsd", {"advantage_kwargs": {"strength": 0.0}}),
+        ("ssopd", {"divergence_coef": 0.0}),
+        ("sort", {"likelihood_coef": 0.0, "completions": "on_policy", "token_weights": {}}),
+    ],
+    ids=str,
+)
+def test_without_its_part_it_is_grpo(make_trainer, name, off):
+    without = {"token_weights": {}, "divergence_coef": 0.0, "likelihood_coef": 0.0, "completions": "on_policy"}
+    trainer, parent = make_trainer(name, **off), make_trainer(name, **PLAIN, **without)
+    passes = count_teacher_passes(trainer)
+    for one in (trainer, parent):
+        trained(one)
+    assert not passes
+    assert are_equal(weights(trainer), weights(parent))
+
+
 def assert_close(one, other):
     for name, value in weights(one).items():
         torch.testing.assert_close(other.model.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
@@ -363,6 +386,12 @@ def test_without_gold_stable_opd_is_the_policy_gradient_of_the_reverse_kl(make_t
         trained(make_trainer("stable_opd", **SGD, **off)),
         trained(make_trainer("opsdc", **{**SGD, **parent, "max_grad_norm": 1.0})),
     )
+
+
+def test_without_a_second_success_and_a_failure_mopd_is_sdpo(make_trainer):
+    shows_one = {"context_kwargs": {"correct": 1}}
+    off, parent = make_trainer("mopd", **shows_one), make_trainer("sdpo", **shows_one)
+    assert are_equal(weights(trained(off)), weights(trained(parent)))
 
 
 def test_without_an_exponent_sc_sdpo_is_sdpo(make_trainer):
@@ -404,6 +433,43 @@ def test_nothing_right_teaches_nothing(make_trainer, sampler, name):
         of_none = {name: [] for name in ("rlsd", "rlrt", "rlcsd", "antisd_code", "cipo")}
         assert rates == {**of_none, "sdpg": [1.0], "vpd": [0.0, 0.0]}.get(name, [0.0])
     assert are_equal(weights(trainer), before)
+
+
+@pytest.mark.parametrize("name", LEARN_FROM_WRONG)
+def test_nothing_right_is_no_obstacle(make_trainer, sampler, name):
+    sampler.patterns = ("WWWW",)
+    assert moves(make_trainer(name)) == (name != "atmanrl")  # whose rewards are all the same
+
+
+def moves(trainer):
+    """Whether training changes anything. What it logs is finite."""
+    before = weights(trainer)
+    for entry in logged(trained(trainer)):
+        assert all(math.isfinite(value) for value in entry.values())
+        assert entry["skipped_steps/total"] == 0.0
+    return not are_equal(weights(trainer), before)
+
+
+# They compare right rollouts with wrong ones, or learn from the right about the wrong
+COMPARE = ["rlsd", "rlrt", "rlcsd", "sdpg", "atmanrl", "cipo", "sort", "ssopd", "sc_sdpo", "drift", "drift_code"]
+
+
+@pytest.mark.parametrize("name", REWARDED)
+def test_all_right_is_no_obstacle(make_trainer, sampler, name):
+    sampler.patterns = ("RRRR",)
+    assert moves(make_trainer(name)) == (name not in COMPARE)
+
+
+# Where the teacher has read nothing: their advantages, or what takes the place of a rollout
+LEARN_ALONE = [*SHAPES, "egrsd", "cl_egrsd", "antisd_code", *ADDS, "drift_code", "trace", "star", "stable_opd", "sort"]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("cipo", "atmanrl")])  # no teacher
+def test_no_context_is_no_obstacle(make_trainer, name):
+    skipped = {"max_teacher_prompt_length": 1, "overlong_teacher_prompt": "skip", "max_steps": 1}
+    trainer = make_trainer(name, **skipped)
+    assert moves(trainer) == (name in LEARN_ALONE)
+    assert {entry.get("context_rate", 0.0) for entry in logged(trainer)} == {0.0}
 
 
 @pytest.mark.parametrize("name", ["correct_only", "star"])

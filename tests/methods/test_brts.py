@@ -100,11 +100,12 @@ def test_what_is_asked_of_the_teacher():
 def test_second_term_is_that_of_the_paper(tmp_path):
     """Over the whole vocabulary; its gradient has a teacher in it."""
     args = BRTSConfig(str(tmp_path), use_cpu=True, teacher="initial")
-    assert args.replaced_objective() == Objective("forward_kl", support="teacher_top_k", top_k=16)
+    [objective] = args.other_objectives().values()
+    assert objective == Objective("forward_kl", support="teacher_top_k", top_k=16)
     p_s, eye = torch.tensor([[0.6, 0.3, 0.1]]), Head(torch.eye(3), None, 1.0, None)
     for p_t, expected in (((0.2, 0.3, 0.5), 0.584996), ((0.2, 0.5, 0.3), 0.365274)):
         hidden = p_s.log().requires_grad_()
-        given = torch.tensor([p_t]).log(), eye, eye, torch.tensor([0]), torch.ones(1), args.replaced_objective()
+        given = torch.tensor([p_t]).log(), eye, eye, torch.tensor([0]), torch.ones(1), objective
         output = fused_divergence(hidden, *given)
         output.loss.backward()
         assert output.loss.item() == pytest.approx(expected, abs=1e-6)
@@ -216,6 +217,7 @@ def test_the_teacher_samples_by_its_own_settings(make_trainer, monkeypatch):
             "has no effect with `completions='on_policy'`",
         ),
         ({"replaced_divergence": {"divergnce": "jsd"}}, "is no divergence: .*divergnce"),
+        ({"spans_divergence": {"error": {}}}, "A span of a completion that took a rollout's place"),
         ({"replaced_divergence": {"top_k": 0}}, "is no divergence: `top_k` must be at least 1"),
         ({"replaced_divergence": {"support": "sampled_token"}}, "cannot have the support 'sampled_token'"),
         ({"replaced_divergence": {"temperature": 2.0}}, "nor a temperature of its own"),

@@ -11,7 +11,7 @@ DELTA = torch.tensor([0.1, -0.2, 0.4, -0.8, 1.0])
 OMEGA = torch.tensor([0.0548, -0.0163, -0.2208, -0.6366, -0.8140])
 
 
-def shaped(part, advantage, entropies, deltas):
+def shaped(part, advantage, entropies, deltas, **given):
     """Of rollouts of different lengths, the rest of which is not known."""
     width = max(map(len, entropies))
     entropy, delta, known = torch.zeros(3, len(entropies), width)
@@ -20,7 +20,7 @@ def shaped(part, advantage, entropies, deltas):
         known[row, : len(values)] = 1
     nothing = torch.zeros_like(delta)
     scores = TokenScores(known.bool(), nothing, delta, entropy, nothing, nothing)
-    return part(make_batch(known.bool(), advantages=advantage), scores)
+    return part(make_batch(known.bool(), advantages=advantage, **given), scores)
 
 
 def test_exact_values():
@@ -43,6 +43,14 @@ def test_teacher_that_is_the_student_almost_everywhere(deltas):
     found = shaped(DirectionByEntropy(), 0.3, [ENTROPY], [deltas])
     assert found.isfinite().all()
     assert found[0, :4].tolist() == [pytest.approx(0.3)] * 4
+
+
+def test_share_of_tokens_that_are_pulled_is_logged():
+    """Of five entropies, the first is below the quantile, and a token alone is at it."""
+    logged = {}
+    given = {"log": lambda name, *pair: logged.update({name: tuple(map(int, pair))})}
+    shaped(DirectionByEntropy(), 0.3, [ENTROPY, ENTROPY[:1]], [DELTA, DELTA[:1]], **given)
+    assert logged == {"direction/pulled_token_rate": (1, 6)}
 
 
 def test_off_it_is_grpo():

@@ -43,6 +43,18 @@ def test_gate_of_a_rollout(lookahead, expected):
     assert found.tolist() == [pytest.approx(expected, abs=1e-6)]
 
 
+def test_denominator_of_algorithm_1():
+    """The largest entropy is 3, and 2 of the least of two in a row."""
+    entropies = (1.0, 3.0, 1.0, 1.5, 2.0)
+    part = EntropyGated(length_bonus=0.0, lookahead=1)
+    least = torch.tensor([1.0, 1.0, 1.0, 1.5, 2.0])
+    assert of_entropies(part, entropies)[0].tolist() == pytest.approx((1 - 0.3 * least / 3.0).tolist())
+    replaced = replace(part, largest_of="replaced")
+    assert of_entropies(replaced, entropies)[0].tolist() == pytest.approx((1 - 0.3 * least / 2.0).tolist())
+    with pytest.raises(ValueError, match=r"`largest_of` must be one of \['raw', 'replaced'\], got 'all'"):
+        EntropyGated(largest_of="all")
+
+
 def test_lookahead_ends_with_the_rollout_and_never_lowers_a_weight():
     part = EntropyGated(length_bonus=0.0, lookahead=2)
     longer = (2.0, 0.1, 0.2, 0.3, 2.0, 2.0, 2.0)

@@ -6,13 +6,13 @@ from trl_opsd.methods import config_class
 from trl_opsd.objective import Head, fused_divergence
 
 
-def divergence(tmp_path, p_s=P_S, p_t=P_T, **settings):
+def divergence(tmp_path, p_s=P_S, p_t=P_T, token=0, **settings):
     """Of one token, and its gradient with respect to the student's logits."""
     logits, teacher = (torch.tensor([p]).log() for p in (p_s, p_t))
     logits.requires_grad_()
     args = config_class("rethinking_opd")(str(tmp_path), use_cpu=True, **settings)
     head = Head(torch.eye(len(p_s)))
-    output = fused_divergence(logits, teacher, head, head, torch.tensor([0]), torch.ones(1), args.objective())
+    output = fused_divergence(logits, teacher, head, head, torch.tensor([token]), torch.ones(1), args.objective())
     return output.loss.item(), torch.autograd.grad(output.loss, logits)[0][0].tolist()
 
 
@@ -63,3 +63,11 @@ def test_an_intersection_of_one_token_or_none_teaches_nothing(tmp_path):
         value, gradient = divergence(tmp_path, p_s, p_t, **settings)
         assert value == pytest.approx(0.0, abs=1e-7)
         assert gradient == pytest.approx([0.0] * len(p_s), abs=1e-7)
+
+
+@pytest.mark.parametrize(("token", "delta"), [(0, -1.098612), (1, 0.510826), (2, 1.098612)])
+def test_on_the_sampled_token_it_is_a_policy_gradient(tmp_path, token, delta):
+    """With advantage log p_T − log p_S: the code's support of 0 tokens."""
+    _, gradient = divergence(tmp_path, token=token, divergence_support="sampled_token")
+    expected = [delta * (p - (index == token)) for index, p in enumerate(P_S)]
+    assert gradient == pytest.approx(expected, abs=2e-6)

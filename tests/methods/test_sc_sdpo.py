@@ -24,6 +24,15 @@ def test_mean_over_undecided_groups_is_one():
     assert sum(found[1:4]) / 3 == pytest.approx(1.0)
 
 
+def test_mean_is_that_of_all_processes():
+    """Of the groups of the exact values, this one has the second alone."""
+    elsewhere = torch.tensor([0.5, 0.5, 0.0, 0.0]).view(-1, 1)  # weights of the first and the third
+    batch = make_batch(
+        torch.ones(2, 3).bool(), success_rate=0.25, group_size=2, gather=lambda own: torch.cat([own, elsewhere])
+    )
+    assert SweetSpot()(batch, None).flatten().tolist() == pytest.approx([0.9282] * 2, abs=1e-4)
+
+
 @pytest.mark.parametrize("rates", [(0.0, 1.0), (torch.nan,)])
 def test_nothing_undecided_weighs_nothing(rates):
     assert weights_of(SweetSpot(), *rates) == [0.0] * len(rates)

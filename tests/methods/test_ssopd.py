@@ -71,6 +71,17 @@ def test_the_mean_is_one_over_prompts():
     assert Undecided()(unknown, None).flatten().tolist() == [0.0] * 3 + [0.5] + [0.0] * 4
 
 
+def test_prompts_are_those_of_all_processes():
+    """Of two groups of four, this process has the first, whose fourth rollout has a pair."""
+    batch = make_batch(
+        torch.ones(4, 3).bool(),
+        correct=torch.tensor([True, False, True, False]),
+        has_context=torch.arange(4) == 3,
+        gather=lambda own: torch.cat([own, torch.zeros_like(own)]),
+    )
+    assert Undecided()(batch, None).flatten().tolist() == [0.0] * 3 + [0.5]
+
+
 def test_first_tokens_alone():
     kept = KeepFirst(2)(make_batch(torch.ones(1, 3).bool()), None)
     assert kept.tolist() == [True, True, False]

@@ -47,6 +47,12 @@ def test_divergence_is_a_mean_over_all_tokens_of_all_rollouts():
         InSpans(kinds=["keys"])(make_batch(MASK, spans=SPANS), None)
 
 
+def test_rollouts_are_those_of_all_processes():
+    """On another process there are three more, and none of them has a span."""
+    batch = make_batch(MASK, spans=SPANS, gather=lambda own: torch.cat([own, torch.zeros_like(own)]))
+    assert InSpans()(batch, None)[0].tolist() == [0.0, *[pytest.approx(2 * 1 / 6 * 1 / 4)] * 2, 0.0]
+
+
 # In a trainer
 
 
@@ -224,6 +230,32 @@ def test_a_server_that_fails_ends_the_run_after_a_checkpoint(make_trainer, tmp_p
 def test_a_context_without_spans(make_trainer):
     with pytest.raises(ValueError, match=r"`privileged_context='solution'` marks none\. Set it to 'diagnosis'"):
         make_trainer(privileged_context="solution", context_kwargs=None)
+
+
+BOTH = {
+    "spans_divergence": {"error": {"divergence": "reverse_kl"}},
+    "token_weights": {"trl_opsd.methods.trace.InSpans": {"kinds": ["key", "error"]}},
+}
+
+
+def test_each_kind_of_spans_has_a_divergence_of_its_own_in_the_log(make_trainer):
+    trainers = [make_trainer(**settings) for settings in (BOTH, {})]
+    for trainer in trainers:
+        trained(trainer)
+    both, one = map(logged, trainers)
+    assert both[0]["distillation_loss"] == pytest.approx(one[0]["distillation_loss"])
+    assert both[0]["spans/error_distillation_loss"] > 0
+    assert "spans/error_distillation_loss" not in one[0]
+
+
+def test_a_divergence_of_spans_that_nobody_marks(make_trainer):
+    of_none = {**BOTH, "spans_divergence": {"erorr": {"divergence": "reverse_kl"}}}
+    with pytest.raises(ValueError, match=r"kinds \['erorr'\], and the method reads spans of \['error', 'key'\]"):
+        make_trainer(**of_none)
+    with pytest.raises(ValueError, match=r"`spans_divergence=.* is no divergence: .*divergnce"):
+        make_trainer(spans_divergence={"error": {"divergnce": "jsd"}})
+    with pytest.raises(ValueError, match="the method reads spans of no kind"):
+        make_trainer(spans_divergence=BOTH["spans_divergence"], token_weights={}, advantage="grpo", schedules={})
 
 
 def test_another_mean_is_refused(tmp_path):

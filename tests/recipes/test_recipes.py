@@ -117,6 +117,7 @@ PAPERS = {
     "rlrt/qwen3-4b-instruct": (128 * 8, 2, 200, 0.01),
     "rlcsd/qwen3-8b": (16 * 8, 4, 400, 0.01),
     "trace/qwen3-8b": (32 * 8, 1, 300, 0.01),
+    "trace/qwen3-1.7b-errors": (32 * 8, 1, 300, 0.01),
     "resd/qwen3-4b": (32, 1, 200, 0.0),
     "resd/qwen3-4b-released": (32, 1, 200, 0.0),
     "rlrt/qwen3-8b": (128 * 8, 2, 200, 0.01),

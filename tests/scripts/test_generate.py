@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -36,7 +37,7 @@ MAKERS = {
     },
 }
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(ROOT.glob("recipes/playground/generate-*.yaml"))
+RECIPES = sorted(ROOT.glob("recipes/*/generate-*.yaml"))
 
 
 def even(completions, number, **kwargs):
@@ -106,7 +107,10 @@ def test_star_end_to_end(generate, capsys):
         assert record["completion"] == completions[record["row"], record["seed"]]["completion"]
         assert (record["correct"], record["reward"], record["truncated"]) == (True, 1.0, False)
         assert record["model"]
-    assert f"{len(records)} records of 8 rows" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert f"{len(records)} records of 8 rows" in printed.out
+    for what in ("first tries", "hinted retries"):  # how far it is, how long it took, and how long it will take
+        assert re.search(rf"{what}: +\d+%.*[1-9]/\d \[\d+:\d+<\d+:\d+", printed.err)
 
 
 @pytest.mark.parametrize("maker", list(MAKERS))
@@ -431,24 +435,28 @@ def test_help(args, capsys):
     assert "The maker is one of rollouts, star, mixsd, pbsd, tessy" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_the_shipped_recipe_makes_data(generate, model_path, tmp_path, recipe):
-    values, maker = yaml.safe_load(recipe.read_text()), recipe.stem.removeprefix("generate-")
-    assert f"generate {maker} --config recipes/playground/{recipe.name}" in recipe.read_text()
+    values, is_small = yaml.safe_load(recipe.read_text()), recipe.parent.name == "playground"
+    maker = recipe.stem.removeprefix("generate-") if is_small else recipe.parent.name
+    assert f"generate {maker} --config {recipe.relative_to(ROOT)}" in recipe.read_text()
     (arguments,) = make_parser().parse_args_and_config(["--config", str(recipe)])
-    assert all(getattr(arguments, name) == value for name, value in values.items() if name != "reward_funcs")
+    parsed = values.keys() - {"reward_funcs", "column_mapping"}
+    assert all(getattr(arguments, name) == values[name] for name in parsed)
     rows = [{**row, "solution": row["answer"]} for row in lines("rows.jsonl")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = {"model_name_or_path": model_path, "dataset_name": "rows.jsonl", "output_dir": "run", "limit": 2}
+    if not is_small:  # data, rewards and a second model of one's own
+        small |= dict.fromkeys(("dataset_config", "column_mapping", "prompt_template"))
+        small |= {"backend": "transformers", "reward_funcs": "rewards_of_test_generate.even", "temperature": 1.0}
+        small |= {"teacher": {"model_name_or_path": model_path, "backend": "transformers"}} if maker == "tessy" else {}
     if maker == "tessy":  # what the tiny model says ends early, in no box
-        small["maker_kwargs"] = {
-            **values["maker_kwargs"],
-            "end_of_thinking": "e",
-            "answer_tokens": 150,
-            "max_tries": 9,
-        }
+        spoken = {"end_of_thinking": "e", "answer_tokens": 150, "max_tries": 9}
+        spoken |= {} if "teacher" not in small else {"boundary": "rewards_of_test_generate.vowels"}
+        small["maker_kwargs"] = {**values["maker_kwargs"], **spoken, "student_opening": "", "teacher_opening": None}
     assert generate(maker, **{**values, **small, "success_threshold": 0.0, "max_new_tokens": 200}) == 0
 
 
-def test_there_is_a_recipe_of_every_maker_with_a_paper():
-    assert {path.stem.removeprefix("generate-") for path in RECIPES} == set(ALL_MAKERS) - {"rollouts"}
+def test_there_is_a_recipe_of_every_maker():
+    small = {path.stem for path in RECIPES if path.parent.name == "playground"}
+    assert small == {f"generate-{maker}" for maker in ALL_MAKERS}

@@ -441,7 +441,7 @@ def make_watch(trainer: Any, spec: Run, rows: dict[str, Any]) -> Any:
                 self._spent = self._generated
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if "train_runtime" in logs:
+            if "loss" not in logs:  # an evaluation, or the end
                 return
             spent, self._steps = self._before, state.global_step
             if arm.trainer == "trl_sft":

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 from .base import Falling, Guard, MetricGuard, Relative, Rising
 
@@ -155,14 +156,16 @@ class Benchmark(Guard):
             What is logged of an evaluation, larger is better, such as `"eval_reward"`. `None` takes the mean of
             `avg@k` over the benchmarks that are evaluated while training.
         drop (`float`, *optional*, defaults to `0.05`):
-            Most that it may be below the best. With benchmarks, the upper end of its interval has to be below the
-            best as well.
+            Most that it may be below the best. With benchmarks, it also has to be below by more than the 95 % interval
+            of the difference, with Bonferroni's correction for the evaluations that the best is the best of.
         patience (`int`, *optional*, defaults to `2`):
             Evaluations in a row.
 
     Attributes:
         scores (`dict[int, float]`):
             The scores so far, by optimizer step.
+        lows (`dict[int, float]`):
+            Lower ends of their intervals, likewise.
     """
 
     advice = "fewer steps, a lower `learning_rate`, a teacher that moves less."
@@ -172,6 +175,7 @@ class Benchmark(Guard):
     score: str | None = None
     drop: float = 0.05
     scores: dict[int, float] = field(default_factory=dict, init=False, repr=False)
+    lows: dict[int, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -189,24 +193,30 @@ class Benchmark(Guard):
             ]
         if not names:
             return None
-        value = sum(measured[name] for name in names) / len(names)
-        high = sum(measured.get(f"{name}_high", measured[name]) for name in names) / len(names)
+        value, low, high = (
+            sum(measured.get(name + end, measured[name]) for name in names) / len(names)
+            for end in ("", "_low", "_high")
+        )
         if math.isnan(value):
             return None
-        self.scores = {**self.scores, step: value}
+        self.scores, self.lows = {**self.scores, step: value}, {**self.lows, step: low}
         best_step = max(self.scores, key=lambda one: self.scores[one])
         best = self.scores[best_step]
-        if value >= best - self.drop or high >= best:
+        quantile = NormalDist().inv_cdf
+        # The best of many is so by luck as well
+        widened = quantile(1 - 0.025 / max(1, len(self.scores) - 1)) / quantile(0.975)
+        chance = widened * math.hypot(best - self.lows[best_step], high - value)
+        if value >= best - max(self.drop, chance):
             return ""
         what = "The mean accuracy on the benchmarks" if self.score is None else f"`{self.score}`"
         return f"{what} is {value:.3g}, and was {best:.3g} at step {best_step}."
 
     def state_dict(self):
-        return {**super().state_dict(), "scores": list(self.scores.items())}
+        return {**super().state_dict(), "scores": list(self.scores.items()), "lows": list(self.lows.items())}
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.scores = dict(state["scores"])
+        self.scores, self.lows = dict(state["scores"]), dict(state["lows"])
 
 
 GUARDS: dict[str, type[Guard]] = {

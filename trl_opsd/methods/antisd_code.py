@@ -32,9 +32,9 @@ class AntiSDCodeConfig(
     Chosen here, as our notes of the code do not say: the warm-up's median is over its rollouts, and its deviation over
     its tokens; a step is a generation batch; the reference of the gate is that median. Deviations: the student's
     probabilities are those from before the update, where the code takes the current ones; the rollout that is shown is
-    the first correct one, where the code draws one, and it is not cut after its answer; the teacher is not told
-    whether the rollout that it scores is correct; the code's option to leave out rollouts of 12,000 tokens and more is
-    not offered; the wording of the prompt is this library's.
+    the first correct one, where the code draws one, and it is neither cut after its answer nor to 3,072 tokens; the
+    teacher is not told whether the rollout that it scores is correct; the code's option to leave out rollouts of
+    12,000 tokens and more is not offered; the wording of the prompt is this library's.
 
     All parameters are those of [`SelfDistillationConfig`].
     """

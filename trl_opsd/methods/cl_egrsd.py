@@ -15,8 +15,8 @@ class CLEGRSDConfig(EGRSDConfig, defaults={"advantage_kwargs": {"gate": 0.3, "lo
     entropy of a token and the W = `lookahead` after it: what is uncertain for a moment keeps its weight. The paper
     takes γ = `gate` 1.0 and W = 5 for 8B models. See [`EntropyGated`] for the formula. It needs a reward.
 
-    The paper's eq. 8 and its Algorithm 1 disagree on what the entropies are divided by; this is eq. 8. What else is
-    chosen here is as in [`EGRSDConfig`].
+    The paper's eq. 8 and its Algorithm 1 disagree on what the entropies are divided by; this is eq. 8, and
+    `largest_of: replaced` in `advantage_kwargs` is Algorithm 1. What else is chosen here is as in [`EGRSDConfig`].
 
     All parameters are those of [`SelfDistillationConfig`].
     """

@@ -89,14 +89,17 @@ class DirectionByEntropy(Advantage):
     def __call__(self, batch: Batch, scores: TokenScores | None) -> torch.Tensor:
         if scores is None:
             return batch.advantages
-        pull = torch.zeros_like(scores.delta)
+        direction, scaled = torch.zeros(2, *scores.delta.shape, device=scores.delta.device)
         for row, known in enumerate(scores.known):
             if known.any():
-                pull[row, known] = self._pull(scores.delta[row, known], scores.student_entropy[row, known])
-        return batch.advantages + self.strength * pull
+                direction[row, known] = self._direction(scores.student_entropy[row, known])
+                scaled[row, known] = self._scaled(scores.delta[row, known])
+        batch.log("direction/pulled_token_rate", (direction > 0).sum(), scores.known.sum())
+        return batch.advantages + self.strength * direction * torch.sigmoid(scaled.abs() - 1) * scaled
 
-    def _pull(self, delta: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+    def _direction(self, entropy: torch.Tensor) -> torch.Tensor:
         deviation = (entropy - entropy.mean()).abs().mean()
-        direction = torch.tanh((entropy.quantile(self.quantile) - entropy) / (deviation + self.epsilon))
-        scaled = delta / (delta.abs().quantile(0.5) + self.epsilon)  # between the middle two of an even number
-        return direction * torch.sigmoid(scaled.abs() - 1) * scaled
+        return torch.tanh((entropy.quantile(self.quantile) - entropy) / (deviation + self.epsilon))
+
+    def _scaled(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta / (delta.abs().quantile(0.5) + self.epsilon)  # between the middle two of an even number

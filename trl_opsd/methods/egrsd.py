@@ -80,8 +80,10 @@ class EntropyGated(Advantage):
         floor (`float`, *optional*, defaults to `0.1`):
             Least weight that the gate leaves.
         lookahead (`int`, *optional*, defaults to `0`):
-            W. H_t is replaced by the least entropy of token t and the W after it. H_max stays that of the entropies
-            as they are, as in the paper's eq. 8; its Algorithm 1 has that of the replaced ones.
+            W. H_t is replaced by the least entropy of token t and the W after it.
+        largest_of (`str`, *optional*, defaults to `"raw"`):
+            Of which entropies H_max is the largest, where W is not 0: `"raw"`, those before they are replaced, as in
+            the paper's eq. 8; or `"replaced"`, as in its Algorithm 1.
         warmup_steps (`int`, *optional*, defaults to `10`):
             Batches in which A = r − ½.
     """
@@ -94,6 +96,7 @@ class EntropyGated(Advantage):
     gate: float = 0.3
     floor: float = 0.1
     lookahead: int = 0
+    largest_of: str = "raw"
     warmup_steps: int = 10
     _past: dict[str, Any] = field(
         default_factory=lambda: {"num_batches": 0, "count": 0, "mean": 0.0, "squares": 0.0}, init=False
@@ -102,6 +105,8 @@ class EntropyGated(Advantage):
     def __post_init__(self) -> None:
         if self.lookahead < 0:
             raise ValueError(f"`lookahead` must not be negative, got {self.lookahead}.")
+        if self.largest_of not in ("raw", "replaced"):
+            raise ValueError(f"`largest_of` must be one of ['raw', 'replaced'], got {self.largest_of!r}.")
 
     @property
     def needs_scores(self) -> bool:
@@ -150,11 +155,12 @@ class EntropyGated(Advantage):
 
     def _gate(self, batch: Batch, scores: TokenScores) -> torch.Tensor:
         entropy = scores.teacher_entropy
-        largest = batch.gather(entropy.where(scores.known, 0.0).amax().view(1)).max().clamp(min=1.0)
         least = ahead = entropy.where(scores.known, torch.inf)
         for _ in range(self.lookahead):
             ahead = torch.nn.functional.pad(ahead[:, 1:], (0, 1), value=torch.inf)
             least = torch.minimum(least, ahead)
+        counted = entropy if self.largest_of == "raw" else least
+        largest = batch.gather(counted.where(scores.known, 0.0).amax().view(1)).max().clamp(min=1.0)
         return (1 - self.gate * least / largest).clamp(self.floor, 1.0)
 
     def state_dict(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class RESDConfig(
     p_S(v), in the code the bounded teacher is data. As in the code, it is data here; the values are the same. They
     differ in what is on as well. The paper's largest ratio is 5 and its weights are on for two of its tasks
     (`token_weights={}` turns them off); the released script has no largest ratio (`divergence_ratio_high=None`) and
-    weights.
+    weights. The paper's Algorithm 1 copies the weights to the teacher (`teacher="periodic"`), and its text averages.
 
     Chosen here: lessons, and the counts of what helps and harms, are lines at the end of a reflection; when one is
     stale; how long rollouts are. Deviations: no buffer of prompts by priority; several updates from a batch of prompts

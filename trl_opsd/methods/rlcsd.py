@@ -59,7 +59,7 @@ class RLCSDConfig(
                 year         = 2026,
                 eprint       = {arXiv:2606.11709},
             }"""),
-        status="seen-paper",
+        status="seen-paper, seen-code",
     )
 
     def __post_init__(self) -> None:

@@ -60,7 +60,8 @@ class TRACEConfig(
     on a `"server"`, as in its main result; `"columns"`, or a function of one's own. What it says that cannot be used
     is left out and counted. The paper's variant for weak base models pulls at errors, by the reverse KL, instead:
     `token_weights={"trl_opsd.methods.trace.InSpans": {"kinds": ["error"]}}` and `divergence="reverse_kl"`. Both at
-    once, of which the paper speaks as an option, is not on offer: a run has one divergence.
+    once, of which the paper speaks as an option, are `{"kinds": ["key", "error"]}` and `spans_divergence={"error":
+    {"divergence": "reverse_kl", "support": "teacher_top_k", "top_k": 100, "clip": 0.05}}`.
 
     Chosen here: the 100 tokens are the teacher's, with an entry for all others; the temperature of both distributions
     is that of the rollouts; segments are lines, and sentences in them; spans are cut where the quarter is full;

@@ -9,12 +9,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from trl_opsd.files import write_whole
-from trl_opsd.methods import TRAINABLE, config_class, method_of_recipe
+from trl_opsd.methods import TRAINABLE, method_of_recipe
 
 
 if TYPE_CHECKING:
     from trl_opsd import SelfDistillationTrainer
-    from trl_opsd.scripts.recipe import RecipeParser
 
 
 def make_parser() -> ArgumentParser:
@@ -102,10 +101,13 @@ def main(argv: Sequence[str]) -> int:
 def _page(asked: Namespace, fields: list[str]) -> str:
     from trl_opsd.report.token_page import inspected_rollouts, reward_facts, token_page
     from trl_opsd.scripts.inputs import load_datasets, load_reward_funcs
+    from trl_opsd.scripts.train import make_parser as make_training_parser
     from trl_opsd.scripts.train import make_trainer
     from trl_opsd.trainer.score import reward, score
 
-    parser = _recipe_parser(asked.method or method_of_recipe(asked.config))
+    method = asked.method or method_of_recipe(asked.config)
+    hint = "It has no meaning here: a page is made in one process."
+    parser = make_training_parser(method, "trl-opsd inspect", launch_hint=hint)
     script_args, args, model_args, dataset_args = parser.parse_args_and_config(
         ["--config", str(asked.config), *fields]
     )
@@ -144,21 +146,6 @@ def _page(asked: Namespace, fields: list[str]) -> str:
         ("completions", str(asked.completions or f"sampled at temperature {args.temperature:g}")),
     ]
     return token_page(f"Rollouts of {asked.model}", rollouts, about, trainer.teacher_prompt.tokenizer)
-
-
-def _recipe_parser(method: str) -> "RecipeParser":
-    from trl import DatasetMixtureConfig, ModelConfig
-
-    from trl_opsd.scripts.inputs import SelfDistillationScriptArguments
-    from trl_opsd.scripts.recipe import RecipeParser
-    from trl_opsd.trainer.checks.settings import RETIRED
-
-    return RecipeParser(
-        (SelfDistillationScriptArguments, config_class(method), ModelConfig, DatasetMixtureConfig),
-        prog="trl-opsd inspect",
-        retired=RETIRED,
-        launch_hint="It has no meaning here: a page is made in one process.",
-    )
 
 
 def _checkpoint(folder: Path) -> Path | None:

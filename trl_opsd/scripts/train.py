@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 
 
-def make_parser(method: str, prog: str | None = None) -> RecipeParser:
+def make_parser(method: str, prog: str | None = None, **kwargs: Any) -> RecipeParser:
     """
     Makes the parser of a training command.
 
@@ -30,6 +30,8 @@ def make_parser(method: str, prog: str | None = None) -> RecipeParser:
             A method, or `"distill"` for none.
         prog (`str`, *optional*):
             Name of the program in help and errors.
+        **kwargs:
+            Further keyword arguments of [`RecipeParser`].
 
     Returns:
         [`RecipeParser`]:
@@ -49,6 +51,7 @@ def make_parser(method: str, prog: str | None = None) -> RecipeParser:
         description=f"{summary(method)} A recipe file has any of the fields below as keys; flags take precedence over "
         "it. Started as `trl-opsd`, flags of `accelerate launch` and `--accelerate_config name_or_path` may be mixed "
         "in.",
+        **kwargs,
     )
 
 
@@ -93,9 +96,6 @@ def run(
         dataset_args ([`~trl.DatasetMixtureConfig`]):
             Mixture of datasets, instead of `script_args.dataset_name`.
     """
-    import transformers
-    from packaging.version import Version
-
     from trl_opsd.report import PromptPreviewCallback
 
     if model_args.model_name_or_path is None:
@@ -134,8 +134,7 @@ def run(
         trainer.push_to_hub(dataset_name=None if name is None or Path(name).expanduser().exists() else name)
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
 
-    if Version(transformers.__version__) >= Version("5.18.0"):
-        trainer.end()
+    trainer.accelerator.end_training()  # or threads of the processes' group may abort a process that is done
 
 
 def make_trainer(

@@ -185,6 +185,9 @@ class SelfDistillationConfig(GRPOConfig):
             Divergence for completions that took the place of rollouts, if it is another, as fields of [`Objective`]:
             `{"divergence": "forward_kl", "support": "teacher_top_k", "top_k": 16}`. What is left out is that class's
             default, and not the above; the temperature is the same.
+        spans_divergence (`dict[str, Any]` or `str`, *optional*):
+            Divergence for the spans that the context marks, if it is another: such fields by the kind of the spans,
+            `{"error": {"divergence": "reverse_kl"}}`.
         distillation_temperature (`float`, *optional*):
             Temperature both sets of logits are divided by inside the loss. `None` uses the sampling `temperature`.
 
@@ -278,6 +281,7 @@ class SelfDistillationConfig(GRPOConfig):
         "target_kwargs",
         "guards",
         "replaced_divergence",
+        "spans_divergence",
         "teacher_chat_template_kwargs",
         "teacher_model_init_kwargs",
         "teachers",
@@ -335,6 +339,7 @@ class SelfDistillationConfig(GRPOConfig):
     target: str | None = None
     target_kwargs: dict[str, Any] | str | None = None
     replaced_divergence: dict[str, Any] | str | None = None
+    spans_divergence: dict[str, Any] | str | None = None
     distillation_temperature: float | None = None
 
     divergence_coef: float = 1.0
@@ -475,9 +480,10 @@ class SelfDistillationConfig(GRPOConfig):
             temperature=cast(float, self.distillation_temperature),
         )
 
-    def replaced_objective(self) -> Objective | None:
-        """That of completions that took the place of rollouts, if it is another."""
-        if self.replaced_divergence is None:
-            return None
-        fields = cast(dict[str, Any], self.replaced_divergence)
-        return Objective(**{"temperature": cast(float, self.distillation_temperature), **fields})
+    def other_objectives(self) -> dict[str, Objective]:
+        """Those of some tokens, if they are others, by the name that these have in a batch."""
+        given = {} if self.replaced_divergence is None else {"replaced": self.replaced_divergence}
+        of_spans = cast(dict[str, Any], self.spans_divergence or {})
+        given |= {f"spans/{kind}": fields for kind, fields in of_spans.items()}
+        temperature = {"temperature": cast(float, self.distillation_temperature)}
+        return {name: Objective(**temperature | cast(dict[str, Any], fields)) for name, fields in given.items()}

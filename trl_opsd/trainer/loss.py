@@ -1,6 +1,6 @@
 """The loss of a micro-batch: three terms, each with a stream of its own, from one pass of the student."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -37,7 +37,7 @@ from .metrics import Metrics, add_divergence, add_sampler_difference
 from .pass_loss import Found, MicroBatchLoss, PassLoss
 from .policy import PolicyTerm, scaled_term
 from .signals import shaped_advantages
-from .token_groups import in_order, joined, replaced_tokens, some_of, teacher_numbers, token_groups
+from .token_groups import in_order, joined, marked_tokens, some_of, teacher_numbers, token_groups
 
 
 logger = logging.get_logger(__name__)
@@ -60,8 +60,8 @@ class SelfDistillationLoss:
             Student and teacher.
         objective ([`Objective`]):
             Which divergence, over which tokens.
-        replaced_objective ([`Objective`], *optional*):
-            That of completions that took the place of rollouts, if it is another.
+        other_objectives (`Mapping[str, Objective]`):
+            Those of some tokens, if they are others, by the name that these have in a batch.
         signals ([`Signals`]):
             Coefficients of the terms, and weights of tokens that depend on the policy as it is in the loss.
     """
@@ -72,13 +72,13 @@ class SelfDistillationLoss:
         accelerator: Accelerator,
         networks: Networks,
         objective: Objective,
-        replaced_objective: Objective | None,
+        other_objectives: Mapping[str, Objective],
         signals: Signals,
     ):
         self.networks = networks
         self._args = args
         self._accelerator = accelerator
-        self._objective, self._replaced_objective = objective, replaced_objective
+        self._objective, self._other_objectives = objective, other_objectives
         self._signals = signals
         self._logged: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # by parts that are asked in the loss
         self._is_deepspeed = accelerator.state.deepspeed_plugin is not None
@@ -174,13 +174,15 @@ class SelfDistillationLoss:
         def of_tokens(values: Callable[[dict[str, Any]], torch.Tensor]) -> torch.Tensor:
             return torch.cat([values(rows)[rows["divergence_mask"].bool()] for rows in passes])
 
-        numbers = of_tokens(teacher_numbers)
-        if self._replaced_objective is not None:
+        numbers, others = of_tokens(teacher_numbers), torch.ones_like(output.finite, dtype=torch.bool)
+        for name in self._other_objectives:
             # Two divergences have no mean
-            replaced = of_tokens(replaced_tokens)
-            finite = output.finite.bool() & replaced
-            metrics.add_rate("replaced_distillation_loss", output.divergence[finite].sum(), finite.sum())
-            output, numbers = some_of(output, ~replaced), numbers[~replaced]
+            marked = of_tokens(partial(marked_tokens, name=name))
+            finite = output.finite.bool() & marked
+            divergence = output.divergence[finite]
+            metrics.add_rate(f"{name}_distillation_loss", divergence.sum(), finite.sum())
+            others = others & ~marked
+        output, numbers = some_of(output, others), numbers[others]
         add_divergence(metrics, output, teacher.knows_entropy, clips)
         for number, (name, one) in enumerate(teacher.members.items()):
             own = numbers == number
@@ -321,8 +323,8 @@ class SelfDistillationLoss:
             read = partial(self.networks.log_probs_of, hidden, student_head, token_ids, selected)
             choices = partial(self._choices, rows, selected, hidden, student_head, targets)
             factors = self._factors(rows, selected, read, choices, policy)
-            given = inside, replaced_tokens(rows)[selected], targets, factors.likelihood is not None
-            groups = token_groups(*given, self._objective, self._replaced_objective)
+            marked = [(marked_tokens(rows, name)[selected], its) for name, its in self._other_objectives.items()]
+            groups = token_groups(inside, targets, factors.likelihood is not None, self._objective, marked)
             loss, outputs = factors.policy_value, []
             log_probs, entropies = torch.zeros(2, len(hidden), device=device)
             for tokens, states, head, objective in groups:
@@ -367,7 +369,7 @@ class SelfDistillationLoss:
                 torch.ones_like(token_ids, dtype=torch.bool),
                 torch.zeros(len(hidden), device=hidden.device),
             )
-            groups = token_groups(inside, ~inside, targets, False, self._objective, None)
+            groups = token_groups(inside, targets, False, self._objective)
             memory, kernel = self._args.divergence_memory, self._args.divergence_kernel
             outputs = []
             for tokens, states, teacher_head, objective in groups:
@@ -471,7 +473,7 @@ def make_loss(
     )
     if accelerator.state.deepspeed_plugin is None and getattr(accelerator.state, "fsdp_plugin", None) is None:
         networks.check_logits(policy)  # sharded models run only wrapped
-    objectives = args.objective(), args.replaced_objective()
+    objectives = args.objective(), args.other_objectives()
     return SelfDistillationLoss(args, accelerator, networks, *objectives, signals)
 
 

@@ -30,9 +30,11 @@ class TokenGroup(NamedTuple):
     objective: Objective
 
 
-def replaced_tokens(rows: dict[str, Any]) -> torch.Tensor:
-    """The tokens of completions that took the place of rollouts, of shape `(B, T)`, bool."""
-    return rows["replaced"].unsqueeze(1).expand_as(rows["completion_mask"])
+def marked_tokens(rows: dict[str, Any], name: str) -> torch.Tensor:
+    """The tokens that a batch has under a name, for themselves or for their rows, of shape `(B, T)`, bool."""
+    mask = rows["completion_mask"]
+    marked = rows[name] if name in rows else torch.zeros_like(mask).bool()  # nobody is asked about spans in a step
+    return (marked if marked.dim() == 2 else marked.unsqueeze(1)).expand_as(mask)
 
 
 def teacher_numbers(rows: dict[str, Any]) -> torch.Tensor:
@@ -43,11 +45,10 @@ def teacher_numbers(rows: dict[str, Any]) -> torch.Tensor:
 
 def token_groups(
     inside: torch.Tensor,
-    replaced: torch.Tensor,
     targets: Sequence[TokenTargets],
     counts_others: bool,
     objective: Objective,
-    replaced_objective: Objective | None,
+    objectives: Sequence[tuple[torch.Tensor, Objective]] = (),
 ) -> list[TokenGroup]:
     """
     The groups of the tokens of a pass.
@@ -55,16 +56,14 @@ def token_groups(
     Args:
         inside (`torch.Tensor` of shape `(N,)`, bool):
             Those that the divergence counts.
-        replaced (`torch.Tensor` of shape `(N,)`, bool):
-            Those of completions that took the place of rollouts.
         targets (`Sequence[TokenTargets]`):
             What the teachers say of those inside, or nothing.
         counts_others (`bool`):
             Whether the likelihood of the others counts.
         objective ([`Objective`]):
             The divergence.
-        replaced_objective ([`Objective`], *optional*):
-            That of replaced completions, if it is another.
+        objectives (`Sequence[tuple[torch.Tensor, Objective]]`, *optional*):
+            Tokens that have another, as masks of shape `(N,)`, with theirs.
     """
     if not targets:
         return [TokenGroup(None, None, None, objective)]
@@ -73,12 +72,12 @@ def token_groups(
     # Where all teachers have run, some have no token
     for states, head, tokens in [its for its in targets if its.tokens is None or its.tokens.any()] or targets[:1]:
         own = inside if tokens is None else inside.masked_scatter(inside, tokens)
-        if replaced_objective is not None and (replaced & own).any():
+        marked = [(own & mask, its) for mask, its in objectives if (own & mask).any()]
+        if marked:
             assert not isinstance(states, TopLogProbs)  # no server's
-            groups += [
-                TokenGroup(own & ~replaced, states[~replaced[own]], head, objective),
-                TokenGroup(own & replaced, states[replaced[own]], head, replaced_objective),
-            ]
+            rest = own & ~torch.stack([mask for mask, _ in marked]).any(dim=0)
+            for mask, its in [(rest, objective), *marked]:
+                groups.append(TokenGroup(mask, states[mask[own]], head, its))
         else:
             is_all = not others and (tokens is None or bool(tokens.all()))
             groups.append(TokenGroup(None if is_all else own, states, head, objective))

@@ -262,7 +262,7 @@ def _check_likelihood_alone(name: str, signals: Signals, args: SelfDistillationC
 
 def check_parts_and_context(signals: Signals, context: PrivilegedContext, args: SelfDistillationConfig) -> None:
     """
-    Refuse parts that need more of a context than it gives: prompts to contrast with, or spans.
+    Refuse parts and divergences that need more of a context than it gives: prompts to contrast with, or spans.
 
     Args:
         signals ([`Signals`]):
@@ -281,6 +281,12 @@ def check_parts_and_context(signals: Signals, context: PrivilegedContext, args: 
             "The method treats some spans of a rollout in another way than the rest, and "
             f"`privileged_context={args.privileged_context!r}` marks none. Set it to 'diagnosis', or to a class with "
             "`marks`."
+        )
+    marked = context.kinds if any(part.needs_spans for part in parts) and isinstance(context, MarkingContext) else ()
+    if unmarked := {*cast(dict[str, Any], args.spans_divergence or {})} - {*marked}:
+        raise ValueError(
+            f"`spans_divergence` has one for spans of the kinds {sorted(unmarked)}, and the method reads spans of "
+            f"{list(marked) or 'no kind'}. Leave it unset, or name those."
         )
     if not any(part.needs_contrast for part in parts) and signals.target is None:
         return

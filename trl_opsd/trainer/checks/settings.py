@@ -165,22 +165,27 @@ def objective(args: "SelfDistillationConfig") -> None:
 
 
 def divergence_of_replaced_completions(args: "SelfDistillationConfig") -> None:
-    if args.replaced_divergence is None:
-        return
-    given = f"`replaced_divergence={args.replaced_divergence}`"
-    if args.completions == "on_policy":
+    if args.replaced_divergence is not None and args.completions == "on_policy":
         raise ValueError(
-            f"{given} has no effect with `completions='on_policy'`, which replaces no rollout. Choose other "
-            "completions, or leave it unset."
+            f"`replaced_divergence={args.replaced_divergence}` has no effect with `completions='on_policy'`, which "
+            "replaces no rollout. Choose other completions, or leave it unset."
         )
+
+
+def divergences_of_some_tokens(args: "SelfDistillationConfig") -> None:
+    names = [name for name in ("replaced_divergence", "spans_divergence") if getattr(args, name) is not None]
+    if not names:
+        return
+    given = " and ".join(f"`{name}={getattr(args, name)}`" for name in names)
+    if len(names) == 2:
+        raise ValueError(f"A span of a completion that took a rollout's place would have {given}. Leave one unset.")
     if args.teacher_server_base_url is not None:
         raise ValueError(f"{given} cannot be combined with {_server(args)}. Leave one unset.")
     try:
-        objective = args.replaced_objective()
+        objectives = args.other_objectives().values()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{given} is no divergence: {error}") from error
-    assert objective is not None
-    if objective.support == "sampled_token" or objective.temperature != args.distillation_temperature:
+    if any(its.support == "sampled_token" or its.temperature != args.distillation_temperature for its in objectives):
         raise ValueError(
             f"{given} cannot have the support 'sampled_token', for tokens that the student sampled, nor a temperature "
             "of its own. Leave them out."
@@ -338,6 +343,7 @@ CHECKS: tuple[Check, ...] = (
     adapter_of_no_engine,
     objective,
     divergence_of_replaced_completions,
+    divergences_of_some_tokens,
     tail_of_no_top_k,
     correction_of_truncated_sampling,
     memory_of_a_sleeping_engine,
