@@ -20,10 +20,10 @@ from .smollm2 import MODEL_DIR, SIZE, prepare_model
 Messages = list[dict[str, str]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Wording:
     """
-    A way to show facts.
+    A way to show facts, as a context.
 
     Args:
         make (`Callable[[Mapping[str, Any]], list[dict[str, str]]]`):
