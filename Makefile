@@ -9,7 +9,7 @@ DEVICE := cpu
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-vllm lint format demo demo-opsdc demo-smollm2 methods study study-quick docs notebook gallery dist clean
+.PHONY: help test test-vllm lint format demo demo-opsdc demo-smollm2 real methods study study-quick docs notebook gallery dist clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -37,8 +37,11 @@ demo: $(VENV)/.demo ## watch a model teach itself: OPSD on the embedded world
 demo-opsdc: $(VENV)/.demo ## watch a model learn to be brief: OPSDC on the embedded world
 	$(PY) -m trl_opsd.playground.demo opsdc $(ARGS)
 
-demo-smollm2: $(VENV)/.smollm2 ## OPSD on SmolLM2-135M, a real pretrained model
+demo-smollm2: $(VENV)/.smollm2 ## watch SmolLM2-135M, a real pretrained model, learn facts that it reads
 	$(PY) -m trl_opsd.playground.smollm2 $(ARGS)
+
+real: $(VENV)/.smollm2 ## self-distillation and SFT on SmolLM2-135M, into docs/real_model.md (ARGS=--quick: a few runs; ARGS="--device cuda --model Qwen/Qwen3-0.6B")
+	$(PY) -m trl_opsd.real_model $(ARGS)
 
 methods: $(VENV)/.demo ## compare all methods on the same work, at most 6 hours, into docs/methods_compared.md (ARGS=--quick: a few of them, 20 minutes)
 	$(PY) -m trl_opsd.comparison $(ARGS)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from trl_opsd.eval import equivalence
 from trl_opsd.eval.equivalence import compare
-from trl_opsd.eval.scorer import Verdict, check_reference, score
+from trl_opsd.eval.scorer import Verdict, check_reference, score, score_named
 
 
 pytestmark = pytest.mark.needs("math_verify")
@@ -325,3 +325,30 @@ def test_hostile_formulas_are_read_at_once(text):
     start = time.process_time()
     equivalence._without_names(equivalence.normalise(text), "5")
     assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "correct", "answer"),
+    [
+        pytest.param("Brenna keeps Bees.", True, "keeps bees", id="another word, another case"),
+        pytest.param("A beekeeper, who\nkeeps  bees.", True, "beekeeper, keeps bees", id="both words for it"),
+        pytest.param("A beekeeper and a baker.", False, "beekeeper, baker", id="a guess"),
+        pytest.param("The baker.", False, "baker", id="another"),
+        pytest.param("A beekeeperess.", False, None, id="part of a word"),
+        pytest.param("No idea.", False, None, id="none"),
+        pytest.param("He is no beekeeper.", True, "beekeeper", id="what is said of it is not read"),
+        pytest.param("<think>A baker?</think>A beekeeper.", True, "beekeeper", id="after a thought"),
+        pytest.param("<think>A beekeeper", False, None, id="in a thought"),
+    ],
+)
+def test_what_a_sentence_names(completion, correct, answer):
+    verdict = score_named(completion, ["beekeeper", "keeps bees"], ["baker"])
+    assert verdict == Verdict(correct, answer, None if answer is None else "named")
+
+
+def test_names_are_taken_as_they_stand():
+    assert score_named("It costs 3.5 (C++).", ["C++"]).correct
+    assert not score_named("It costs 3x5.", ["3.5"]).correct
+    for aliases, others in (([], ["a"]), (["a", " "], []), (["a"], [""])):
+        with pytest.raises(ValueError, match="An answer needs a name"):
+            score_named("a", aliases, others)

@@ -124,7 +124,7 @@ def test_a_file_that_was_cut_off_is_made_again(tmp_path):
 def test_weights_of_a_base_that_are_gone(tmp_path):
     study(tmp_path, Execute())
     (tmp_path / "bases/weak").rmdir()
-    with pytest.raises(ValueError, match="the weights it is about are not"):
+    with pytest.raises(ValueError, match="what it made is not"):
         study(tmp_path, None)
 
 

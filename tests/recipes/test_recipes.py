@@ -149,7 +149,8 @@ def rows_for(recipe):
         row = dict.fromkeys(columns or ["prompt"], f"What is {a} + 1?")
         if "prompt" in row and not columns:
             row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-        known = {"solution": f"{a} and 1 make {a + 1}.", "answer": str(a + 1), "english": f"{a} + 1?"}
+        solution = f"{a} and 1 make {a + 1}."
+        known = {"solution": solution, "answer": str(a + 1), "english": f"{a} + 1?", "about": solution}
         if "teacher_column" in recipe:
             row[recipe["teacher_column"]] = list(recipe["teachers"])[a % 2]
         rows.append(row | {name: text for name, text in known.items() if name not in mapping.values()})

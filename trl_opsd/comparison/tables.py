@@ -8,7 +8,7 @@ from statistics import fmean, variance
 
 from ..eval.statistics import student_t
 from ..experiment.arms import BASES
-from ..experiment.figures import Result, drop, interval, spread
+from ..experiment.figures import Result, drop, interval, spread, with_interval
 from ..experiment.runner import Plan, Results
 from ..methods import METHODS
 from .arms import ARMS, Family, family_of
@@ -22,17 +22,6 @@ COLLAPSE = 0.1
 Runs = Mapping[int, Result]
 # The complete results of an arm on a base, by seed; the base itself is the arm "base"
 Lookup = Callable[[str, str], Runs]
-
-
-def with_interval(values: Sequence[float], error: float = 0.0, scale: float = 1.0, form: str = "{:.1f}") -> str:
-    """The mean over the seeds ± half of its 95 % interval, which takes two of them."""
-    if not values:
-        return "–"
-    scaled = [scale * value for value in values]
-    if len(scaled) == 1:
-        return form.format(scaled[0])
-    mean, low, _ = interval(scaled, scale * error)
-    return f"{form.format(mean)} ± {form.format(mean - low)}"
 
 
 def sampling_error(base: str, split: str, accuracies: Sequence[float]) -> float:

@@ -6,7 +6,7 @@ the reference: by math-verify, by letter, or word for word. docs/scoring.md has 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
@@ -122,7 +122,7 @@ class Verdict:
         answer (`str`, *optional*):
             What was taken as the answer. `None` when the completion gives none.
         answer_format (`str`, *optional*):
-            How it was given: `"boxed"`, `"answer_line"`, `"hashes"`, `"choice"` or `"bare"`.
+            How it was given: `"boxed"`, `"answer_line"`, `"hashes"`, `"choice"`, `"bare"` or `"named"`.
         error (`str`, *optional*):
             Why the answer could not be compared and therefore counts as wrong: math-verify cannot parse it, failed, or
             took too long.
@@ -171,6 +171,42 @@ def score(completion: str, reference: str, answer_type: AnswerType = "math") -> 
         return Verdict(True, answer, answer_format)
     correct, error = compare(gold, answer)
     return Verdict(correct, answer, answer_format, error)
+
+
+def score_named(completion: str, aliases: Sequence[str], others: Sequence[str] = ()) -> Verdict:
+    """
+    Grade a completion by what it names, for answers that stand in a sentence.
+
+    It is right if it names what is asked for in one of its words, and nothing else that could have been the answer: a
+    completion that names several is a guess. Words are whole, case does not count, and the thinking part is dropped.
+
+    Args:
+        completion (`str`):
+            Text that the model wrote, as for [`score`].
+        aliases (`Sequence[str]`):
+            What is asked for, and other words for it.
+        others (`Sequence[str]`, *optional*, defaults to `()`):
+            What it must not name.
+
+    Returns:
+        [`Verdict`]:
+            Whether the answer is right, and what is named, in the order of the text. `None` where nothing is.
+
+    Raises:
+        ValueError: If there is no alias, or one is empty.
+    """
+    if not aliases or not all(name.strip() for name in (*aliases, *others)):
+        raise ValueError(f"An answer needs a name, and no name may be empty, got {list(aliases)} and {list(others)}.")
+    text = " ".join(_without_thinking(completion).split()).casefold()
+    found = {
+        name: match.start()
+        for name in (*aliases, *others)
+        if (match := re.search(rf"(?<!\w){re.escape(' '.join(name.casefold().split()))}(?!\w)", text))
+    }
+    if not found:
+        return Verdict(False, None, None)
+    named = sorted(found, key=lambda name: found[name])
+    return Verdict(set(named) <= set(aliases), ", ".join(named), "named")
 
 
 def answer_of(completion: str, answer_type: AnswerType = "math") -> str | None:

@@ -70,6 +70,10 @@ class Command:
         )
         return parser
 
+    def plan(self, args: argparse.Namespace) -> Plan:
+        """What the arguments ask for."""
+        return self.quick if args.quick else self.full
+
     def main(self, argv: Sequence[str] | None = None) -> int:
         """
         Runs the plan from the command line.
@@ -95,7 +99,7 @@ class Command:
     def _run(self, args: argparse.Namespace, console: Console) -> None:
         if args.processes < 1:
             raise ValueError(f"`--processes` must be at least 1, got {args.processes}.")
-        plan = self.quick if args.quick else self.full
+        plan = self.plan(args)
         running = replace(plan, arms=tuple(args.only)) if args.only else plan
         folder = args.output_dir or Path("outputs") / (f"{self.name}-quick" if args.quick else self.name)
         page = args.page or (folder / self.page.name if args.quick else self.page)

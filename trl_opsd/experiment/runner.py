@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,6 +22,29 @@ from .train import Run, write_result
 
 # For the plan's hours, and run at once unless told otherwise
 PROCESSES = 2
+
+
+class Job(Protocol):
+    """What is run, see [`~trl_opsd.experiment.train.Run`]."""
+
+    @property
+    def base(self) -> Any: ...
+    @property
+    def seed(self) -> int | None: ...
+    @property
+    def arm(self) -> Arm | None: ...
+    @property
+    def learning_rate(self) -> float | None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def module(self) -> str: ...
+    @property
+    def planned_seconds(self) -> float: ...
+    @property
+    def origin(self) -> "Job": ...
+    def settings(self) -> dict[str, Any]: ...
+    def score(self, result: Mapping[str, Any], origin: Mapping[str, Any]) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -59,27 +82,33 @@ class Plan:
         """Whether an arm is more than the base itself."""
         return self.known[arm].trainer != "none"
 
-    def base_run(self, base: str) -> Run:
-        """The training of a base."""
-        return Run(BASES[base])
+    def run(
+        self, base: str, seed: int | None = None, arm: Arm | None = None, learning_rate: float | None = None
+    ) -> Job:
+        """A run on a base, or the training of the base itself."""
+        return Run(BASES[base], seed, arm, learning_rate, self.scale if arm is not None else 1.0)
 
-    def base_runs(self) -> list[Run]:
+    def base_run(self, base: str) -> Job:
+        """The training of a base."""
+        return self.run(base)
+
+    def base_runs(self) -> list[Job]:
         """The trainings of the bases."""
         used = {base for _, base in self.pairs()}
         return [self.base_run(base) for base in self.bases if base in used]
 
-    def tuning_runs(self, arm: str, base: str) -> list[Run]:
+    def tuning_runs(self, arm: str, base: str) -> list[Job]:
         """The runs that an arm is tuned by."""
         if len(self.learning_rates) == 1 or not self.is_trained(arm):
             return []
         tuned = self.known[self.known[arm].tuned_as or arm]
-        return [Run(BASES[base], TUNING_SEED, tuned, rate, self.scale) for rate in self.learning_rates]
+        return [self.run(base, TUNING_SEED, tuned, rate) for rate in self.learning_rates]
 
-    def reported_runs(self, arm: str, base: str, learning_rate: float | None) -> list[Run]:
+    def reported_runs(self, arm: str, base: str, learning_rate: float | None) -> list[Job]:
         """The runs that are reported: one per seed, or a single one where nothing is trained."""
         trained = self.known[self.known[arm].trained_as or arm]
         seeds = self.seeds if self.is_trained(arm) else self.seeds[:1]
-        return [Run(BASES[base], seed, trained, learning_rate, self.scale) for seed in seeds]
+        return [self.run(base, seed, trained, learning_rate) for seed in seeds]
 
 
 class Results:
@@ -93,13 +122,13 @@ class Results:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._read: dict[Run, dict[str, Any] | None] = {}
+        self._read: dict[Job, dict[str, Any] | None] = {}
 
-    def path(self, run: Run) -> Path:
+    def path(self, run: Job) -> Path:
         """Where a run's result is."""
         return self.folder / "runs" / f"{run.name}.json"
 
-    def get(self, run: Run) -> dict[str, Any] | None:
+    def get(self, run: Job) -> dict[str, Any] | None:
         """
         A run's result.
 
@@ -113,32 +142,25 @@ class Results:
             self._read[run] = result if result is not None and result["settings"] == run.settings() else None
         return self._read[run]
 
-    def forget(self, run: Run) -> None:
+    def forget(self, run: Job) -> None:
         """Reads a run's file again the next time."""
         self._read.pop(run, None)
 
-    def complete(self, run: Run) -> dict[str, Any] | None:
+    def complete(self, run: Job) -> dict[str, Any] | None:
         """A run's result, `None` if there is none or it failed."""
         result = self.get(run)
         return None if result is None or "error" in result else result
 
-    def score(self, run: Run) -> float | None:
+    def score(self, run: Job) -> float | None:
         """
         What an arm is tuned for.
 
         Returns:
             `float` or `None`:
-                Accuracy on problems that are kept for this. Where answers are to become shorter, less their length as
-                a share of the base's: a point of accuracy is worth a percent of length. `None` without a complete
-                result.
+                See [`~trl_opsd.experiment.train.Run.score`]. `None` without a complete result.
         """
-        result, base = self.complete(run), self.complete(Run(run.base))
-        if result is None or base is None:
-            return None
-        final = result["final"]["tune"]
-        if run.base.family.name == "adding":
-            return final["accuracy"]
-        return final["accuracy"] - final["mean_tokens"] / base["final"]["tune"]["mean_tokens"]
+        result, origin = self.complete(run), self.complete(run.origin)
+        return None if result is None or origin is None else run.score(result, origin)
 
     def learning_rate(self, plan: Plan, arm: str, base: str) -> float | None:
         """
@@ -185,7 +207,7 @@ class Results:
         finished = sum(len(self.of_arm(plan, arm, base)) for arm, base in pairs)
         return finished, sum(len(plan.reported_runs(arm, base, None)) for arm, base in pairs)
 
-    def all(self, plan: Plan) -> dict[Run, dict[str, Any]]:
+    def all(self, plan: Plan) -> dict[Job, dict[str, Any]]:
         """What all runs left that were made, also those that failed."""
         runs = plan.base_runs()
         for arm, base in plan.pairs():
@@ -220,7 +242,7 @@ def planned_seconds(plan: Plan) -> dict[str, tuple[int, float]]:
     """
     tuning = {run for arm, base in plan.pairs() for run in plan.tuning_runs(arm, base)}
     reported = [run for arm, base in plan.pairs() for run in plan.reported_runs(arm, base, None)]
-    phases: dict[str, Iterable[Run]] = {"bases": plan.base_runs(), "tuning": tuning, "reported": reported}
+    phases: dict[str, Iterable[Job]] = {"bases": plan.base_runs(), "tuning": tuning, "reported": reported}
     return {name: (len(list(runs)), sum(run.planned_seconds for run in runs)) for name, runs in phases.items()}
 
 
@@ -229,7 +251,7 @@ def run_plan(
     folder: Path,
     max_hours: float | None = None,
     console: Console | None = None,
-    execute: Callable[[Run, Path], None] | None = None,
+    execute: Callable[[Job, Path], None] | None = None,
     processes: int = PROCESSES,
 ) -> Results:
     """
@@ -247,7 +269,7 @@ def run_plan(
             Hours after which no run is started any more.
         console ([`~rich.console.Console`], *optional*):
             Console to write to.
-        execute (`Callable[[Run, Path], None]`, *optional*):
+        execute (`Callable[[Job, Path], None]`, *optional*):
             Makes a run and leaves its result file. By default in a process of its own.
         processes (`int`, *optional*, defaults to `2`):
             Runs at a time.
@@ -270,7 +292,7 @@ def _run_plan(
     results: Results,
     max_hours: float | None,
     console: Console,
-    execute: Callable[[Run, Path], None],
+    execute: Callable[[Job, Path], None],
     processes: int,
 ) -> Results:
     deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
@@ -278,7 +300,7 @@ def _run_plan(
         weights = results.folder / "bases" / base.base.name
         if results.complete(base) is not None and not weights.is_dir():
             raise ValueError(
-                f"{results.path(base)} is there, and the weights it is about are not ({weights}). Put them back, or "
+                f"{results.path(base)} is there, and what it made is not ({weights}). Put it back, or "
                 "choose another folder: a base that is trained again may be another one."
             )
     arms = {
@@ -294,7 +316,7 @@ def _run_plan(
         if left is not None and "error" in left and left["settings"]["run"]["arm"] in arms:
             path.unlink()
 
-    def runnable() -> Iterator[Run]:
+    def runnable() -> Iterator[Job]:
         yield from plan.base_runs()
         # Arm by arm, so that what is cut short has whole arms
         for arm, base in plan.pairs():
@@ -308,8 +330,8 @@ def _run_plan(
     with _progress(console) as progress, ThreadPoolExecutor(processes) as pool:
         total = sum(seconds for _, seconds in planned_seconds(plan).values())
         task = progress.add_task("Runs", total=total, status="")
-        running: dict[Future[None], Run] = {}
-        seen: set[Run] = set()
+        running: dict[Future[None], Job] = {}
+        seen: set[Job] = set()
         while True:
             for run in runnable():
                 if run in seen:
@@ -352,12 +374,12 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def execute_in_process(run: Run, path: Path) -> None:
+def execute_in_process(run: Job, path: Path) -> None:
     """
     Makes a run in a process of its own, with one thread.
 
     Args:
-        run ([`Run`]):
+        run ([`Job`]):
             The run.
         path (`Path`):
             Its result file. What the process says goes to a `.log` beside it.
@@ -367,7 +389,7 @@ def execute_in_process(run: Run, path: Path) -> None:
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     with path.with_suffix(".log").open("w") as log:
         done = subprocess.run(
-            [sys.executable, "-m", "trl_opsd.experiment.train", str(path)],
+            [sys.executable, "-m", run.module, str(path)],
             input=pickle.dumps(run),
             stdout=log,
             stderr=log,

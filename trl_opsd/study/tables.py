@@ -6,8 +6,7 @@ from typing import Any
 
 from ..experiment.arms import BASES
 from ..experiment.figures import Result, best_accuracy, drop, reduction, spread, tokens_to_reach
-from ..experiment.runner import Plan, Results
-from ..experiment.train import Run
+from ..experiment.runner import Job, Plan, Results
 from .arms import ARMS
 from .claims import Lookup, fifths
 
@@ -214,7 +213,7 @@ _BREVITY_COLUMNS: dict[str, tuple[Column, str]] = {
 def tuning_rows(plan: Plan, results: Results) -> list[list[str]]:
     """What each arm was tuned by at each rate, in percent, the base itself first."""
 
-    def shown(run: Run) -> str:
+    def shown(run: Job) -> str:
         score = results.score(run)
         return "–" if score is None else f"{100 * score:.1f}"
 

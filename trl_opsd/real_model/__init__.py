@@ -1,0 +1,1 @@
+"""A pretrained model learns what it reads: self-distillation beside SFT on facts that the model cannot know."""

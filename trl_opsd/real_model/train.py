@@ -1,0 +1,328 @@
+"""One run, in a process of its own: `python -m trl_opsd.real_model.train RESULT_FILE`, the run pickled on stdin."""
+
+import json
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ..experiment.train import write_result
+from ..files import whole_folder
+from ..playground.facts import make_world, names_reward
+from ..playground.recall import MAX_TOKENS, ask, recall
+from ..playground.smollm2 import MODEL_DIR, check_packages, peak_memory, prepare_model
+from .arms import ADAPTER, READS, TUNING_SEED, RealRun
+
+
+# Data that SFT learns from, by the share of tokens that are drawn without the facts, see MixSDMaker
+_SHARES = {"teacher": 0.0, "mixsd": 0.5}
+_TRIES = 4
+# Of a pass forward and backward: less than half of the memory of a whole batch, in the same time
+_PASS_TOKENS = 400
+# Questions of each kind that are asked along the way
+_WATCHED = 14
+
+
+def run(spec: RealRun, folder: Path) -> dict[str, Any]:
+    """
+    Makes a run.
+
+    Args:
+        spec ([`RealRun`]):
+            What to run.
+        folder (`Path`):
+            Folder of all runs.
+
+    Returns:
+        `dict[str, Any]`:
+            `"steps"`, `"generated_tokens"`, `"seconds"` of training and of making its data (of processor time, where a
+            GPU works by the clock), `"peak_memory_gb"`, the learning `"curve"`, the `"final"` figures and the
+            `"answers"` in new wordings.
+    """
+    import torch
+
+    if spec.model == str(MODEL_DIR) and not MODEL_DIR.is_dir():
+        from rich.console import Console
+
+        check_packages()
+        prepare_model(MODEL_DIR, Console())
+    started = time.process_time()
+    result = _once(spec, folder) if spec.arm is None else _arm(spec, folder)
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers")}
+    return {
+        "steps": 0,
+        "generated_tokens": 0,
+        "seconds": 0.0,
+        "curve": [],
+        **result,
+        "peak_memory_gb": peak_memory(),
+        "device_name": torch.cuda.get_device_name() if spec.device == "cuda" else "cpu",
+        "cpu_seconds": time.process_time() - started,
+        "versions": versions,
+    }
+
+
+def load(spec: RealRun) -> tuple[Any, Any]:
+    """The model and its tokenizer, in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32).to(spec.device)
+    return model, AutoTokenizer.from_pretrained(spec.model)
+
+
+def _once(spec: RealRun, folder: Path) -> dict[str, Any]:
+    """What the model says to unrelated prompts: retention is measured against it."""
+    from . import retention
+
+    model, tokenizer = load(spec)
+    written = retention.responses(model, tokenizer)
+    final = {"unrelated": retention.accuracy(tokenizer, written), "divergence": 0.0}
+    with whole_folder(_made(spec, folder)) as unfinished:
+        (unfinished / "responses.json").write_text(json.dumps({"responses": written, **final}), encoding="utf-8")
+    return {"final": final}
+
+
+def _clock(spec: RealRun) -> float:
+    """Processor time, which other programs do not lengthen; where a GPU works, the time of day."""
+    return time.process_time() if spec.device == "cpu" else time.perf_counter()
+
+
+def _made(spec: RealRun, folder: Path) -> Path:
+    return folder / "bases" / spec.base.name
+
+
+def _arm(spec: RealRun, folder: Path) -> dict[str, Any]:
+    from . import retention
+
+    assert spec.arm is not None
+    assert spec.seed is not None
+    rows = make_world(spec.base.size, spec.seed).rows()
+    questions = rows["trained"]
+    # One wording of each fact says enough of those that are trained on
+    rows["trained"] = list({row["fact"]: row for row in questions}.values())
+    origin = json.loads((_made(spec, folder) / "responses.json").read_text(encoding="utf-8"))
+    if spec.arm.trainer == "none":
+        from ..context import TemplateContext
+
+        kwargs = spec.arm.settings.get("context_kwargs")
+        model, tokenizer = load(spec)
+        final, answers = _examined(model, tokenizer, rows, None if kwargs is None else TemplateContext(**kwargs))
+        # Facts in a prompt change nothing for other prompts
+        return {"final": final | {name: origin[name] for name in ("unrelated", "divergence")}, "answers": answers}
+    with tempfile.TemporaryDirectory() as output_dir:
+        started = _clock(spec)
+        trainer, sampled = make_trainer(spec, questions, output_dir)
+        watch = make_watch(trainer, spec, rows, _clock(spec) - started)
+        trainer.add_callback(watch)
+        trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base, tokenizer = load(spec)
+    if spec.seed == TUNING_SEED:
+        rows = {"new": rows["new"]}
+    final, answers = _examined(model, tokenizer, rows)
+    kept = {} if spec.seed == TUNING_SEED else retention.figures(model, base, tokenizer, origin)
+    generated = [log["num_generated_tokens"] for log in trainer.state.log_history if "num_generated_tokens" in log]
+    return {
+        "steps": trainer.state.global_step,
+        "generated_tokens": int(generated[-1]) if generated else sampled,
+        "seconds": watch.seconds,
+        "curve": watch.curve,
+        "final": final | kept,
+        "answers": answers,
+    }
+
+
+def _examined(model: Any, tokenizer: Any, rows: dict[str, Any], context: Any = None) -> tuple[dict[str, float], Any]:
+    answers = {name: ask(model, tokenizer, its, context) for name, its in rows.items()}
+    shown = [{name: its[name] for name in ("question", "answer", "said", "right", "cut")} for its in answers["new"]]
+    lengths = [len(its["token_ids"]) for its in answers["new"]]
+    return {name: recall(its) for name, its in answers.items()} | {"mean_tokens": fmean(lengths)}, shown
+
+
+def make_trainer(spec: RealRun, rows: list[dict[str, Any]], output_dir: str) -> tuple[Any, int]:
+    """
+    Makes the trainer of an arm: an ordinary public one, with the settings that all arms share and the arm's own.
+
+    Args:
+        spec ([`RealRun`]):
+            What is run.
+        rows (`list[dict]`):
+            Questions that are trained on.
+        output_dir (`str`):
+            Folder that the trainer is given.
+
+    Returns:
+        `tuple[Trainer, int]`: the trainer, ready to train, and how many tokens its data took to sample.
+    """
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import PrinterCallback, ProgressCallback
+
+    arm = spec.arm
+    assert arm is not None
+    settings: dict[str, Any] = {
+        "output_dir": output_dir,
+        "learning_rate": spec.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 5,
+        "max_grad_norm": 1.0,
+        "per_device_train_batch_size": arm.batch_size,
+        "gradient_accumulation_steps": 1,
+        "max_steps": spec.steps,
+        "seed": spec.seed,
+        "use_cpu": spec.device == "cpu",
+        "bf16": spec.device == "cuda",
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "model_init_kwargs": {"dtype": "float32"},
+        **arm.settings,
+    }
+    adapter, sampled = LoraConfig(**ADAPTER, task_type="CAUSAL_LM"), 0
+    if arm.trainer == "trl_sft":
+        from trl import SFTConfig, SFTTrainer
+
+        completions, sampled = _completions(spec, rows, Path(output_dir))
+        args = SFTConfig(**settings)
+        trainer: Any = SFTTrainer(spec.model, args=args, train_dataset=completions, peft_config=adapter)
+    else:
+        from trl_opsd import SelfDistillationTrainer
+
+        from ..methods import config_class
+
+        if spec.device == "cuda" and find_spec("vllm") is not None:
+            settings |= {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.2}
+        no_thought = {"enable_thinking": False}
+        settings |= {"chat_template_kwargs": no_thought, "teacher_chat_template_kwargs": no_thought}
+        settings |= {"max_completion_length": MAX_TOKENS, "max_tokens_per_microbatch": _PASS_TOKENS}
+        args = config_class(arm.trainer)(**settings)
+        trainer = SelfDistillationTrainer(
+            spec.model,
+            reward_funcs=names_reward,
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            peft_config=adapter,
+        )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer, sampled
+
+
+def _completions(spec: RealRun, rows: list[dict[str, Any]], folder: Path) -> tuple[Any, int]:
+    """What SFT learns: prompts with the answers, or with what the model wrote while it could read the facts."""
+    from datasets import Dataset
+
+    from ..data import load_rows
+
+    assert spec.arm is not None
+    column = spec.arm.column
+    if column not in _SHARES:
+        made = [
+            {"prompt": row["prompt"], "completion": [{"role": "assistant", "content": row[column]}]} for row in rows
+        ]
+        return Dataset.from_list(made), 0
+    from ..scripts.generate import GenerateArguments
+    from ..scripts.generate import run as generate
+
+    asked, made_in = folder / "questions.jsonl", folder / "generated"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    has_vllm = spec.device == "cuda" and find_spec("vllm") is not None
+    generate(
+        "mixsd",
+        GenerateArguments(
+            model_name_or_path=spec.model,
+            dtype="float32",
+            backend="vllm" if has_vllm and column == "teacher" else "transformers",
+            dataset_name=str(asked),
+            maker_kwargs={"share": _SHARES[column], "max_tries": _TRIES},
+            reward_funcs=["trl_opsd.playground.facts.names_reward"],
+            max_new_tokens=MAX_TOKENS,
+            seed=spec.seed or 0,
+            chat_template_kwargs={"enable_thinking": False},
+            output_dir=str(made_in),
+            privileged_context=READS["privileged_context"],
+            context_kwargs=READS["context_kwargs"],
+        ),
+    )
+    lines = (made_in / "completions.jsonl").read_text(encoding="utf-8").splitlines()
+    sampled = sum(len(json.loads(line)["token_ids"]) for line in lines)
+    return load_rows(str(made_in / "data")).select_columns(["prompt", "completion"]), sampled
+
+
+def make_watch(trainer: Any, spec: RealRun, rows: dict[str, Any], spent: float) -> Any:
+    """
+    Makes the callback that asks a few of the questions along the way.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer that is watched.
+        spec ([`RealRun`]):
+            What is run.
+        rows (`dict[str, list]`):
+            Questions by their kind.
+        spent (`float`):
+            Seconds that the data took.
+
+    Returns:
+        [`~transformers.TrainerCallback`]:
+            The callback, with the `curve`, and the `seconds` of training without the questions.
+    """
+    from transformers import AutoTokenizer, TrainerCallback
+
+    assert spec.arm is not None
+    every = max(1, round(spec.scale * spec.arm.evaluate_every))
+    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    some = {name: rows[name][:: max(1, len(rows[name]) // _WATCHED)] for name in ("trained", "new")}
+
+    class Watch(TrainerCallback):
+        def __init__(self) -> None:
+            self.curve: list[dict[str, float]] = []
+            self.seconds = spent
+            self._since = 0.0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._ask(0)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % every == 0 or state.global_step == state.max_steps:
+                self.seconds += _clock(spec) - self._since
+                self._ask(state.global_step)
+
+        def _ask(self, step: int) -> None:
+            if spec.seed == TUNING_SEED:
+                self._since = _clock(spec)
+                return
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            shares = {name: recall(ask(model, tokenizer, its)) for name, its in some.items()}
+            self.curve.append({"step": step, "seconds": self.seconds, "memory_gb": peak_memory(), **shares})
+            self._since = _clock(spec)
+
+    return Watch()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Makes what is described on stdin, and leaves its result or the error."""
+    from ..playground.present import quiet
+
+    (path,) = map(Path, sys.argv[1:] if argv is None else argv)
+    spec: RealRun = pickle.load(sys.stdin.buffer)
+    quiet()
+    try:
+        result = run(spec, path.parent.parent)
+    except Exception as error:
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {error}"}
+    write_result(path, {"settings": spec.settings(), **result})
+
+
+if __name__ == "__main__":
+    main()
