@@ -115,4 +115,5 @@ $(VLLM_VENV)/.done: $(VENV)/.python pyproject.toml tests/sampler/requirements.tx
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement tests/sampler/requirements.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps ./tests/sampler/cpu_build --editable .
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --target $(VLLM_VENV)/torchvision torchvision==0.28.0
 	@touch $@

@@ -146,7 +146,9 @@ def _qwen2_5_vl(tokenizer: Any, text: dict[str, Any]) -> PreTrainedModel:
 def _qwen3_vl(tokenizer: Any, text: dict[str, Any]) -> PreTrainedModel:
     vision = {**QWEN_VISION, "out_hidden_size": text["hidden_size"], "deepstack_visual_indexes": [0]}
     vision["num_position_embeddings"] = 64
-    config = Qwen3VLConfig(text_config=_of_qwen(text), vision_config=vision, **_ids(tokenizer, **QWEN_TOKENS))
+    text = _of_qwen(text)
+    text["rope_parameters"]["mrope_interleaved"] = True  # for vLLM: transformers takes it for granted
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer, **QWEN_TOKENS))
     return Qwen3VLForConditionalGeneration(config)
 
 

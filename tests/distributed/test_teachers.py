@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.launch import launch
+from distributed.launch import job, launch
 from distributed.resume import BETWEEN, assert_resumed, pair
 from peft import PeftModel
 from tiny import make_model, make_tokenizer
@@ -37,6 +37,11 @@ def models(tmp_path_factory):
     return folder
 
 
+def several(models):
+    wider = {"teacher": "external", "teacher_model_name_or_path": str(models / "external")}
+    return {"teacher": "several", "teachers": {"maths": wider, "code": {"teacher": "ema", **TEACHERS["ema"]}}}
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_every_teacher_trains_saves_and_resumes(models, tmp_path):
@@ -47,8 +52,7 @@ def test_every_teacher_trains_saves_and_resumes(models, tmp_path):
             if teacher == "external":
                 settings["teacher_model_name_or_path"] = str(models / "external")
             if teacher == "several":
-                wider = {"teacher": "external", "teacher_model_name_or_path": str(models / "external")}
-                settings["teachers"] = {"maths": wider, "code": {"teacher": "ema", **TEACHERS["ema"]}}
+                settings = several(models)
             jobs += pair(weights, f"{weights}-{teacher}", str(models / "policy"), **settings)
         jobs += pair(weights, f"{weights}-between", str(models / "policy"), **BETWEEN)
 
@@ -65,6 +69,25 @@ def test_every_teacher_trains_saves_and_resumes(models, tmp_path):
     for weights in ("lora", "full"):
         losses = {tuple(found[f"{weights}-{teacher}"]["loss"]) for teacher in TEACHERS}
         assert len(losses) == len(TEACHERS)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_an_external_teacher_among_several_under_fsdp2(models, tmp_path):
+    policy, settings = str(models / "policy"), several(models)
+    jobs = [job("opsd", weights, weights, model=policy, **settings) for weights in ("lora", "full")]
+    one = launch("single", jobs, tmp_path / "one")
+    two = launch("fsdp2", [*jobs, *pair("full", "saved", policy, **settings)], tmp_path / "two")
+
+    assert_resumed(two, "saved")
+    for weights in ("lora", "full"):
+        found, expected = two[weights], one[weights]
+        assert found["world"] == [2, "FSDP"]
+        assert found["num_units"] > 1
+        for name in ("loss", *(f"teachers/{its}/distillation_loss" for its in settings["teachers"])):
+            assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+        for name, value in expected["student"].items():
+            torch.testing.assert_close(found["student"][name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def assert_loads_in_plain_peft(folder, state):

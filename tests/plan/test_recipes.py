@@ -17,9 +17,7 @@ SEVERAL_TEACHERS = ROOT / "distill/deepseek-1.5b-two-domains.yaml"
 RECIPES = sorted(
     path
     for path in ROOT.rglob("*.yaml")
-    if path.parent.name != "accelerate"
-    and not path.stem.startswith("generate-")
-    and path not in (IMAGES, SEVERAL_TEACHERS)
+    if path.parent.name != "accelerate" and not path.stem.startswith("generate-") and path != IMAGES
 )
 GPUS = {80: "H100-80GB", 96: "RTXPRO6000-96GB", 140: "H200-141GB"}
 
@@ -36,6 +34,8 @@ def flags(recipe: Path) -> list[str]:
         if name is not None:
             name = {"playground": "playground", "smollm2": "smollm2-135m"}.get(recipe.parent.name, name)
             found += [flag, str(MODELS / f"{name.rpartition('/')[2]}.json")]
+    for name in values.get("teachers", {}) if recipe == SEVERAL_TEACHERS else ():  # of the policy's architecture
+        found += ["--teacher_model_config", f"{name}={found[found.index('--model_config') + 1]}"]
     return found
 
 
@@ -61,8 +61,41 @@ def test_a_model_that_reads_images(capsys, tmp_path):
     assert main([*given, str(MODELS / "Qwen3-8B.json")]) in (0, 1)
 
 
-def test_several_teachers(capsys):
-    student = str(MODELS / "DeepSeek-R1-Distill-Qwen-1.5B.json")
-    given = ["--config", str(SEVERAL_TEACHERS), "--gpus", "8xH100-80GB", "--model_config", student]
-    assert main(["plan", *given]) == 2
-    assert "`teacher='several'` is not planned. Plan the run with the largest of" in capsys.readouterr().err
+def test_several_teachers_take_what_each_takes(capsys, tmp_path):
+    """All are held at once, and read one after another, as many rows each."""
+    values = yaml.safe_load(SEVERAL_TEACHERS.read_text())
+    model, size = MODELS / "playground.json", MODELS / "smollm2-135m.json"
+    values |= {"max_completion_length": 256, "use_vllm": False, "vllm_max_model_length": None}
+
+    def planned(*flags, **changes):
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, **changes}))
+        given = ["--config", str(tmp_path / "recipe.yaml"), "--method", "distill", "--gpus", "2xH100-80GB"]
+        status = main(["plan", *given, "--sharding", "zero3", "--model_config", str(model), *flags, "--json"])
+        written = capsys.readouterr()
+        return json.loads(written.out) if status < 2 else written.err
+
+    large = {"teacher": "external", "teacher_model_name_or_path": "large"}
+    teachers = {"large": large, "live": {"teacher": "live"}, "ema": {"teacher": "ema"}}
+    both = planned("--teacher_model_config", f"large={size}", teachers=teachers)
+    alone = {
+        name: planned(
+            *(["--teacher_model_config", str(size)] if name == "large" else []),
+            teachers=None,
+            teacher_column=None,
+            **its,
+        )
+        for name, its in teachers.items()
+    }
+    held = {name: plan["memory"]["forward"].get("teacher", 0) for name, plan in alone.items()}
+    assert both["memory"]["forward"]["teacher"] == held["large"] + held["ema"] > held["large"] > 0
+    most = max(plan["memory"]["teacher"]["activations"] for plan in alone.values())
+    assert both["memory"]["teacher"]["activations"] == most
+    passes = [plan["seconds"]["teacher's pass"] for plan in (both, *alone.values())]
+    assert {its["limit"] for its in passes} == {"launches"}  # of so small models, each of which runs
+    assert passes[0]["seconds"] == pytest.approx(sum(its["seconds"] for its in passes[1:]))
+
+    wrong = planned("--teacher_model_config", f"larg={size}", teachers=teachers)
+    assert "is of no external teacher. Give `large=FILE`" in wrong
+    assert "is of no external teacher. Give no file" in planned(
+        "--teacher_model_config", str(size), teacher="live", teachers=None, teacher_column=None
+    )

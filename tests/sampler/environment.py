@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from tiny import make_model, make_tokenizer
 
 TESTS = Path(__file__).parents[1]
 RECIPES = TESTS.parent / "recipes" / "accelerate"
+# With these, processes find torchvision, which processors of images take
+TORCHVISION = [Path(__file__).with_name("torchvision_on_cpu"), Path(sys.prefix, "torchvision")]
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -29,8 +31,15 @@ ENVIRONMENT = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
 }
+
+
+def environment(path: Sequence[Path] = (), **values: str) -> dict[str, str]:
+    """Of a process that finds the tests, the library and what else is in `path`."""
+    places = [TESTS, TESTS.parent, *path]
+    return {**ENVIRONMENT, **values, "PYTHONPATH": os.pathsep.join(map(str, places))}
+
+
 SETTINGS = {
     "use_cpu": True,
     "bf16": False,
@@ -60,8 +69,13 @@ def dataset() -> Dataset:
     return Dataset.from_list(rows)
 
 
-def run_script(name: str, *arguments: str, num_processes: int = 1, recipe: str | None = None) -> Any:
-    """The result that a script beside this file saves, run by one process or by several: DDP's, or a recipe's."""
+def run_script(
+    name: str, *arguments: str, num_processes: int = 1, recipe: str | None = None, path: Sequence[Path] = ()
+) -> Any:
+    """
+    The result that a script beside this file saves, run by one process or by several: DDP's, or a recipe's. Modules
+    are looked for in `path` too.
+    """
     with tempfile.TemporaryDirectory() as results:
         launcher = []
         if recipe is not None:
@@ -74,7 +88,7 @@ def run_script(name: str, *arguments: str, num_processes: int = 1, recipe: str |
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
         done = subprocess.run(
             [sys.executable, *launcher, str(Path(__file__).with_name(name)), *arguments],
-            env=ENVIRONMENT | {"RESULTS": results},
+            env=environment(path, RESULTS=results),
             capture_output=True,
             text=True,
             timeout=1200,
@@ -90,7 +104,7 @@ def save_result(result: Any) -> None:
 
 
 @contextmanager
-def server(log: Path, *command: str) -> Iterator[tuple[str, subprocess.Popen]]:
+def server(log: Path, *command: str, path: Sequence[Path] = ()) -> Iterator[tuple[str, subprocess.Popen]]:
     """Address and process of a server that a command starts, once it answers. Its processes are a group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -99,7 +113,7 @@ def server(log: Path, *command: str) -> Iterator[tuple[str, subprocess.Popen]]:
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *command, "--port", str(port)],
-            env=ENVIRONMENT,
+            env=environment(path),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -78,6 +78,18 @@ def test_model_served_elsewhere_scores_like_the_same_model_here(base, server, tm
 
 
 @pytest.mark.slow
+def test_one_of_several_teachers_is_served(base, server, tmp_path):
+    scoring = scoring_on(server[0])
+    served = {"teacher": "external", "teacher_server_base_url": scoring.pop("teacher_server_base_url")}
+    teachers = {"served": served, "own": {"teacher": "initial"}}
+    result = train(base, tmp_path, settings=scoring | {"teacher": "several", "teachers": teachers})
+
+    assert len(result["losses"]) == len(result["served"]) == 4
+    assert max(result["served"]) < 1e-4
+    assert {f"teachers/{name}/distillation_loss" for name in teachers} <= set(result["metrics"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("support", ["teacher_top_k", "sampled_token"])
 def test_live_teacher_is_scored_with_the_current_weights(support, base, server, tmp_path):
     settings = sampling_on(server[0]) | scoring_on(server[0]) | {"teacher": "live", "divergence_support": support}

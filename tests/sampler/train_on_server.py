@@ -19,7 +19,8 @@ from trl.generation.vllm_client import VLLMClient
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.serving import ServerError
-from trl_opsd.teacher import ExternalTeacher, LiveTeacher
+from trl_opsd.teacher import ExternalTeacher, LiveTeacher, SeveralTeachers
+from trl_opsd.trainer.several import has_served_teacher
 
 
 class FileClient(VLLMClient):
@@ -80,14 +81,17 @@ def main(base: str, output_dir: str, job: dict) -> dict:
     trainer = SelfDistillationTrainer(
         base,
         args=args,
-        train_dataset=dataset(),
+        train_dataset=dataset().add_column("teacher", ["served", "own"] * 8),
         peft_config=LoraConfig(r=job["lora"], target_modules="all-linear") if "lora" in job else None,
         callbacks=[SendSignal(*job["signal"])] if "signal" in job else None,
     )
     differences: list[float] = []
-    if args.teacher_server_base_url is not None:
+    if has_served_teacher(args):
         model = AutoModelForCausalLM.from_pretrained(base)
         teacher = LiveTeacher() if args.teacher == "live" else ExternalTeacher(model, lambda model: model)
+        if args.teacher == "several":
+            members = {**trainer.teacher.members, "served": teacher}
+            teacher = SeveralTeachers(members, args.teacher_column, is_alone=True)
         compare_with_local_teacher(trainer, teacher, differences)
     result = {}
     try:

@@ -250,6 +250,20 @@ def test_methods_whose_parts_read_more(probe, recipe):
     assert result()["num_rows"] == 10
 
 
+def question_of(read):
+    return read.split("\n")[1]
+
+
+def likeliest(tokenizer, read):
+    """What the other model answers to the bare question of a prompt."""
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question_of(read)}], add_generation_prompt=True, return_dict=True
+    )
+    other = make_model(tokenizer, seed=1).eval()
+    ids = torch.tensor([prompt["input_ids"]], device=other.device)
+    return other.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.size(1) :].tolist()
+
+
 def test_an_external_teacher_writes_itself(probe, tmp_path, tokenizer):
     make_model(tokenizer, seed=1).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
@@ -260,13 +274,30 @@ def test_an_external_teacher_writes_itself(probe, tmp_path, tokenizer):
     by_key = {(record["row"], record["arm"]): record["completions"][0] for record in written()}
     assert any(by_key[row, "student"]["token_ids"] != by_key[row, "none"]["token_ids"] for row in range(10))
     read = next(record["read"] for record in written() if record["arm"] == "none" and record["row"] == 0)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": read.split("\n")[1]}], add_generation_prompt=True, return_dict=True
-    )
-    other = make_model(tokenizer, seed=1).eval()
-    ids = torch.tensor([prompt["input_ids"]], device=other.device)
-    likeliest = other.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.size(1) :].tolist()
-    assert by_key[0, "none"]["token_ids"] == likeliest
+    assert by_key[0, "none"]["token_ids"] == likeliest(tokenizer, read)
+
+
+def test_each_rows_teacher_writes_and_scores(probe, tmp_path, tokenizer):
+    make_model(tokenizer, seed=1).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    rows = [{**row, "domain": ("own", "other")[n % 2]} for n, row in enumerate(write_rows("rows.jsonl"))]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teachers = {"own": {"teacher": "initial"}}
+    teachers["other"] = {"teacher": "external", "teacher_model_name_or_path": str(tmp_path / "other")}
+    several = {"teacher": "several", "teachers": teachers, "teacher_column": "domain"}
+    assert probe(**several, temperature=1e-4, distillation_temperature=1.0) == 0
+    records = {(record["row"], record["arm"]): record for record in written()}
+    domains = {row["prompt"][0]["content"]: row["domain"] for row in rows}
+    found = []
+    for number in range(10):
+        bare, ids = records[number, "none"], records[number, "student"]["completions"][0]["token_ids"]
+        found.append(domains[question_of(bare["read"])])
+        is_own = found[-1] == "own"
+        assert bare["completions"][0]["token_ids"] == (ids if is_own else likeliest(tokenizer, bare["read"]))
+        assert (max(bare["scores"][0]["divergence"]) < 1e-5) == is_own
+    assert set(found) == {"own", "other"}
+    # Another choice of teachers is another measurement
+    assert probe(**{**several, "teachers": {"own": teachers["own"], "other": {"teacher": "live"}}}) == 2
 
 
 def test_rows_of_a_test_split(probe, capsys):

@@ -50,7 +50,10 @@ class Engine:
         self.while_loading = lambda: None
         worker = SimpleNamespace(model_runner=SimpleNamespace(model=self))
         executor = SimpleNamespace(driver_worker=worker)
-        self.llm_engine = SimpleNamespace(model_executor=executor, add_lora=self.add_lora)
+        self.num_forgotten = 0
+        self.llm_engine = SimpleNamespace(
+            model_executor=executor, add_lora=self.add_lora, reset_encoder_cache=self.reset_encoder_cache
+        )
 
     def load_weights(self, weights):
         names = []
@@ -62,6 +65,10 @@ class Engine:
 
     def reset_prefix_cache(self):
         pass
+
+    def reset_encoder_cache(self):
+        self.num_forgotten += 1
+        assert self.num_forgotten == len(self.loads)  # each time that there are other weights
 
     def add_lora(self, request):
         """Of the weights that were loaded and the adapter, makes others: peft would read a factor for each rank."""
@@ -159,6 +166,7 @@ def test_all_weights_are_loaded_in_one_call(peft_config, make_trainer):
 
     names = [name for name, _ in engine.model.named_parameters()]
     assert engine.loads == [names] * 4
+    assert engine.num_forgotten == 4
     assert max(most) == (0 if peft_config is None else 1)
     differences = [entry[DIFFERENCE] for entry in steps_of(trainer)]
     assert len(differences) == 4

@@ -17,6 +17,7 @@ from trl import GRPOTrainer
 from trl_opsd import OPSDConfig, OPSDTrainer, SelfDistillationTrainer, score
 from trl_opsd.methods.rlsd import RLSDConfig
 from trl_opsd.report import PromptPreviewCallback
+from trl_opsd.serving import longest_prompt
 
 
 COMPLETIONS = [[40, 12, 77, 3], [9, 81, 33, 54, 20, 66, 3], [25, 3], [17, 92, 45, 60, 31]]
@@ -235,6 +236,24 @@ def test_only_the_teacher_sees_a_figure(make_trainer):
     batch = trainer._generate_and_score_completions([row] * 4)
     assert "images" not in batch
     assert [set(images) for images in batch["teacher_images"]] == [{"pixel_values"}] * 4
+
+
+def test_an_engines_context_has_to_take_the_images(make_trainer):
+    rows = make_rows()[1:]
+    trainer = make_trainer("qwen2_5_vl", dataset=Dataset.from_list(rows * 4))
+    [row] = plain_rows(trainer, rows)
+    assert row.prompt.count(trainer.model.config.image_token_id) > 10
+    assert longest_prompt(trainer.train_dataset, trainer.tokenize_prompts, trainer.accelerator) == len(row.prompt)
+
+
+def test_what_is_off_with_images_is_said(make_trainer, monkeypatch):
+    said = []
+    monkeypatch.setattr("trl_opsd.trainer.loss.logger.warning_once", said.append)
+    trainer = make_trainer("qwen2_5_vl", num_generations=2)
+    [message] = said
+    assert "reads more than text, so rows are padded" in message
+    assert "reads a prompt for each of its rollouts" in message
+    assert not trainer.loss.networks.can_share_prompts
 
 
 def train(trainer_class, processor, model, training_args, dataset, **settings):

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,18 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import make_model, make_tokenizer
+from transformers import Qwen3ForSequenceClassification
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_chat_template
 
-from trl_opsd import OPSDCConfig, OPSDConfig, OPSDCTrainer, OPSDTrainer, SelfDistillationTrainer
+from trl_opsd import (
+    OPSDCConfig,
+    OPSDConfig,
+    OPSDCTrainer,
+    OPSDTrainer,
+    SelfDistillationConfig,
+    SelfDistillationTrainer,
+)
 from trl_opsd.serving import sampler
 from trl_opsd.trainer.loss import SelfDistillationLoss
 
@@ -414,10 +423,43 @@ def test_model_card_cites_the_paper(make_trainer, trainer_class, paper, tag):
     assert trainer._paper["title"] in card
 
 
+def of_the_answer(completions, answer, log_extra, log_metric, **kwargs):
+    """Reads a column of the data, and logs one of its own and a number."""
+    log_extra("half of the answer", [int(its) / 2 for its in answer])
+    log_metric("largest answer", max(map(int, answer)))
+    return [float(its) for its in answer]
+
+
 def test_log_completions(make_trainer):
-    trainer = make_trainer(log_completions=True, max_steps=1)
+    trainer = make_trainer(
+        log_completions=True, max_steps=1, reward_funcs=of_the_answer, policy_loss_coef=1.0, num_generations=2
+    )
     trainer.train()
-    assert list((Path(trainer.args.output_dir) / "completions").glob("*.parquet"))
+    [file] = (Path(trainer.args.output_dir) / "completions").glob("*.parquet")
+    table = Dataset.from_parquet(str(file))
+    assert table["half of the answer"] == [reward / 2 for reward in table["of_the_answer"]]
+    assert [entry["largest answer"] for entry in trainer.state.log_history[:1]] == [max(table["of_the_answer"])]
+
+
+def test_names_alone_are_loaded(model_path, tokenizer, dataset, training_args, tmp_path, monkeypatch):
+    """Policy, reward model and their tokenizers; and settings, at their defaults."""
+    judge = Qwen3ForSequenceClassification(make_model(tokenizer, num_labels=1).config)
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    args = SelfDistillationConfig(**training_args, num_generations=2, policy_loss_coef=1.0)
+    trainer = SelfDistillationTrainer(model_path, str(tmp_path / "judge"), args, dataset)
+    trainer.train()
+    assert "rewards/judge/mean" in trainer.state.log_history[0]
+
+    @dataclass
+    class Config(SelfDistillationConfig, defaults={name: training_args[name] for name in ("use_cpu", "bf16")}):
+        pass
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SelfDistillationTrainer, "config_class", Config)
+    trainer = SelfDistillationTrainer(model_path, train_dataset=dataset)
+    assert Path(trainer.args.output_dir).name == f"{Path(model_path).name}-Self-Distillation"
+    assert trainer.processing_class.get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize("settings", [{}, {"divergence_coef": 0.0, "likelihood_coef": 1.0}])

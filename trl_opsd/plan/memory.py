@@ -105,7 +105,11 @@ def weight_bytes(setting: Setting, model: Model) -> int:
 
 
 def teacher_bytes(setting: Setting) -> int:
-    """Bytes of what the teacher has of its own on each GPU."""
+    """Bytes of what the teacher, or all of several, has of its own on each GPU."""
+    return sum(_teacher_bytes(one) for one in setting.each.values())
+
+
+def _teacher_bytes(setting: Setting) -> int:
     if setting.external is not None:
         return 0 if setting.args.teacher_offload else weight_bytes(setting, setting.external)
     if not setting.copies_teacher:
@@ -254,15 +258,13 @@ def phases(setting: Setting) -> list[Phase]:
         "sampler": resident,
     }
     gathered = gathered_bytes(setting, policy)
-    gathered_teacher = gathered_bytes(setting, setting.teacher)
     whole = policy.num_parameters * 2 if setting.sharding.shards_weights and not setting.args.use_vllm else gathered
     found = [Phase("sampling", base | {"gathered": whole, "sampler": sampling})]
     states = 0
     if setting.reads_teacher:
-        teacher = setting.teacher_pass()
-        states = teacher.saved
-        on_the_fly = setting.teacher.largest_module * 4 if setting.args.teacher_offload else 0
-        read = {"gathered": gathered_teacher, "activations": teacher.forward + on_the_fly}
+        # One of several after another, over rows that may all be its own
+        states = max(one.teacher_pass().saved for one in setting.readers)
+        read = max(map(_reading, setting.readers), key=lambda parts: sum(parts.values()))
         found.append(Phase("teacher", base | {"gradients": before} | read))
     student = setting.student_pass()
     learning = base | {"gathered": gathered}
@@ -277,6 +279,13 @@ def phases(setting: Setting) -> list[Phase]:
     found.append(_backward(setting, learning, accumulated, before, loss, dequantised))
     found.append(Phase("optimizer", base | {"gradients": accumulated, "optimizer": state + step}))
     return [_with_overhead(setting, phase) for phase in found]
+
+
+def _reading(setting: Setting) -> dict[str, int]:
+    """What a teacher's pass takes."""
+    on_the_fly = setting.teacher.largest_module * 4 if setting.args.teacher_offload else 0
+    read = setting.teacher_pass().forward + on_the_fly
+    return {"gathered": gathered_bytes(setting, setting.teacher), "activations": read}
 
 
 def _backward(

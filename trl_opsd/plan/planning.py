@@ -209,7 +209,7 @@ def _stage(setting: Setting) -> Iterator[Change]:
     if setting.num_gpus == 1 or kind not in order or setting.policy.bits < 16:
         return
     for name in order[max(2, order.index(kind) + 1) :]:
-        if setting.args.teacher_offload and not (setting.external is None and setting.is_lora):
+        if any(one.args.teacher_offload and _is_whole(one) for one in setting.each.values()):
             continue
         changed = replace(setting, sharding=setting.sharding._replace(kind=name))
         yield Change({"sharding": name}, "weights and gradients travel", changed)
@@ -221,9 +221,18 @@ def _optimizer(setting: Setting) -> Iterator[Change]:
         yield Change({"optim": "adamw_8bit"}, "8-bit moments, and bitsandbytes", changed)
 
 
+def _is_whole(setting: Setting) -> bool:
+    """Whether the teacher is a model of its own."""
+    return setting.external is not None or (setting.copies_teacher and not setting.is_lora)
+
+
 def _teacher_offload(setting: Setting) -> Iterator[Change]:
-    is_whole = setting.external is not None or (setting.copies_teacher and not setting.is_lora)
-    if is_whole and setting.sharding.kind in ("single", "ddp") and not setting.args.teacher_offload:
+    if (
+        setting.args.teacher != "several"
+        and _is_whole(setting)
+        and setting.sharding.kind in ("single", "ddp")
+        and not setting.args.teacher_offload
+    ):
         changed = setting.with_args(teacher_offload=True)
         yield Change({"teacher_offload": "true"}, "the teacher's weights travel from the host in each pass", changed)
 

@@ -55,7 +55,7 @@ def _longest(name: str, **seconds: float) -> Duration:
     return Duration(name, seconds[limit], limit.replace("_", " "))
 
 
-def forward_flops(model: Model, rows: Rows, number: int) -> float:
+def forward_flops(model: Model, rows: Rows, number: float) -> float:
     """
     FLOP of the backbone's forward pass over `number` rows. A mask keeps attention from leaving out what it hides.
     """
@@ -147,11 +147,10 @@ def _passes(setting: Setting, name: str, teacher: int, student: int, learns: boo
     passes = setting.args.gradient_accumulation_steps * setting.num_passes
     layer = ADAPTED_LAYER if setting.is_lora else LAYER
     flops = launches = moved = 0.0
-    for model, rows, times in (
-        (setting.teacher, setting.teacher_rows, teacher),
-        (setting.policy, setting.student_rows, student),
-    ):
-        flops += times * forward_flops(model, rows, number)
+    # Several teachers read as many rows each
+    teachers = [(one.teacher, setting.teacher_rows, teacher, number / len(setting.each)) for one in setting.readers]
+    for model, rows, times, its in (*teachers, (setting.policy, setting.student_rows, student, number)):
+        flops += times * forward_flops(model, rows, its)
         launched = times + 1 if learns and times and setting.is_lora else times
         launches += launched * passes * model.num_layers * layer
         if setting.sharding.shards_weights and times:

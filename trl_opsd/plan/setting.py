@@ -1,7 +1,8 @@
 """A run that is planned: its configuration, models, accelerators and lengths."""
 
 import copy
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 
 from ..signal import Signals
 from ..trainer.config import SelfDistillationConfig
+from ..trainer.several import each_teacher
 from ..trainer.signals import make_signals
 from .hardware import GPU
 from .models import Model
@@ -55,8 +57,8 @@ class Setting:
             Policy.
         lengths ([`Lengths`]):
             Longest rows.
-        external (`Model`, *optional*):
-            Teacher that is another model.
+        externals (`Mapping[str | None, Model]`, *optional*):
+            Teachers that are other models, by their names. That of a single one is `None`.
         server_gpus (`int`, *optional*, defaults to `1`):
             GPUs of a vLLM server that samples.
         mean_completion (`int`, *optional*):
@@ -69,7 +71,7 @@ class Setting:
     sharding: Sharding
     policy: Model
     lengths: Lengths
-    external: Model | None = None
+    externals: Mapping[str | None, Model] = field(default_factory=dict)
     server_gpus: int = 1
     mean_completion: int | None = None
 
@@ -79,6 +81,29 @@ class Setting:
         for name, value in values.items():
             setattr(args, name, value)
         return replace(self, args=args)
+
+    @cached_property
+    def each(self) -> "dict[str | None, Setting]":
+        """The same with each of its teachers alone, by their names."""
+        if self.args.teacher != "several":
+            return {None: self}
+        externals: dict[str | None, dict[str | None, Model]] = {
+            name: {None: one} for name, one in self.externals.items()
+        }
+        return {
+            name: replace(self, args=args, externals=externals.get(name, {}))
+            for name, args in each_teacher(self.args).items()
+        }
+
+    @property
+    def readers(self) -> "list[Setting]":
+        """Those whose teacher has weights here."""
+        return [one for one in self.each.values() if one.args.teacher_server_base_url is None]
+
+    @property
+    def external(self) -> Model | None:
+        """The one teacher, if it is another model."""
+        return self.externals.get(None)
 
     @cached_property
     def signals(self) -> Signals:
@@ -109,7 +134,7 @@ class Setting:
     @property
     def reads_teacher(self) -> bool:
         """Whether a teacher's weights read rollouts here."""
-        return self.signals.needs_context and self.args.teacher_server_base_url is None
+        return self.signals.needs_context and bool(self.readers)
 
     @property
     def copies_teacher(self) -> bool:

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from .memory import GIB
 from .planning import Change, Plan
+from .setting import Setting
 
 
 _UNCONFIRMED = (
@@ -52,21 +53,28 @@ def assumptions(plan: Plan) -> list[str]:
     setting = plan.setting
     args, policy, lengths = setting.args, setting.policy, setting.lengths
     trained = f"{policy.num_trained / 1e6:,.1f} M of them trained" if setting.is_lora else "all trained"
-    teacher = "a copy of the policy" if setting.copies_teacher else "the policy's weights"
-    if setting.external is not None:
-        teacher = f"another model of {setting.external.num_parameters / 1e9:.2f} B"
-    elif args.teacher_server_base_url is not None:
-        teacher = "on a server"
+    teachers = [
+        f"teacher {one.args.teacher if name is None else f'{name}, {one.args.teacher}'}: {_whose_weights(one)}"
+        for name, one in setting.each.items()
+    ]
     sampler = "transformers" if not args.use_vllm else f"vLLM, {args.vllm_mode}"
     return [
         f"{policy.num_parameters / 1e9:.2f} B parameters in {str(policy.dtype).removeprefix('torch.')}, {trained}; "
-        f"precision {setting.precision}; sharding {setting.sharding.kind}; teacher {args.teacher}: {teacher}",
+        f"precision {setting.precision}; sharding {setting.sharding.kind}; {'; '.join(teachers)}",
         f"{setting.num_gpus} x {setting.gpu.name}, {setting.gpu.memory / GIB:.1f} GiB each; sampled by {sampler}; "
         f"gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}",
         f"rows as long as may be: prompt {lengths.prompt:,}, teacher's prompt {lengths.teacher_prompt:,}, completion "
         f"{lengths.completion:,} tokens; {setting.rows_per_pass} of {args.per_device_train_batch_size} rows at once, "
         f"{setting.rows_per_step} rows per process and optimizer step",
     ]
+
+
+def _whose_weights(setting: Setting) -> str:
+    if setting.external is not None:
+        return f"another model of {setting.external.num_parameters / 1e9:.2f} B"
+    if setting.args.teacher_server_base_url is not None:
+        return "on a server"
+    return "a copy of the policy" if setting.copies_teacher else "the policy's weights"
 
 
 def verdict(plan: Plan) -> list[str]:

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from tqdm.auto import tqdm
 
+from ..changed import changed
 from ..context import PrivilegedContext, TeacherPrompt
 from ..context.spans import Marks
 from ..eval.chat import ChatFormat
 from ..eval.scorer import AnswerType, score
 from ..files import LineFile
 from ..sampling import Sampling
-from ..trainer.sampling_settings import changed
 from ..trainer.score import Scored, reward
 from ..trainer.score import score as score_tokens
+from ..trainer.several import each_teacher, teacher_names
 from .readings import OTHER, Reading
 
 
@@ -159,8 +160,9 @@ class Measuring:
             scored = self._scored_by(control, indices, students)
         tokenizer: Any = self._trainer.processing_class
         plain = self._trainer.tokenize_prompts([self._questions[index].row["prompt"] for index in indices])
-        asked = [ids for ids in prompts if ids is not None for _ in range(self._num_samples)]
-        completions = iter(self._filled(self._sampled(asked, stream)) if asked else [])
+        asked = [place for place, ids in enumerate(prompts) if ids is not None for _ in range(self._num_samples)]
+        of_rows = [cast("list[int]", prompts[place]) for place in asked], [indices[place] for place in asked]
+        completions = iter(self._filled(self._sampled(*of_rows, stream)) if asked else [])
         records = []
         for place, (index, ids) in enumerate(zip(indices, prompts, strict=True)):
             number = 0 if ids is None else self._num_samples
@@ -190,12 +192,31 @@ class Measuring:
             tensor = torch.tensor(given, device=trainer.accelerator.device)
         return score_tokens(trainer, rows, ids, tensor, size)
 
-    def _sampled(self, prompts: list[list[int]], stream: int) -> list[list[int]]:
+    def _sampled(self, prompts: list[list[int]], indices: list[int], stream: int) -> list[list[int]]:
+        """A completion of each prompt, by the teacher of its row."""
         trainer = self._trainer
-        if trainer.args.teacher != "external":  # before training, all others have the student's weights
-            self._check_lengths(prompts)
-            return trainer.sample(prompts, self._sampling, stream)
-        return trainer.sampler.sample(prompts, self._sampling, stream, trainer.teacher)
+        completions: list[list[int]] = [[] for _ in prompts]
+        writers = [self._writer(self._questions[index].row) for index in indices]
+        for writer in dict.fromkeys(writers):
+            places = [place for place, its in enumerate(writers) if its is writer]
+            own = [prompts[place] for place in places]
+            if writer is None:
+                self._check_lengths(own)
+                written = trainer.sample(own, self._sampling, stream)
+            else:
+                written = trainer.sampler.sample(own, self._sampling, stream, writer)
+            for place, ids in zip(places, written, strict=True):
+                completions[place] = ids
+        return completions
+
+    def _writer(self, row: Mapping[str, Any]) -> Any:
+        """The teacher of a row, `None` where its weights are the student's: before training, those of a copy are."""
+        trainer = self._trainer
+        names = [row[column] for column in teacher_names(trainer.args)]
+        name = names[0] if names else None
+        if each_teacher(trainer.args)[name].teacher != "external":
+            return None
+        return trainer.teacher if name is None else trainer.teacher.members[name]
 
     def _check_lengths(self, prompts: list[list[int]]) -> None:
         """In training, an engine does not answer the teacher's prompts."""

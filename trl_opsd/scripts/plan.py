@@ -69,7 +69,12 @@ def make_parser() -> ArgumentParser:
         type=Path,
         help="config.json of the model, or its folder, where the Hub cannot be asked for it",
     )
-    parser.add_argument("--teacher_model_config", type=Path, help="the same, of an external teacher")
+    parser.add_argument(
+        "--teacher_model_config",
+        action="append",
+        default=[],
+        help="the same, of an external teacher; of one of several by its name, NAME=FILE, for each of them",
+    )
     parser.add_argument(
         "--prompt_tokens",
         type=int,
@@ -181,9 +186,9 @@ def read_setting(asked: Namespace, fields: list[str]) -> "tuple[Setting, str]":
     policy = _policy(asked, model_args, args, get_peft_config(model_args))
     _check_experts(policy, args)
     lengths = _lengths(asked, args, policy)
-    external = _external(asked, args)
+    externals = _externals(asked, args)
     setting = Setting(
-        args, gpu, num_gpus, sharding, policy, lengths, external, asked.vllm_server_gpus, asked.mean_completion_tokens
+        args, gpu, num_gpus, sharding, policy, lengths, externals, asked.vllm_server_gpus, asked.mean_completion_tokens
     )
     return setting, f"trl-opsd {method}, {model_args.model_name_or_path}"
 
@@ -257,18 +262,30 @@ def _check_experts(policy: "Model", args: Any) -> None:
         )
 
 
-def _external(asked: Namespace, args: Any) -> "Model | None":
+def _externals(asked: Namespace, args: Any) -> "dict[str | None, Model]":
+    from trl_opsd.trainer.several import each_teacher
+
+    teachers = {
+        name: its
+        for name, its in each_teacher(args).items()
+        if its.teacher == "external" and its.teacher_server_base_url is None
+    }
+    files: dict[str | None, Path] = {}
+    for given in asked.teacher_model_config:
+        name, _, file = given.partition("=") if args.teacher == "several" else (None, "", given)
+        if name not in teachers:
+            known = " or ".join(f"`{its}=FILE`" for its in teachers) if args.teacher == "several" else "no file"
+            raise ValueError(f"`--teacher_model_config {given}` is of no external teacher. Give {known}.")
+        files[name] = Path(file)
+    return {name: _external(its, files.get(name)) for name, its in teachers.items()}
+
+
+def _external(args: Any, file: Path | None) -> "Model":
     from trl_opsd.plan.models import Model, load_config
 
-    if args.teacher == "several":
-        raise ValueError("`teacher='several'` is not planned. Plan the run with the largest of `teachers` alone.")
-    if args.teacher != "external" or args.teacher_server_base_url is not None:
-        return None
     kwargs = dict(args.teacher_model_init_kwargs or {})
     name = args.teacher_model_name_or_path
-    config = load_config(
-        name, asked.teacher_model_config, "--teacher_model_config", trust_remote_code=args.trust_remote_code
-    )
+    config = load_config(name, file, "--teacher_model_config", trust_remote_code=args.trust_remote_code)
     return Model(
         config, _dtype(kwargs.get("dtype"), config), is_trained=False, attention=kwargs.get("attn_implementation")
     )

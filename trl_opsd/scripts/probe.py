@@ -211,7 +211,8 @@ def run(
     measuring = Measuring(trainer, questions, readings, answer_type, reference_of, arguments.samples, chunk)
     settings: dict[str, Any] = {"method": method, "model": model_args.model_name_or_path}
     settings |= {"revision": model_args.model_revision, "rows": summary_of(questions), "samples": arguments.samples}
-    settings |= {name: getattr(training_args, name) for name in _SETTINGS} | {"answer_type": answer_type}
+    names = _SETTINGS + ("teachers", "teacher_column") * (training_args.teacher == "several")
+    settings |= {name: getattr(training_args, name) for name in names} | {"answer_type": answer_type}
     arms = [reading.name for reading in readings]
     finishing = _Finishing(folder, questions, trainer, settings, said, missing | _absent(trainer), column, arms)
     with locked(folder):
@@ -226,15 +227,15 @@ def run(
 
 
 def _check(training_args: "SelfDistillationConfig", model_args: "ModelConfig") -> None:
+    from trl_opsd.trainer.several import has_served_teacher
+
     if model_args.model_name_or_path is None:
         raise ValueError("No model to probe: set `model_name_or_path` to a Hub id or a local folder.")
-    if training_args.teacher_server_base_url is not None:
+    if has_served_teacher(training_args):
         raise ValueError(
             "A teacher on a server (`teacher_server_base_url`) scores and does not write, and a probe has it answer. "
             "Leave the field out: before training, `teacher: live` and `initial` have the student's weights."
         )
-    if training_args.teacher == "several":
-        raise ValueError("A probe has one teacher answer. Set `teacher` to one of `teachers`, with its rows alone.")
     if training_args.max_completion_length is None:
         raise ValueError("A probe needs a limit of the answers: set `max_completion_length`.")
     if training_args.world_size > 1:
@@ -351,6 +352,7 @@ class _Finishing:
         from trl_opsd.probe.page import make_page
         from trl_opsd.probe.summary import summarize
         from trl_opsd.probe.verdict import judge
+        from trl_opsd.trainer.several import each_teacher
 
         def solution_of(row: int) -> str | None:
             return None if self.column is None else str(self.questions[row].row[self.column])
@@ -359,7 +361,8 @@ class _Finishing:
         summary = summarize(records, [STUDENT, *self.readings], self.trainer.processing_class, solution_of)
         if summary["num_rows"] < least:
             return {}
-        summary["is_external"] = self.trainer.args.teacher == "external"
+        teachers = each_teacher(self.trainer.args).values()
+        summary["is_external"] = any(its.teacher == "external" for its in teachers)
         verdict = judge(summary)
         measured = f"{summary['num_rows']} of {self.rows}"
         result = {"verdict": asdict(verdict), "rows": measured, **summary}

@@ -11,8 +11,8 @@ What this relies on in TRL 1.16 (held by `tests/trainer/test_trl_contract.py`): 
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,7 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
+from ..changed import changed
 from .merged_weights import check_mergeable, quantized_parameter, whole
 
 
@@ -135,8 +136,7 @@ class NotLoadedError(ValueError):
     """An engine did not load an adapter."""
 
 
-@contextmanager
-def engine_for_adapters(how: str) -> Iterator[None]:
+def engine_for_adapters(how: str) -> AbstractContextManager[None]:
     """
     Inside, GRPOTrainer makes a colocated engine ready to load the policy's adapter, if that is how it is sent.
 
@@ -144,12 +144,7 @@ def engine_for_adapters(how: str) -> Iterator[None]:
         how (`str`):
             `vllm_lora_sync`.
     """
-    original = grpo_trainer.VLLMGeneration
-    setattr(grpo_trainer, "VLLMGeneration", partial(_make_generation, how))  # noqa: B010
-    try:
-        yield
-    finally:
-        setattr(grpo_trainer, "VLLMGeneration", original)  # noqa: B010
+    return changed(grpo_trainer, VLLMGeneration=partial(_make_generation, how))
 
 
 def needs_adapter(how: str, policy: nn.Module) -> bool:
@@ -174,13 +169,11 @@ def _make_generation(how: str, **settings: Any) -> VLLMGeneration:
     # The policy's own base is sent, so that the engine's need not be quantised in the same way
     ready = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "quantization": None}
     original = vllm_generation.LLM
-    setattr(vllm_generation, "LLM", lambda **kwargs: original(**kwargs | ready))  # noqa: B010
-    try:
-        return VLLMGeneration(**settings)
-    except Exception as error:
-        raise ValueError(refusal(how, policy, str(error))) from error
-    finally:
-        setattr(vllm_generation, "LLM", original)  # noqa: B010
+    with changed(vllm_generation, LLM=lambda **kwargs: original(**kwargs | ready)):
+        try:
+            return VLLMGeneration(**settings)
+        except Exception as error:
+            raise ValueError(refusal(how, policy, str(error))) from error
 
 
 def refusal(how: str, policy: nn.Module, problem: str) -> str:

@@ -27,6 +27,7 @@ from .adapter import (
     server_obstacle,
 )
 from .client import check_holds_policy, check_tokenizer, context_length, limit_requests, wait_for_server
+from .images import forget_images, read_images
 from .merged_weights import check_mergeable, merged_weights
 
 
@@ -79,6 +80,7 @@ def prepare_sampler(
         ValueError: On every process, naming what does not fit.
     """
     sender: Any = generation
+    image_token_id = getattr(policy.config, "image_token_id", None)
 
     def ask() -> int:
         client = sender.vllm_client
@@ -86,10 +88,14 @@ def prepare_sampler(
         limit = context_length(client)
         check_tokenizer(client, "vllm_server_base_url", tokenizer)
         check_holds_policy(client, policy.config)
+        if image_token_id is not None:
+            forget_images(client)
         return limit
 
     is_here = sender.mode == "colocate"
     limit = sender.llm.model_config.max_model_len if is_here else _asked_once(ask, sender.accelerator.is_main_process)
+    if is_here:
+        read_images(sender.llm, image_token_id)
     must, sent = needs_adapter(lora_sync, policy), "all weights"
     if isinstance(policy, PeftModel):
         sent = "all weights, its adapter merged"
@@ -194,6 +200,7 @@ def _load_into_engine(llm: Any, weights: Callable[[], Iterable[tuple[str, torch.
     TRL. In a call for each, vLLM would walk through its whole model every time: most of a synchronisation.
     """
     llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights(weights())
+    llm.llm_engine.reset_encoder_cache()  # of images, what the weights before made of them
     return ()
 
 

@@ -327,12 +327,12 @@ class TeacherInputs:
             asked, unreadable = asked + marks.was_asked, unreadable + (not marks.is_readable)
             dropped, given = dropped + marks.num_dropped, given + marks.num_dropped + len(marks.spans)
             num_tokens += marks.was_asked * len(rollouts.own.token_ids)
-        for name, *pair in (
-            ("spans/unreadable_rate", unreadable, asked),
-            ("spans/dropped_rate", dropped, given),
-            ("spans/token_rate", int(marked.sum()), num_tokens),
-        ):
-            metrics.add_rate(name, *torch.tensor(pair, device=generation.rewards.device))
+        rates = {
+            "spans/unreadable_rate": (unreadable, asked),
+            "spans/dropped_rate": (dropped, given),
+            "spans/token_rate": (int(marked.sum()), num_tokens),
+        }
+        metrics.add_rates(rates, generation.rewards.device)
         return {f"spans/{kind}": mask for kind, mask in zip(kinds, marked, strict=True)}
 
     def _written(

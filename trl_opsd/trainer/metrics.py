@@ -48,6 +48,19 @@ class Metrics:
         pair = torch.stack([total.float(), count.float()])
         self._rates[name] = self._rates[name] + pair if name in self._rates else pair
 
+    def add_rates(self, pairs: Mapping[str, Sequence[float]], device: torch.device) -> None:
+        """
+        Add to both sums of rates that are counted in Python.
+
+        Args:
+            pairs (`Mapping[str, Sequence[float]]`):
+                Numerator and denominator of each, by its name.
+            device (`torch.device`):
+                Device of all rates.
+        """
+        for name, pair in pairs.items():
+            self.add_rate(name, *torch.tensor(pair, device=device))
+
     def add_maximum(self, name: str, values: torch.Tensor) -> None:
         """
         Take values into a maximum.

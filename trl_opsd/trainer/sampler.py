@@ -12,13 +12,14 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 from trl.generation.vllm_generation import VLLMGeneration
 
+from ..changed import changed
 from ..sampling import Sampling
 from ..scoring import causal_lm, evaluation_mode
-from ..serving import check_engine_context, engine_for_adapters, longest_prompt, prepare_sampler, report_failures
+from ..serving import check_engine_context, longest_prompt, prepare_sampler, report_failures
 from ..teacher import Teacher
 from .config import SelfDistillationConfig
 from .random_numbers import Draws
-from .sampling_settings import changed, sharded_after, transformers_settings, vllm_settings, without_own_settings
+from .sampling_settings import sharded_after, transformers_settings, vllm_settings, without_own_settings
 from .several import each_teacher
 
 
@@ -65,8 +66,6 @@ class PolicySampler:
         teacher_settings (`dict[str, Any]`):
             Attributes of what samples the teacher meanwhile: of the engine, if it holds the teacher, or GRPOTrainer's.
     """
-
-    made_ready = staticmethod(engine_for_adapters)
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 
+from ..changed import changed
 from ..sampling import Sampling
 from ..sampling.sources import CompletionSource
 from .config import SelfDistillationConfig
@@ -51,17 +52,6 @@ def teacher_settings(
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos")}
     tokens |= {"eos_token_id": end_token_ids, "cache_implementation": args.cache_implementation}
     return transformers_settings(sampling, tokens, min_p=args.min_p, repetition_penalty=args.repetition_penalty)
-
-
-@contextmanager
-def changed(target: Any, **values: Any) -> Iterator[None]:
-    """Inside, attributes of an object have other values."""
-    originals = {name: getattr(target, name) for name in values}
-    vars(target).update(values)
-    try:
-        yield
-    finally:
-        vars(target).update(originals)
 
 
 @contextmanager

@@ -50,11 +50,13 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallbac
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
+from ..changed import changed
 from ..context import Memory, SampledContext, as_text, check_embedded, without_end
 from ..data import TEACHER_IMAGES, prompt_of
 from ..objective import generalized_jsd_loss
 from ..sampling import Sampling
 from ..scoring import announce_head, causal_lm, images_apart, images_together
+from ..serving import engine_for_adapters
 from ..signal import TokenScores
 from ..teacher import Teacher, fingerprint
 from .batch import Generation, TeacherInputs, regrouped
@@ -77,7 +79,7 @@ from .record import RunRecord
 from .rewards import added_feedback, all_feedback, check_finite, forget_rewards, graded, hand_policy, no_reward
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
 from .sampler import PolicySampler
-from .sampling_settings import changed, teacher_settings
+from .sampling_settings import teacher_settings
 from .several import teacher_names
 from .signals import make_streams, may_shape_in_loss
 from .steps import OrderOfEpochs, StepCallback
@@ -162,7 +164,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         self._num_generated_tokens, self.statistics = 0, {"train": Metrics(), "eval": Metrics()}
         self.observers: list[Callable[[dict[str, Any], Generation], None]] = []
         self.record = RunRecord(self)
-        with PolicySampler.made_ready(args.vllm_lora_sync):
+        with engine_for_adapters(args.vllm_lora_sync):
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs or [no_reward],
@@ -188,8 +190,7 @@ class SelfDistillationTrainer(GRPOTrainer):
 
     def _settle_rewards(self, run: Prepared, environment_factory: Any) -> None:
         names = ("reward_funcs", "reward_func_names", "reward_processing_classes", "reward_weights")
-        for name, value in zip(names, settled(run.prompts, *(getattr(self, name) for name in names)), strict=True):
-            setattr(self, name, value)
+        self.__dict__.update(zip(names, settled(run.prompts, *(getattr(self, name) for name in names)), strict=True))
         if environment_factory is not None and not self.reward_funcs:  # it gives none, which is known only now
             check_signals(self.signals, self.args, has_reward=False)
             check_context(self.context, self.num_generations, run.train_dataset, has_rewards=False, has_feedback=True)
@@ -316,8 +317,7 @@ class SelfDistillationTrainer(GRPOTrainer):
             return self._mark_empty_rollouts(*self.sampler.turn(*asked))[:2]
         completing = Completing(self._engines, generation, prompt_ids, partial(self.sampler.turn, *asked))
         completions = completing(self.completion_source, self.args.seed, self.state.global_step)
-        for name, pair in completions.rates.items():
-            self.statistics["train"].add_rate(name, *torch.tensor(pair, device=self.accelerator.device))
+        self.statistics["train"].add_rates(completions.rates, self.accelerator.device)
         return self._mark_empty_rollouts(completions.ids, completions.log_probs)[:2]
 
     def sample(self, prompt_ids: list[list[int]], sampling: Sampling, stream: int = 0) -> list[list[int]]:
