@@ -24,6 +24,7 @@ class Method:
     clip: float | None = None
     ratio_low: float | None = None
     ratio_high: float | None = None
+    bounded: str = "teacher"
     temperature: float = 1.0
     loss_type: str = "grpo"
     max_completion_length: int = 0
@@ -182,9 +183,10 @@ def rewarded(p_s: torch.Tensor, p_t: torch.Tensor, inside: torch.Tensor, method:
 
 
 def bounded(p_s: torch.Tensor, p_t: torch.Tensor, method: Any) -> torch.Tensor:
-    """The teacher's probabilities, within a range of multiples of the student's, as data."""
-    low, high = method.ratio_low or 0.0, torch.inf if method.ratio_high is None else method.ratio_high
-    return torch.minimum(torch.maximum(p_t, low * p_s), torch.where(p_s > 0, high * p_s, torch.inf)).detach()
+    """The teacher's probabilities, within a range of multiples of the student's: they, or the multiples, are data."""
+    low, high = method.ratio_low or 0.0, 1e300 if method.ratio_high is None else method.ratio_high
+    within = torch.minimum(torch.maximum(p_t, low * p_s), torch.where(p_s > 0, high * p_s, torch.inf))
+    return within.detach() if method.bounded == "teacher" else torch.where(within == p_t, p_t.detach(), within)
 
 
 def entries_of(p_s: torch.Tensor, p_t: torch.Tensor, method: Any) -> torch.Tensor:

@@ -539,6 +539,11 @@ STAND_INS = {
 
 # What else a paper has under the name of a method: its name, and something behind a colon
 VARIANTS = {
+    "resd:paper": replace(
+        STAND_INS["resd"],
+        loss=replace(STAND_INS["resd"].loss, bounded="ratio"),
+        settings={**STAND_INS["resd"].settings, "divergence_bounded": "ratio"},
+    ),
     "trace:errors": replace(
         STAND_INS["trace"],
         loss=replace(STAND_INS["trace"].loss, divergence="reverse_kl"),

@@ -21,6 +21,12 @@ CELLS = [
     (divergence, weight, support, tail)
     for (divergence, weight), (support, tail) in itertools.product(DIVERGENCES, SUPPORTS)
 ]
+# With what is data where a ratio is out of bounds
+BOUNDED = [
+    (cell, data)
+    for cell, data in itertools.product(CELLS, ("teacher", "ratio"))
+    if data == "teacher" or cell[2] != "sampled_token"
+]
 # Policy gradients over a support
 REWARDED = [
     (f"{weights}_rewards", 0.5, support, "bucket")

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from objective.plain import (
+    BOUNDED,
     CELLS,
     DIVERGENCES,
     NEVER_EMPTY,
@@ -54,24 +55,35 @@ def test_rewards_equal_the_plain_formula(cell):
             assert_equals_plain(case, make_objective(cell, temperature=0.7, **bounds), memory_budget=budget)
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize(("cell", "data"), BOUNDED, ids=str)
 @pytest.mark.parametrize(("low", "high"), [(0.8, 1.2), (0.8, None), (None, 1.2)])
 @pytest.mark.parametrize("clip", [None, 0.03])
-def test_ratios_within_bounds_equal_the_plain_formula(cell, low, high, clip):
-    objective = make_objective(cell, clip=clip, ratio_low=low, ratio_high=high, temperature=0.9)
+def test_ratios_within_bounds_equal_the_plain_formula(cell, data, low, high, clip):
+    objective = make_objective(cell, clip=clip, ratio_low=low, ratio_high=high, bounded=data, temperature=0.9)
     found = assert_equals_plain(make_case(rows=3, bias=True), objective)
     if clip is None and cell[2] not in ("intersection_top_k", "sampled_token"):
-        free = make_case(rows=3, bias=True).fused(dataclasses.replace(objective, ratio_low=None, ratio_high=None))
+        free = make_case(rows=3, bias=True).fused(make_objective(cell, clip=clip, temperature=0.9))
         assert not torch.allclose(found.divergence, free.divergence)
 
 
 @pytest.mark.parametrize(
     ("bounds", "name"),
-    [({"ratio_low": 0.0}, "ratio_low"), ({"ratio_low": 1.1}, "ratio_low"), ({"ratio_high": 0.9}, "ratio_high")],
+    [
+        ({"ratio_low": 0.0}, "ratio_low"),
+        ({"ratio_low": 1.1}, "ratio_low"),
+        ({"ratio_high": 0.9}, "ratio_high"),
+        ({"bounded": "student"}, "bounded"),
+    ],
 )
 def test_bounds_of_ratios_that_exclude_agreement(bounds, name):
     with pytest.raises(ValueError, match=f"`{name}` must be"):
         Objective(**bounds)
+
+
+@pytest.mark.parametrize("given", [{}, {"ratio_low": 0.5, "support": "sampled_token"}])
+def test_a_gradient_of_no_bound(given):
+    with pytest.raises(ValueError, match="Set a bound and another support"):
+        Objective(bounded="ratio", **given)
 
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell[2] != "sampled_token"], ids=str)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objective.plain import CELLS, NEVER_EMPTY, REWARDED, assert_close, make_case, make_objective, plain_loss
+from objective.plain import BOUNDED, CELLS, NEVER_EMPTY, REWARDED, assert_close, make_case, make_objective, plain_loss
 
 from trl_opsd.objective import Head, Objective, default_kernel, kernels, token_log_probs
 
@@ -92,12 +92,14 @@ def test_rewards_equal_the_plain_formula(cell):
         assert_equals_plain(case, make_objective(cell, temperature=0.9, **bounds))
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize(("cell", "data"), BOUNDED, ids=str)
 @pytest.mark.parametrize(("low", "high"), [(0.8, 1.2), (0.8, None), (None, 1.2)])
 @pytest.mark.parametrize("clip", [None, 0.03])
-def test_ratios_within_bounds_equal_the_plain_formula(cell, low, high, clip):
+def test_ratios_within_bounds_equal_the_plain_formula(cell, data, low, high, clip):
     case = make_case(rows=3, bias=True, vocabulary=70, seed=3)
-    assert_equals_plain(case, make_objective(cell, clip=clip, ratio_low=low, ratio_high=high, temperature=0.9))
+    assert_equals_plain(
+        case, make_objective(cell, clip=clip, ratio_low=low, ratio_high=high, bounded=data, temperature=0.9)
+    )
 
 
 @settings(max_examples=60)

@@ -46,11 +46,12 @@ class RESDConfig(
     over the student's 100 most probable tokens and one entry for all others, and w_i as in [`BySuccess`]. It needs a
     reward.
 
-    Paper and released code differ in the gradient of what is out of bounds: the paper's entry is there a multiple of
-    p_S(v), in the code the bounded teacher is data. As in the code, it is data here; the values are the same. They
-    differ in what is on as well. The paper's largest ratio is 5 and its weights are on for two of its tasks
-    (`token_weights={}` turns them off); the released script has no largest ratio (`divergence_ratio_high=None`) and
-    weights. The paper's Algorithm 1 copies the weights to the teacher (`teacher="periodic"`), and its text averages.
+    Paper and released code differ in the gradient of what is out of bounds: in the code the bounded teacher is data,
+    as it is here; the paper's entry is there a multiple of p_S(v), which is `divergence_bounded="ratio"`. The values
+    are the same. They differ in what is on as well. The paper's largest ratio is 5 and its weights are on for two of
+    its tasks (`token_weights={}` turns them off); the released script has no largest ratio
+    (`divergence_ratio_high=None`) and weights. The paper's Algorithm 1 copies the weights to the teacher
+    (`teacher="periodic"`), and its text averages.
 
     Chosen here: lessons, and the counts of what helps and harms, are lines at the end of a reflection; when one is
     stale; how long rollouts are. Deviations: no buffer of prompts by priority; several updates from a batch of prompts

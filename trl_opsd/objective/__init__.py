@@ -7,12 +7,13 @@ from .fused import FusedDivergence, fused_divergence
 from .head import Head
 from .kernels import default_kernel
 from .lookups import teacher_choices, token_log_probs, tokens_in_top_k
-from .objective import Objective, Support, Tail
+from .objective import Bounded, Objective, Support, Tail
 from .readings import Combine, Readings
 from .top_log_probs import TopLogProbs
 
 
 __all__ = [
+    "Bounded",
     "Combine",
     "Divergence",
     "FusedDivergence",

@@ -76,7 +76,7 @@ def divergence_kernel(
         support_t = bounded(support_s, support_t, *bounds)
         entries, slopes = sampled_divergence(support_s, support_t, objective.divergence, objective.jsd_weight)
     elif objective.support == "full":
-        support_t = bounded(log_s, log_t, *bounds)
+        free_t, support_t = log_t, bounded(log_s, log_t, *bounds)
         entries, slopes = pointwise_divergence(
             log_s,
             support_t,
@@ -87,9 +87,11 @@ def divergence_kernel(
         )
     else:
         tokens, kept = support_tokens(objective, student_logits, teacher_logits)
-        support_s, support_t = (restrict(log_p, tokens, kept, objective) for log_p in (log_s, log_t))
-        support_t = bounded(support_s, support_t, *bounds)
+        support_s, free_t = (restrict(log_p, tokens, kept, objective) for log_p in (log_s, log_t))
+        support_t = bounded(support_s, free_t, *bounds)
         entries, slopes = pointwise_divergence(support_s, support_t, objective.divergence, objective.jsd_weight)
+    if objective.bounded == "ratio":
+        slopes = torch.where(support_t == free_t, slopes, entries)
     value, slopes, slope_sum, clipped, clipped_mass = clip_and_sum(entries, slopes, objective.clip)
     log_prob = log_s.gather(1, target).squeeze(1)
     finite = valid & value.isfinite() & slope_sum.isfinite()

@@ -9,6 +9,7 @@ from .divergence import REWARDS, Divergence
 
 Support = Literal["full", "teacher_top_k", "student_top_k", "union_top_k", "intersection_top_k", "sampled_token"]
 Tail = Literal["bucket", "renormalize"]
+Bounded = Literal["teacher", "ratio"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Objective:
             [RESD](https://huggingface.co/papers/2605.12741), see [`bounded`].
         ratio_high (`float`, *optional*):
             It is lowered to this multiple of the student's.
+        bounded (`str`, *optional*, defaults to `"teacher"`):
+            What is data where a ratio is out of bounds: `"teacher"`, whose probability is that multiple of what the
+            student's is now, as in RESD's released code; or `"ratio"`, so that an entry is a constant times the
+            student's probability, as in the paper. The values are the same, the gradients are not.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -63,6 +68,7 @@ class Objective:
     temperature: float = 1.0
     ratio_low: float | None = None
     ratio_high: float | None = None
+    bounded: Bounded = "teacher"
 
     @property
     def description(self) -> str:
@@ -87,6 +93,7 @@ class Objective:
             ("divergence", get_args(Divergence)),
             ("support", get_args(Support)),
             ("tail", get_args(Tail)),
+            ("bounded", get_args(Bounded)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}.")
@@ -112,6 +119,11 @@ class Objective:
             raise ValueError(
                 "`top_k=1` with `tail='renormalize'` leaves one token of probability 1 on both sides, whose "
                 "divergence is always 0. Raise `top_k`, or set `tail='bucket'`."
+            )
+        if self.bounded == "ratio" and (self.support == "sampled_token" or self.ratio_low == self.ratio_high is None):
+            raise ValueError(
+                "`bounded='ratio'` is about entries that `ratio_low` or `ratio_high` bounds, of a support that is not "
+                "`'sampled_token'`. Set a bound and another support, or leave it at `'teacher'`."
             )
         if self.clip is not None and not self.clip > 0.0:
             raise ValueError(f"`clip` must be positive, got {self.clip}. Use `None` for no clipping.")

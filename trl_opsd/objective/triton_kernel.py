@@ -107,6 +107,7 @@ def _full(
         **{f"TEACHER_{name}": value for name, value in teacher.constants.items()},
         MODE=_MODES[canonical(objective.divergence, objective.jsd_weight)], CLIP=objective.clip is not None,
         RATIO_LOW=objective.ratio_low is not None, RATIO_HIGH=objective.ratio_high is not None,
+        RATIO_IS_DATA=objective.bounded == "ratio",
         POINTWISE=any(its is not None for its in (objective.clip, objective.ratio_low, objective.ratio_high)),
         LIKELIHOOD=likelihood_factors is not None, NEEDS_GRAD=needs_grad, **_launch(vocabulary),
     )  # fmt: skip
@@ -144,9 +145,11 @@ def _restricted(
         logits = student.logits(tokens)
         log_p = student.log_p(logits)
         support_s = student.put_aside(tokens, kept, log_p)
-        support_t = teacher.put_aside(tokens, kept, teacher.log_p(teacher.logits(tokens)))
-        support_t = bounded(support_s, support_t, *bounds)
+        free_t = teacher.put_aside(tokens, kept, teacher.log_p(teacher.logits(tokens)))
+        support_t = bounded(support_s, free_t, *bounds)
         entries, slopes = pointwise_divergence(support_s, support_t, objective.divergence, objective.jsd_weight)
+        if objective.bounded == "ratio":
+            slopes = torch.where(support_t == free_t, slopes, entries)
     summed = clip_and_sum(entries, slopes, objective.clip)
     finite = valid & summed.value.isfinite() & summed.slope_sum.isfinite()
     if on_sample:  # a ratio can be too large for half precision

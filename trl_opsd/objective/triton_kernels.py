@@ -98,6 +98,7 @@ def full_kernel(
     STUDENT_BIAS: tl.constexpr, STUDENT_SOFTCAP: tl.constexpr,
     TEACHER_BIAS: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr,
     MODE: tl.constexpr, CLIP: tl.constexpr, RATIO_LOW: tl.constexpr, RATIO_HIGH: tl.constexpr, POINTWISE: tl.constexpr,
+    RATIO_IS_DATA: tl.constexpr,
     LIKELIHOOD: tl.constexpr, NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Python's floats would be fp64 under the interpreter
@@ -179,10 +180,11 @@ def full_kernel(
                 TEACHER_SOFTCAP,
             )  # fmt: skip
             log_s = (z_s - ref_s) * inverse_temperature - lse_s
-            log_t = _bounded(
-                log_s, (z_t - ref_t) * inverse_temperature - lse_t, log_low, log_high, RATIO_LOW, RATIO_HIGH
-            )
+            free_t = (z_t - ref_t) * inverse_temperature - lse_t
+            log_t = _bounded(log_s, free_t, log_low, log_high, RATIO_LOW, RATIO_HIGH)
             entries, slopes = _entries(log_s, log_t, tl.exp(log_s), tl.exp(log_t), beta, MODE)
+            if RATIO_IS_DATA:
+                slopes = tl.where(log_t == free_t, slopes, entries)
             if CLIP:
                 above = inside & (entries > clip)
                 counts += above.to(tl.float32)
@@ -234,11 +236,12 @@ def full_kernel(
                 TEACHER_SOFTCAP,
             )  # fmt: skip
             log_s = (z_s - ref_s) * inverse_temperature - lse_s
-            log_t = _bounded(
-                log_s, (z_t - ref_t) * inverse_temperature - lse_t, log_low, log_high, RATIO_LOW, RATIO_HIGH
-            )
+            free_t = (z_t - ref_t) * inverse_temperature - lse_t
+            log_t = _bounded(log_s, free_t, log_low, log_high, RATIO_LOW, RATIO_HIGH)
             p_s = tl.exp(log_s)
             entries, slopes = _entries(log_s, log_t, p_s, tl.exp(log_t), beta, MODE)
+            if RATIO_IS_DATA:
+                slopes = tl.where(log_t == free_t, slopes, entries)
             if CLIP:
                 slopes = tl.where(entries > clip, 0.0, slopes)
             grad = (slopes - p_s * slope_sum) * factor

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self, cast, get_args, get_type_hints
 from trl import GRPOConfig
 
 from ..help import did_you_mean, help_from_docstring
-from ..objective import Divergence, Objective, Support, Tail
+from ..objective import Bounded, Divergence, Objective, Support, Tail
 from ..objective.kernels import KERNELS
 from .checks.settings import RETIRED, check_config
 from .defaults import default_of, leave_out_defaults_of_other_choices
@@ -175,6 +175,8 @@ class SelfDistillationConfig(GRPOConfig):
             a teacher whose probability is this share of the student's. `None` does not bound it.
         divergence_ratio_high (`float`, *optional*):
             Largest ratio, likewise.
+        divergence_bounded (`str`, *optional*, defaults to `"teacher"`):
+            What has no gradient where the ratio is out of bounds: `"teacher"`, or `"ratio"`. The value is the same.
         target (`str`, *optional*):
             What the divergence pulls to. `None` is the teacher; or the import path of a subclass of [`Target`], such
             as `"trl_opsd.methods.purified_opsd.Purified"`, which makes it of what the teacher says after its prompt,
@@ -336,6 +338,7 @@ class SelfDistillationConfig(GRPOConfig):
     divergence_clip: float | None = None
     divergence_ratio_low: float | None = None
     divergence_ratio_high: float | None = None
+    divergence_bounded: str = field(default="teacher", metadata={"choices": list(get_args(Bounded))})
     target: str | None = None
     target_kwargs: dict[str, Any] | str | None = None
     replaced_divergence: dict[str, Any] | str | None = None
@@ -477,6 +480,7 @@ class SelfDistillationConfig(GRPOConfig):
             clip=self.divergence_clip,
             ratio_low=self.divergence_ratio_low,
             ratio_high=self.divergence_ratio_high,
+            bounded=cast(Bounded, self.divergence_bounded),
             temperature=cast(float, self.distillation_temperature),
         )
 

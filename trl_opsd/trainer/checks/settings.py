@@ -34,6 +34,7 @@ _OBJECTIVE_FIELDS = {
     "clip": "divergence_clip",
     "ratio_low": "divergence_ratio_low",
     "ratio_high": "divergence_ratio_high",
+    "bounded": "divergence_bounded",
     "temperature": "distillation_temperature",
 }
 _AT_LEAST_ONE = {
