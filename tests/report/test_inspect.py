@@ -1,6 +1,8 @@
 """Token pages: what they show is what `score` says, whatever the text is."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,3 +92,21 @@ def test_tensorboard_is_told_where_the_page_is(make_trainer, tmp_path):
     [told] = logged.Tensors("inspect/text_summary")
     assert told.step == 2
     assert told.tensor_proto.string_val[0].decode() == f"`{out / 'inspect' / 'step-000002.html'}`"
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_trackers_are_given_the_page(name, make_trainer, tmp_path, monkeypatch):
+    """By their names for it, which are all that is known of them here."""
+    logged = []
+
+    def log_artifact(file, **kwargs):
+        logged.append((file, kwargs))
+
+    tracker = SimpleNamespace(log_artifact=log_artifact, run=SimpleNamespace(id="7", log_artifact=log_artifact))
+    monkeypatch.setitem(sys.modules, name, tracker)
+    trainer = make_trainer(output_dir=str(tmp_path), max_steps=2)
+    trainer.args.report_to = [name]
+    trainer.add_callback(InspectCallback(trainer, steps=2))
+    trainer.train()
+    page, artefact = str(tmp_path / "inspect" / "step-000002.html"), {"wandb": "inspect-7", "trackio": "inspect"}[name]
+    assert logged == [(page, {"name": artefact, "type": "inspect", "aliases": ["step-2"]})]
