@@ -105,8 +105,10 @@ def test_trackers_are_given_the_page(name, make_trainer, tmp_path, monkeypatch):
     tracker = SimpleNamespace(log_artifact=log_artifact, run=SimpleNamespace(id="7", log_artifact=log_artifact))
     monkeypatch.setitem(sys.modules, name, tracker)
     trainer = make_trainer(output_dir=str(tmp_path), max_steps=2)
-    trainer.args.report_to = [name]
+    # No other part of the trainer is to ask for the tracker
+    trainer.observers.append(lambda *_: setattr(trainer.args, "report_to", [name]))
     trainer.add_callback(InspectCallback(trainer, steps=2))
+    trainer.observers.append(lambda *_: setattr(trainer.args, "report_to", []))
     trainer.train()
     page, artefact = str(tmp_path / "inspect" / "step-000002.html"), {"wandb": "inspect-7", "trackio": "inspect"}[name]
     assert logged == [(page, {"name": artefact, "type": "inspect", "aliases": ["step-2"]})]
