@@ -74,7 +74,7 @@ def train_base(
         folder (`Path`):
             Where the model goes.
         world (`DataclassInstance`):
-            What the rows were made by, such as a [`World`].
+            What the rows were made by, such as a [`~trl_opsd.playground.world.World`].
         recipe ([`BaseRecipe`]):
             Settings of the training.
         context ([`TemplateContext`]):
