@@ -16,7 +16,8 @@ CODE_OR_TAG = re.compile(rf"({CODE.pattern[1:-1]}|</?[a-z]\w*(?:\s[^>]*)?>)", re
 
 # A letter or two with what stands below or above it, as the formulas of docstrings and pages are written: p_T,v
 _BELOW = re.compile(r"_(\{[^}]+\}|[A-Za-zα-ω0-9½]+(?:,[a-z]\b)?)")
-_SHORT_BELOW = re.compile(rf"(?<![\w`#./-])((?:JSD|[^\W\d_])[\u0300-\u036f′]?(?:&#42;)?){_BELOW.pattern}")
+# Not the one method whose name looks like it
+_SHORT_BELOW = re.compile(rf"(?<![\w`#./-])(?!u_opsd\b)((?:JSD|[^\W\d_])[\u0300-\u036f′]?(?:&#42;)?){_BELOW.pattern}")
 _FORMULA = re.compile(r"[^\W\d_]{1,2}(_\w+|\(\w′?\))? [=−] ")
 
 

@@ -125,6 +125,7 @@ def test_groups_of_parameters(site):
         ("*optional* and **bold**", "*optional* and **bold**"),
         ("`p_T` in trl_opsd.methods.u_opsd, [x](a/b_c.md)", "`p_T` in trl_opsd.methods.u_opsd, [x](a/b_c.md)"),
         ("https://x.org/p_T", "https://x.org/p_T"),
+        ("| u_opsd | u_t |", "| u_opsd | u<sub>t</sub> |"),
         ("for t <eos>", "for t &lt;eos>"),
     ],
 )
