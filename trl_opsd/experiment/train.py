@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -493,15 +493,23 @@ def make_watch(trainer: Any, spec: Run, rows: dict[str, Any]) -> Any:
     return Watch()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs what is described on stdin, and leaves its result or the error."""
+def main(argv: Sequence[str] | None = None, make: Callable[[Any, Path], dict[str, Any]] = run) -> None:
+    """
+    Makes what is described on stdin, and leaves its result or the error.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            The result file, in a folder of that of the experiment.
+        make (`Callable[[Any, Path], dict[str, Any]]`, *optional*):
+            From a description and the folder of the experiment to the result.
+    """
     from ..playground.present import quiet
 
     (path,) = map(Path, sys.argv[1:] if argv is None else argv)
-    spec: Run = pickle.load(sys.stdin.buffer)
+    spec = pickle.load(sys.stdin.buffer)
     quiet()
     try:
-        result = run(spec, path.parent.parent)
+        result = make(spec, path.parent.parent)
     except Exception as error:
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {error}"}

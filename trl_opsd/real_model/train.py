@@ -1,18 +1,15 @@
 """One run, in a process of its own: `python -m trl_opsd.real_model.train RESULT_FILE`, the run pickled on stdin."""
 
 import json
-import pickle
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..experiment.train import write_result
+from ..experiment.train import main
 from ..files import whole_folder
 from ..playground.facts import make_world, names_reward
 from ..playground.recall import MAX_TOKENS, ask, recall
@@ -311,20 +308,5 @@ def make_watch(trainer: Any, spec: RealRun, rows: dict[str, Any], spent: float) 
     return Watch()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Makes what is described on stdin, and leaves its result or the error."""
-    from ..playground.present import quiet
-
-    (path,) = map(Path, sys.argv[1:] if argv is None else argv)
-    spec: RealRun = pickle.load(sys.stdin.buffer)
-    quiet()
-    try:
-        result = run(spec, path.parent.parent)
-    except Exception as error:
-        traceback.print_exc()
-        result = {"error": f"{type(error).__name__}: {error}"}
-    write_result(path, {"settings": spec.settings(), **result})
-
-
 if __name__ == "__main__":
-    main()
+    main(make=run)
