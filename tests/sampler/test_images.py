@@ -8,7 +8,6 @@ from sampler.environment import TORCHVISION, run_script
 
 
 pytest.importorskip("vllm", reason="`make test-vllm` runs these in an environment with vLLM")
-pytestmark = pytest.mark.skipif(not TORCHVISION[-1].exists(), reason="`make test-vllm` installs torchvision")
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])

@@ -1,7 +1,7 @@
 """Callbacks that watch a run."""
 
 from .base import ACTIONS, Falling, Guard, MetricGuard, Relative, Rising
-from .guards import GUARDS
+from .guards import GUARDS, Benchmark
 from .non_finite import SkipNonFiniteSteps
 from .watch import Guards
 
@@ -9,6 +9,7 @@ from .watch import Guards
 __all__ = [
     "ACTIONS",
     "GUARDS",
+    "Benchmark",
     "Falling",
     "Guard",
     "Guards",

@@ -30,7 +30,7 @@ from ..eval.in_training import BenchmarkCallback
 from ..eval.statistics import proportion
 from ..experiment.arms import BASE_SEED, BASES, TUNING_SEED
 from ..experiment.train import Run, make_trainer, make_watch, write_result
-from ..guard import GUARDS, Guard
+from ..guard import GUARDS, Benchmark, Guard
 from .arms import ARMS
 
 
@@ -253,7 +253,7 @@ def print_curves(folder: Path) -> None:
         runs[kind] += 1
         seen = evaluations(result["curve"], BASES[its["base"]].family.splits["curve"].rows)
         for drop, patience in options:
-            stop = ends(GUARDS["benchmark"](drop=drop, patience=patience), seen)  # type: ignore[call-arg]
+            stop = ends(Benchmark(drop=drop, patience=patience), seen)
             ended[drop, patience, *kind] += stop is not None
     kinds = sorted(runs, key=lambda kind: (kind[1] != "never lost", kind[1] != "regained", kind[0]))
     print("| `drop` | `patience` |", *(f"{kind[1]}, seed {kind[0]} ({runs[kind]}) |" for kind in kinds))
