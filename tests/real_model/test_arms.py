@@ -67,6 +67,13 @@ def test_a_result_is_of_its_settings(change):
     assert runs[0].settings() == RealRun(PARTS["facts"], 1, replace(arm, title="other"), 1e-4).settings()
 
 
+def test_a_result_is_of_the_length_of_its_rollouts(monkeypatch):
+    run = RealRun(PARTS["facts"], 1, ARMS["sdft"], 1e-4)
+    before = run.settings()
+    monkeypatch.setattr("trl_opsd.real_model.arms.ROLLOUT_TOKENS", 24)
+    assert run.settings() != before
+
+
 @pytest.mark.parametrize(("plan", "limit"), [(FULL, 8.0), (QUICK, 25 / 60)], ids=["full", "quick"])
 def test_the_plans_are_within_their_budgets(plan, limit):
     seconds = sum(seconds for _, seconds in planned_seconds(plan).values())

@@ -29,6 +29,8 @@ ADAPTER = {
     "lora_alpha": 64,
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
+# Of a rollout that is trained on, not of an answer of the test: the word that matters comes early
+ROLLOUT_TOKENS = 12
 _CLIP = 0.05
 _SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 _DIVERGENCES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD"}
@@ -136,7 +138,7 @@ class RealRun:
             "model": self.model,
             "device": self.device,
         }
-        shared = {"size": self.base.size, "adapter": ADAPTER, "template": TEMPLATE}
+        shared = {"size": self.base.size, "adapter": ADAPTER, "template": TEMPLATE, "rollout_tokens": ROLLOUT_TOKENS}
         return json.loads(json.dumps({"version": VERSION, "run": run, "arm": arm, **shared}))
 
 

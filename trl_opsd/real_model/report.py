@@ -10,6 +10,7 @@ import jinja2
 from ..experiment.figures import Result, interval, with_interval
 from ..experiment.plots import draw_curves
 from ..experiment.runner import Plan, Results, missing, planned_seconds
+from ..playground.facts import CHAINS, FACTS_PER_SIZE
 from .arms import ARMS, FULL, PARTS, TEMPLATE, TUNING_SEED, RealPlan
 from .retention import INSTRUCTIONS, QUESTIONS
 
@@ -178,8 +179,8 @@ def write_report(results: Results, plan: Plan, page: Path) -> list[str]:
         command="make real" + (f' ARGS="{" ".join(options)}"' if options else ""),
         model=plan.model,
         device=plan.device,
-        facts=7 * size,
-        two=4 * size,
+        facts=FACTS_PER_SIZE * size,
+        two=len(CHAINS) * size,
         template=TEMPLATE,
         questions=len(QUESTIONS),
         instructions=len(INSTRUCTIONS),

@@ -14,14 +14,12 @@ from ..files import whole_folder
 from ..playground.facts import make_world, names_reward
 from ..playground.recall import MAX_TOKENS, ask, recall
 from ..playground.smollm2 import MODEL_DIR, check_packages, peak_memory, prepare_model
-from .arms import ADAPTER, READS, TUNING_SEED, RealRun
+from .arms import ADAPTER, READS, ROLLOUT_TOKENS, TUNING_SEED, RealRun
 
 
 # Data that SFT learns from, by the share of tokens that are drawn without the facts, see MixSDMaker
 _SHARES = {"teacher": 0.0, "mixsd": 0.5}
 _TRIES = 4
-# Of a rollout that is trained on, not of an answer of the test: the word that matters comes early
-_ROLLOUT_TOKENS = 12
 # Of a pass forward and backward: less than half of the memory of a whole batch, in the same time
 _PASS_TOKENS = 400
 # Questions of each kind that are asked along the way
@@ -202,7 +200,7 @@ def make_trainer(spec: RealRun, rows: list[dict[str, Any]], output_dir: str) -> 
             settings |= {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.2}
         no_thought = {"enable_thinking": False}
         settings |= {"chat_template_kwargs": no_thought, "teacher_chat_template_kwargs": no_thought}
-        settings |= {"max_completion_length": _ROLLOUT_TOKENS, "max_tokens_per_microbatch": _PASS_TOKENS}
+        settings |= {"max_completion_length": ROLLOUT_TOKENS, "max_tokens_per_microbatch": _PASS_TOKENS}
         args = config_class(arm.trainer)(**settings)
         trainer = SelfDistillationTrainer(
             spec.model,
