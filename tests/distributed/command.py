@@ -2,6 +2,7 @@
 
 import torch
 from distributed.train import skip_unused_op
+from leave import leave
 
 from trl_opsd.scripts.train import main
 
@@ -10,3 +11,4 @@ if __name__ == "__main__":
     skip_unused_op()
     main()
     assert not torch.distributed.is_initialized(), "the command left the group of its processes open"
+    leave()

@@ -15,6 +15,7 @@ from accelerate import state as accelerate_state
 from accelerate.utils import gather_object
 from datasets import Dataset
 from flash_attention import FlashAttention, use_flash_attention
+from leave import leave
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from tiny import make_model, make_tokenizer
@@ -337,5 +338,4 @@ if __name__ == "__main__":
     gc.freeze()  # the libraries, which the collection of every job would pass over
     for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
         run(job, folder / (job["name"] or str(number)))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # or its threads may abort the process, which has done all it had to
+    leave()

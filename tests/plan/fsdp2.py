@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from distributed.train import relabel_cpu_world
+from leave import leave
 from plan.measuring import CASES, make_trainer, storages
 
 from trl_opsd.teacher.sharding import part_of
@@ -46,3 +47,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

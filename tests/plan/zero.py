@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from distributed.train import skip_unused_op
+from leave import leave
 from plan.measuring import CASES, make_trainer, storages
 
 
@@ -69,3 +70,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     skip_unused_op()
     main(Path(sys.argv[1]))
+    leave()
