@@ -9,6 +9,8 @@ from sampler.environment import TORCHVISION, run_script
 
 pytest.importorskip("vllm", reason="`make test-vllm` runs these in an environment with vLLM")
 
+SENT = {"lora": "all weights, its adapter merged", "full": "all weights", "alone": "its adapter alone"}
+
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
 def base(request, tmp_path_factory):
@@ -18,21 +20,26 @@ def base(request, tmp_path_factory):
     return str(folder)
 
 
-def train(base, folder, **job):
-    result = run_script("train_on_images.py", base, str(folder), json.dumps(job), path=TORCHVISION)
+def train(base, folder, num_processes=1, **job):
+    arguments = base, str(folder), json.dumps(job)
+    result = run_script("train_on_images.py", *arguments, num_processes=num_processes, path=TORCHVISION)
 
-    assert len(result["differences"]) == len(result["trained"]) == 4
+    assert result["world"] == num_processes
+    assert len(result["differences"]) == 4
+    assert len(result["trained"]) == 4 * num_processes
     assert result["trained"] == result["sampled"]
     return result
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["lora", "full"])
-def test_engine_reads_images_with_the_trainers_weights(weights, base, tmp_path):
-    result = train(base, tmp_path, weights=weights)
+@pytest.mark.parametrize(("weights", "num_processes"), [("lora", 1), ("full", 2), ("alone", 1)])
+def test_engine_reads_images_with_the_trainers_weights(weights, num_processes, base, tmp_path):
+    result = train(base, tmp_path, num_processes, weights=weights)
 
     assert 0 < max(result["differences"]) < 1e-3
-    assert min(result["loads"]) == max(result["loads"]) > 40  # those of the vision tower too, in each call
+    assert result["sent"] == SENT[weights]
+    if weights != "alone":
+        assert min(result["loads"]) == max(result["loads"]) > 40  # those of the vision tower too, in each call
 
 
 @pytest.mark.slow

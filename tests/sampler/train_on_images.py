@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from environment import SETTINGS, save_result
 from peft import LoraConfig
@@ -15,6 +16,9 @@ from train_on_server import FileClient
 from trl.generation import vllm_generation
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
+
+
+TARGETS = {"lora": "all-linear", "alone": r".*language_model.*_proj"}
 
 
 def save_model(folder: Path, family: str) -> None:
@@ -36,8 +40,9 @@ def save_model(folder: Path, family: str) -> None:
 
 
 def rows() -> Dataset:
-    """With no image, one and two, of several sizes."""
-    images = [[make_image(row + seed, (20 + row, 28)) for seed in range(row % 3)] for row in range(8)]
+    """With no image, one and two, of several sizes. In each step, the second of two processes has none."""
+    numbers = 0, 1, 2, 1, 0, 0, 0, 0
+    images = [[make_image(row + seed, (20 + row, 28)) for seed in range(its)] for row, its in enumerate(numbers)]
     return Dataset.from_list(
         [
             {
@@ -61,9 +66,16 @@ def main(base: str, output_dir: str, job: dict) -> dict:
         engine = {"vllm_mode": "server", "vllm_server_base_url": job["url"]}
     trainer = SelfDistillationTrainer(
         base,
-        args=SelfDistillationConfig(output_dir=output_dir, **SETTINGS, use_vllm=True, **engine),
+        args=SelfDistillationConfig(
+            output_dir=output_dir,
+            **SETTINGS,
+            shuffle_dataset=False,
+            use_vllm=True,
+            vllm_lora_sync="adapter" if job["weights"] == "alone" else "auto",
+            **engine,
+        ),
         train_dataset=rows(),
-        peft_config=LoraConfig(r=8, target_modules="all-linear") if job["weights"] == "lora" else None,
+        peft_config=LoraConfig(r=8, target_modules=TARGETS[job["weights"]]) if job["weights"] in TARGETS else None,
     )
     batches = record_batches(trainer)
     llm = trainer.vllm_generation.llm if is_here else None
@@ -72,9 +84,10 @@ def main(base: str, output_dir: str, job: dict) -> dict:
     name = "sampling/sampling_logp_difference/max"
     return {
         "differences": [entry[name] for entry in trainer.state.log_history if name in entry],
-        "sampled": [call["completions"] for call in calls] if is_here else FileClient.completions,
-        "trained": [batch["completions"] for batch in batches],
-        "loads": loads,
+        "sampled": gather_object([call["completions"] for call in calls] if is_here else FileClient.completions),
+        "trained": gather_object([batch["completions"] for batch in batches]),
+        "loads": gather_object(loads),
+        "sent": trainer.sampler.sent,
         "world": trainer.accelerator.num_processes,
     }
 

@@ -10,9 +10,10 @@ from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import make_model
 from tiny_vlm import make_vlm
+from trl.trainer import grpo_trainer
 
 from trl_opsd.serving import connect, prepare_sampler, report_failures
-from trl_opsd.serving.adapter import adapter_weights, obstacle, write_adapter
+from trl_opsd.serving.adapter import adapter_weights, engine_for_adapters, needs_adapter, obstacle, write_adapter
 from trl_opsd.serving.client import ServerError
 from trl_opsd.serving.merged_weights import merged_weights
 
@@ -121,12 +122,26 @@ def test_what_is_no_single_adapter_of_lora_has_its_reason(tokenizer):
     assert "model.norm.weight is quantised, and in another way" in obstacle(policy)
 
 
-def test_an_adapter_beside_the_language_model_has_its_reason():
-    model, _ = make_vlm("qwen3_vl")
-    policy = get_peft_model(model, LoraConfig(target_modules=r".*language_model.*\.q_proj"))
-    assert obstacle(policy) is None
-    policy = get_peft_model(policy.unload(), LoraConfig(target_modules="all-linear"))
-    assert "visual.blocks.0.attn.qkv is not of the language model" in obstacle(policy)
+@pytest.mark.parametrize(
+    ("family", "targets", "beside"),
+    [
+        ("qwen2_5_vl", ["gate_proj"], "visual.blocks.0.mlp.gate_proj"),
+        ("qwen3_vl", "all-linear", "visual.blocks.0.attn.qkv"),
+        ("gemma3", ["v_proj"], "vision_tower.encoder.layers.0.self_attn.v_proj"),
+        ("idefics3", ["proj"], "connector.modality_projection.proj"),
+    ],
+)
+def test_an_adapter_beside_the_language_model_is_merged_or_refused_before_an_engine_is_made(family, targets, beside):
+    model, _ = make_vlm(family)
+    policy = get_peft_model(model, LoraConfig(target_modules=targets))
+    message = rf"`vllm_lora_sync='adapter'`: .*{beside} is not of the language model.*vllm_lora_sync='merged'"
+    with engine_for_adapters("adapter"), pytest.raises(ValueError, match=message) as refused:
+        grpo_trainer.VLLMGeneration(model=policy, mode="colocate", enable_sleep_mode=False)
+    assert not needs_adapter("auto", policy)
+
+    assert "`exclude_modules`" in str(refused.value)
+    kept_off = LoraConfig(target_modules="all-linear", exclude_modules=".*(visual|vision|connector).*")
+    assert obstacle(get_peft_model(policy.unload(), kept_off)) is None
 
 
 class Sender(SimpleNamespace):

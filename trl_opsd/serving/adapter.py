@@ -71,7 +71,10 @@ def obstacle(policy: Any) -> str | None:
         if not is_lora or not isinstance(module.get_base_layer(), nn.Linear):
             return f"{name} is no linear layer"
         if id(module) in beside:
-            return f"{name} is not of the language model, and vLLM would leave it out without a word"
+            return (
+                f"{name} is not of the language model, and vLLM would leave it out without a word (`exclude_modules` "
+                "in the adapter's configuration keeps the adapter off it)"
+            )
         for variant in cast(Any, module).lora_variant.values():
             return f"on {name} it is a variant ({type(variant).__name__}) that vLLM does not know"
         factors |= {id(one.weight) for one in _factors(module, adapter)}
