@@ -1,6 +1,7 @@
 """Trains a tiny vision-language model on vLLM's rollouts, in this process or of a server. Run by test_images.py."""
 
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from trl.generation import vllm_generation
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 
 
+SEVERAL = int(os.environ.get("WORLD_SIZE", "1")) > 1
 TARGETS = {"lora": "all-linear", "alone": r".*language_model.*_proj"}
 
 
@@ -41,7 +43,7 @@ def save_model(folder: Path, family: str) -> None:
 
 def rows() -> Dataset:
     """With no image, one and two, of several sizes. In each step, the second of two processes has none."""
-    numbers = 0, 1, 2, 1, 0, 0, 0, 0
+    numbers = (0, 1, 2, 1, 0, 0, 0, 0) if SEVERAL else (0, 1, 2, 0, 1, 2, 0, 1)
     images = [[make_image(row + seed, (20 + row, 28)) for seed in range(its)] for row, its in enumerate(numbers)]
     return Dataset.from_list(
         [
@@ -69,7 +71,7 @@ def main(base: str, output_dir: str, job: dict) -> dict:
         args=SelfDistillationConfig(
             output_dir=output_dir,
             **SETTINGS,
-            shuffle_dataset=False,
+            shuffle_dataset=not SEVERAL,
             use_vllm=True,
             vllm_lora_sync="adapter" if job["weights"] == "alone" else "auto",
             **engine,
