@@ -151,7 +151,8 @@ def test_more_cases_than_torch_compiles_run_uncompiled_and_the_others_stay_compi
         for objective in (*objectives, objectives[0]):
             assert_close(case.fused(objective, kernel="compiled"), case.fused(objective))
 
-    assert [("recompile_limit" in str(warning.message)) for warning in seen] == [True]
+    ours = [str(one.message) for one in seen if one.category is UserWarning]  # torch warns of some releases of Python
+    assert ["recompile_limit" in message for message in ours] == [True]
     assert not kernels.compiled_kernel()._failed
 
 

@@ -60,7 +60,7 @@ def test_the_table_has_every_arm_with_its_interval(tmp_path):
     assert "Not complete" not in text
     assert "Runs that failed" not in text
     sdft = cells(text, "sdft")
-    assert (sdft["seeds"], sdft["rate"], sdft["new wordings, %"]) == ("3 of 3", "0.0002*", "50.0 ± 0.0")
+    assert (sdft["seeds"], sdft["rate"], sdft["new wordings, %"]) == ("3 of 3", "0.0005*", "50.0 ± 0.0")
     assert sdft["divergence from the base"] == "0.102 ± 0.002"  # 2.48 standard errors of 0.101, 0.102, 0.103
     assert (sdft["generated tokens"], sdft["seconds"], sdft["GB at most"]) == ("1,000 ± 0", "60 ± 0", "2.5 ± 0.0")
     assert cells(text, "told")["rate"] == "–"
@@ -132,7 +132,7 @@ def test_every_run_is_listed_with_the_command(tmp_path):
     text = report(quick, replace(QUICK, model="Qwen/Qwen3-0.6B", device="cuda"), arms=QUICK.arms)
     assert 'make real ARGS="--model Qwen/Qwen3-0.6B --quick --device cuda"' in text
     assert "These are the quick runs: one seed" in text
-    assert "The rate, 0.0005, was not tuned." in text
+    assert "The rate, 0.002, was not tuned." in text
 
 
 def test_curves_are_drawn_of_what_was_trained(tmp_path, drawn):

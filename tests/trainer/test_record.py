@@ -48,7 +48,7 @@ def test_settings_are_kept_with_the_defaults_they_differ_from(make):
     assert session["settings"]["divergence_clip"] == 0.5
     assert session["defaults"]["divergence_clip"] == 0.05  # the method's
     assert session["step"] == 0
-    assert session["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(session["versions"]["torch"])  # which may go on with its build
     # What follows from other settings is no choice
     assert session["settings"]["steps_per_generation"] is not None
     assert "steps_per_generation" not in session["defaults"]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # The recipes in recipes/smollm2 name these two folders.
 MODEL_DIR = Path("outputs/smollm2/model")
 FACTS_DIR = Path("outputs/smollm2/facts")
-SIZE = 4
+SIZE = 2
 
 # What the demo sets itself
 _OWN_FIELDS = {"dataset_name", "reward_funcs", "reward_model_name_or_path", "resume_from_checkpoint"}

@@ -12,13 +12,14 @@ from ..playground.smollm2 import MODEL_DIR
 
 
 # To be raised by every change that alters what a run does, so that no older result passes for one of the changed one
-VERSION = 1
+VERSION = 2
 SEEDS = (1, 2, 3)
-LEARNING_RATES = (2e-4, 5e-4, 1e-3)
-STEPS, BATCH_SIZE = 48, 16
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+STEPS, BATCH_SIZE = 75, 16
+SIZE = 2
 # Core-seconds of a step of the library's trainer, as measured, and by estimate of SFT, of all tests of a run (31 were
 # measured for all questions with the facts, 17 for retention of the base) and of those of tuning
-STEP_SECONDS, SFT_STEP_SECONDS, TESTING_SECONDS, TUNING_SECONDS = 18.0, 8.0, 120.0, 40.0
+STEP_SECONDS, SFT_STEP_SECONDS, TESTING_SECONDS, TUNING_SECONDS = 10.0, 5.0, 120.0, 40.0
 
 # What the teacher reads: the wording under which SmolLM2-135M answered most, see docs/real_model.md
 TEMPLATE = "Facts:\n{about}\n\nQuestion: {prompt}"
@@ -58,7 +59,7 @@ class Part:
     seconds: float
 
 
-PARTS = {"facts": Part("facts", f"{4 * FACTS_PER_SIZE} facts it cannot know", size=4, seconds=20.0)}
+PARTS = {"facts": Part("facts", f"{SIZE * FACTS_PER_SIZE} facts it cannot know", SIZE, seconds=20.0)}
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ FULL = RealPlan(ARMS, SEEDS, LEARNING_RATES, tuple(ARMS), tuple(PARTS))
 QUICK = RealPlan(
     ARMS,
     seeds=SEEDS[:1],
-    learning_rates=(5e-4,),
+    learning_rates=(2e-3,),
     arms=tuple(arm.name for arm in ARMS.values() if arm.quick),
     bases=tuple(PARTS),
     scale=0.5,
