@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from ..experiment.arms import TUNING_SEED, Arm
 from ..experiment.runner import Job, Plan
 from ..playground.facts import FACTS_PER_SIZE
-from ..playground.smollm2 import MODEL_DIR
+from ..playground.smollm2 import MODEL_DIR, SIZE
 
 
 # To be raised by every change that alters what a run does, so that no older result passes for one of the changed one
@@ -16,7 +16,6 @@ VERSION = 2
 SEEDS = (1, 2, 3)
 LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 STEPS, BATCH_SIZE = 75, 16
-SIZE = 2
 # Core-seconds of a step of the library's trainer, as measured, and by estimate of SFT, of all tests of a run (31 were
 # measured for all questions with the facts, 17 for retention of the base) and of those of tuning
 STEP_SECONDS, SFT_STEP_SECONDS, TESTING_SECONDS, TUNING_SECONDS = 10.0, 5.0, 120.0, 40.0
