@@ -15,7 +15,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl.trainer.utils import use_adapter
 
 from .sharding import copy_parameter
 
@@ -73,7 +72,8 @@ class AdapterCopy(TeacherCopy):
             warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`")
             try:
                 policy.add_adapter(name, config, autocast_adapter_dtype=False)
-                pairs = list(self.pairs())
+                if not (pairs := list(self.pairs())):
+                    raise ValueError("its parameters do not tell to which adapter they belong.")
             except (KeyError, NotImplementedError, TypeError, ValueError) as error:
                 raise NoSecondAdapterError(
                     f"needs a second adapter of the policy's kind ({type(config).__name__}), which peft does not "
@@ -159,10 +159,6 @@ def with_adapter(policy: nn.Module, adapter_name: str | None) -> Iterator[nn.Mod
             Name of the adapter. `None` switches all adapters off.
     """
     model = extract_model_from_parallel(policy)
-    if model.active_peft_config.is_adaption_prompt:  # which peft takes out of the model
-        with use_adapter(model, adapter_name):
-            yield policy
-        return
     # Only the flags that the layers' forward passes read. peft looks through the whole model before it sets them, and
     # lets go of the gradients of each adapter's weights, which nobody asks for here: a tenth of a step
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, _ADAPTED)]

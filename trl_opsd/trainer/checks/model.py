@@ -8,17 +8,64 @@ from ...context import check_embedded
 from ..config import SelfDistillationConfig
 
 
+# Adapters that cannot be trained, and why: peft's kinds, and settings of LoRA. All others are in the table of
+# `tests/teacher/test_adapters.py`
+_KINDS = {
+    "ADAPTION_PROMPT": "it takes the place of attention layers, and can be neither copied for a teacher nor merged",
+    "POLY": "it reads `task_ids` in every pass, and rows have none",
+    "SHADOW": "a network of its own runs beside the layers, and does not know their cached keys and values",
+    "XLORA": "the weights of its experts come from a pass around the model, and the loss passes through the backbone",
+}
+_SETTINGS = {
+    "alora_invocation_tokens": "peft looks for them around the model, and the loss passes through its backbone",
+    "arrow_config": "it chooses among adapters that are trained already, and trains none",
+    "layer_replication": "several layers share weights that have one place in vLLM and in a second adapter",
+    "monteclora_config": "it draws noise ahead of time, which no checkpoint has, and asks for a loss of its own",
+}
+_FROM_DATA = {
+    "corda": "`preprocess_corda(model, config, run_model)` before it",
+    "eva": "`initialize_lora_eva_weights(policy, dataloader)` after it",
+    "lora_ga": "`preprocess_loraga(model, config, train_step)` before it",
+}
+
+
 def check_model(model: Any, peft_config: Any) -> None:
     """
-    Refuse adapters that put tokens in front of the prompt.
+    Refuse adapters that cannot be trained, or that are to be initialised from data.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter that it is yet to get.
 
     Raises:
-        ValueError: If there is such an adapter.
+        ValueError: Naming the adapter, the reason and the way out.
     """
-    if getattr(peft_config or getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    config = peft_config or getattr(model, "active_peft_config", None)
+    if config is None:
+        return
+    reason = _KINDS.get(config.peft_type)
+    if config.is_prompt_learning:
+        reason = (
+            "it puts virtual tokens in front of the prompt, which would shift teacher and student against each other"
+        )
+    if reason is not None:
         raise ValueError(
-            "Prefix, prompt and p-tuning put virtual tokens in front of the prompt, which would shift the teacher "
-            "and the student against each other. Use LoRA, or train all weights."
+            f"The adapter of `{type(config).__name__}` cannot be trained: {reason}. Use `LoraConfig`, or train all "
+            "weights."
+        )
+    for name, reason in _SETTINGS.items():
+        if getattr(config, name, None):
+            raise ValueError(
+                f"`{type(config).__name__}` with `{name}` cannot be trained: {reason}. Leave `{name}` unset."
+            )
+    how = getattr(peft_config, "init_lora_weights", None)
+    if how in _FROM_DATA:
+        raise ValueError(
+            f"`init_lora_weights={how!r}` initialises the adapter from data, and from `peft_config` it would not be. "
+            f"Make it with `policy = get_peft_model(model, config)` and {_FROM_DATA[how]}, and give `policy` as "
+            "`model`, without `peft_config`."
         )
 
 
