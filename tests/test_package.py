@@ -35,6 +35,22 @@ def test_import_is_light(statement):
     assert not imported_by(statement) & heavy
 
 
+@pytest.mark.slow
+def test_every_module_can_be_imported_where_python_has_nothing_of_unix():
+    """Windows has none of these. The libraries are there already: on this system, they are made of them."""
+    code = """
+import importlib, pkgutil, sys
+import datasets, psutil, trl
+sys.modules |= dict.fromkeys(("resource", "fcntl", "pwd", "termios"))
+import trl_opsd
+for module in pkgutil.walk_packages(trl_opsd.__path__, "trl_opsd."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
 def test_every_public_name_is_there():
     # What completion and tables of contents show before anything has been asked for
     code = "import trl_opsd, json; print(json.dumps([name for name in dir(trl_opsd) if not name.startswith('_')]))"

@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import TrainerCallback
 from trl_opsd import OPSDConfig, OPSDTrainer, SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.files import TRAINING_RECORD
 from trl_opsd.trainer import record
-from trl_opsd.trainer.metrics import Metrics, add_peak_memory
+from trl_opsd.trainer.metrics import Metrics, add_peak_memory, peak_memory
 
 
 @dataclass
@@ -152,3 +153,11 @@ def test_peak_memory(make, monkeypatch):
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 3 * 2**30)
     add_peak_memory(metrics, torch.device("cpu"))
     assert metrics._maxima["memory/peak"].item() < 500
+
+    class Windows:
+        def memory_info(self):
+            return SimpleNamespace(rss=2**30, peak_wset=3 * 2**30)
+
+    monkeypatch.setattr("psutil.Process", Windows)
+    monkeypatch.setattr("sys.platform", "win32")
+    assert peak_memory() == 3 * 2**30

@@ -7,8 +7,6 @@ The demo on a real pretrained model: SmolLM2-135M-Instruct learns facts that it 
 
 import argparse
 import json
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -188,13 +186,6 @@ def prepare_facts(folder: Path, size: int, seed: int) -> Path:
     return made
 
 
-def peak_memory() -> float:
-    """The most memory that this process has held, in GB."""
-    # Of Linux in KiB, of macOS in bytes
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 # The run
 
 
@@ -220,6 +211,7 @@ def run_demo(method: str, recipe: Path, flags: Sequence[str], evaluate_every: in
     """
     from ..scripts.inputs import load_datasets
     from ..scripts.train import make_parser, make_trainer
+    from ..trainer.metrics import peak_memory
     from .facts import names_reward
 
     started = time.perf_counter()
@@ -254,7 +246,7 @@ def run_demo(method: str, recipe: Path, flags: Sequence[str], evaluate_every: in
         "steps": trainer.state.global_step,
         "num_generated_tokens": int(logs[-1]["num_generated_tokens"]),
         "seconds": round(time.perf_counter() - started, 1),
-        "peak_memory_gb": round(peak_memory(), 2),
+        "peak_memory_gb": round(peak_memory() / 1e9, 2),
         "context": trainer.args.context_kwargs,
         "before": before,
         "told": told,
@@ -352,6 +344,7 @@ def _train(
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
     from ..report import PromptPreviewCallback
+    from ..trainer.metrics import peak_memory
     from .recall import recall
 
     # Progress bars take their place.
@@ -375,7 +368,7 @@ def _train(
 
         def _ask(self, step: int) -> None:
             shares = {name: recall(its) for name, its in exam.take(number=28).items()}
-            curve.append({"step": step, "memory_gb": round(peak_memory(), 2), **shares})
+            curve.append({"step": step, "memory_gb": round(peak_memory() / 1e9, 2), **shares})
             told = f"{shares['trained']:.0%} as trained, {shares['new']:.0%} in other words"
             console.print(f"Step {step}: {told}, {curve[-1]['memory_gb']:.1f} GB", highlight=False)
 

@@ -13,7 +13,7 @@ from ..experiment.train import main
 from ..files import whole_folder
 from ..playground.facts import make_world, names_reward
 from ..playground.recall import MAX_TOKENS, ask, recall
-from ..playground.smollm2 import MODEL_DIR, check_packages, peak_memory, prepare_model
+from ..playground.smollm2 import MODEL_DIR, check_packages, prepare_model
 from .arms import ADAPTER, READS, ROLLOUT_TOKENS, TUNING_SEED, RealRun
 
 
@@ -44,6 +44,8 @@ def run(spec: RealRun, folder: Path) -> dict[str, Any]:
     """
     import torch
 
+    from ..trainer.metrics import peak_memory
+
     if spec.model == str(MODEL_DIR) and not MODEL_DIR.is_dir():
         from rich.console import Console
 
@@ -58,7 +60,7 @@ def run(spec: RealRun, folder: Path) -> dict[str, Any]:
         "seconds": 0.0,
         "curve": [],
         **result,
-        "peak_memory_gb": peak_memory(),
+        "peak_memory_gb": peak_memory() / 1e9,
         "device_name": torch.cuda.get_device_name() if spec.device == "cuda" else "cpu",
         "cpu_seconds": time.process_time() - started,
         "versions": versions,
@@ -275,6 +277,8 @@ def make_watch(trainer: Any, spec: RealRun, rows: dict[str, Any], spent: float) 
     """
     from transformers import AutoTokenizer, TrainerCallback
 
+    from ..trainer.metrics import peak_memory
+
     assert spec.arm is not None
     every = max(1, round(spec.scale * spec.arm.evaluate_every))
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
@@ -300,7 +304,7 @@ def make_watch(trainer: Any, spec: RealRun, rows: dict[str, Any], spent: float) 
                 return
             model = trainer.accelerator.unwrap_model(trainer.model)
             shares = {name: recall(ask(model, tokenizer, its)) for name, its in some.items()}
-            self.curve.append({"step": step, "seconds": self.seconds, "memory_gb": peak_memory(), **shares})
+            self.curve.append({"step": step, "seconds": self.seconds, "memory_gb": peak_memory() / 1e9, **shares})
             self._since = _clock(spec)
 
     return Watch()

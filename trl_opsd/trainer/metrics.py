@@ -3,16 +3,12 @@
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 
+import psutil
 import torch
 
 from ..objective import FusedDivergence
 from ..sampling.loops import is_repetitive
-
-
-with suppress(ImportError):  # on Windows
-    import resource
 
 
 class Metrics:
@@ -176,6 +172,16 @@ def add_contexts(metrics: Metrics, batch: Mapping[str, torch.Tensor], num_empty:
     metrics.add_maximum("teacher_prompts/max_length", lengths)
 
 
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows lacks
+
+    # In KiB, but for macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def add_peak_memory(metrics: Metrics, device: torch.device) -> None:
     """
     Add the most memory that this process has held so far, in GiB: what PyTorch has allocated on a GPU, elsewhere the
@@ -187,12 +193,7 @@ def add_peak_memory(metrics: Metrics, device: torch.device) -> None:
         device (`torch.device`):
             Device of the policy.
     """
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    elif "resource" not in globals():
-        return
-    else:  # in KiB, but for macOS
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     metrics.add_maximum("memory/peak", torch.tensor([peak / 2**30], device=device))
 
 
