@@ -2,11 +2,12 @@ import json
 import os
 import subprocess
 import sys
+from shutil import copytree
 
 import pytest
 import yaml
 from peft import PeftConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 
 from trl_opsd.scripts.train import find_checkpoint, main, make_parser, run
 from trl_opsd.trainer.checkpoints import begin, finish
@@ -67,6 +68,18 @@ def test_opsd(recipe, tmp_path, model_path, capsys):
     assert "[b]0[/b]" in teacher
     assert "Who trains whom" in teacher
     assert "forward KL(teacher ‖ student)" in teacher
+
+
+def test_a_text_model_with_a_processor_beside_it(recipe, tmp_path, model_path):
+    """As Gemma 3 and others come, of which AutoProcessor gives no tokenizer."""
+    pytest.importorskip("PIL")
+    model, tokenizer = copytree(model_path, tmp_path / "model"), AutoTokenizer.from_pretrained(model_path)
+    processor = LlavaProcessor(CLIPImageProcessor(), tokenizer, patch_size=8, chat_template=tokenizer.chat_template)
+    processor.save_pretrained(model)
+
+    train("opsd", "--config", recipe(), "--model_name_or_path", str(model))
+
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
 
 
 def test_opsdc_resumes_from_the_newest_checkpoint(recipe, tmp_path, capsys):

@@ -89,6 +89,7 @@ def test_padding_of_a_vocabulary_is_left_out(
 
     loss, trained = trained_with((policy_size, teacher_size))
     assert f"over {teacher_size} tokens and the policy over {policy_size}; their tokenizer has 106" in caplog.text
+    assert caplog.text.count("is padding") == 1  # and not at every step
     caplog.clear()
     least = min(policy_size, teacher_size)
     expected_loss, expected = trained_with((least, least))

@@ -138,6 +138,21 @@ class TestFamilies:
         expected = loss_and_gradient(trainer.model, teacher, plain_rows(trainer, rows), method)
         assert_equals_plain(trainer._compute_loss(trainer.model, batch), trainer.model, expected)
 
+    def test_opsd_of_an_adapter(self, make_trainer, family):
+        trainer = make_trainer(family, peft_config=LoraConfig(r=2, target_modules="all-linear"))
+        teacher, _ = make_vlm(family)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+        rows = [row for row in make_rows() for _ in range(2)]
+        batch = trainer._generate_and_score_completions(rows)
+        method = Method("forward_kl", clip=0.05, temperature=1.1)
+        loss, gradient = loss_and_gradient(trainer.model, teacher, plain_rows(trainer, rows), method)
+        learns = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+        expected = loss, {name: value for name, value in gradient.items() if name in learns}
+        assert_equals_plain(trainer._compute_loss(trainer.model, batch), trainer.model, expected)
+
     def test_rlsd(self, make_trainer, family):
         trainer = make_trainer(family, RLSDConfig, num_generations=2, scale_rewards="none")
         teacher = away_from(trainer.model)
