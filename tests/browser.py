@@ -22,6 +22,7 @@ class Browser:
             options.add_argument(f"--{flag}")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         self.driver = webdriver.Chrome(options, webdriver.ChromeService(which("chromedriver")))
+        self.driver.set_script_timeout(300)  # a busy machine is slow, and no error of a page's
 
     def open(self, file: Path, scheme: str = "light") -> None:
         """Open a page as one that has never been opened before."""

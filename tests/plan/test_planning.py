@@ -86,6 +86,33 @@ def test_misspelt_field(capsys):
     assert "learning_rate" in error(capsys, *OPSD, "--gpus", "8xH100", "--learning_rat", "1")
 
 
+def test_a_recipe_that_is_not_there(capsys):
+    assert "`--config nowhere.yaml` is no file" in error(capsys, "--config", "nowhere.yaml", "--gpus", "8xH100")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "prompt_tokens",
+        "teacher_prompt_tokens",
+        "completion_tokens",
+        "mean_completion_tokens",
+        "vllm_server_gpus",
+    ],
+)
+def test_numbers_that_are_none(name, capsys):
+    assert f"`--{name}` must be at least 1, got 0." in error(capsys, *OPSD, "--gpus", "8xH100", f"--{name}", 0)
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(setting):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_opsd.plan.planning.make_plan", interrupt)
+    assert main(["plan", *OPSD, "--gpus", "8xH100"]) == 130
+    assert capsys.readouterr().err == "trl-opsd plan: interrupted.\n"
+
+
 def test_a_cpu_recipe_needs_a_cpu(capsys):
     recipe = ROOT / "recipes/playground/opsd.yaml"
     given = ["--config", recipe, "--model_config", MODELS / "playground.json"]

@@ -1,6 +1,7 @@
 """Token pages in a browser: text of any kind is shown as text, and what the page offers works."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -148,6 +149,21 @@ def test_a_hundred_thousand_tokens(opened):
     assert laid_out < 20_000
     assert abs(current(page)[1] - number * 79.5 / 80) < number / 500
     assert page.run("return document.getElementById('strip').getAttribute('aria-valuemax')") == f"{number}"
+
+
+def test_fifty_rollouts_of_two_thousand_tokens_stay_below_20_mb(byte_tokenizer):
+    draw = np.random.default_rng(0)
+
+    def large():
+        its = rollout(draw.integers(0, 8, 2000), delta=draw.normal(size=2000))
+        names = ("student_entropy", "teacher_entropy", "A", "v")  # with the others, all there are
+        values = {name: draw.normal(size=2000).astype(np.float32) for name in names}
+        tokens, costs = draw.integers(0, 8, (2000, 2, 8)), draw.exponential(size=(2000, 2, 8))
+        listed = {"listed_tokens": tokens.astype(np.uint32), "listed_log_probs": -costs.astype(np.float32)}
+        return replace(its, values=its.values | values, **listed)
+
+    page = token_page("Tokens", [large() for _ in range(50)], (), byte_tokenizer)
+    assert 10e6 < len(page.encode()) < 20e6
 
 
 def test_search(opened):

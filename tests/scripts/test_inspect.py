@@ -11,6 +11,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from trl_opsd import SelfDistillationTrainer
 from trl_opsd.cli import main
 from trl_opsd.scripts.train import make_parser, run
 
@@ -52,10 +53,9 @@ def inspected(tmp_path, model_path, device):
     recipe = tmp_path / "opsd.yaml"
     recipe.write_text(yaml.safe_dump(settings))
 
-    def inspect(what=model_path, *args):
+    def inspect(what=model_path, *args, status=0):
         page = tmp_path / "page.html"
-        status = main(["inspect", str(what), "--config", str(recipe), "--output", str(page), *args])
-        assert status == 0
+        assert main(["inspect", str(what), "--config", str(recipe), "--output", str(page), *args]) == status
         [data] = re.findall(r'<script type="application/json" id="inspected">(.*?)</script>', page.read_text())
         return json.loads(data)
 
@@ -150,6 +150,50 @@ def test_rows_of_a_test_split_and_of_a_stream(inspected, model_path, tokenizer):
 
     assert prompts("--held_out") == ["1-1=", "4-4="]
     assert prompts("--dataset_streaming") == ["0+0=", "1+1="]
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Has sampling be interrupted at one of its calls."""
+    own = SelfDistillationTrainer.sample
+
+    def at(number):
+        asked = []
+
+        def sample(self, *args, **kwargs):
+            asked.append(args)
+            if len(asked) == number:
+                raise KeyboardInterrupt
+            return own(self, *args, **kwargs)
+
+        monkeypatch.setattr(SelfDistillationTrainer, "sample", sample)
+
+    return at
+
+
+def test_interrupted_it_shows_the_groups_that_are_there(inspected, model_path, interrupted, capsys):
+    flags = "--num_generations", "2", "--policy_loss_coef", "0.1", "--reward_funcs", "scripts.test_inspect.of_one"
+    batches = "--per_device_eval_batch_size", "3", "--rollouts", "12"
+    whole = inspected(model_path, *flags, *batches)
+    interrupted(3)
+    page = inspected(model_path, *flags, *batches, status=130)
+    assert "The page shows 6 of 12 rollouts." in capsys.readouterr().err
+    shown = [(its["facts"], ids(page, its["completion"])) for its in page["rollouts"]]
+    assert shown == [(its["facts"], ids(whole, its["completion"])) for its in whole["rollouts"][:6]]
+    interrupted(2)
+    assert len(inspected(model_path, *flags, *batches, status=130)["rollouts"]) == 2
+
+
+def test_interrupted_before_there_is_a_rollout_it_leaves_no_page(inspected, model_path, interrupted, capsys):
+    interrupted(1)
+    assert main(["inspect", model_path, "--config", str(inspected.recipe), "--output", "page.html"]) == 130
+    assert "interrupted. No page was written." in capsys.readouterr().err
+    assert not (inspected.folder / "page.html").exists()
+
+
+def test_progress_is_shown(inspected, model_path, capsys):
+    inspected(model_path, "--rollouts", "4", "--disable_tqdm", "false")
+    assert re.search(r"sampling: 100%.* 4/4", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -331,11 +331,12 @@ def test_bad_input(probe, capsys, columns, flags, message):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_which_method_a_recipe_is_for():
+def test_which_method_a_recipe_is_for(tmp_path):
+    (tmp_path / "my.yaml").touch()
     assert method_of(["--config", "recipes/rlsd/qwen3-8b.yaml"]) == "rlsd"
     assert method_of(["--config=somewhere/sdpo.yaml"]) == "sdpo"
     assert method_of(["--config", "my.yaml", "--method", "opsdc"]) == "opsdc"
-    for argv in ([], ["--config", "my.yaml"]):
+    for argv in ([], ["--config", str(tmp_path / "my.yaml")]):
         with pytest.raises(ValueError, match=r"`--method`, one of: opsd, "):
             method_of(argv)
 

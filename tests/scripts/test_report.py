@@ -44,6 +44,17 @@ def test_plots_need_matplotlib(folder, monkeypatch, capsys):
     assert not (folder / "report.html").exists()
 
 
+@pytest.mark.needs("matplotlib")
+def test_interrupted_it_leaves_no_page(folder, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_opsd.report.run_report.report_page", interrupt)
+    assert main(["report", str(folder)]) == 130
+    assert "interrupted. No page was written." in capsys.readouterr().err
+    assert not (folder / "report.html").exists()
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit) as done:
         main(["report", "--help"])

@@ -90,12 +90,14 @@ def method_of_recipe(path: str | Path) -> str:
             Key of `TRAINABLE`.
 
     Raises:
-        ValueError: If neither is one.
+        ValueError: If neither is one, or there is no such file.
     """
     file = Path(path).resolve()
     for name in (file.parent.name, file.stem):
         if name in TRAINABLE:
             return name
+    if not file.is_file():
+        raise ValueError(f"`--config {path}` is no file.")
     raise ValueError(
         f"Neither the folder nor the name of `--config {path}` is a training command. Name it by `--method`, one of: "
         f"{', '.join(TRAINABLE)}."

@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
         `int`:
-            Exit status: 0, or 2 if something is wrong.
+            Exit status: 0, 2 if something is wrong, 130 if interrupted, with a page of the rollouts that were there.
     """
     asked, fields = make_parser().parse_known_args(argv)
     try:
@@ -86,19 +86,22 @@ def main(argv: Sequence[str]) -> int:
             if getattr(asked, name) < 1:
                 raise ValueError(f"`--{name}` must be at least 1, got {getattr(asked, name)}.")
         with TemporaryDirectory() as folder:
-            page = _page(asked, [*fields, "--output_dir", folder, "--report_to", "none", "--eval_strategy", "no"])
+            page, is_whole = _page(
+                asked, [*fields, "--output_dir", folder, "--report_to", "none", "--eval_strategy", "no"]
+            )
         write_whole(asked.output, page)
     except (ValueError, OSError) as error:
         print(f"trl-opsd inspect: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("trl-opsd inspect: interrupted.", file=sys.stderr)
+        print("trl-opsd inspect: interrupted. No page was written.", file=sys.stderr)
         return 130
     print(f"Page: {asked.output.resolve()}")
-    return 0
+    return 0 if is_whole else 130
 
 
-def _page(asked: Namespace, fields: list[str]) -> str:
+def _page(asked: Namespace, fields: list[str]) -> tuple[str, bool]:
+    """The page, and whether all that was asked for is on it."""
     from trl_opsd.report.token_page import inspected_rollouts, reward_facts, token_page
     from trl_opsd.scripts.inputs import load_datasets, load_reward_funcs
     from trl_opsd.scripts.train import make_parser as make_training_parser
@@ -126,6 +129,8 @@ def _page(asked: Namespace, fields: list[str]) -> str:
         numbers, rows, ids = _given(asked.completions, dataset, trainer)
     else:
         numbers, rows, ids = _sampled(asked, dataset, trainer)
+    is_whole = len(ids) == len(rows)
+    numbers, rows = numbers[: len(ids)], rows[: len(ids)]
     size = 1 if asked.completions else trainer.num_generations
     rewards = reward(trainer, rows, ids) if trainer.reward_funcs else None
     scored = score(trainer, rows, ids, rewards, size, num_listed=asked.top_k, with_streams=True)
@@ -145,7 +150,7 @@ def _page(asked: Namespace, fields: list[str]) -> str:
         ("rows", f"{'held out' if asked.held_out else 'trained on'}, of {script_args.dataset_name}"),
         ("completions", str(asked.completions or f"sampled at temperature {args.temperature:g}")),
     ]
-    return token_page(f"Rollouts of {asked.model}", rollouts, about, trainer.teacher_prompt.tokenizer)
+    return token_page(f"Rollouts of {asked.model}", rollouts, about, trainer.teacher_prompt.tokenizer), is_whole
 
 
 def _checkpoint(folder: Path) -> Path | None:
@@ -165,6 +170,9 @@ Completions = tuple[list[int], list[Any], list[list[int]]]
 
 
 def _sampled(asked: Namespace, dataset: Any, trainer: "SelfDistillationTrainer") -> Completions:
+    """Rollouts of rows, of the first ones alone where it is interrupted."""
+    from tqdm.auto import tqdm
+
     from trl_opsd.sampling import Sampling
 
     args, size = trainer.args, int(trainer.num_generations)
@@ -179,8 +187,17 @@ def _sampled(asked: Namespace, dataset: Any, trainer: "SelfDistillationTrainer")
     prompts = trainer.tokenize_prompts([row["prompt"] for row in rows])
     ids: list[list[int]] = []
     batch = args.per_device_eval_batch_size
-    for start in range(0, len(prompts), batch):
-        ids += trainer.sample(prompts[start : start + batch], sampling, stream=3)
+    with tqdm(total=len(prompts), desc="sampling", unit="rollout", disable=args.disable_tqdm) as bar:
+        try:
+            for start in range(0, len(prompts), batch):
+                ids += trainer.sample(prompts[start : start + batch], sampling, stream=3)
+                bar.update(len(ids) - bar.n)
+        except KeyboardInterrupt:
+            ids = ids[: len(ids) // size * size]
+            if not ids:
+                raise
+    if len(ids) < len(prompts):
+        print(f"trl-opsd inspect: interrupted. The page shows {len(ids)} of {len(prompts)} rollouts.", file=sys.stderr)
     return numbers, rows, ids
 
 

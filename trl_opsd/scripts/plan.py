@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Where no length is given, and the dataset is not read
 _PROMPT_TOKENS = 512
+_LENGTHS = ("prompt_tokens", "teacher_prompt_tokens", "completion_tokens", "mean_completion_tokens")
 
 
 def make_parser() -> ArgumentParser:
@@ -115,7 +116,7 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
         `int`:
-            Exit status: 0 if it fits, 1 if it does not, 2 if something is wrong.
+            Exit status: 0 if it fits, 1 if it does not, 2 if something is wrong, 130 if interrupted.
     """
     asked, fields = make_parser().parse_known_args(argv)
     try:
@@ -123,6 +124,9 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"trl-opsd plan: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("trl-opsd plan: interrupted.", file=sys.stderr)
+        return 130
 
 
 def _plan(asked: Namespace, fields: list[str]) -> int:
@@ -167,6 +171,9 @@ def read_setting(asked: Namespace, fields: list[str]) -> "tuple[Setting, str]":
     from trl_opsd.scripts.recipe import RecipeParser
     from trl_opsd.trainer.checks.settings import RETIRED
 
+    for name in (*_LENGTHS, "vllm_server_gpus"):
+        if (value := getattr(asked, name)) is not None and value < 1:
+            raise ValueError(f"`--{name}` must be at least 1, got {value}.")
     num_gpus, gpu = parse_gpus(asked.gpus)
     sharding = _sharding(asked, num_gpus)
     if not (asked.method or asked.config):

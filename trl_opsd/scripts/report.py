@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
         `int`:
-            Exit status: 0, or 2 if there is nothing to report on.
+            Exit status: 0, 2 if there is nothing to report on, 130 if interrupted.
     """
     args = make_parser().parse_args(argv)
     try:
@@ -61,6 +61,9 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"trl-opsd report: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("trl-opsd report: interrupted. No page was written.", file=sys.stderr)
+        return 130
     print(f"Written to {target}.")
     return 0
 
