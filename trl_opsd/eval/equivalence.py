@@ -17,6 +17,7 @@ import time
 from contextlib import suppress
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import pairwise
 from operator import itemgetter
 from typing import Any
 
@@ -53,6 +54,10 @@ _SIZE = re.compile(
     r"\\(?:tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|bf|it|rm|sf|tt|em|bfseries|itshape"
     r"|(?:display|text|script)style|left|right|[bB]ig{1,2}[lr]?)(?![A-Za-z])"
 )
+SPACING = r"(?:~|\\>|\\(?:hspace\*?\s*\{[^{}]*\}|(?:q?quad|(?:thin|med|thick|en)?space|hfill)(?![A-Za-z])))"
+"""LaTeX that only keeps things apart, but for what also stands within numbers (`1\\,000`)."""
+WORD_BETWEEN = r"\\(?:text(?:normal|rm|bf|it|sf|up)?|mathrm|mathbf|mbox|hbox)\s*\{(?:[\s~,;]|\b(?:and|or)\b)*\}"
+"""LaTeX of a word or a comma that stands between two values."""
 _SPACE = r"(?:\s|~|\\[,;:! ])*"
 _MAGNITUDES = {
     "dozen": "12", "hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}",
@@ -96,10 +101,12 @@ _OPERATOR = r"\\(?:cdot|times|div|[dt]?frac|sqrt|pi|pm|binom|sin|cos|tan|log|ln)
 # What it stands in front of is computed, so an equation with it states a value
 _COMPUTED = re.compile(r"\\(?:lim|int|sum|prod|max|min|gcd)(?![A-Za-z])")
 _GOES_ON = re.compile(r",\s*\\[lc]?dots$")
-# "for any constant c", "where n is an integer"
+# "for any constant c", "where n is an integer", "c \in \mathbb{R}" after a comma
 _QUALIFIER = re.compile(
     r"(?<=\S)[,;\s]*(?:\\text\{[\s,(]*|(?<=[\s,;]))"
     r"(?:for (?:any|all|every|each|some|arbitrary)|where|with \w+ (?:(?:an|any|some) )?(?:constant|real|integer))\b.*$"
+    r"|(?<=\S)\s*[,;](?:\s|\\[ ,;:!])*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\\in\s*(?:\\mathbb\s*)?\{?[A-Z]\}?"
+    r"(?:[_^](?:\{[^{}]*\}|[\w+*]))*$"
 )
 _MODULUS = re.compile(
     r"(?<=\S)[,\s]*(?:\\pmod\s*\{?(?P<first>\w+)\}?"
@@ -128,10 +135,10 @@ def normalise(text: str) -> str:
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
     text = re.sub(r"√\s*(\w+|\([^()]*\))", r"\\sqrt{\1}", text.translate(_SYMBOLS))
     text = re.sub(r"^\s*\\approx\b|\\(?:text)?color\s*\{\w+\}", "", text)
-    text = re.sub(r"\\q?quad(?![A-Za-z])", " ", untyped(text))
+    text = re.sub(SPACING, " ", untyped(re.sub(WORD_BETWEEN, _between, text)))
     text = _QUALIFIER.sub("", _MODULUS.sub("", text))
     text = re.sub(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}", text)
-    text = _REPEATING.sub(_fraction, text)
+    text = _REPEATING.sub(_fraction, re.sub(r"\\dot\s*\{?(\d)\}?", r"\\overline{\1}", text))
     text = " ".join(text.split()).rstrip(" .,;:")
     text = re.sub(r"^[-+]?\\?[$€£¥]|\\\$|[€£¥]", lambda match: match[0][0] if match[0][0] in "-+" else "", text)
     text = re.sub(r"(?:\s|\\[ ,;])*(?:\bper ?cent\b|\\text\{\s*(?:per ?cent|\\?%)\s*\}|(?<!\\)%|\\%)", r"\\%", text)
@@ -150,6 +157,11 @@ def normalise(text: str) -> str:
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text).replace(r"\infinity", r"\infty")
     text = text.replace(r"\varnothing", r"\emptyset")
     return re.sub(r"^\{(.*)\}$", r"\\{\1\\}", text)
+
+
+def _between(match: re.Match[str]) -> str:
+    word = re.search("and|or|[,;]", match[0])
+    return "" if word is None else rf" \text{{ {word[0]} }} " if word[0].isalpha() else word[0]
 
 
 def untyped(text: str) -> str:
@@ -439,32 +451,123 @@ def _as_numbers(*values: Any) -> list[Any]:
 def _is_number(value: Any) -> bool:
     from sympy import Expr, nan, oo, zoo
 
-    return isinstance(value, Expr) and not value.free_symbols and not value.has(oo, zoo, nan)
+    return isinstance(value, Expr) and not value.free_symbols and not value.has(oo, -oo, zoo, nan)
 
 
 def _agrees(gold: Any, given: Any, is_exact: bool) -> bool:
-    """Whether numbers, also in tuples and sets, are the same; what is no number has been compared."""
-    from sympy import FiniteSet, Interval, Tuple
+    """
+    Whether the numbers are the same in two values that math-verify, which compares floats, takes for the same.
 
-    if isinstance(gold, FiniteSet) and isinstance(given, FiniteSet) and len(gold) == len(given):
-        return all(any(_agrees(one, other, is_exact) for other in given) for one in gold)
+    What holds no numbers that could be told apart is left as it was found.
+    """
+    from sympy import And, Expr, FiniteSet, Interval, MatrixBase, Tuple, Union, simplify
+    from sympy.core.relational import Relational
+
+    gold, given = _beside(gold, given), _beside(given, gold)
+    if isinstance(gold, Relational) and isinstance(given, Relational):
+        return not is_exact or _is_same_relation(gold, given)
+    for unordered in (FiniteSet, Union, And):
+        if isinstance(gold, unordered) and isinstance(given, unordered) and len(gold.args) == len(given.args):
+            return all(
+                any(one.free_symbols == other.free_symbols and _agrees(one, other, is_exact) for other in given.args)
+                for one in gold.args
+            )
     if isinstance(gold, Tuple | Interval) and isinstance(given, Tuple | Interval):
         return all(_agrees(*pair, is_exact) for pair in zip(gold.args, given.args, strict=False))
-    if not (_is_number(gold) and _is_number(given)):
+    if isinstance(gold, MatrixBase) and isinstance(given, MatrixBase):
+        return all(_agrees(*pair, is_exact) for pair in zip(gold.flat(), given.flat(), strict=False))
+    if _is_number(gold) and _is_number(given):
+        return _is_same_number(gold.doit(), given.doit(), is_exact)
+    if not (isinstance(gold, Expr) and isinstance(given, Expr)):
         return True
-    gold, given = gold.doit(), given.doit()
+    if not (gold.free_symbols or given.free_symbols):
+        return bool(gold.doit() == given.doit())  # an infinity
+    return (
+        not is_exact
+        or simplify(gold - given) == 0
+        or all(_is_zero(first - second) for first, second in _numbers(gold, given))
+    )
+
+
+def _beside(value: Any, other: Any) -> Any:
+    """A value as math-verify reads it beside another: a chain of equations by its ends, a relation as what it says."""
+    from sympy import And, Eq, Set
+    from sympy.core.relational import Relational
+
+    if isinstance(value, And) and all(isinstance(part, Eq) for part in value.args):
+        parts = value._unsorted_args
+        value = Eq(parts[0].lhs, parts[-1].rhs, evaluate=False)
+    if not isinstance(value, Relational | And) or isinstance(other, Relational | And):
+        return value
+    if isinstance(value, Eq):
+        return value.rhs
+    return value.as_set() if isinstance(other, Set) else value
+
+
+def _is_same_relation(gold: Any, given: Any) -> bool:
+    """Whether one is a multiple of the other, or both have the same solutions."""
+    from sympy import Eq, Expr, solve
+
+    sides = [(relation.lhs, relation.rhs) for relation in (gold, given)]
+    if (gold.lhs == given.lhs and gold.lhs.free_symbols) or not all(
+        isinstance(side, Expr) for pair in sides for side in pair
+    ):
+        return all(_agrees(*pair, is_exact=True) for pair in zip(*sides, strict=True))
+    differences = _numbers(*(left - right for left, right in sides))
+    if all(_is_zero(one * last - other * first) for (one, other), (first, last) in pairwise(differences)):
+        return True
+    if not (isinstance(gold, Eq) and isinstance(given, Eq)):
+        return len(gold.free_symbols) == 1 and _agrees(gold.as_set(), given.as_set(), is_exact=True)
+    variables = sorted(gold.free_symbols, key=str)
+    one, other = (solve(equation, variables, dict=True) for equation in (gold, given))
+    return len(one) == len(other) and all(
+        any(
+            first.keys() == second.keys() and all(_agrees(first[name], second[name], is_exact=True) for name in first)
+            for second in other
+        )
+        for first in one
+    )
+
+
+def _numbers(gold: Any, given: Any) -> list[tuple[Any, Any]]:
+    """What two formulas of the same variables are at some rational points, as far as they are numbers there."""
+    from sympy import Rational, Symbol
+    from sympy.core.function import AppliedUndef
+
+    pair = [
+        value.doit().replace(lambda part: isinstance(part, AppliedUndef), lambda part: Symbol(str(part)))
+        for value in (gold, given)
+    ]
+    if pair[0].free_symbols != pair[1].free_symbols:
+        return []
+    found = []
+    for start in (7, 23):
+        point = {
+            symbol: Rational(start + 4 * index, 3 + index)
+            for index, symbol in enumerate(sorted(pair[0].free_symbols, key=str))
+        }
+        first, second = (value.subs(point).doit() for value in pair)
+        if _is_number(first) and _is_number(second):
+            found.append((first, second))
+    return found
+
+
+def _is_same_number(gold: Any, given: Any, is_exact: bool) -> bool:
     if is_exact:
-        difference = gold - given
-        if difference.is_Rational:
-            return bool(difference == 0)
-        # What is 0 to so many digits is 0
-        return all(part == 0 or part._prec == 1 for part in difference.evalf(2, maxn=5000).as_real_imag())
+        return _is_zero(gold - given)
     first, second = complex(gold), complex(given)
     distance = abs(first - second)
     if first.imag or second.imag:
         return distance <= min(1e-6, _CLOSE * abs(first))
     # The six decimals of 1.6e-19 and 1.7e-19 are zeros
     return first == second or distance <= _CLOSE * max(abs(first), abs(second))
+
+
+def _is_zero(difference: Any) -> bool:
+    if difference.is_Rational:
+        return bool(difference == 0)
+    # What is 0 to so many digits is 0
+    return all(part == 0 or part._prec == 1 for part in difference.evalf(2, maxn=5000).as_real_imag())
 
 
 def _is_same_where_real(gold: Any, given: Any) -> bool:

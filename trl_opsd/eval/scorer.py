@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
-from .equivalence import compare, untyped
+from .equivalence import SPACING, WORD_BETWEEN, compare, untyped
 
 
-SCORER_VERSION = "5"
+SCORER_VERSION = "6"
 """Recorded with the results, which compare within one version alone. Raise it with every change of a verdict."""
 
 AnswerType = Literal["math", "choice", "text"]
@@ -69,8 +69,7 @@ _DISPLAY = re.compile(r"\$\$[^$]{1,2000}\$\$|\\\[(?:(?!\\\[).){1,2000}?\\\]", re
 _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*)?(?P<open>\{)|\}|\\.", re.DOTALL)
 # "$x = \boxed{1}$ and $y = \boxed{2}$" is one answer.
 _BETWEEN_BOXES = re.compile(
-    r"(?:[\s$,;~]|\\[()\[\] ,;:!]|\\q?quad(?![A-Za-z])|and|or|\\text\{\s*(?:and|or)\s*\}"
-    r"|[A-Za-z](?:_\{?\w\}?|\w)?\s*=){0,24}"
+    rf"(?:[\s$,;&]|\\[()\[\] ,;:!&\\]|{SPACING}|and|or|{WORD_BETWEEN}|[A-Za-z](?:_\{{?\w\}}?|\w)?\s*=){{0,24}}"
 )
 
 _MATH_AND_UNIT = re.compile(r"(?:\$([^$]+)\$|\\\((.+?)\\\))\s+((?!or\b|and\b)[A-Za-z][A-Za-z /^\d-]*)\.?")
