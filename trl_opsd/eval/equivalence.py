@@ -512,7 +512,7 @@ def _is_same_relation(gold: Any, given: Any) -> bool:
     if (gold.lhs == given.lhs and gold.lhs.free_symbols) or not all(
         isinstance(side, Expr) for pair in sides for side in pair
     ):
-        return all(_agrees(*pair, is_exact=True) for pair in zip(*sides, strict=True))
+        return all(_agrees(one, other, is_exact=True) for one, other in zip(*sides, strict=True))
     differences = _numbers(*(left - right for left, right in sides))
     if all(_is_zero(one * last - other * first) for (one, other), (first, last) in pairwise(differences)):
         return True
