@@ -101,16 +101,19 @@ _OPERATOR = r"\\(?:cdot|times|div|[dt]?frac|sqrt|pi|pm|binom|sin|cos|tan|log|ln)
 # What it stands in front of is computed, so an equation with it states a value
 _COMPUTED = re.compile(r"\\(?:lim|int|sum|prod|max|min|gcd)(?![A-Za-z])")
 _GOES_ON = re.compile(r",\s*\\[lc]?dots$")
-# "for any constant c", "where n is an integer", "c \in \mathbb{R}" after a comma
+# "for any constant c", "where n is an integer"
 _QUALIFIER = re.compile(
     r"(?<=\S)[,;\s]*(?:\\text\{[\s,(]*|(?<=[\s,;]))"
     r"(?:for (?:any|all|every|each|some|arbitrary)|where|with \w+ (?:(?:an|any|some) )?(?:constant|real|integer))\b.*$"
-    r"|(?<=\S)\s*[,;](?:\s|\\[ ,;:!])*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\\in\s*(?:\\mathbb\s*)?\{?[A-Z]\}?"
-    r"(?:[_^](?:\{[^{}]*\}|[\w+*]))*$"
 )
 _MODULUS = re.compile(
     r"(?<=\S)[,\s]*(?:\\pmod\s*\{?(?P<first>\w+)\}?"
     r"|\(?\s*(?:\\b?mod\b|\\(?:text|mathrm|operatorname)\{\s*mod\s*\}|mod\b)(?:\s|\\ )*\{?(?P<second>\w+)\}?\s*\)?)$"
+)
+# ", c \in \mathbb{R}" of a variable that stands before it
+_DOMAIN = re.compile(
+    r"(?<=\S)\s*(?<!\\)[,;(](?:[,;(\s]|\\[,;:! ])*(?P<name>[A-Za-z])(?:\s*,\s*[A-Za-z])*\s*\\in\s*"
+    r"(?:\\mathbb\s*|\\)?\{?[A-Z]\}?(?:[_^](?:\{[^{}]*\}|[\w+*]))*\s*\)?$"
 )
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d{0,20})\\(?:overline|bar)\s*\{(\d{1,20})\}")
 _BASE = re.compile(r"\d_\{?(\d+)\}?$")
@@ -137,6 +140,10 @@ def normalise(text: str) -> str:
     text = re.sub(r"^\s*\\approx\b|\\(?:text)?color\s*\{\w+\}", "", text)
     text = re.sub(SPACING, " ", untyped(re.sub(WORD_BETWEEN, _between, text)))
     text = _QUALIFIER.sub("", _MODULUS.sub("", text))
+    domain = _DOMAIN.search(text)
+    if domain and re.search(rf"(?<![\\A-Za-z]){domain['name']}(?![A-Za-z])", text[: domain.start()]):
+        text = text[: domain.start()]
+    text = re.sub(r"(?<!\\)\\&", r"\\text{ and }", text)
     text = re.sub(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}", text)
     text = _REPEATING.sub(_fraction, re.sub(r"\\dot\s*\{?(\d)\}?", r"\\overline{\1}", text))
     text = " ".join(text.split()).rstrip(" .,;:")
@@ -468,10 +475,7 @@ def _agrees(gold: Any, given: Any, is_exact: bool) -> bool:
         return not is_exact or _is_same_relation(gold, given)
     for unordered in (FiniteSet, Union, And):
         if isinstance(gold, unordered) and isinstance(given, unordered) and len(gold.args) == len(given.args):
-            return all(
-                any(one.free_symbols == other.free_symbols and _agrees(one, other, is_exact) for other in given.args)
-                for one in gold.args
-            )
+            return all(any(_matches(one, other, is_exact) for other in given.args) for one in gold.args)
     if isinstance(gold, Tuple | Interval) and isinstance(given, Tuple | Interval):
         return all(_agrees(*pair, is_exact) for pair in zip(gold.args, given.args, strict=False))
     if isinstance(gold, MatrixBase) and isinstance(given, MatrixBase):
@@ -487,6 +491,12 @@ def _agrees(gold: Any, given: Any, is_exact: bool) -> bool:
         or simplify(gold - given) == 0
         or all(_is_zero(first - second) for first, second in _numbers(gold, given))
     )
+
+
+def _matches(one: Any, other: Any, is_exact: bool) -> bool:
+    """Whether two elements of sets are the same, which math-verify has not said of them."""
+    one, other = _beside(one, other), _beside(other, one)
+    return one.free_symbols == other.free_symbols and _agrees(one, other, is_exact)
 
 
 def _beside(value: Any, other: Any) -> Any:
