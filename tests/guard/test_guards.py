@@ -153,20 +153,33 @@ class TestBenchmark:
         assert not self.see(GUARDS["benchmark"](patience=1), 0.5, 0.5, 0.4, margin=0.07).has_trouble
         assert self.see(GUARDS["benchmark"](patience=1), 0.5, 0.5, 0.38, margin=0.07).has_trouble
 
-    def test_luck_is_no_best(self):
+    @pytest.mark.parametrize(("draw", "most"), [(lambda rng: rng.random(100), 3), (lambda rng: 0.1, 12)])
+    def test_luck_is_no_best(self, draw, most):
         """Thirty evaluations of a model that stays as it is, by one sample of each of 100 problems."""
+        by_right = [proportion((np.arange(100) < right).astype(float), np.ones(100), 100) for right in range(101)]
         rng, stopped = np.random.default_rng(0), 0
         for _ in range(300):
-            guard, chances = GUARDS["benchmark"](), rng.random(100)
+            guard, chances, troubled = GUARDS["benchmark"](), draw(rng), False
             for step in range(30):
-                its = proportion((rng.random(100) < chances).astype(float), np.ones(100), 100)
+                its = by_right[(rng.random(100) < chances).sum()]
                 bounds = {"eval_a/avg@1_low": its.low, "eval_a/avg@1_high": its.high}
                 guard.observe(step, {"eval_a/avg@1": its.value, **bounds})
-                stopped += guard.beyond == guard.patience
-        assert stopped <= 3
+                troubled |= guard.has_trouble
+            stopped += troubled
+        assert stopped <= most
 
     def test_one_bad_evaluation_is_none(self):
-        assert not self.see(GUARDS["benchmark"](), 0.5, 0.2, 0.5, 0.2).has_trouble
+        assert not self.see(GUARDS["benchmark"](), 0.5, 0.35, 0.5, 0.35, margin=0.07).has_trouble
+
+    def test_a_loss_of_several_times_the_limit_counts_as_often(self):
+        """Which is 0.099 at the second evaluation, and 0.112 at the third."""
+        assert self.see(GUARDS["benchmark"](), 0.5, 0.3, margin=0.07).has_trouble
+        assert self.see(GUARDS["benchmark"](patience=3), 0.5, 0.3, margin=0.07).beyond == 2
+        assert self.see(GUARDS["benchmark"](patience=3), 0.5, 0.3, 0.38, margin=0.07).has_trouble
+
+    def test_without_an_interval_a_large_loss_counts_once(self):
+        guard = GUARDS["benchmark"](score="eval_reward")
+        assert trouble(guard, [0.9, 0.1, 0.9, 0.1, 0.1], "eval_reward") == 5
 
     def test_several_benchmarks_are_one_mean(self):
         guard = self.see(GUARDS["benchmark"](), 0.1, 0.3, **{"eval_other/avg@1": 0.5, "eval_other/pass@8": 0.9})

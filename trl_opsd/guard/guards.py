@@ -159,7 +159,8 @@ class Benchmark(Guard):
             Most that it may be below the best. With benchmarks, it also has to be below by more than the 95 % interval
             of the difference, with Bonferroni's correction for the evaluations that the best is the best of.
         patience (`int`, *optional*, defaults to `2`):
-            Evaluations in a row.
+            Evaluations in a row. With benchmarks, one that is two or three times as far below as it may be counts as
+            two or three.
 
     Attributes:
         scores (`dict[int, float]`):
@@ -206,8 +207,11 @@ class Benchmark(Guard):
         # The best of many is so by luck as well
         widened = quantile(1 - 0.025 / max(1, len(self.scores) - 1)) / quantile(0.975)
         chance = widened * math.hypot(best - self.lows[best_step], high - value)
-        if value >= best - max(self.drop, chance):
+        loss, limit = best - value, max(self.drop, chance)
+        if loss <= limit:
             return ""
+        if chance:  # Without an interval, even a large loss may be chance
+            self.beyond += int(loss / limit) - 1
         what = "The mean accuracy on the benchmarks" if self.score is None else f"`{self.score}`"
         return f"{what} is {value:.3g}, and was {best:.3g} at step {best_step}."
 

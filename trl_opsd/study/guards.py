@@ -193,7 +193,8 @@ def collapse(curve: Sequence[Mapping[str, float]]) -> tuple[int, float] | None:
 
 def row(watched: Watched, seed: int, recorded: Mapping[str, Any]) -> str:
     """A line of the table."""
-    found, curve = alarms(recorded["series"], recorded.get("held_out", ())), recorded["curve"]
+    held_out, curve = recorded.get("held_out", ()), recorded["curve"]
+    found, scores = alarms(recorded["series"], held_out), {its["step"]: its["eval_held_out/avg@1"] for its in held_out}
     fell = collapse(curve)
     first, best, last = curve[0], max(point["accuracy"] for point in curve), curve[-1]
     accuracy = f"{100 * first['accuracy']:.0f}, {100 * best:.0f}, {100 * last['accuracy']:.0f} at {last['step']}"
@@ -208,9 +209,11 @@ def row(watched: Watched, seed: int, recorded: Mapping[str, Any]) -> str:
 
     free = [name for name in found if name != "benchmark"]
     cells.append(stop(free) + "".join(f", `{name}`" for name in free[:1]))
-    cells.append(stop([name for name in found if name == "benchmark"]) if recorded.get("held_out") else "not shown")
+    cells.append(stop([name for name in found if name == "benchmark"]) if held_out else "not shown")
     before = [point for point in curve if found and point["step"] < next(iter(found.values()))[1]]
-    cells.append(f"{100 * before[-1]['accuracy']:.0f} at {before[-1]['step']}" if before else "–")
+    # As a rollback chooses: the last of the best
+    back = max(before, key=lambda point: (scores.get(point["step"], 0.0), point["step"]), default=None)
+    cells.append(f"{100 * back['accuracy']:.0f} at {back['step']}" if back else "–")
     return f"| {' | '.join(cells)} |"
 
 
