@@ -45,7 +45,7 @@ def test_an_arm_learns_and_is_tested(folder, model_path, arm, right_at_random):
     result = train.run(spec(model_path, arm), folder)
     assert result["steps"] == 4
     assert [point["step"] for point in result["curve"]] == [0, 2, 4]
-    assert set(result["final"]) == {"trained", "new", "two", "mean_tokens", "unrelated", "divergence"}
+    assert set(result["final"]) == {"trained", "new", "two", "mean_tokens", "unrelated", "solved", "divergence"}
     assert result["final"]["divergence"] > 0.0
     assert (result["generated_tokens"] > 0) == (arm != "sft")
     assert result["seconds"] > 0.0

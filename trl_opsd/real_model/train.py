@@ -4,17 +4,19 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from ..experiment.train import main
-from ..files import whole_folder
+from ..files import whole_folder, write_whole
 from ..playground.facts import make_world, names_reward
 from ..playground.recall import MAX_TOKENS, ask, recall
-from ..playground.smollm2 import MODEL_DIR, check_packages, peak_memory, prepare_model
-from .arms import ADAPTER, READS, ROLLOUT_TOKENS, TUNING_SEED, RealRun
+from ..playground.smollm2 import MODEL_DIR, Exam, check_packages, peak_memory, prepare_model
+from .arms import ADAPTER, PAGED, READS, ROLLOUT_TOKENS, TUNING_SEED, RealRun
 
 
 # Data that SFT learns from, by the share of tokens that are drawn without the facts, see MixSDMaker
@@ -24,6 +26,8 @@ _TRIES = 4
 _PASS_TOKENS = 400
 # Questions of each kind that are asked along the way
 _WATCHED = 14
+# Answers that are kept, for reports
+_SHOWN = 6
 
 
 def run(spec: RealRun, folder: Path) -> dict[str, Any]:
@@ -80,7 +84,11 @@ def _once(spec: RealRun, folder: Path) -> dict[str, Any]:
 
     model, tokenizer = load(spec)
     written = retention.responses(model, tokenizer)
-    final = {"unrelated": retention.accuracy(tokenizer, written), "divergence": 0.0}
+    final = {
+        "unrelated": retention.accuracy(tokenizer, written),
+        "solved": retention.solved(model, tokenizer),
+        "divergence": 0.0,
+    }
     with whole_folder(_made(spec, folder)) as unfinished:
         (unfinished / "responses.json").write_text(json.dumps({"responses": written, **final}), encoding="utf-8")
     return {"final": final}
@@ -112,13 +120,17 @@ def _arm(spec: RealRun, folder: Path) -> dict[str, Any]:
         model, tokenizer = load(spec)
         final, answers = _examined(model, tokenizer, rows, None if kwargs is None else TemplateContext(**kwargs))
         # Facts in a prompt change nothing for other prompts
-        return {"final": final | {name: origin[name] for name in ("unrelated", "divergence")}, "answers": answers}
+        return {
+            "final": final | {name: origin[name] for name in ("unrelated", "solved", "divergence")},
+            "answers": answers,
+        }
     with tempfile.TemporaryDirectory() as output_dir:
         started = _clock(spec)
         trainer, sampled = make_trainer(spec, questions, output_dir)
         watch = make_watch(trainer, spec, rows, _clock(spec) - started)
         trainer.add_callback(watch)
-        trainer.train()
+        with token_page(trainer, spec, questions, rows, folder / "tokens.html"):
+            trainer.train()
     model = trainer.accelerator.unwrap_model(trainer.model)
     base, tokenizer = load(spec)
     if spec.seed == TUNING_SEED:
@@ -138,7 +150,9 @@ def _arm(spec: RealRun, folder: Path) -> dict[str, Any]:
 
 def _examined(model: Any, tokenizer: Any, rows: dict[str, Any], context: Any = None) -> tuple[dict[str, float], Any]:
     answers = {name: ask(model, tokenizer, its, context) for name, its in rows.items()}
-    shown = [{name: its[name] for name in ("question", "answer", "said", "right", "cut")} for its in answers["new"]]
+    shown = [
+        {name: its[name] for name in ("question", "answer", "said", "right", "cut")} for its in answers["new"][:_SHOWN]
+    ]
     lengths = [len(its["token_ids"]) for its in answers["new"]]
     return {name: recall(its) for name, its in answers.items()} | {"mean_tokens": fmean(lengths)}, shown
 
@@ -253,6 +267,38 @@ def _completions(spec: RealRun, rows: list[dict[str, Any]], folder: Path) -> tup
     lines = (made_in / "completions.jsonl").read_text(encoding="utf-8").splitlines()
     sampled = sum(len(json.loads(line)["token_ids"]) for line in lines)
     return load_rows(str(made_in / "data")).select_columns(["prompt", "completion"]), sampled
+
+
+@contextmanager
+def token_page(
+    trainer: Any, spec: RealRun, questions: list[dict[str, Any]], rows: dict[str, Any], page: Path
+) -> Iterator[None]:
+    """
+    Within which to train: writes what student and teacher say of one answer before and after, of the one run that
+    reports show.
+
+    Args:
+        trainer ([`SelfDistillationTrainer`]):
+            Trainer of the run.
+        spec ([`RealRun`]):
+            What is run.
+        questions (`list[dict]`):
+            Questions that are trained on.
+        rows (`dict[str, list]`):
+            Questions by their kind.
+        page (`Path`):
+            Where the page goes.
+    """
+    if spec.arm is None or (spec.arm.name, spec.seed) != PAGED:
+        yield
+        return
+    exam = Exam(trainer, questions, rows["new"] + rows["two"])
+    before = exam.take(number=1)
+    rollouts = [exam.tokens(0, before, "before the training")]
+    yield
+    after = exam.take(number=1)
+    rollouts += [exam.tokens(0, said, "after the training") for said in (before, after)]
+    write_whole(page, exam.token_page(rollouts))
 
 
 def make_watch(trainer: Any, spec: RealRun, rows: dict[str, Any], spent: float) -> Any:
