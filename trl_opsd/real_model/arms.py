@@ -325,9 +325,9 @@ def _brevity(part: Part) -> list[Arm]:
 
 
 def _skill(part: Part) -> list[Arm]:
-    other = {"privileged_context": "other_solution"}
-    other["context_kwargs"] = {"column": "answer", **part.reads["context_kwargs"]}
-    opsd = {"divergence": "forward_kl", "divergence_clip": None, **_SAMPLING}
+    read = {"column": "answer", **part.reads["context_kwargs"]}
+    other: dict[str, Any] = {"privileged_context": "other_solution", "context_kwargs": read}
+    opsd: dict[str, Any] = {"divergence": "forward_kl", "divergence_clip": None, **_SAMPLING}
     return [
         _arm(part, "skill_floor", "the model itself (floor)", "none", True),
         _arm(part, "skill_told", "the answer in its prompt (ceiling)", "none", True, **part.reads),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..eval.statistics import paired_difference, proportion
+from ..eval.statistics import Estimate, paired_difference, proportion
 from ..experiment.figures import Result, interval, with_interval
 from ..experiment.runner import Results
 from .arms import ARMS, PARTS, RealPlan
@@ -216,7 +216,7 @@ def family_rows(once: Mapping[str, Any]) -> list[list[str]]:
                 f"`{family}`",
                 _share(its["model"]),
                 _share(its["told"]),
-                f"{100 * gap.value:+.0f} [{100 * gap.low:.0f}, {100 * gap.high:.0f}]",
+                _percent(gap, "{:+.0f}"),
                 _text(its["question"]),
             ]
         )
@@ -226,4 +226,11 @@ def family_rows(once: Mapping[str, Any]) -> list[list[str]]:
 def _share(right: list[bool]) -> str:
     share = proportion(np.array(right, dtype=float), np.ones(len(right)), len(right))
     assert share is not None
-    return f"{100 * share.value:.0f} [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+    return _percent(share, "{:.0f}")
+
+
+def _percent(estimate: Estimate, form: str) -> str:
+    value = form.format(100 * estimate.value)
+    if estimate.low is None or estimate.high is None:
+        return value
+    return f"{value} [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
