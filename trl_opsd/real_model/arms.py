@@ -100,7 +100,8 @@ PARTS = {
         Part(
             "brevity",
             "to be brief",
-            {"template": "{prompt} Answer in one short sentence.", "rollout_tokens": 40, "answer_tokens": 64},
+            # Of the wordings that leave answers right the one that makes them shortest
+            {"template": "{prompt} Reply with the answer alone.", "rollout_tokens": 40, "answer_tokens": 64},
             learning_rates=(2.5e-4, 5e-4, 1e-3),
             steps=30,
             batch_size=8,
