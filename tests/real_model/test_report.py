@@ -161,7 +161,7 @@ def test_a_page_without_results_claims_nothing(tmp_path):
     write_report(Results(tmp_path), FULL, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert "Not complete: 0 of the" in text
-    assert text.count("Nothing yet.") == 3
+    assert text.count("Nothing yet.") == 5
     assert "![" not in text
     assert not re.findall(r"\d ± \d", text)
 

@@ -37,11 +37,15 @@ if TYPE_CHECKING:
 
 _PAGE = """\
 {% macro table(columns, rows) %}
+{% if rows %}
 | {{ columns | join(" | ") }} |
 |{{ "---|" * columns | length }}
 {% for row in rows %}
 | {{ row | join(" | ") }} |
 {% endfor %}
+{% else %}
+Nothing yet.
+{% endif %}
 {% endmacro %}
 {% macro outcome(part) %}
 {{ table(part.columns, part.rows) }}
