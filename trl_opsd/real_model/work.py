@@ -137,13 +137,13 @@ def _brief_once(model: Any, tokenizer: Any, settings: Mapping[str, Any]) -> tupl
         return {"wording": wording, "right": right, "lengths": lengths, "said": its[0]["said"]}
 
     rows = [_brief_row(*question) for question in questions()]
-    answered = [row for row, answer in zip(rows, answers(rows), strict=True) if answer["right"]]
+    pairs = [(row, answer) for row, answer in zip(rows, answers(rows), strict=True) if answer["right"]]
+    answered = [row for row, _ in pairs]
     some = answered[:: max(1, len(answered) // _WORDING_QUESTIONS)]
-    bare = answers(answered)
     shown = {
         "asked": len(rows),
         "answered": len(answered),
-        "mean_tokens": fmean(len(answer["token_ids"]) for answer in bare),
+        "mean_tokens": fmean(len(answer["token_ids"]) for _, answer in pairs),
         "wordings": [
             figures(wording, answers(some, None if wording is None else TemplateContext(wording)))
             for wording in (None, *WORDINGS)
