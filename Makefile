@@ -40,7 +40,7 @@ demo-opsdc: $(VENV)/.demo ## watch a model learn to be brief: OPSDC on the embed
 demo-smollm2: $(VENV)/.smollm2 ## watch SmolLM2-135M, a real pretrained model, learn facts that it reads
 	$(PY) -m trl_opsd.playground.smollm2 $(ARGS)
 
-real: $(VENV)/.smollm2 ## self-distillation and SFT on SmolLM2-135M, into docs/real_model.md (ARGS=--quick: a few runs; ARGS="--device cuda --model Qwen/Qwen3-0.6B")
+real: $(VENV)/.smollm2 ## facts, brevity and a skill on SmolLM2-135M, into docs/real_model.md (ARGS=--quick: a few runs; ARGS="--device cuda --model Qwen/Qwen3-0.6B")
 	$(PY) -m trl_opsd.real_model $(ARGS)
 
 methods: $(VENV)/.demo ## compare all methods on the same work, at most 6 hours, into docs/methods_compared.md (ARGS=--quick: a few of them, 20 minutes)

@@ -7,36 +7,61 @@ import pytest
 from trl_opsd.experiment.arms import TUNING_SEED
 from trl_opsd.experiment.runner import PROCESSES, planned_seconds
 from trl_opsd.real_model.__main__ import COMMAND
-from trl_opsd.real_model.arms import ARMS, FULL, PARTS, QUICK, READS, RealRun
+from trl_opsd.real_model.arms import ARMS, FULL, PARTS, QUICK, RealRun
 
 
 TRAINED = [arm for arm in ARMS.values() if arm.trainer != "none"]
 
 
+def of(part):
+    return [arm for arm in ARMS.values() if arm.bases == (part,)]
+
+
 def test_every_divergence_is_there_with_and_without_clip():
-    opsd = [arm.settings for arm in TRAINED if arm.trainer == "opsd"]
+    opsd = [arm.settings for arm in of("facts") if arm.trainer == "opsd"]
     assert sorted((its["divergence"], its["divergence_clip"] is None) for its in opsd) == [
         (divergence, clip) for divergence in ("forward_kl", "jsd", "reverse_kl") for clip in (False, True)
     ]
-    assert {arm.column for arm in TRAINED if arm.trainer == "trl_sft"} == {"solution", "teacher", "mixsd"}
-    assert {arm.trainer for arm in ARMS.values()} == {"none", "trl_sft", "sdft", "opsd"}
+    assert {arm.column for arm in of("facts") if arm.trainer == "trl_sft"} == {"solution", "teacher", "mixsd"}
+    assert {arm.trainer for arm in of("facts")} == {"none", "trl_sft", "sdft", "opsd"}
 
 
-def test_trained_arms_have_the_same_budget_and_are_tuned_alike():
-    assert len({(arm.steps, arm.batch_size, arm.evaluate_every, arm.tuned_as) for arm in TRAINED}) == 1
+def test_brevity_is_asked_for_taught_and_imitated():
+    assert {arm.trainer for arm in of("brevity")} == {"none", "trl_sft", "opsdc"}
+    assert [arm.column for arm in of("brevity") if arm.trainer == "trl_sft"] == ["teacher"]
+    frozen, refreshed = (ARMS[name].settings for name in ("opsdc_frozen", "opsdc"))
+    assert frozen["teacher"] == "initial"
+    assert refreshed.get("teacher", "periodic") == "periodic"  # the method's own
+    assert refreshed["teacher_update_steps"] < ARMS["opsdc"].steps
+
+
+def test_a_skill_is_learnt_by_every_kind_and_controlled():
+    assert {arm.trainer for arm in of("skill")} == {"none", "trl_sft", "trl_grpo", "opsd", "star"}
+    opsd, control = (ARMS[name].settings for name in ("skill_opsd", "skill_opsd_other"))
+    assert {name for name in opsd if opsd[name] != control[name]} == {"privileged_context", "context_kwargs"}
+    assert opsd["context_kwargs"]["template"] == control["context_kwargs"]["template"]
+
+
+def test_trained_arms_of_a_part_have_the_same_budget_and_are_tuned_alike():
+    for part in PARTS:
+        its = [arm for arm in of(part) if arm.trainer != "none"]
+        assert len({(arm.steps, arm.batch_size, arm.evaluate_every, arm.tuned_as) for arm in its}) == 1
     for arm, base in FULL.pairs():
         runs = FULL.tuning_runs(arm, base)
-        rates = list(FULL.learning_rates) if ARMS[arm].trainer != "none" else []
+        rates = list(PARTS[base].learning_rates) if ARMS[arm].trainer != "none" else []
         assert [run.learning_rate for run in runs] == rates
         assert {run.seed for run in runs} <= {TUNING_SEED}
+        assert QUICK.tuning_runs(arm, base) == []
     assert TUNING_SEED not in FULL.seeds
     assert len(FULL.seeds) >= 3
 
 
 def test_whoever_reads_reads_the_same():
-    readers = [arm for arm in ARMS.values() if arm.trainer in ("sdft", "opsd") or arm.name == "told"]
-    assert all(arm.settings.items() >= READS.items() for arm in readers)
-    assert not ARMS["floor"].settings
+    for part in PARTS.values():
+        readers = [arm for arm in of(part.name) if arm.trainer in ("sdft", "opsd", "opsdc", "star")]
+        readers += [arm for arm in of(part.name) if arm.name.endswith("told")]
+        assert all(arm.settings.items() >= part.reads.items() for arm in readers if arm.name != "skill_opsd_other")
+        assert not next(arm for arm in of(part.name) if arm.name.endswith("floor")).settings
 
 
 def test_arms_without_training_are_run_in_the_world_of_every_seed():
@@ -67,11 +92,22 @@ def test_a_result_is_of_its_settings(change):
     assert runs[0].settings() == RealRun(PARTS["facts"], 1, replace(arm, title="other"), 1e-4).settings()
 
 
-def test_a_result_is_of_the_length_of_its_rollouts(monkeypatch):
-    run = RealRun(PARTS["facts"], 1, ARMS["sdft"], 1e-4)
-    before = run.settings()
-    monkeypatch.setattr("trl_opsd.real_model.arms.ROLLOUT_TOKENS", 24)
-    assert run.settings() != before
+def test_a_result_is_of_what_its_part_says():
+    part = PARTS["facts"]
+    longer = replace(part, settings=part.settings | {"rollout_tokens": 24}, seconds=0.0)
+    runs = [RealRun(its, 1, ARMS["sdft"], 1e-4) for its in (part, replace(part, seconds=0.0), longer)]
+    assert runs[0].settings() == runs[1].settings() != runs[2].settings()
+
+
+def test_results_of_another_model_go_elsewhere():
+    def places(*argv):
+        return [str(path) for path in COMMAND.places(COMMAND.parser().parse_args(argv))]
+
+    assert places() == ["docs/real_model", "docs/real_model.md"]
+    assert places("--quick") == ["outputs/real-quick", "outputs/real-quick/real_model.md"]
+    other = "outputs/real-Qwen3-0.6B-cuda"
+    assert places("--model", "Qwen/Qwen3-0.6B", "--device", "cuda") == [other, f"{other}/real_model.md"]
+    assert places("--device", "cuda", "--output_dir", "x") == ["x", "x/real_model.md"]
 
 
 @pytest.mark.parametrize(("plan", "limit"), [(FULL, 8.0), (QUICK, 25 / 60)], ids=["full", "quick"])

@@ -13,30 +13,53 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_opsd.experiment.runner import Results
 from trl_opsd.playground.facts import make_world
 from trl_opsd.real_model import retention, train
-from trl_opsd.real_model.arms import ARMS, PARTS, TUNING_SEED, RealRun
+from trl_opsd.real_model.arms import ARMS, PAGED, PARTS, TUNING_SEED, RealRun
+from trl_opsd.real_model.questions import questions
+from trl_opsd.real_model.work import WORK
 
 
-PART = replace(PARTS["facts"], size=1)
+def smaller(part, **settings):
+    return replace(PARTS[part], settings=PARTS[part].settings | settings)
+
+
+PARTS_HERE = {
+    "facts": smaller("facts", size=1),
+    "brevity": smaller("brevity", rollout_tokens=8, answer_tokens=8),
+    "skill": smaller("skill", rollout_tokens=8, train=12, test=4),
+}
+PART = PARTS_HERE["facts"]
 KINDS = ("sft", "sft_teacher", "sft_mixsd", "sdft", "opsd_reverse_kl_clipped")
+OTHERS = ("brevity_sft", "opsdc", "skill_sft", "skill_star", "skill_grpo", "skill_opsd_other")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, model_path):
     folder = tmp_path_factory.mktemp("real")
-    result = train.run(RealRun(PART, model=model_path), folder)
-    assert result["final"]["divergence"] == 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        answer_at_random(patch)
+        for part in PARTS_HERE.values():
+            result = train.run(RealRun(part, model=model_path), folder)
+            assert result["final"]["divergence"] == 0.0
     return folder
 
 
 def spec(model_path, arm, **kwargs):
-    short = replace(ARMS[arm], batch_size=4, steps=min(ARMS[arm].steps, 4), evaluate_every=2)
-    return RealRun(PART, kwargs.pop("seed", 1), short, 5e-3, model=model_path, **kwargs)
+    short = replace(ARMS[arm], batch_size=8 if arm == "skill_grpo" else 4, steps=min(ARMS[arm].steps, 4))
+    part = PARTS_HERE[ARMS[arm].bases[0]]
+    return RealRun(part, kwargs.pop("seed", 1), replace(short, evaluate_every=2), 5e-3, model=model_path, **kwargs)
+
+
+def answer_at_random(patch):
+    """A tiny model never names anything: without this, no answer of its would be right."""
+    for module, name in (("playground.facts", "is_right"), ("real_model.work", "solves")):
+        patch.setattr(f"trl_opsd.{module}.{name}", lambda text, row: len(text) % 2 == 0)
+    works = {name: replace(work, is_right=lambda text, row: len(text) % 2 == 0) for name, work in WORK.items()}
+    patch.setattr("trl_opsd.real_model.work.WORK", works)
 
 
 @pytest.fixture
 def right_at_random(monkeypatch):
-    """A tiny model never names anything: without this, no sample of its would be kept."""
-    monkeypatch.setattr("trl_opsd.playground.facts.is_right", lambda text, row: len(text) % 2 == 0)
+    answer_at_random(monkeypatch)
 
 
 @pytest.mark.cpu("so are the runs")
@@ -45,13 +68,53 @@ def test_an_arm_learns_and_is_tested(folder, model_path, arm, right_at_random):
     result = train.run(spec(model_path, arm), folder)
     assert result["steps"] == 4
     assert [point["step"] for point in result["curve"]] == [0, 2, 4]
-    assert set(result["final"]) == {"trained", "new", "two", "mean_tokens", "unrelated", "divergence"}
+    assert set(result["final"]) == {"trained", "new", "two", "mean_tokens", "unrelated", "solved", "divergence"}
     assert result["final"]["divergence"] > 0.0
     assert (result["generated_tokens"] > 0) == (arm != "sft")
     assert result["seconds"] > 0.0
     assert [answer["question"] for answer in result["answers"]] == [
-        row["prompt"][-1]["content"] for row in make_world(1, 1).rows()["new"]
+        row["prompt"][-1]["content"] for row in make_world(1, 1).rows()["new"][:6]
     ]
+
+
+@pytest.mark.cpu("so are the runs")
+@pytest.mark.parametrize("arm", OTHERS)
+def test_an_arm_of_another_part_learns_and_is_tested(folder, model_path, arm, right_at_random):
+    result = train.run(spec(model_path, arm), folder)
+    assert result["steps"] == 4
+    assert [set(point) >= {"step", "test", "mean_tokens"} for point in result["curve"]] == [True] * 3
+    assert set(result["final"]) == {"test", "mean_tokens", "unrelated", "solved", "divergence"}
+    assert result["final"]["divergence"] > 0.0
+    assert (result["generated_tokens"] > 0) == (arm != "skill_sft")
+
+
+@pytest.mark.cpu("so are the runs")
+def test_the_one_run_that_is_shown_leaves_its_tokens(folder, model_path):
+    train.run(spec(model_path, PAGED[0], seed=PAGED[1]), folder)
+    page = (folder / "tokens.html").read_text()
+    assert "before the training" in page
+    assert "after the training" in page
+
+
+def test_a_seed_trains_on_some_questions_and_is_tested_on_others(folder):
+    for part in ("brevity", "skill"):
+        known = json.loads((folder / "bases" / part / "responses.json").read_text())
+        asked = [
+            {split: {row["prompt"][-1]["content"] for row in its} for split, its in rows.items()}
+            for rows in (WORK[part].rows(PARTS_HERE[part].settings, seed, known) for seed in (1, 2))
+        ]
+        assert all(its["train"] and its["test"] and not its["train"] & its["test"] for its in asked)
+        assert asked[0]["test"] != asked[1]["test"]
+
+
+def test_what_is_asked_briefly_is_not_asked_of_what_is_kept():
+    assert not {question for question, _ in questions()} & {question for question, _ in retention.QUESTIONS}
+    assert len({question for question, _ in questions()}) == len(questions())
+
+
+def test_brevity_is_tuned_for_length_and_right_answers():
+    run = RealRun(PARTS["brevity"], TUNING_SEED, ARMS["opsdc"], 1e-3)
+    assert run.score({"final": {"test": 0.9, "mean_tokens": 10.0}}, {"mean_tokens": 40.0}) == pytest.approx(0.65)
 
 
 @pytest.mark.cpu("so are the runs")

@@ -52,7 +52,6 @@ class Command:
             "missing or failed.",
             allow_abbrev=False,
         )
-        folder = f"outputs/{self.name}"
         parser.add_argument("--quick", action="store_true", help=self.quick_help)
         parser.add_argument(
             "--only", nargs="+", metavar="ARM", choices=list(self.full.known), help="these arms, with their bases"
@@ -64,11 +63,25 @@ class Command:
         what = parser.add_mutually_exclusive_group()
         what.add_argument("--plan", action="store_true", help="print runs and costs, and run nothing")
         what.add_argument("--report", action="store_true", help="write the report from what is there, and run nothing")
-        parser.add_argument("--output_dir", type=Path, help=f"where results go (default: {folder} or {folder}-quick)")
+        parser.add_argument(
+            "--output_dir",
+            type=Path,
+            help=f"where results go (default: {self.folder}; quick: outputs/{self.name}-quick)",
+        )
         parser.add_argument(
             "--page", type=Path, help=f"the report (default: {self.page}; quick: in the output folder)"
         )
         return parser
+
+    @property
+    def folder(self) -> Path:
+        """Where the results of the full plan go."""
+        return Path("outputs") / self.name
+
+    def places(self, args: argparse.Namespace) -> tuple[Path, Path]:
+        """Folder of the results and file of the report, as the arguments say."""
+        folder = args.output_dir or (Path("outputs") / f"{self.name}-quick" if args.quick else self.folder)
+        return folder, args.page or (folder / self.page.name if args.quick else self.page)
 
     def plan(self, args: argparse.Namespace) -> Plan:
         """What the arguments ask for."""
@@ -101,8 +114,7 @@ class Command:
             raise ValueError(f"`--processes` must be at least 1, got {args.processes}.")
         plan = self.plan(args)
         running = replace(plan, arms=tuple(args.only)) if args.only else plan
-        folder = args.output_dir or Path("outputs") / (f"{self.name}-quick" if args.quick else self.name)
-        page = args.page or (folder / self.page.name if args.quick else self.page)
+        folder, page = self.places(args)
         results = Results(folder)
         print_plan(running, results, console)
         if args.plan:

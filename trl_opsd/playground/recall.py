@@ -1,6 +1,6 @@
 """What a model says when it is asked about the made-up world, and which of it is right."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -20,6 +20,8 @@ def ask(
     rows: Sequence[Mapping[str, Any]],
     context: PrivilegedContext | None = None,
     batch_size: int = 32,
+    max_tokens: int = MAX_TOKENS,
+    is_right: Callable[[str, Mapping[str, Any]], bool] = is_right,
 ) -> list[dict[str, Any]]:
     """
     Asks a model questions, and grades its likeliest answers.
@@ -35,6 +37,10 @@ def ask(
             What the model reads besides. Nothing by default.
         batch_size (`int`, *optional*, defaults to `32`):
             Questions at a time.
+        max_tokens (`int`, *optional*, defaults to `24`):
+            Longest answer.
+        is_right (`Callable[[str, Mapping], bool]`, *optional*):
+            Whether an answer to a row is right. By default [`~trl_opsd.playground.facts.is_right`].
 
     Returns:
         `list[dict]`:
@@ -42,7 +48,7 @@ def ask(
             and whether it was `cut` at the limit.
     """
     prompts: list[Any] = [row["prompt"] if context is None else context.teacher_messages(row, None) for row in rows]
-    written = respond(model, tokenizer, prompts, MAX_TOKENS, batch_size)
+    written = respond(model, tokenizer, prompts, max_tokens, batch_size)
     said = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
     return [
         {

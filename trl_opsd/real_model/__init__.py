@@ -1,1 +1,1 @@
-"""A pretrained model learns what it reads: self-distillation beside SFT on facts that the model cannot know."""
+"""A pretrained model gets better by its own reading: facts, brevity and a skill, beside SFT and GRPO."""

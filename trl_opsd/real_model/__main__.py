@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 from ..experiment.command import Command
-from ..experiment.runner import Plan
-from .arms import FULL, QUICK
+from .arms import FULL, QUICK, RealPlan
 from .report import write_report
 
 
@@ -32,7 +31,22 @@ class RealCommand(Command):
         )
         return parser
 
-    def plan(self, args: argparse.Namespace) -> Plan:
+    @property
+    def folder(self) -> Path:
+        """Where the results of the full plan go: into the repository, so that whoever clones it has them."""
+        return self.page.with_suffix("")
+
+    def places(self, args: argparse.Namespace) -> tuple[Path, Path]:
+        """Folder of the results and file of the report: others for another model or device."""
+        folder, page = super().places(args)
+        plan = self.plan(args)
+        if (plan.model, plan.device) == (FULL.model, FULL.device):
+            return folder, page
+        name = "-".join([self.name, Path(args.model).name, args.device, *(["quick"] if args.quick else [])])
+        folder = args.output_dir or Path("outputs") / name
+        return folder, args.page or folder / self.page.name
+
+    def plan(self, args: argparse.Namespace) -> RealPlan:
         """What the arguments ask for."""
         return (QUICK if args.quick else FULL).adapted(args)
 
@@ -40,10 +54,11 @@ class RealCommand(Command):
 COMMAND = RealCommand(
     name="real",
     module="trl_opsd.real_model",
-    description="Has a real pretrained model learn made-up facts, by self-distillation and SFT, and writes the page.",
+    description="Has a real pretrained model learn facts, brevity and a skill by its own reading, beside SFT and "
+    "GRPO, and writes the page.",
     full=FULL,
     quick=QUICK,
-    quick_help="a few arms, one seed, half of the steps, nothing tuned",
+    quick_help="a few arms, one seed, part of the steps, nothing tuned",
     page=Path("docs/real_model.md"),
     report=write_report,
 )

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from ..experiment.arms import TUNING_SEED, Arm
@@ -12,25 +12,17 @@ from ..playground.smollm2 import MODEL_DIR, SIZE
 
 
 # To be raised by every change that alters what a run does, so that no older result passes for one of the changed one
-VERSION = 2
+VERSION = 3
 SEEDS = (1, 2, 3)
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-STEPS, BATCH_SIZE = 75, 16
-# Core-seconds of a step of the library's trainer, as measured, and by estimate of SFT, of all tests of a run (31 were
-# measured for all questions with the facts, 17 for retention of the base) and of those of tuning
-STEP_SECONDS, SFT_STEP_SECONDS, TESTING_SECONDS, TUNING_SECONDS = 10.0, 5.0, 120.0, 40.0
 
-# What the teacher reads: the wording under which SmolLM2-135M answered most, see docs/real_model.md
-TEMPLATE = "Facts:\n{about}\n\nQuestion: {prompt}"
-READS: dict[str, Any] = {"privileged_context": "template", "context_kwargs": {"template": TEMPLATE}}
 # All arms train an adapter of the same shape on the same base
 ADAPTER = {
     "r": 32,
     "lora_alpha": 64,
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
-# Of a rollout that is trained on, not of an answer of the test: the word that matters comes early
-ROLLOUT_TOKENS = 12
+# Whose tokens are shown before and after, by arm and seed
+PAGED = ("opsd_forward_kl", SEEDS[0])
 _CLIP = 0.05
 _SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 _DIVERGENCES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD"}
@@ -43,22 +35,108 @@ class Part:
 
     Args:
         name (`str`):
-            Name.
+            Name, a key of [`~trl_opsd.real_model.work.WORK`].
         title (`str`):
             What reports call it.
-        size (`int`):
-            Size of each seed's world, see [`~trl_opsd.playground.facts.make_world`].
+        settings (`dict[str, Any]`):
+            What its runs depend on beside their arms: the `template` of what the teacher reads, `rollout_tokens` (of a
+            completion that is trained on), `answer_tokens` (of one that is tested), and what its rows are made by.
+        learning_rates (`tuple[float, ...]`):
+            Rates that its arms are tuned over.
+        steps, batch_size (`int`):
+            Optimizer steps of every arm, and sequences per step.
+        tests (`tuple[str, ...]`):
+            Splits that are tested, the one that arms are tuned by and whose answers are shown first.
+        watched (`tuple[str, ...]`):
+            Splits of which a few rows are asked along the way.
         seconds (`float`):
             Core-seconds of what is done once, before the arms.
+        step_seconds, sft_step_seconds (`float`):
+            Of a step of training, and of one without sampling and teacher.
+        testing_seconds, tuning_seconds (`float`):
+            Of all tests of a run, and of those of tuning.
     """
 
     name: str
     title: str
-    size: int
+    settings: dict[str, Any] = field(hash=False)
+    learning_rates: tuple[float, ...]
+    steps: int
+    batch_size: int
+    tests: tuple[str, ...]
+    watched: tuple[str, ...]
     seconds: float
+    step_seconds: float
+    sft_step_seconds: float
+    testing_seconds: float
+    tuning_seconds: float
+
+    @property
+    def reads(self) -> dict[str, Any]:
+        """What the teacher reads, as fields of a configuration."""
+        return {"privileged_context": "template", "context_kwargs": {"template": self.settings["template"]}}
 
 
-PARTS = {"facts": Part("facts", f"{SIZE * FACTS_PER_SIZE} facts it cannot know", SIZE, seconds=20.0)}
+PARTS = {
+    part.name: part
+    for part in (
+        Part(
+            "facts",
+            f"{SIZE * FACTS_PER_SIZE} facts it cannot know",
+            # The wording under which SmolLM2-135M answered most, see docs/demos.md. Rollouts are shorter than
+            # answers: the word that matters comes early
+            {"size": SIZE, "template": "Facts:\n{about}\n\nQuestion: {prompt}", "rollout_tokens": 12},
+            learning_rates=(1e-3, 2e-3, 4e-3),
+            steps=75,
+            batch_size=8,
+            tests=("new", "trained", "two"),
+            watched=("trained", "new"),
+            seconds=40.0,
+            step_seconds=6.0,
+            sft_step_seconds=3.0,
+            testing_seconds=120.0,
+            tuning_seconds=30.0,
+        ),
+        Part(
+            "brevity",
+            "to be brief",
+            # Of the wordings that leave answers right the one that makes them shortest
+            {"template": "{prompt} Reply with the answer alone.", "rollout_tokens": 40, "answer_tokens": 64},
+            learning_rates=(2.5e-4, 5e-4, 1e-3),
+            steps=30,
+            batch_size=8,
+            tests=("test",),
+            watched=("test",),
+            seconds=250.0,
+            step_seconds=12.0,
+            sft_step_seconds=3.0,
+            testing_seconds=120.0,
+            tuning_seconds=50.0,
+        ),
+        Part(
+            "skill",
+            "to add and subtract",
+            {
+                "family": "chain_sum",
+                "template": "{prompt}\n\nThe right answer is {answer}.",
+                "rollout_tokens": 20,
+                "answer_tokens": 24,
+                "train": 100,
+                "test": 60,
+            },
+            learning_rates=(5e-4, 1e-3, 2e-3),
+            steps=40,
+            batch_size=16,
+            tests=("test",),
+            watched=("test",),
+            seconds=500.0,
+            step_seconds=9.0,
+            sft_step_seconds=4.0,
+            testing_seconds=90.0,
+            tuning_seconds=30.0,
+        ),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +190,7 @@ class RealRun:
         """Core-seconds on a CPU, by those that were measured."""
         if self.arm is None:
             return self.base.seconds
-        testing = TUNING_SECONDS if self.seed == TUNING_SEED else TESTING_SECONDS
+        testing = self.base.tuning_seconds if self.seed == TUNING_SEED else self.base.testing_seconds
         return testing + self.scale * self.arm.seconds
 
     @property
@@ -121,8 +199,14 @@ class RealRun:
         return RealRun(self.base, model=self.model, device=self.device)
 
     def score(self, result: Any, origin: Any) -> float:
-        """What an arm is tuned for: recall in other words, of the left-out seed's world."""
-        return result["final"]["new"]
+        """
+        What an arm is tuned for: right answers of the left-out seed, facts in other words. Where answers are to become
+        shorter, less their length as a share of the base's: a point of accuracy is worth a percent of length.
+        """
+        final = result["final"]
+        if self.base.name == "brevity":
+            return final["test"] - final["mean_tokens"] / origin["mean_tokens"]
+        return final[self.base.tests[0]]
 
     def settings(self) -> dict[str, Any]:
         """Everything the result depends on, of JSON types. A result with other settings is not this run's."""
@@ -138,7 +222,7 @@ class RealRun:
             "model": self.model,
             "device": self.device,
         }
-        shared = {"size": self.base.size, "adapter": ADAPTER, "template": TEMPLATE, "rollout_tokens": ROLLOUT_TOKENS}
+        shared = {"adapter": ADAPTER, **self.base.settings}
         return json.loads(json.dumps({"version": VERSION, "run": run, "arm": arm, **shared}))
 
 
@@ -164,6 +248,16 @@ class RealPlan(Plan):
         scale = self.scale if arm is not None and arm.trainer != "none" else 1.0
         return RealRun(PARTS[base], seed, arm, learning_rate, scale, self.model, self.device)
 
+    def rates(self, base: str) -> tuple[float, ...]:
+        """Rates that the arms of a part are tuned over: a single one of the plan is taken as it is."""
+        return self.learning_rates or PARTS[base].learning_rates
+
+    def tuning_runs(self, arm: str, base: str) -> list[Job]:
+        """The runs that an arm is tuned by."""
+        if self.learning_rates or not self.is_trained(arm):
+            return []
+        return [self.run(base, TUNING_SEED, self.known[arm], rate) for rate in PARTS[base].learning_rates]
+
     def reported_runs(self, arm: str, base: str, learning_rate: float | None) -> list[Job]:
         """The runs that are reported: one per seed also of an arm without training, as each seed has its world."""
         return [self.run(base, seed, self.known[arm], learning_rate) for seed in self.seeds]
@@ -173,62 +267,96 @@ class RealPlan(Plan):
         return RealPlan(**{**self.__dict__, "model": args.model, "device": args.device})
 
 
-def _arm(name: str, title: str, trainer: str, quick: bool = False, column: str = "solution", **settings: Any) -> Arm:
-    steps = 0 if trainer == "none" else STEPS
-    seconds = steps * (SFT_STEP_SECONDS if trainer == "trl_sft" else STEP_SECONDS)
+def _arm(
+    part: Part, name: str, title: str, trainer: str, quick: bool = False, column: str = "solution", **settings: Any
+) -> Arm:
+    steps = 0 if trainer == "none" else part.steps
+    seconds = steps * (part.sft_step_seconds if trainer == "trl_sft" else part.step_seconds)
     return Arm(
         name,
         title,
         trainer,
-        ("facts",),
+        (part.name,),
         settings,
         steps=steps,
-        batch_size=BATCH_SIZE,
+        batch_size=part.batch_size,
         column=column,
-        evaluate_every=STEPS // 4,
+        evaluate_every=part.steps // 4,
         seconds=seconds,
         quick=quick,
     )
 
 
-def make_arms() -> dict[str, Arm]:
-    """The arms by their names."""
+def _facts(part: Part) -> list[Arm]:
     opsd = [
         _arm(
+            part,
             f"opsd_{divergence}{'_clipped' if clip else ''}",
             f"OPSD, {title}{', clipped' if clip else ''}",
             "opsd",
             divergence == "forward_kl" and clip is None,
             divergence=divergence,
             divergence_clip=clip,
-            **READS,
+            **part.reads,
             **_SAMPLING,
         )
         for divergence, title in _DIVERGENCES.items()
         for clip in (None, _CLIP)
     ]
-    arms = [
-        _arm("floor", "the model itself (floor)", "none", True),
-        _arm("told", "the facts in its prompt (ceiling)", "none", True, **READS),
-        _arm("sft", "SFT on the answers", "trl_sft", True),
-        _arm("sft_teacher", "SFT on the teacher's samples", "trl_sft", column="teacher"),
-        _arm("sft_mixsd", "SFT on MixSD's data", "trl_sft", column="mixsd"),
-        _arm("sdft", "SDFT", "sdft", True, **READS, temperature=1.0),
+    return [
+        _arm(part, "floor", "the model itself (floor)", "none", True),
+        _arm(part, "told", "the facts in its prompt (ceiling)", "none", True, **part.reads),
+        _arm(part, "sft", "SFT on the answers", "trl_sft", True),
+        _arm(part, "sft_teacher", "SFT on the teacher's samples", "trl_sft", column="teacher"),
+        _arm(part, "sft_mixsd", "SFT on MixSD's data", "trl_sft", column="mixsd"),
+        _arm(part, "sdft", "SDFT", "sdft", True, **part.reads, temperature=1.0),
         *opsd,
     ]
+
+
+def _brevity(part: Part) -> list[Arm]:
+    opsdc = {**part.reads, **_SAMPLING}
+    return [
+        _arm(part, "brevity_floor", "the model itself", "none", True),
+        _arm(part, "brevity_told", "told to be brief in its prompt", "none", True, **part.reads),
+        _arm(part, "brevity_sft", "SFT on its brief answers that are right", "trl_sft", column="teacher"),
+        _arm(part, "opsdc_frozen", "OPSDC, teacher frozen", "opsdc", True, teacher="initial", **opsdc),
+        _arm(part, "opsdc", "OPSDC, teacher refreshed", "opsdc", teacher_update_steps=part.steps // 3, **opsdc),
+    ]
+
+
+def _skill(part: Part) -> list[Arm]:
+    read = {"column": "answer", **part.reads["context_kwargs"]}
+    other: dict[str, Any] = {"privileged_context": "other_solution", "context_kwargs": read}
+    opsd: dict[str, Any] = {"divergence": "forward_kl", "divergence_clip": None, **_SAMPLING}
+    return [
+        _arm(part, "skill_floor", "the model itself (floor)", "none", True),
+        _arm(part, "skill_told", "the answer in its prompt (ceiling)", "none", True, **part.reads),
+        _arm(part, "skill_sft", "SFT on the answers", "trl_sft"),
+        _arm(part, "skill_opsd", "OPSD, forward KL", "opsd", True, **opsd, **part.reads),
+        _arm(part, "skill_star", "STaR", "star", **part.reads, **_SAMPLING),
+        _arm(part, "skill_grpo", "GRPO (TRL)", "trl_grpo", num_generations=8, **_SAMPLING),
+        _arm(part, "skill_opsd_other", "OPSD, its teacher reads another answer", "opsd", **opsd, **other),
+    ]
+
+
+def make_arms() -> dict[str, Arm]:
+    """The arms by their names."""
+    arms = [*_facts(PARTS["facts"]), *_brevity(PARTS["brevity"]), *_skill(PARTS["skill"])]
     return {arm.name: arm for arm in arms}
 
 
 ARMS = make_arms()
-FULL = RealPlan(ARMS, SEEDS, LEARNING_RATES, tuple(ARMS), tuple(PARTS))
-# One seed and the middle of the grid: a look, not a result
+# Every part has rates of its own
+FULL = RealPlan(ARMS, SEEDS, (), tuple(ARMS), tuple(PARTS))
+# One seed and one rate: a look, not a result
 QUICK = RealPlan(
     ARMS,
     seeds=SEEDS[:1],
-    learning_rates=(2e-3,),
+    learning_rates=(1e-3,),
     arms=tuple(arm.name for arm in ARMS.values() if arm.quick),
     bases=tuple(PARTS),
-    scale=0.5,
+    scale=0.4,
 )
 
 __all__ = ["ARMS", "FULL", "PARTS", "QUICK", "TUNING_SEED", "Part", "RealPlan", "RealRun"]

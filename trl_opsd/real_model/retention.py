@@ -1,13 +1,14 @@
 """What a model could do before: prompts that have nothing to do with what it is trained on."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from statistics import fmean
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..eval.scorer import score_named
+from ..eval.scorer import score, score_named
 from ..playground.recall import respond
 
 
@@ -64,6 +65,12 @@ INSTRUCTIONS = (
     "Translate 'good morning' into Spanish.",
     "Write a line of a poem about rain.",
 )
+# Families of reasoning-gym at levels of which a small model solves about half, and how many problems of each
+FAMILIES: tuple[tuple[str, dict[str, int]], ...] = (
+    ("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}),
+    ("products", {"min_digits": 1, "max_digits": 1}),
+)
+PROBLEMS = 12
 MAX_TOKENS = 40
 
 
@@ -71,6 +78,23 @@ def prompts() -> list[list[dict[str, str]]]:
     """All prompts, as messages: the questions, then the instructions."""
     texts = [*(question for question, _ in QUESTIONS), *INSTRUCTIONS]
     return [[{"role": "user", "content": text}] for text in texts]
+
+
+@cache
+def problems() -> list[tuple[str, str]]:
+    """The problems of the [`FAMILIES`], each with its answer."""
+    from reasoning_gym import create_dataset
+
+    made = [row for name, level in FAMILIES for row in create_dataset(name, size=PROBLEMS, seed=0, **level)]
+    return [(row["question"], row["answer"]) for row in made]
+
+
+def solved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Share of the [`problems`] that a model solves by its likeliest response."""
+    asked = [[{"role": "user", "content": question}] for question, _ in problems()]
+    written = respond(model, tokenizer, asked, MAX_TOKENS, batch_size=24)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+    return fmean(bool(score(text, answer).correct) for text, (_, answer) in zip(texts, problems(), strict=True))
 
 
 def responses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -137,9 +161,10 @@ def figures(
             The base's responses, as `"responses"`.
 
     Returns:
-        `dict[str, float]`: `unrelated`, the accuracy, and `divergence`.
+        `dict[str, float]`: `unrelated` and `solved`, accuracies on questions and on problems, and `divergence`.
     """
     return {
+        "solved": solved(model, tokenizer),
         "unrelated": accuracy(tokenizer, responses(model, tokenizer)),
         "divergence": divergence(model, base, tokenizer, origin["responses"]),
     }

@@ -4,17 +4,19 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from ..experiment.train import main
-from ..files import whole_folder
-from ..playground.facts import make_world, names_reward
-from ..playground.recall import MAX_TOKENS, ask, recall
-from ..playground.smollm2 import MODEL_DIR, check_packages, prepare_model
-from .arms import ADAPTER, READS, ROLLOUT_TOKENS, TUNING_SEED, RealRun
+from ..files import whole_folder, write_whole
+from ..playground.recall import MAX_TOKENS, recall
+from ..playground.smollm2 import MODEL_DIR, Exam, check_packages, prepare_model
+from .arms import ADAPTER, PAGED, TUNING_SEED, RealRun
+from .work import WORK, Rows, examine
 
 
 # Data that SFT learns from, by the share of tokens that are drawn without the facts, see MixSDMaker
@@ -24,6 +26,8 @@ _TRIES = 4
 _PASS_TOKENS = 400
 # Questions of each kind that are asked along the way
 _WATCHED = 14
+# Answers that are kept, for reports
+_SHOWN = 6
 
 
 def run(spec: RealRun, folder: Path) -> dict[str, Any]:
@@ -40,7 +44,7 @@ def run(spec: RealRun, folder: Path) -> dict[str, Any]:
         `dict[str, Any]`:
             `"steps"`, `"generated_tokens"`, `"seconds"` of training and of making its data (of processor time, where a
             GPU works by the clock), `"peak_memory_gb"`, the learning `"curve"`, the `"final"` figures and the
-            `"answers"` in new wordings.
+            first `"answers"`.
     """
     import torch
 
@@ -77,15 +81,22 @@ def load(spec: RealRun) -> tuple[Any, Any]:
 
 
 def _once(spec: RealRun, folder: Path) -> dict[str, Any]:
-    """What the model says to unrelated prompts: retention is measured against it."""
+    """What the model says to unrelated prompts, against which retention is measured, and what else its part needs."""
     from . import retention
 
     model, tokenizer = load(spec)
+    known, shown = WORK[spec.base.name].once(model, tokenizer, spec.base.settings)
     written = retention.responses(model, tokenizer)
-    final = {"unrelated": retention.accuracy(tokenizer, written), "divergence": 0.0}
+    final = {
+        "unrelated": retention.accuracy(tokenizer, written),
+        "solved": retention.solved(model, tokenizer),
+        "divergence": 0.0,
+    }
     with whole_folder(_made(spec, folder)) as unfinished:
-        (unfinished / "responses.json").write_text(json.dumps({"responses": written, **final}), encoding="utf-8")
-    return {"final": final}
+        (unfinished / "responses.json").write_text(
+            json.dumps({"responses": written, **final, **known}), encoding="utf-8"
+        )
+    return {"final": final, **shown}
 
 
 def _clock(spec: RealRun) -> float:
@@ -102,35 +113,37 @@ def _arm(spec: RealRun, folder: Path) -> dict[str, Any]:
 
     assert spec.arm is not None
     assert spec.seed is not None
-    rows = make_world(spec.base.size, spec.seed).rows()
-    questions = rows["trained"]
-    # One wording of each fact says enough of those that are trained on
-    rows["trained"] = list({row["fact"]: row for row in questions}.values())
     origin = json.loads((_made(spec, folder) / "responses.json").read_text(encoding="utf-8"))
+    rows = WORK[spec.base.name].rows(spec.base.settings, spec.seed, origin)
+    questions = rows.pop("train")
     if spec.arm.trainer == "none":
         from ..context import TemplateContext
 
         kwargs = spec.arm.settings.get("context_kwargs")
         model, tokenizer = load(spec)
-        final, answers = _examined(model, tokenizer, rows, None if kwargs is None else TemplateContext(**kwargs))
-        # Facts in a prompt change nothing for other prompts
-        return {"final": final | {name: origin[name] for name in ("unrelated", "divergence")}, "answers": answers}
+        final, answers = _examined(model, tokenizer, spec, rows, None if kwargs is None else TemplateContext(**kwargs))
+        # What is in one prompt changes nothing for others
+        return {
+            "final": final | {name: origin[name] for name in ("unrelated", "solved", "divergence")},
+            "answers": answers,
+        }
     with tempfile.TemporaryDirectory() as output_dir:
         started = _clock(spec)
         trainer, sampled = make_trainer(spec, questions, output_dir)
         watch = make_watch(trainer, spec, rows, _clock(spec) - started)
         trainer.add_callback(watch)
-        trainer.train()
+        with token_page(trainer, spec, questions, rows, folder / "tokens.html"):
+            trainer.train()
     model = trainer.accelerator.unwrap_model(trainer.model)
     base, tokenizer = load(spec)
     if spec.seed == TUNING_SEED:
-        rows = {"new": rows["new"]}
-    final, answers = _examined(model, tokenizer, rows)
+        rows = {spec.base.tests[0]: rows[spec.base.tests[0]]}
+    final, answers = _examined(model, tokenizer, spec, rows)
     kept = {} if spec.seed == TUNING_SEED else retention.figures(model, base, tokenizer, origin)
-    generated = [log["num_generated_tokens"] for log in trainer.state.log_history if "num_generated_tokens" in log]
+    lengths = [log["completions/mean_length"] for log in trainer.state.log_history if "completions/mean_length" in log]
     return {
         "steps": trainer.state.global_step,
-        "generated_tokens": int(generated[-1]) if generated else sampled,
+        "generated_tokens": round(spec.arm.batch_size * sum(lengths)) if lengths else sampled,
         "seconds": watch.seconds,
         "curve": watch.curve,
         "final": final | kept,
@@ -138,11 +151,14 @@ def _arm(spec: RealRun, folder: Path) -> dict[str, Any]:
     }
 
 
-def _examined(model: Any, tokenizer: Any, rows: dict[str, Any], context: Any = None) -> tuple[dict[str, float], Any]:
-    answers = {name: ask(model, tokenizer, its, context) for name, its in rows.items()}
-    shown = [{name: its[name] for name in ("question", "answer", "said", "right", "cut")} for its in answers["new"]]
-    lengths = [len(its["token_ids"]) for its in answers["new"]]
-    return {name: recall(its) for name, its in answers.items()} | {"mean_tokens": fmean(lengths)}, shown
+def _examined(
+    model: Any, tokenizer: Any, spec: RealRun, rows: Rows, context: Any = None
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    answers = examine(model, tokenizer, spec.base.name, spec.base.settings, rows, context)
+    first = answers[spec.base.tests[0]]
+    shown = [{name: its[name] for name in ("question", "answer", "said", "right", "cut")} for its in first[:_SHOWN]]
+    final = {name: recall(its) for name, its in answers.items()}
+    return final | {"mean_tokens": fmean(len(its["token_ids"]) for its in first)}, shown
 
 
 def make_trainer(spec: RealRun, rows: list[dict[str, Any]], output_dir: str) -> tuple[Any, int]:
@@ -187,6 +203,7 @@ def make_trainer(spec: RealRun, rows: list[dict[str, Any]], output_dir: str) -> 
         **arm.settings,
     }
     adapter, sampled = LoraConfig(**ADAPTER, task_type="CAUSAL_LM"), 0
+    no_thought = {"enable_thinking": False}
     if arm.trainer == "trl_sft":
         from trl import SFTConfig, SFTTrainer
 
@@ -194,19 +211,23 @@ def make_trainer(spec: RealRun, rows: list[dict[str, Any]], output_dir: str) -> 
         args = SFTConfig(**settings)
         trainer: Any = SFTTrainer(spec.model, args=args, train_dataset=completions, peft_config=adapter)
     else:
-        from trl_opsd import SelfDistillationTrainer
-
-        from ..methods import config_class
-
         if spec.device == "cuda" and find_spec("vllm") is not None:
             settings |= {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.2}
-        no_thought = {"enable_thinking": False}
-        settings |= {"chat_template_kwargs": no_thought, "teacher_chat_template_kwargs": no_thought}
-        settings |= {"max_completion_length": ROLLOUT_TOKENS, "max_tokens_per_microbatch": _PASS_TOKENS}
-        args = config_class(arm.trainer)(**settings)
-        trainer = SelfDistillationTrainer(
+        settings |= {"max_completion_length": spec.base.settings["rollout_tokens"], "chat_template_kwargs": no_thought}
+        if arm.trainer == "trl_grpo":
+            from trl import GRPOConfig, GRPOTrainer
+
+            make, args = GRPOTrainer, GRPOConfig(**settings)
+        else:
+            from trl_opsd import SelfDistillationTrainer
+
+            from ..methods import config_class
+
+            settings |= {"teacher_chat_template_kwargs": no_thought, "max_tokens_per_microbatch": _PASS_TOKENS}
+            make, args = SelfDistillationTrainer, config_class(arm.trainer)(**settings)
+        trainer = make(
             spec.model,
-            reward_funcs=names_reward,
+            reward_funcs=WORK[spec.base.name].reward,
             args=args,
             train_dataset=Dataset.from_list(rows),
             peft_config=adapter,
@@ -234,6 +255,7 @@ def _completions(spec: RealRun, rows: list[dict[str, Any]], folder: Path) -> tup
 
     asked, made_in = folder / "questions.jsonl", folder / "generated"
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    reward = WORK[spec.base.name].reward
     has_vllm = spec.device == "cuda" and find_spec("vllm") is not None
     generate(
         "mixsd",
@@ -243,13 +265,12 @@ def _completions(spec: RealRun, rows: list[dict[str, Any]], folder: Path) -> tup
             backend="vllm" if has_vllm and column == "teacher" else "transformers",
             dataset_name=str(asked),
             maker_kwargs={"share": _SHARES[column], "max_tries": _TRIES},
-            reward_funcs=["trl_opsd.playground.facts.names_reward"],
-            max_new_tokens=MAX_TOKENS,
+            reward_funcs=[f"{reward.__module__}.{reward.__name__}"],
+            max_new_tokens=spec.base.settings.get("answer_tokens", MAX_TOKENS),
             seed=spec.seed or 0,
             chat_template_kwargs={"enable_thinking": False},
             output_dir=str(made_in),
-            privileged_context=READS["privileged_context"],
-            context_kwargs=READS["context_kwargs"],
+            **spec.base.reads,
         ),
     )
     lines = (made_in / "completions.jsonl").read_text(encoding="utf-8").splitlines()
@@ -257,7 +278,37 @@ def _completions(spec: RealRun, rows: list[dict[str, Any]], folder: Path) -> tup
     return load_rows(str(made_in / "data")).select_columns(["prompt", "completion"]), sampled
 
 
-def make_watch(trainer: Any, spec: RealRun, rows: dict[str, Any], spent: float) -> Any:
+@contextmanager
+def token_page(trainer: Any, spec: RealRun, questions: list[dict[str, Any]], rows: Rows, page: Path) -> Iterator[None]:
+    """
+    Within which to train: writes what student and teacher say of one answer before and after, of the one run that
+    reports show.
+
+    Args:
+        trainer ([`SelfDistillationTrainer`]):
+            Trainer of the run.
+        spec ([`RealRun`]):
+            What is run.
+        questions (`list[dict]`):
+            Questions that are trained on.
+        rows (`dict[str, list]`):
+            Questions by their kind.
+        page (`Path`):
+            Where the page goes.
+    """
+    if spec.arm is None or (spec.arm.name, spec.seed) != PAGED:
+        yield
+        return
+    exam = Exam(trainer, questions, rows["new"] + rows["two"])
+    before = exam.take(number=1)
+    rollouts = [exam.tokens(0, before, "before the training")]
+    yield
+    after = exam.take(number=1)
+    rollouts += [exam.tokens(0, said, "after the training") for said in (before, after)]
+    write_whole(page, exam.token_page(rollouts))
+
+
+def make_watch(trainer: Any, spec: RealRun, rows: Rows, spent: float) -> Any:
     """
     Makes the callback that asks a few of the questions along the way.
 
@@ -282,7 +333,7 @@ def make_watch(trainer: Any, spec: RealRun, rows: dict[str, Any], spent: float) 
     assert spec.arm is not None
     every = max(1, round(spec.scale * spec.arm.evaluate_every))
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
-    some = {name: rows[name][:: max(1, len(rows[name]) // _WATCHED)] for name in ("trained", "new")}
+    some = {name: rows[name][:: max(1, len(rows[name]) // _WATCHED)] for name in spec.base.watched}
 
     class Watch(TrainerCallback):
         def __init__(self) -> None:
@@ -303,8 +354,8 @@ def make_watch(trainer: Any, spec: RealRun, rows: dict[str, Any], spent: float) 
                 self._since = _clock(spec)
                 return
             model = trainer.accelerator.unwrap_model(trainer.model)
-            shares = {name: recall(ask(model, tokenizer, its)) for name, its in some.items()}
-            self.curve.append({"step": step, "seconds": self.seconds, "memory_gb": peak_memory() / 1e9, **shares})
+            figures, _ = _examined(model, tokenizer, spec, some)
+            self.curve.append({"step": step, "seconds": self.seconds, "memory_gb": peak_memory() / 1e9, **figures})
             self._since = _clock(spec)
 
     return Watch()
