@@ -13,9 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
-from placement import place
 from tiny import make_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_opsd import SelfDistillationConfig, SelfDistillationTrainer
 from trl_opsd.serving.merged_weights import check_mergeable, merged_weights
@@ -254,17 +252,3 @@ def test_every_variant_of_lora_that_peft_has_is_tried_or_refused():
     kinds = set(re.findall(r'"(\w+)"', fields["init_lora_weights"].type))
     kinds -= {"gaussian", "loftq"}  # the second takes bitsandbytes and a GPU
     assert kinds - {settings.get("init_lora_weights") for settings in LORA.values()} == set()
-
-
-def test_adapters_that_are_in_no_layer_and_layers_that_share_weights_are_refused_for_vllm_and_for_copies(tokenizer):
-    prompts = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    llama = place(LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)))
-    policy = get_peft_model(llama, prompts)
-    with pytest.raises(ValueError, match=r"`AdaptionPromptConfig` is in no layer .*`use_vllm=False`"):
-        check_mergeable(policy)
-    with pytest.raises(NoSecondAdapterError, match="AdaptionPromptConfig"):
-        copy_of(policy, lambda model: model)
-    replicated = peft.LoraConfig(**LAYERS, layer_replication=[(0, 2), (1, 2)])
-    with pytest.raises(ValueError, match="`layer_replication` share weights"):
-        check_mergeable(get_peft_model(place(LlamaForCausalLM(llama.config)), replicated))

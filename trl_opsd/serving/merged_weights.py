@@ -102,16 +102,6 @@ def check_mergeable(policy: PeftModel) -> None:
             "unquantised base, or set `use_vllm=False`."
         )
     layers = {name: module for name, module in policy.named_modules() if isinstance(module, BaseTunerLayer)}
-    if not layers:
-        raise ValueError(
-            f"The adapter of `{type(policy.active_peft_config).__name__}` is in no layer that it could be merged into "
-            "for vLLM. Use `LoraConfig`, or set `use_vllm=False`."
-        )
-    if getattr(policy.active_peft_config, "layer_replication", None):
-        raise ValueError(
-            "Layers of `layer_replication` share weights, and vLLM has one place for them. Leave it unset, or set "
-            "`use_vllm=False`."
-        )
     for name, layer in layers.items():
         has_bias = getattr(layer.get_base_layer(), "bias", None) is not None
         if not has_bias and any(getattr(layer, "lora_bias", {}).get(adapter) for adapter in policy.active_adapters):

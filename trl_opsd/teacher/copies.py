@@ -72,8 +72,7 @@ class AdapterCopy(TeacherCopy):
             warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`")
             try:
                 policy.add_adapter(name, config, autocast_adapter_dtype=False)
-                if not (pairs := list(self.pairs())):
-                    raise ValueError("its parameters do not tell to which adapter they belong.")
+                pairs = list(self.pairs())
             except (KeyError, NotImplementedError, TypeError, ValueError) as error:
                 raise NoSecondAdapterError(
                     f"needs a second adapter of the policy's kind ({type(config).__name__}), which peft does not "
