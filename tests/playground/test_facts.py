@@ -110,9 +110,9 @@ def test_names_are_no_words():
 
 
 def word_lists():
-    """Whatever text is at hand: the system's list of words, this project's texts, and what reasoning-gym brings."""
+    """Whatever text is at hand: the system's words, this project's but for the page of names, and reasoning-gym's."""
     found = [path for path in (Path("/usr/share/dict/words"),) if path.is_file()]
-    found += Path(__file__).parents[2].glob("docs/*.md")
+    found += set(Path(__file__).parents[2].glob("docs/*.md")) - {Path(__file__).parents[2] / "docs" / "real_model.md"}
     spec = find_spec("reasoning_gym")
     if spec is not None:
         found += (Path(spec.origin).parent / "data").rglob("*.txt")

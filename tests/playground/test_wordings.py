@@ -1,9 +1,10 @@
 import pytest
 
+from trl_opsd.eval.scorer import Verdict
 from trl_opsd.playground import wordings
 from trl_opsd.playground.facts import make_world
 from trl_opsd.playground.smollm2 import recipes_folder
-from trl_opsd.real_model.arms import READS
+from trl_opsd.real_model.arms import PARTS
 
 
 @pytest.mark.parametrize("name", wordings.WORDINGS)
@@ -31,14 +32,15 @@ def test_recipes_and_runs_read_one_of_the_wordings(recipe):
 
     fields = yaml.safe_load((recipes_folder() / "smollm2" / f"{recipe}.yaml").read_text())
     row = make_world(2).rows()["two"][0]
-    made = [TemplateContext(**its["context_kwargs"]).teacher_messages(row, None) for its in (fields, READS)]
+    reads = PARTS["facts"].reads
+    made = [TemplateContext(**its["context_kwargs"]).teacher_messages(row, None) for its in (fields, reads)]
     chosen = wordings.WORDINGS["all about the thing, the question, named so"].teacher_messages(row, None)
     assert made == [chosen, chosen]
 
 
 @pytest.mark.cpu("so is the command")
 def test_the_command_says_what_is_answered(model_path, capsys, monkeypatch):
-    monkeypatch.setattr("trl_opsd.playground.recall.is_right", lambda text, row: True)
+    monkeypatch.setattr("trl_opsd.eval.scorer.score_named", lambda *args: Verdict(True, None, None))
     wordings.main(["--model", model_path, "--size", "1", "--questions", "2"])
     told = " ".join(capsys.readouterr().out.split())
     assert "2 questions in new wordings, world" in told

@@ -172,6 +172,7 @@ def optimise(config_class, trainer_class, settings, rewards, model_path, rows, o
         num_generations=4,
         max_steps=3,
         learning_rate=1e-2,
+        adam_epsilon=1e-4,  # by 1e-8, a gradient that is nearly 0 moves a weight as it is rounded
         logging_steps=1,
         report_to="none",
         save_strategy="no",

@@ -75,6 +75,7 @@ from .metrics import Metrics
 from .policy import GRPOLoss
 from .preparation import Prepared, checked_arguments, checked_rows, prepare
 from .prompts import PromptExchange, settled
+from .random_numbers import random_numbers
 from .record import RunRecord
 from .rewards import added_feedback, all_feedback, check_finite, forget_rewards, graded, hand_policy, no_reward
 from .run_state import Attributes, LeftoverRollouts, RunState, Stateful, dataset_summary
@@ -117,9 +118,8 @@ class SelfDistillationTrainer(GRPOTrainer):
             Rows with a `prompt` (string or messages) and the columns the privileged context reads. All rows are
             checked before the model is loaded; those of a streaming dataset as they arrive.
         kwargs:
-            All other arguments of [`~trl.GRPOTrainer`] (`eval_dataset`, `processing_class`,
-            `reward_processing_classes`, `callbacks`, `optimizers`, `quantization_config`, `peft_config`, `tools`,
-            `rollout_func`, `environment_factory`).
+            As in [`~trl.GRPOTrainer`]: `eval_dataset`, `processing_class`, `reward_processing_classes`, `callbacks`,
+            `optimizers`, `quantization_config`, `peft_config`, `tools`, `rollout_func`, `environment_factory`.
 
     Raises:
         ValueError: If the data, the tokenizer or the configuration cannot work, naming what and the way out.
@@ -380,8 +380,7 @@ class SelfDistillationTrainer(GRPOTrainer):
         super()._log_completion_extra(column, values)
 
     def _prepare_inputs(self, generation_batch):
-        buffered = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
+        buffered, inputs = self._buffered_inputs, super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is not buffered and self.num_generations > 1 and self.loss.networks.can_share_prompts:
             steps = self.args.steps_per_generation
             self._buffered_inputs = regrouped(self._buffered_inputs, steps, self.args.gradient_accumulation_steps)
@@ -450,7 +449,8 @@ class SelfDistillationTrainer(GRPOTrainer):
         if isinstance(eval_dataset, Dataset | IterableDataset) and not self.environment_factories:
             given = self.teacher_prompt, self._data_columns, self.tools, teacher_names(self.args)
             eval_dataset = checked_rows(eval_dataset, "eval_dataset", *given)
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        with random_numbers(self.args.seed, self.state.global_step, device=self.accelerator.device):
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         checkpoint = self.run_state.checkpoint(resume_from_checkpoint)
