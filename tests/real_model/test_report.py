@@ -133,6 +133,14 @@ def test_every_wording_and_every_family_that_was_tried_is_there(tmp_path):
     assert against(text, "skill")["OPSD, forward KL"][0] == "60 %"
 
 
+def test_it_says_whose_rate_is_whose(tmp_path):
+    text = report(tmp_path)
+    taken = "Variants take one over: “OPSDC, teacher refreshed” that of “OPSDC, teacher frozen”."
+    assert taken in section(text, "Brevity")
+    assert "“SFT on the teacher's samples” that of “SFT on the answers”, “SFT on MixSD's data” that" in text
+    assert "take one over" not in report(tmp_path, replace(FULL, arms=("floor", "sft")))
+
+
 def test_one_seed_is_no_difference(tmp_path):
     text = report(tmp_path, replace(FULL, seeds=(1,)))
     assert {tuple(row[2:]) for row in against(text, "facts").values()} == {("–", "–", "–", "–")}

@@ -256,7 +256,8 @@ class RealPlan(Plan):
         """The runs that an arm is tuned by."""
         if self.learning_rates or not self.is_trained(arm):
             return []
-        return [self.run(base, TUNING_SEED, self.known[arm], rate) for rate in PARTS[base].learning_rates]
+        tuned = self.known[self.known[arm].tuned_as or arm]
+        return [self.run(base, TUNING_SEED, tuned, rate) for rate in PARTS[base].learning_rates]
 
     def reported_runs(self, arm: str, base: str, learning_rate: float | None) -> list[Job]:
         """The runs that are reported: one per seed also of an arm without training, as each seed has its world."""
@@ -268,7 +269,14 @@ class RealPlan(Plan):
 
 
 def _arm(
-    part: Part, name: str, title: str, trainer: str, quick: bool = False, column: str = "solution", **settings: Any
+    part: Part,
+    name: str,
+    title: str,
+    trainer: str,
+    quick: bool = False,
+    column: str = "solution",
+    tuned_as: str | None = None,
+    **settings: Any,
 ) -> Arm:
     steps = 0 if trainer == "none" else part.steps
     seconds = steps * (part.sft_step_seconds if trainer == "trl_sft" else part.step_seconds)
@@ -281,6 +289,7 @@ def _arm(
         steps=steps,
         batch_size=part.batch_size,
         column=column,
+        tuned_as=tuned_as,
         evaluate_every=part.steps // 4,
         seconds=seconds,
         quick=quick,
@@ -295,6 +304,7 @@ def _facts(part: Part) -> list[Arm]:
             f"OPSD, {title}{', clipped' if clip else ''}",
             "opsd",
             divergence == "forward_kl" and clip is None,
+            tuned_as=f"opsd_{divergence}" if clip else None,
             divergence=divergence,
             divergence_clip=clip,
             **part.reads,
@@ -307,8 +317,8 @@ def _facts(part: Part) -> list[Arm]:
         _arm(part, "floor", "the model itself (floor)", "none", True),
         _arm(part, "told", "the facts in its prompt (ceiling)", "none", True, **part.reads),
         _arm(part, "sft", "SFT on the answers", "trl_sft", True),
-        _arm(part, "sft_teacher", "SFT on the teacher's samples", "trl_sft", column="teacher"),
-        _arm(part, "sft_mixsd", "SFT on MixSD's data", "trl_sft", column="mixsd"),
+        _arm(part, "sft_teacher", "SFT on the teacher's samples", "trl_sft", column="teacher", tuned_as="sft"),
+        _arm(part, "sft_mixsd", "SFT on MixSD's data", "trl_sft", column="mixsd", tuned_as="sft"),
         _arm(part, "sdft", "SDFT", "sdft", True, **part.reads, temperature=1.0),
         *opsd,
     ]
@@ -321,7 +331,15 @@ def _brevity(part: Part) -> list[Arm]:
         _arm(part, "brevity_told", "told to be brief in its prompt", "none", True, **part.reads),
         _arm(part, "brevity_sft", "SFT on its brief answers that are right", "trl_sft", column="teacher"),
         _arm(part, "opsdc_frozen", "OPSDC, teacher frozen", "opsdc", True, teacher="initial", **opsdc),
-        _arm(part, "opsdc", "OPSDC, teacher refreshed", "opsdc", teacher_update_steps=part.steps // 3, **opsdc),
+        _arm(
+            part,
+            "opsdc",
+            "OPSDC, teacher refreshed",
+            "opsdc",
+            tuned_as="opsdc_frozen",
+            teacher_update_steps=part.steps // 3,
+            **opsdc,
+        ),
     ]
 
 
@@ -336,7 +354,15 @@ def _skill(part: Part) -> list[Arm]:
         _arm(part, "skill_opsd", "OPSD, forward KL", "opsd", True, **opsd, **part.reads),
         _arm(part, "skill_star", "STaR", "star", **part.reads, **_SAMPLING),
         _arm(part, "skill_grpo", "GRPO (TRL)", "trl_grpo", num_generations=8, **_SAMPLING),
-        _arm(part, "skill_opsd_other", "OPSD, its teacher reads another answer", "opsd", **opsd, **other),
+        _arm(
+            part,
+            "skill_opsd_other",
+            "OPSD, its teacher reads another answer",
+            "opsd",
+            tuned_as="skill_opsd",
+            **opsd,
+            **other,
+        ),
     ]
 
 

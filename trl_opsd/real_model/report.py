@@ -245,10 +245,16 @@ def _tuning(plan: RealPlan, base: str) -> str:
         "brevity": "for right answers less length as a share of the model's own, with",
         "skill": "for right answers with",
     }
-    return (
+    variants = [
+        f"“{ARMS[arm].title}” that of “{ARMS[tuned].title}”"
+        for arm, its in plan.pairs()
+        if its == base and (tuned := ARMS[arm].tuned_as)
+    ]
+    text = (
         f"The rate is the best of {rates} {best[base]} seed {TUNING_SEED}, which is not reported; a star marks the "
         "end of the grid."
     )
+    return f"{text} Variants take one over: {', '.join(variants)}." if variants else text
 
 
 def _figures(result: Result) -> str:
