@@ -1,5 +1,6 @@
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from trl_opsd.real_model.report import write_report
 from trl_opsd.real_model.tables import AGAINST, columns
 
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.needs("matplotlib")
 
 VALUES = {"floor": 0.0, "told": 0.9, "sft": 0.8, "sdft": 0.5, "skill_floor": 0.5, "skill_opsd": 0.8, "skill_told": 1.0}
@@ -214,3 +216,27 @@ def test_curves_are_drawn_of_what_was_trained(tmp_path, drawn):
             line = next(iter(lines.values()))
             assert list(line.get_xdata()) == [0, 10]
             assert line.get_ydata()[-1] == top
+
+
+def test_the_page_says_what_the_runs_of_the_repository_gave(tmp_path, monkeypatch, drawn):
+    monkeypatch.chdir(ROOT)
+    write_report(Results(Path("docs/real_model")), FULL, tmp_path / "real_model.md")
+
+    def figures(page):
+        return [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith(("| ", "- `", "> "))]
+
+    assert figures(ROOT / "docs/real_model.md") == figures(tmp_path / "real_model.md")
+
+
+def test_the_readmes_table_is_the_pages():
+    page = (ROOT / "docs/real_model.md").read_text(encoding="utf-8")
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## On a pretrained model\n")[2]
+    head, _, *rows = [
+        line.strip("| ").split(" | ") for line in section.partition("\n## ")[0].splitlines() if line[:1] == "|"
+    ]
+    assert len(rows) >= 4
+    for arm, *values in rows:
+        [name] = [name for name, its in ARMS.items() if its.title == arm and its.bases == ("facts",)]
+        its = cells(page, name)
+        assert its["seeds"] == "3 of 3"
+        assert values == [its[column] for column in head[1:]]
