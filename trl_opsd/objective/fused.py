@@ -6,8 +6,6 @@ vocabulary-sized matrix products, three when the head is frozen. The backward pa
 left.
 """
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,17 +17,13 @@ from .head import Finish, Head
 from .kernel import STATISTICS
 from .kernels import load_kernel
 from .memory import empty_block, reuse_freed_memory
+from .most_probable import Agreement, Listed
 from .objective import Objective
 from .products import add_outer, project, project_back
 from .readings import Readings
-from .support import chunk_maxima, top_k_agreement, top_k_tokens
 from .top_log_probs import TopLogProbs, finite_rows
 
 
-# Rows whose top k are compared, out of all of a call. It feeds the log alone
-NUM_SEARCHED = 64
-# Rows whose most probable tokens are searched at once, within what blocks of logits leave of the memory
-_LISTED_TOGETHER = 16
 # Blocks of logits that exist at once where a target is made of three distributions
 _COMBINED_SIDES = 8
 
@@ -171,34 +165,6 @@ def fused_divergence(
     return FusedDivergence(*outputs)
 
 
-class _Listed(NamedTuple):
-    # The most probable tokens of both sides, and their log-probabilities, of shape (N, 2, k)
-    tokens: torch.Tensor
-    log_probs: torch.Tensor
-
-    @classmethod
-    def empty(cls, num_rows: int, k: int, dtype: torch.dtype, device: torch.device) -> "_Listed":
-        shape = num_rows, 2, k
-        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        return cls(tokens, torch.full(shape, -torch.inf, dtype=dtype, device=device))
-
-    def fill(
-        self, place: slice, sides: Sequence[tuple[torch.Tensor, Finish]], temperature: float, teacher: object
-    ) -> None:
-        for side, (products, finish) in enumerate(sides):
-            k = self.tokens.size(2)
-            if side == 1 and isinstance(teacher, TopLogProbs):  # no others are known
-                k = min(k, teacher.top_tokens.size(1))
-            for part in slices(len(products), _LISTED_TOGETHER):
-                logits = finish.logits(products[part])
-                (tokens,) = top_k_tokens([logits], [chunk_maxima(logits)], k)
-                top = (logits.gather(1, tokens) / temperature).sort(dim=1, descending=True)
-                rows = slice(place.start + part.start, place.start + part.stop)
-                self.tokens[rows, side, :k] = tokens.gather(1, top.indices)
-                total = (logits / temperature).logsumexp(dim=1, keepdim=True)
-                self.log_probs[rows, side, :k] = top.values - total
-
-
 class _FusedDivergenceFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -263,12 +229,8 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         token_ids, factors = padded(token_ids), as_factors(weights)
         likelihood_factors = None if likelihood_weights is None else as_factors(likelihood_weights)
         statistics = torch.empty(len(STATISTICS), num_rows + num_ignored, dtype=wide, device=device)
-        top_k = min(objective.top_k, vocabulary)
-        search_every = max(1, math.ceil(num_rows / NUM_SEARCHED))
-        num_searched = math.ceil(num_rows / search_every)
-        overlap = torch.full((num_searched,), math.nan, dtype=wide, device=device)
-        top_logits = torch.full((num_searched, top_k), math.nan, dtype=wide, device=device)
-        listed = _Listed.empty(num_rows, min(num_listed, vocabulary), wide, device)
+        agreement = Agreement(num_rows, min(objective.top_k, vocabulary), wide, device)
+        listed = Listed(num_rows, min(num_listed, vocabulary), wide, device)
         finishes = [
             Finish(None, 1.0, None) if head is None else head.detached(wide)
             for head in (
@@ -276,6 +238,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                 student_head if teacher_states is None else None if is_combined else teacher_head,
             )
         ]
+        sides = list(zip((student_block, teacher_block), finishes, strict=True))
 
         grad_hidden = torch.empty(hidden.shape, dtype=wide, device=device) if trains_hidden else None
         grad_weight = empty_block(vocabulary, weight.size(1), wide, device) if trains_weight else None
@@ -288,40 +251,19 @@ class _FusedDivergenceFunction(torch.autograd.Function):
                 start, size = rows.start, rows.stop - rows.start
                 student_rows = hidden[rows].to(dtype)
                 project(student_rows, weight, student_block[:size], dtype)
-                if teacher_states is None:
-                    teacher_rows = hidden[rows]
-                    if not shares_block:
-                        teacher_block[:size] = student_block[:size]
-                elif is_combined:
-                    teacher_rows = teacher_states[rows]
-                    teacher_finish = teacher_head.detached(wide)
-                    teacher_rows.write_logits(
-                        teacher_block[:size], teacher_head.weight, teacher_finish, dtype, objective.temperature
-                    )
-                elif teacher_head is None:
-                    teacher_rows = teacher_states.rows(rows)
-                    teacher_rows.write_log_probs(teacher_block[:size])
-                else:
-                    teacher_rows = teacher_states[rows]
-                    project(teacher_rows.to(dtype), teacher_head.weight, teacher_block[:size], dtype)
-                # Checked here, because a softcap hides infinite ones
-                valid = padded(finite_rows(hidden[rows]) & finite_rows(teacher_rows))
+                # Finite ones are told here, because a softcap hides infinite ones
+                valid = finite_rows(hidden[rows])
+                if teacher_states is not None:
+                    out = teacher_block[:size]
+                    valid &= _write_teacher(out, teacher_states, rows, teacher_head, dtype, objective.temperature)
+                elif not shares_block:
+                    teacher_block[:size] = student_block[:size]
+                valid = padded(valid)
                 for part in slices(size, slice_rows):
-                    first = part.start + -(start + part.start) % search_every
-                    if teacher_states is not None and first < part.stop:
-                        searched = slice(first, part.stop, search_every)
-                        student_logits = finishes[0].logits(student_block[searched])
-                        teacher_logits = finishes[1].logits(teacher_block[searched])
-                        index = (start + first) // search_every
-                        into = slice(index, index + len(student_logits))
-                        tokens = token_ids[start + first : start + part.stop : search_every]
-                        overlap[into], top_logits[into] = top_k_agreement(
-                            student_logits, teacher_logits, tokens, top_k
-                        )
+                    if teacher_states is not None:
+                        agreement.compare(start, part, sides, token_ids)
                     if num_listed:
-                        sides = [(student_block[part], finishes[0]), (teacher_block[part], finishes[1])]
-                        own = slice(start + part.start, start + part.stop)
-                        listed.fill(own, sides, objective.temperature, teacher_states)
+                        listed.fill(start, part, sides, objective.temperature, teacher_states)
                     if fixed:
                         part = slice(part.start, part.start + slice_rows)
                     place = slice(start + part.start, start + part.stop)
@@ -354,11 +296,7 @@ class _FusedDivergenceFunction(torch.autograd.Function):
         ctx.save_for_backward(peak, grad_hidden, grad_weight, grad_bias)
         outputs = list(statistics[:, :num_rows].unbind(0))
         finite, log_prob = (outputs[STATISTICS.index(name)] for name in ("finite", "student_log_prob"))
-        agreement = torch.full((2, num_rows), math.nan, dtype=wide, device=device)
-        agreement[0, ::search_every] = overlap
-        log_probs = top_logits / objective.temperature + log_prob[::search_every].unsqueeze(1)
-        agreement[1, ::search_every] = log_probs.exp().sum(dim=-1)
-        outputs += [*agreement.unbind(0), *listed]
+        outputs += [*agreement.figures(log_prob, objective.temperature), listed.tokens, listed.log_probs]
         loss = (outputs[0] * weights).sum()
         if likelihood_weights is not None:
             counted = finite.bool() & (likelihood_weights != 0)
@@ -377,6 +315,29 @@ class _FusedDivergenceFunction(torch.autograd.Function):
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
         return *grads, *[None] * 10
+
+
+def _write_teacher(
+    out: torch.Tensor,
+    states: torch.Tensor | Readings | TopLogProbs,
+    rows: slice,
+    head: Head | None,
+    dtype: torch.dtype,
+    temperature: float,
+) -> torch.Tensor:
+    # Some rows of the teacher: its products, or what stands for logits already. Returns which are finite
+    if head is None:
+        assert isinstance(states, TopLogProbs)
+        known = states.rows(rows)
+        known.write_log_probs(out)
+        return finite_rows(known)
+    assert not isinstance(states, TopLogProbs)
+    some = states[rows]
+    if isinstance(some, Readings):
+        some.write_logits(out, head.weight, head.detached(out.dtype), dtype, temperature)
+    else:
+        project(some.to(dtype), head.weight, out, dtype)
+    return finite_rows(some)
 
 
 def _scaled(

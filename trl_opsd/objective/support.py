@@ -127,37 +127,6 @@ def support_tokens(
     return select_support(objective, tops[0], tops[-1])
 
 
-def top_k_agreement(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, token_ids: torch.Tensor, top_k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    How far the two sides agree on the most probable tokens.
-
-    Args:
-        student_logits (`torch.Tensor` of shape `(N, V)`):
-            Student logits.
-        teacher_logits (`torch.Tensor` of shape `(N, V)`):
-            Teacher logits.
-        token_ids (`torch.Tensor` of shape `(N,)`):
-            Tokens to compare with.
-        top_k (`int`):
-            Number k of most probable tokens, at most V.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the share of the teacher's top k that is among the student's, of shape
-        `(N,)`, and the student's logits of the teacher's top k, relative to that of the given token, of shape `(N,
-        k)`.
-    """
-    scores = (student_logits, teacher_logits)
-    if student_logits.is_cuda:  # where one launch is less than a search in chunks
-        student_top, teacher_top = (side.topk(top_k, sorted=False).indices for side in scores)
-    else:
-        student_top, teacher_top = top_k_tokens(scores, [chunk_maxima(side) for side in scores], top_k)
-    common = (student_top.unsqueeze(2) == teacher_top.unsqueeze(1)).sum(dim=(1, 2)).to(student_logits.dtype)
-    relative = student_logits.gather(1, teacher_top) - student_logits.gather(1, token_ids.unsqueeze(1))
-    return common / top_k, relative
-
-
 def restrict(log_p: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor, objective: Objective) -> torch.Tensor:
     """
     Log-probabilities over a support.
