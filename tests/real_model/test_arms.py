@@ -44,7 +44,7 @@ def test_a_skill_is_learnt_by_every_kind_and_controlled():
 
 def test_trained_arms_of_a_part_have_the_same_budget_and_are_tuned_alike():
     for part in PARTS:
-        its = [arm for arm in of(part) if arm.trainer != "none"]
+        its = [arm for arm in of(part) if arm.trainer != "none" and arm.name != "sft_short"]
         assert len({(arm.steps, arm.batch_size, arm.evaluate_every) for arm in its}) == 1
     for arm, base in FULL.pairs():
         runs = FULL.tuning_runs(arm, base)
@@ -57,9 +57,16 @@ def test_trained_arms_of_a_part_have_the_same_budget_and_are_tuned_alike():
     assert len(FULL.seeds) >= 3
 
 
+def test_sft_is_also_stopped_early():
+    whole, short = ARMS["sft"], ARMS["sft_short"]
+    assert short.steps == pytest.approx(whole.steps / 4, abs=0.5)
+    for name in ("trainer", "bases", "settings", "batch_size", "column"):
+        assert getattr(short, name) == getattr(whole, name)
+
+
 def test_a_variant_takes_the_rate_of_what_it_varies():
     tuned = {arm.name: ARMS[arm.tuned_as] for arm in ARMS.values() if arm.tuned_as}
-    assert len(tuned) == 7
+    assert len(tuned) == 9
     for name, other in tuned.items():
         assert (other.trainer, other.bases, other.tuned_as) == (ARMS[name].trainer, ARMS[name].bases, None)
 
