@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.needs("matplotlib")
 
 VALUES = {"floor": 0.0, "told": 0.9, "sft": 0.8, "sdft": 0.5, "skill_floor": 0.5, "skill_opsd": 0.8, "skill_told": 1.0}
-LENGTHS = {"brevity_floor": 40.0, "brevity_told": 10.0, "opsdc": 16.0}
+LENGTHS = {"brevity_floor": 40.0, "brevity_told": 10.0, "opsdc_frozen": 16.0}
 DIVERGENCES = {"floor": 0.0, "told": 0.0, "sft": 0.5}
 ONCE = {
     "facts": {},
@@ -80,6 +80,10 @@ def section(text, title):
 SECTIONS = {"facts": "Facts it does not know", "brevity": "Brevity", "skill": "A skill"}
 
 
+def of(base):
+    return [arm for arm in ARMS.values() if arm.bases == (base,)]
+
+
 def cells(text, arm):
     [base] = ARMS[arm].bases
     lines = section(text, SECTIONS[base]).splitlines()
@@ -98,7 +102,7 @@ def test_the_table_has_every_arm_with_its_interval(tmp_path):
     assert (sdft["generated tokens"], sdft["seconds"], sdft["GB at most"]) == ("1,000 ± 0", "60 ± 0", "2.5 ± 0.0")
     assert cells(text, "told")["rate"] == "–"
     assert cells(text, "told")["new wordings, %"] == "90.0 ± 0.0"
-    assert cells(text, "opsdc")["tokens per answer"] == "16.0 ± 0.0"
+    assert cells(text, "opsdc_frozen")["tokens per answer"] == "16.0 ± 0.0"
     assert "sums and products, %" not in cells(text, "skill_opsd")  # the skill is sums
     for arm in ARMS:
         assert len(cells(text, arm)) == len(columns(ARMS[arm].bases[0]))
@@ -117,7 +121,7 @@ def test_arms_are_held_against_the_ceiling_and_sft(tmp_path):
 def test_brevity_is_of_the_way_to_what_the_prompt_does(tmp_path):
     text = report(tmp_path)
     assert "The model itself takes 40.0 tokens for an answer, and 10.0 told to be brief." in text
-    assert against(text, "brevity")["OPSDC, teacher refreshed"][:4] == [
+    assert against(text, "brevity")["OPSDC, teacher frozen"][:4] == [
         "80 %",
         "3 of 3",
         "+0.0 ± 0.0",
@@ -137,8 +141,8 @@ def test_every_wording_and_every_family_that_was_tried_is_there(tmp_path):
 
 def test_it_says_whose_rate_is_whose(tmp_path):
     text = report(tmp_path)
-    taken = "Variants take one over: “OPSDC, teacher refreshed” that of “OPSDC, teacher frozen”."
-    assert taken in section(text, "Brevity")
+    assert "take one over: “STaR” that of “SFT on the answers”, “OPSD, its teacher" in section(text, "A skill")
+    assert "take one over" not in section(text, "Brevity")
     assert "“SFT on the teacher's samples” that of “SFT on the answers”, “SFT on MixSD's data” that" in text
     assert "take one over" not in report(tmp_path, replace(FULL, arms=("floor", "sft")))
 
@@ -228,15 +232,17 @@ def test_the_page_says_what_the_runs_of_the_repository_gave(tmp_path, monkeypatc
     assert figures(ROOT / "docs/real_model.md") == figures(tmp_path / "real_model.md")
 
 
-def test_the_readmes_table_is_the_pages():
+def test_the_readmes_tables_are_the_pages():
     page = (ROOT / "docs/real_model.md").read_text(encoding="utf-8")
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## On a pretrained model\n")[2]
-    head, _, *rows = [
-        line.strip("| ").split(" | ") for line in section.partition("\n## ")[0].splitlines() if line[:1] == "|"
-    ]
-    assert len(rows) >= 4
-    for arm, *values in rows:
-        [name] = [name for name, its in ARMS.items() if its.title == arm and its.bases == ("facts",)]
-        its = cells(page, name)
-        assert its["seeds"] == "3 of 3"
-        assert values == [its[column] for column in head[1:]]
+    shown = section((ROOT / "README.md").read_text(encoding="utf-8"), "On a pretrained model")
+    tables = re.findall(r"(?:^\|.*\n)+", shown, flags=re.MULTILINE)
+    for table in tables:
+        head, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+        assert len(rows) >= 3
+        titles = {title for title, *_ in rows}
+        [arms] = [its for base in PARTS if titles <= (its := {arm.title: arm.name for arm in of(base)}).keys()]
+        for title, *values in rows:
+            its = cells(page, arms[title])
+            assert its["seeds"] == "3 of 3"
+            assert values == [its[column] for column in head[1:]]
+    assert tables

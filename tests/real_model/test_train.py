@@ -29,7 +29,7 @@ PARTS_HERE = {
 }
 PART = PARTS_HERE["facts"]
 KINDS = ("sft", "sft_teacher", "sft_mixsd", "sdft", "opsd_reverse_kl_clipped")
-OTHERS = ("brevity_sft", "opsdc", "skill_sft", "skill_star", "skill_grpo", "skill_opsd_other")
+OTHERS = ("brevity_sft", "opsdc_frozen", "skill_sft", "skill_star", "skill_grpo", "skill_opsd_other")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_what_is_asked_briefly_is_not_asked_of_what_is_kept():
 
 
 def test_brevity_is_tuned_for_length_and_right_answers():
-    run = RealRun(PARTS["brevity"], TUNING_SEED, ARMS["opsdc"], 1e-3)
+    run = RealRun(PARTS["brevity"], TUNING_SEED, ARMS["opsdc_frozen"], 1e-3)
     assert run.score({"final": {"test": 0.9, "mean_tokens": 10.0}}, {"mean_tokens": 40.0}) == pytest.approx(0.65)
 
 

@@ -92,9 +92,9 @@ PARTS = {
             tests=("new", "trained", "two"),
             watched=("trained", "new"),
             seconds=50.0,
-            step_seconds=10.2,
+            step_seconds=10.3,
             sft_step_seconds=5.8,
-            testing_seconds=180.0,
+            testing_seconds=185.0,
             tuning_seconds=25.0,
         ),
         Part(
@@ -108,9 +108,9 @@ PARTS = {
             tests=("test",),
             watched=("test",),
             seconds=430.0,
-            step_seconds=17.2,
-            sft_step_seconds=8.0,
-            testing_seconds=150.0,
+            step_seconds=17.5,
+            sft_step_seconds=15.5,
+            testing_seconds=190.0,
             tuning_seconds=25.0,
         ),
         Part(
@@ -130,9 +130,9 @@ PARTS = {
             tests=("test",),
             watched=("test",),
             seconds=320.0,
-            step_seconds=12.2,
+            step_seconds=13.3,
             sft_step_seconds=6.0,
-            testing_seconds=120.0,
+            testing_seconds=135.0,
             tuning_seconds=20.0,
         ),
     )
@@ -335,20 +335,12 @@ def _facts(part: Part) -> list[Arm]:
 
 
 def _brevity(part: Part) -> list[Arm]:
-    opsdc = {**part.reads, **_SAMPLING}
     return [
         _arm(part, "brevity_floor", "the model itself", "none", True),
         _arm(part, "brevity_told", "told to be brief in its prompt", "none", True, **part.reads),
         _arm(part, "brevity_sft", "SFT on its brief answers that are right", "trl_sft", column="teacher"),
-        _arm(part, "opsdc_frozen", "OPSDC, teacher frozen", "opsdc", True, teacher="initial", **opsdc),
         _arm(
-            part,
-            "opsdc",
-            "OPSDC, teacher refreshed",
-            "opsdc",
-            tuned_as="opsdc_frozen",
-            teacher_update_steps=part.steps // 3,
-            **opsdc,
+            part, "opsdc_frozen", "OPSDC, teacher frozen", "opsdc", True, teacher="initial", **part.reads, **_SAMPLING
         ),
     ]
 
@@ -362,7 +354,7 @@ def _skill(part: Part) -> list[Arm]:
         _arm(part, "skill_told", "the answer in its prompt (ceiling)", "none", True, **part.reads),
         _arm(part, "skill_sft", "SFT on the answers", "trl_sft"),
         _arm(part, "skill_opsd", "OPSD, forward KL", "opsd", True, **opsd, **part.reads),
-        _arm(part, "skill_star", "STaR", "star", **part.reads, **_SAMPLING),
+        _arm(part, "skill_star", "STaR", "star", tuned_as="skill_sft", **part.reads, **_SAMPLING),
         _arm(part, "skill_grpo", "GRPO (TRL)", "trl_grpo", num_generations=4, **_SAMPLING),
         _arm(
             part,

@@ -332,6 +332,8 @@ def make_watch(trainer: Any, spec: RealRun, rows: Rows, spent: float) -> Any:
 
     assert spec.arm is not None
     every = max(1, round(spec.scale * spec.arm.evaluate_every))
+    # The last is at the end, and no other close before it
+    points = {*range(every, spec.steps - every // 2, every), spec.steps}
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
     some = {name: rows[name][:: max(1, len(rows[name]) // _WATCHED)] for name in spec.base.watched}
 
@@ -345,7 +347,7 @@ def make_watch(trainer: Any, spec: RealRun, rows: Rows, spent: float) -> Any:
             self._ask(0)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % every == 0 or state.global_step == state.max_steps:
+            if state.global_step in points:
                 self.seconds += _clock(spec) - self._since
                 self._ask(state.global_step)
 
