@@ -112,6 +112,13 @@ def test_what_is_asked_briefly_is_not_asked_of_what_is_kept():
     assert len({question for question, _ in questions()}) == len(questions())
 
 
+def test_questions_are_asked_at_the_end_and_not_just_before_it():
+    asked = {
+        steps: sorted(train.watched_steps(steps, every)) for steps, every in ((75, 18), (40, 10), (30, 7), (1, 1))
+    }
+    assert asked == {75: [18, 36, 54, 75], 40: [10, 20, 30, 40], 30: [7, 14, 21, 30], 1: [1]}
+
+
 def test_brevity_is_tuned_for_length_and_right_answers():
     run = RealRun(PARTS["brevity"], TUNING_SEED, ARMS["opsdc_frozen"], 1e-3)
     assert run.score({"final": {"test": 0.9, "mean_tokens": 10.0}}, {"mean_tokens": 40.0}) == pytest.approx(0.65)

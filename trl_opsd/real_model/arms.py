@@ -52,7 +52,7 @@ class Part:
         seconds (`float`):
             Core-seconds of what is done once, before the arms.
         step_seconds, sft_step_seconds (`float`):
-            Of a step of training, and of one without sampling and teacher.
+            Of a step of training, and of one of SFT, its share in making the data included.
         testing_seconds, tuning_seconds (`float`):
             Of all tests of a run, and of those of tuning or of an arm without training, which forgets nothing.
     """

@@ -308,6 +308,11 @@ def token_page(trainer: Any, spec: RealRun, questions: list[dict[str, Any]], row
     write_whole(page, exam.token_page(rollouts))
 
 
+def watched_steps(steps: int, every: int) -> set[int]:
+    """Steps after which questions are asked: the last of all, and none so close before it that it says no more."""
+    return {*range(every, steps - every // 2, every), steps}
+
+
 def make_watch(trainer: Any, spec: RealRun, rows: Rows, spent: float) -> Any:
     """
     Makes the callback that asks a few of the questions along the way.
@@ -331,9 +336,7 @@ def make_watch(trainer: Any, spec: RealRun, rows: Rows, spent: float) -> Any:
     from ..trainer.metrics import peak_memory
 
     assert spec.arm is not None
-    every = max(1, round(spec.scale * spec.arm.evaluate_every))
-    # The last is at the end, and no other close before it
-    points = {*range(every, spec.steps - every // 2, every), spec.steps}
+    points = watched_steps(spec.steps, max(1, round(spec.scale * spec.arm.evaluate_every)))
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
     some = {name: rows[name][:: max(1, len(rows[name]) // _WATCHED)] for name in spec.base.watched}
 
